@@ -1,0 +1,12 @@
+"""revflow: train deep networks without storing their activations."""
+
+from revflow._replay import is_recomputing as is_recomputing
+from revflow.bijection import Bijection as Bijection
+from revflow.bijection import PixelUnshuffle as PixelUnshuffle
+from revflow.coupling import AdditiveCoupling as AdditiveCoupling
+from revflow.coupling import AffineCoupling as AffineCoupling
+from revflow.coupling import Coupling as Coupling
+from revflow.coupling import GatedCoupling as GatedCoupling
+from revflow.memory import MemoryReport as MemoryReport
+from revflow.memory import measure_memory as measure_memory
+from revflow.sequence import ReversibleSequence as ReversibleSequence

@@ -1,0 +1,76 @@
+"""Invertible rearrangements of streams, and the base class of every invertible block."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Streams = tuple[Tensor, ...]
+
+
+class Bijection(nn.Module, ABC):
+    """A block that can be undone: the base class for blocks of your own.
+
+    Write `forward` and `inverse`, each from streams to a tuple of streams and each the other's inverse. Keyword arguments
+    of the sequence's call reach both. In a `ReversibleSequence` such a block runs three times a training step (forward,
+    inverse, forward with a graph); derive from `Coupling` where the block is one, and it runs twice.
+    """
+
+    @abstractmethod
+    def forward(self, *streams: Tensor, **context: Any) -> Streams:
+        """The block's output, one tensor a stream."""
+
+    @abstractmethod
+    def inverse(self, *streams: Tensor, **context: Any) -> Streams:
+        """The input that `forward` maps to `streams`."""
+
+
+class PixelUnshuffle(Bijection):
+    """Bijective downsampling of every stream: (..., C, H, W) -> (..., factor² C, H / factor, W / factor).
+
+    A pixel's channels come out in the order (row offset, column offset, channel), as in i-RevNet (Jacobsen et al. 2018,
+    section 3.1): split in halves, a factor of 2 gives the even and the odd rows. `torch.nn.PixelUnshuffle` orders them
+    (channel, row offset, column offset), which would part the channels instead. Raises ValueError where H or W is no
+    multiple of `factor`, or C of its square in `inverse`.
+    """
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        if factor < 1:
+            raise ValueError(f"factor has to be at least 1, not {factor}")
+        self.factor = factor
+
+    def forward(self, *streams: Tensor, **context: Any) -> Streams:
+        return tuple(self._unshuffle(s) for s in streams)
+
+    def inverse(self, *streams: Tensor, **context: Any) -> Streams:
+        return tuple(self._shuffle(s) for s in streams)
+
+    def extra_repr(self) -> str:
+        return str(self.factor)
+
+    def _unshuffle(self, x: Tensor) -> Tensor:
+        f = self.factor
+        if x.dim() < 3 or x.shape[-2] % f or x.shape[-1] % f:
+            raise ValueError(
+                f"PixelUnshuffle({f}) takes (..., C, H, W) with H and W multiples of {f}; got {tuple(x.shape)}: pad the image"
+            )
+        cells = x.unflatten(-1, (-1, f)).unflatten(-3, (-1, f))  # ..., C, h, row offset, w, column offset
+        return _in_format_of(x, cells.movedim((-3, -1), (-5, -4)).flatten(-5, -3))
+
+    def _shuffle(self, x: Tensor) -> Tensor:
+        f = self.factor
+        if x.dim() < 3 or x.shape[-3] % f**2:
+            raise ValueError(
+                f"PixelUnshuffle({f}).inverse takes (..., C, H, W) with C a multiple of {f**2}; got {tuple(x.shape)}"
+            )
+        cells = x.unflatten(-3, (f, f, -1)).movedim((-5, -4), (-3, -1))
+        return _in_format_of(x, cells.flatten(-2, -1).flatten(-3, -2))
+
+
+def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

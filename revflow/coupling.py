@@ -1,0 +1,154 @@
+"""Coupling blocks: a stream is changed by an elementwise map whose coefficients a conditioner computes from the others.
+
+Additive (NICE, Dinh et al. 2014; RevNet, Gomez et al. 2017; i-RevNet, Jacobsen et al. 2018), affine (RealNVP, Dinh et al.
+2016) and gated (CrevNet's weighted sum, Yu et al. 2019) couplings differ in that map alone. All cost is in the conditioner,
+an arbitrary module that is never inverted.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from revflow._rewind import Step, run_stepwise
+from revflow.bijection import Bijection, Streams
+
+
+class Coupling(Bijection):
+    """The base class of couplings: with one conditioner F, or two.
+
+    One, a coupling and a swap (i-RevNet):  (x1, x2, ...) -> (x2, ..., combine(x1, F(x2, ...)))
+    Two, a coupling of each stream (RevNet):    y1 = combine(x1, F(x2)),  y2 = combine(x2, G(y1))
+
+    Streams may differ in shape. A conditioner returns one tensor for each name in `coefficients`, each of the shape of
+    the stream that is changed; several as a tuple. They are cast to the stream's dtype. Called by itself, a coupling
+    runs under ordinary autograd; in a `ReversibleSequence`, each conditioner runs exactly twice a training step.
+
+    For a coupling of your own, write `combine` and `separate`.
+    """
+
+    coefficients: ClassVar[tuple[str, ...]]
+    """The names of what a conditioner returns."""
+
+    ill_conditioned: ClassVar[bool] = False
+    """Whether `separate` loses digits: a sequence then keeps the stream that `combine` changes instead of rebuilding it."""
+
+    def __init__(self, F: nn.Module, G: nn.Module | None = None) -> None:
+        super().__init__()
+        for name, conditioner in (("F", F), ("G", G)):
+            if not isinstance(conditioner, nn.Module) and (name, conditioner) != ("G", None):
+                raise TypeError(
+                    f"{type(self).__name__}: {name} has to be a torch.nn.Module, so that its parameters are known; "
+                    f"got a {type(conditioner).__name__}"
+                )
+        self.F = F
+        self.G = G
+        self.rotation = 1 if G is None else 0
+
+    @abstractmethod
+    def combine(self, x: Tensor, *coefficients: Tensor) -> Tensor:
+        """The changed stream: elementwise, of x's shape and dtype."""
+
+    @abstractmethod
+    def separate(self, y: Tensor, *coefficients: Tensor) -> Tensor:
+        """The x that `combine` maps to `y`."""
+
+    def forward(self, *streams: Tensor, **context: Any) -> Streams:
+        return run_stepwise(self, False, self._checked(streams), context)
+
+    def inverse(self, *streams: Tensor, **context: Any) -> Streams:
+        return run_stepwise(self, True, self._checked(streams), context)
+
+    def steps(self, inverse: bool) -> list[Step]:
+        """What the engine takes the block apart into."""
+        apply, undo = (self.separate, self.combine) if inverse else (self.combine, self.separate)
+        steps = [
+            Step(
+                target, conditioner, partial(self._run, conditioner), apply, undo, self.ill_conditioned and not inverse
+            )
+            for target, conditioner in enumerate((self.F, self.G))
+            if conditioner is not None
+        ]
+        return steps[::-1] if inverse else steps
+
+    def _checked(self, streams: Streams) -> Streams:
+        if len(streams) < 2 or (self.G is not None and len(streams) != 2):
+            expected = "two streams" if self.G is not None else "two streams or more"
+            raise ValueError(f"{type(self).__name__} takes {expected}; got {len(streams)}")
+        return streams
+
+    def _run(self, conditioner: nn.Module, target: Tensor, others: Streams, context: dict[str, Any]) -> Streams:
+        """The coefficients for a stream of `target`'s shape and dtype."""
+        returned = conditioner(*others, **context)
+        values = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+        names = ", ".join(self.coefficients)
+        if len(values) != len(self.coefficients) or not all(isinstance(v, Tensor) for v in values):
+            kinds = ", ".join(type(v).__name__ for v in values)
+            raise ValueError(
+                f"{type(self).__name__}: a conditioner has to return ({names}), as tensors; it returned ({kinds})"
+            )
+        for name, value in zip(self.coefficients, values, strict=True):
+            if value.shape != target.shape:
+                raise ValueError(
+                    f"{type(self).__name__}: a conditioner has to return {name} of the shape of the stream that it changes, "
+                    f"{tuple(target.shape)}; from {_shapes(others)} it returned {tuple(value.shape)}"
+                )
+        return tuple(v.to(target.dtype) for v in values)
+
+
+class AdditiveCoupling(Coupling):
+    """y = x + shift (NICE). Volume-preserving. The paper's eq. 2, with two conditioners."""
+
+    coefficients = ("shift",)
+
+    def combine(self, x: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+        return x + shift
+
+    def separate(self, y: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+        return y - shift
+
+
+class AffineCoupling(Coupling):
+    """y = x exp(log_scale) + shift (RealNVP, eq. 7)."""
+
+    coefficients = ("log_scale", "shift")
+
+    def combine(self, x: Tensor, log_scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+        return x * torch.exp(log_scale) + shift
+
+    def separate(self, y: Tensor, log_scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+        return (y - shift) * torch.exp(-log_scale)
+
+
+class GatedCoupling(Coupling):
+    """y = (1 - g) x + g h with g = sigmoid(gate_logit): CrevNet's weighted sum (Yu et al. 2019, section 2.2).
+
+    Gates are computed in float32 at least, and 1 - g as sigmoid(-gate_logit), which stays positive where 1 - sigmoid
+    rounds to zero. The inverse divides by 1 - g: it loses about log2(1 / (1 - g)) bits. So a sequence keeps the stream
+    that the block changes (one stream a block) and gradients are right at any gate.
+    """
+
+    coefficients = ("gate_logit", "h")
+    ill_conditioned = True
+
+    def combine(self, x: Tensor, gate_logit: Tensor, h: Tensor) -> Tensor:  # type: ignore[override]
+        g, rest = _gate(gate_logit)
+        return (rest * x + g * h).to(x.dtype)
+
+    def separate(self, y: Tensor, gate_logit: Tensor, h: Tensor) -> Tensor:  # type: ignore[override]
+        g, rest = _gate(gate_logit)
+        return ((y - g * h) / rest).to(y.dtype)
+
+
+def _gate(logit: Tensor) -> tuple[Tensor, Tensor]:
+    """g and 1 - g."""
+    logit = logit.to(torch.promote_types(logit.dtype, torch.float32))
+    return torch.sigmoid(logit), torch.sigmoid(-logit)
+
+
+def _shapes(streams: Streams) -> str:
+    return ", ".join(str(tuple(s.shape)) for s in streams)

@@ -1,0 +1,23 @@
+"""Packages: the engine `revflow`, and CrevNet, which lives in models/ and is imported as `crevnet`."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="revflow",
+    version="0.1.0",
+    description="Reversible backpropagation for PyTorch: train deep networks without storing activations",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["revflow", "revflow.*"]) + find_packages("models"),
+    package_dir={"crevnet": "models/crevnet"},
+    package_data={"revflow": ["py.typed"]},
+    install_requires=["torch>=2.6"],
+    extras_require={
+        "crevnet": ["h5py", "jsonargparse[signatures]>=4.40", "lightning>=2.5", "matplotlib", "numpy", "rich", "tensorboard"],
+        "bench": ["matplotlib", "pytest-benchmark", "rich"],
+        "dev": ["hypothesis", "mypy", "pytest", "ruff"],
+    },
+    entry_points={"console_scripts": ["crevnet = crevnet.cli:main"]},
+)

@@ -1,0 +1,134 @@
+"""Small networks of every kind of block. Smooth activations: ReLU's kinks flip under rounding."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import revflow
+
+
+class Conditioner(nn.Module):
+    """(x) -> `outputs` tensors of `channels`, with an optional keyword tensor `condition` added inside."""
+
+    def __init__(self, channels: int, outputs: int = 1, dropout: float = 0.0, norm: bool = True) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, 6, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 6) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.last = nn.Conv2d(6, outputs * channels, 3, padding=1)
+        self.outputs = outputs
+        self.calls = 0
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
+        self.calls += 1
+        hidden = self.norm(self.first(x))
+        if condition is not None:
+            hidden = hidden * condition
+        out = self.last(self.dropout(nn.functional.silu(hidden)))
+        return out if self.outputs == 1 else out.chunk(self.outputs, 1)
+
+
+class Scale(revflow.Bijection):
+    """A block that the engine knows by forward and inverse alone, with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, *streams: Tensor, **context: object) -> tuple[Tensor, ...]:
+        return tuple(s * self.log_scale.exp() for s in streams)
+
+    def inverse(self, *streams: Tensor, **context: object) -> tuple[Tensor, ...]:
+        return tuple(s * (-self.log_scale).exp() for s in streams)
+
+
+def additive(channels: int = 4, **options: object) -> nn.Module:
+    return revflow.AdditiveCoupling(Conditioner(channels, **options))
+
+
+def additive_two(channels: int = 4, **options: object) -> nn.Module:
+    return revflow.AdditiveCoupling(Conditioner(channels, **options), Conditioner(channels, **options))
+
+
+def affine(channels: int = 4, **options: object) -> nn.Module:
+    return revflow.AffineCoupling(Conditioner(channels, 2, **options))
+
+
+def affine_two(channels: int = 4, **options: object) -> nn.Module:
+    return revflow.AffineCoupling(Conditioner(channels, 2, **options), Conditioner(channels, 2, **options))
+
+
+def gated(channels: int = 4, **options: object) -> nn.Module:
+    return revflow.GatedCoupling(Conditioner(channels, 2, **options))
+
+
+def gated_two(channels: int = 4, **options: object) -> nn.Module:
+    return revflow.GatedCoupling(Conditioner(channels, 2, **options), Conditioner(channels, 2, **options))
+
+
+COUPLINGS = [additive, additive_two, affine, affine_two, gated, gated_two]
+
+
+def of_one(make: Callable[..., nn.Module]) -> Callable[..., list[nn.Module]]:
+    def blocks(**options: object) -> list[nn.Module]:
+        return [make(**options) for _ in range(3)]
+
+    blocks.__name__ = make.__name__
+    return blocks
+
+
+def mixed(**options: object) -> list[nn.Module]:
+    """Every kind, with changes of shape inside."""
+    return [
+        additive(4, **options),
+        affine_two(4, **options),
+        revflow.PixelUnshuffle(2),
+        gated(16, **options),
+        Scale(),
+        additive_two(16, **options),
+        affine(16, **options),
+        gated_two(16, **options),
+    ]
+
+
+STACKS = [*map(of_one, COUPLINGS), mixed]
+
+
+def network(
+    stack: Callable[..., list[nn.Module]], dtype: torch.dtype = torch.float64, **options: object
+) -> revflow.ReversibleSequence:
+    torch.manual_seed(0)
+    return revflow.ReversibleSequence(stack(**options)).to(dtype)
+
+
+def image(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*(shape or (2, 8, 6, 4)), dtype=dtype, generator=generator)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def assert_same_gradients(
+    net: nn.Module,
+    run: Callable[[], Tensor],
+    plain: Callable[[], Tensor],
+    inputs: list[Tensor],
+    tolerance: float = 1e-10,
+) -> None:
+    """Outputs and gradients of `run` and `plain`, for `inputs` and all parameters, None where the other has None."""
+    wanted = [*inputs, *(p for p in net.parameters() if p.requires_grad)]
+    results = []
+    for function in (run, plain):
+        torch.manual_seed(7)
+        output = function()
+        weight = image(*output.shape, dtype=output.dtype, seed=3)
+        results.append((output, torch.autograd.grad((output * weight).sum(), wanted, allow_unused=True)))
+    (output, found), (expected_output, expected) = results
+    assert relative_error(output, expected_output) < tolerance
+    for f, e in zip(found, expected, strict=True):
+        assert (f is None) == (e is None)
+        if e is not None:
+            assert relative_error(f, e) < tolerance

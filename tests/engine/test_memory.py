@@ -1,0 +1,128 @@
+"""Bytes alive, counted exactly over live storages."""
+
+import gc
+
+import pytest
+import torch
+from engine.nets import additive, additive_two, affine, gated, image
+from torch import nn
+
+import revflow
+
+STREAM = 2 * 4 * 6 * 4 * 8  # bytes of one stream of `image()` in float64
+
+
+def of_depth(make, depth, **options):
+    torch.manual_seed(0)
+    return revflow.ReversibleSequence([make(**options) for _ in range(depth)]).double()
+
+
+@pytest.mark.parametrize("make", [additive, additive_two, affine], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_forward_keeps_the_output_alone_at_any_depth(make, direction):
+    for depth in (4, 16, 64):
+        net, x = of_depth(make, depth), image()
+        run = getattr(net, direction)
+        assert revflow.measure_memory(lambda run=run, x=x: run(x)).kept == 2 * STREAM
+
+
+def test_a_tuple_of_streams_is_kept_alone_too():
+    streams = image(2, 4, 6, 4), image(2, 4, 6, 4, seed=2)
+    for depth in (4, 16, 64):
+        net = of_depth(additive, depth)
+        assert revflow.measure_memory(lambda net=net: net(streams)).kept == 2 * STREAM
+
+
+def test_gated_keeps_one_stream_a_block_and_its_inverse_none():
+    for depth in (4, 16):
+        net, x = of_depth(gated, depth), image()
+        # the first anchor is half of the input itself, copied by the split; the second is the other half
+        assert revflow.measure_memory(lambda net=net, x=x: net(x)).kept == (2 + depth) * STREAM
+        assert revflow.measure_memory(lambda net=net, x=x: net.inverse(x)).kept == 2 * STREAM
+
+
+def test_peak_of_a_step_grows_by_parameter_gradients_alone():
+    def step(depth):
+        net, x = of_depth(additive, depth), image()
+        parameters = sum(p.nbytes for p in net.parameters())
+        return revflow.measure_memory(lambda: net(x).sum().backward()).peak - parameters
+
+    assert step(16) <= step(4)
+    assert step(64) <= step(16)
+
+
+def test_plain_grows_with_depth():
+    kept = [revflow.measure_memory(lambda d=d: of_depth(additive, d).plain(image())).kept for d in (4, 8)]
+    assert kept[1] > 1.5 * kept[0]
+
+
+def test_no_byte_is_left_behind():
+    """After partial gradients, a dropped output and an exception in the rerun, with garbage collection off."""
+    net, x = of_depth(additive, 6), image().requires_grad_()
+
+    class InjectedError(Exception):
+        pass
+
+    def fail(*_):
+        if revflow.is_recomputing():
+            raise InjectedError
+
+    def misuse():
+        y = net(x)
+        for k in range(6):
+            torch.autograd.grad(y.sum(), net[k].F.last.weight, retain_graph=True)
+        hook = net[2].F.register_forward_hook(fail)
+        with pytest.raises(InjectedError):
+            torch.autograd.grad(y.sum(), x, retain_graph=True)
+        hook.remove()
+        expected = torch.autograd.grad(net.plain(x).sum(), x)[0]
+        assert torch.allclose(torch.autograd.grad(y.sum(), x, retain_graph=True)[0], expected)
+        net(x)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert revflow.measure_memory(misuse).kept == 0
+    finally:
+        gc.enable()
+
+
+def training_step():
+    torch.manual_seed(0)
+    blocks = [additive(4), revflow.PixelUnshuffle(2), gated(16, dropout=0.5)]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), revflow.ReversibleSequence(blocks))
+    x = torch.randn(2, 3, 14, 10)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(x).square().mean().backward()
+    optimizer.step()
+
+
+def test_predicted_equals_tracked():
+    tracked = revflow.measure_memory(training_step)
+    predicted = revflow.measure_memory(training_step, predict=True)
+    assert (tracked.how, predicted.how) == ("tracked", "predicted")
+    assert tracked.peak == predicted.peak > 0
+
+
+def test_tracked_counts_by_hand():
+    def step():
+        a = torch.empty(1000, dtype=torch.float64)  # 8000
+        b = a + 1  # 16000 alive
+        del a
+        c = b.view(10, 100)[3:]  # a view is free
+        return c, torch.empty(10, dtype=torch.uint8)
+
+    report = revflow.measure_memory(step)
+    assert (report.peak, report.kept) == (16_000, 8_010)
+    assert "kept" in str(report) and "tracked" in str(report)
+
+
+def test_unknown_device_is_refused():
+    with pytest.raises(ValueError, match="CPU and CUDA"):
+        revflow.measure_memory(training_step, device="meta")
+
+
+@pytest.mark.cuda
+def test_cuda_counts_by_hand():
+    report = revflow.measure_memory(lambda: torch.empty(1000, dtype=torch.float64, device="cuda") + 1, device="cuda")
+    assert (report.peak, report.kept, report.how) == (16_000, 8_000, "cuda")

@@ -1,12 +1,14 @@
 """Packages: the engine `revflow`, and CrevNet, which lives in models/ and is imported as `crevnet`."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="revflow",
     version="0.1.0",
     description="Reversible backpropagation for PyTorch: train deep networks without storing activations",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
@@ -15,7 +17,15 @@ setup(
     package_data={"revflow": ["py.typed"]},
     install_requires=["torch>=2.6"],
     extras_require={
-        "crevnet": ["h5py", "jsonargparse[signatures]>=4.40", "lightning>=2.5", "matplotlib", "numpy", "rich", "tensorboard"],
+        "crevnet": [
+            "h5py",
+            "jsonargparse[signatures]>=4.40",
+            "lightning>=2.5",
+            "matplotlib",
+            "numpy",
+            "rich",
+            "tensorboard",
+        ],
         "bench": ["matplotlib", "pytest-benchmark", "rich"],
         "dev": ["hypothesis", "mypy", "pytest", "ruff"],
     },

@@ -49,12 +49,14 @@ class Coupling(Bijection):
         self.G = G
         self.rotation = 1 if G is None else 0
 
+    @staticmethod
     @abstractmethod
-    def combine(self, x: Tensor, *coefficients: Tensor) -> Tensor:
+    def combine(x: Tensor, *coefficients: Tensor) -> Tensor:
         """The changed stream: elementwise, of x's shape and dtype."""
 
+    @staticmethod
     @abstractmethod
-    def separate(self, y: Tensor, *coefficients: Tensor) -> Tensor:
+    def separate(y: Tensor, *coefficients: Tensor) -> Tensor:
         """The x that `combine` maps to `y`."""
 
     def forward(self, *streams: Tensor, **context: Any) -> Streams:
@@ -105,10 +107,12 @@ class AdditiveCoupling(Coupling):
 
     coefficients = ("shift",)
 
-    def combine(self, x: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+    @staticmethod
+    def combine(x: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
         return x + shift
 
-    def separate(self, y: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+    @staticmethod
+    def separate(y: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
         return y - shift
 
 
@@ -117,10 +121,12 @@ class AffineCoupling(Coupling):
 
     coefficients = ("log_scale", "shift")
 
-    def combine(self, x: Tensor, log_scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+    @staticmethod
+    def combine(x: Tensor, log_scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
         return x * torch.exp(log_scale) + shift
 
-    def separate(self, y: Tensor, log_scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+    @staticmethod
+    def separate(y: Tensor, log_scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
         return (y - shift) * torch.exp(-log_scale)
 
 
@@ -135,11 +141,13 @@ class GatedCoupling(Coupling):
     coefficients = ("gate_logit", "h")
     ill_conditioned = True
 
-    def combine(self, x: Tensor, gate_logit: Tensor, h: Tensor) -> Tensor:  # type: ignore[override]
+    @staticmethod
+    def combine(x: Tensor, gate_logit: Tensor, h: Tensor) -> Tensor:  # type: ignore[override]
         g, rest = _gate(gate_logit)
         return (rest * x + g * h).to(x.dtype)
 
-    def separate(self, y: Tensor, gate_logit: Tensor, h: Tensor) -> Tensor:  # type: ignore[override]
+    @staticmethod
+    def separate(y: Tensor, gate_logit: Tensor, h: Tensor) -> Tensor:  # type: ignore[override]
         g, rest = _gate(gate_logit)
         return ((y - g * h) / rest).to(y.dtype)
 

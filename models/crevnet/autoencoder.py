@@ -1,0 +1,81 @@
+"""The two-way autoencoder: a bijection whose forward pass encodes and whose inverse decodes (Yu et al. 2019, section 2.1).
+
+Shapes: B batch, C channels of a frame, H x W its height and width, D the downsampling, N channels of one latent stream.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import revflow
+from crevnet.config import CrevNetConfig
+
+Latent = tuple[Tensor, Tensor]
+"""Two streams, each (B, N, H / D, W / D)."""
+
+
+class TwoWayAutoencoder(nn.Module):
+    """Frames (B, C, H, W) <-> latents, with one set of parameters for both ways and no activation stored between blocks.
+
+    The blocks are i-RevNet's with one coupling and a swap each, as in the authors' code. The frame is unshuffled first and
+    then split, so that the two streams begin as its even and its odd rows. H and W have to be multiples of D.
+    """
+
+    def __init__(self, config: CrevNetConfig) -> None:
+        super().__init__()
+        self._unshuffle = revflow.PixelUnshuffle(2)
+        blocks: list[nn.Module] = []
+        width = 2 * config.input_channels
+        for count, stride in zip(config.blocks, config.strides, strict=True):
+            for k in range(count):
+                step = stride if k == 0 else 1
+                if step > 1:
+                    blocks.append(revflow.PixelUnshuffle(step))
+                blocks.append(revflow.AdditiveCoupling(_residual(width, step, config.bottleneck, first=not blocks)))
+                width *= step**2
+        self.blocks = revflow.ReversibleSequence(blocks)
+
+    def encode(self, frames: Tensor) -> Latent:
+        """E of the paper's eq. 1."""
+        (cells,) = self._unshuffle(frames)
+        even, odd = cells.chunk(2, 1)
+        z1, z2 = self.blocks((even, odd))
+        return z1, z2
+
+    def decode(self, latent: Latent) -> Tensor:
+        """E⁻¹ of the paper's eq. 4: the frames whose encoding `latent` is."""
+        even_odd = self.blocks.inverse(latent)
+        (frames,) = self._unshuffle.inverse(torch.cat(even_odd, 1))
+        return frames
+
+
+class _Shuffle(nn.Module):
+    """The inverse of PixelUnshuffle: lets a strided convolution see the stream at its resolution before the unshuffle."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self._unshuffle = revflow.PixelUnshuffle(factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._unshuffle.inverse(x)[0]
+
+
+def _residual(width: int, stride: int, bottleneck: int, first: bool) -> nn.Sequential:
+    """F of a block: three 3x3 convolutions, pre-activated except in the very first block.
+
+    `width` counts the channels of a stream in front of the block's unshuffle by `stride`.
+    """
+    out = width * stride**2
+    inner = max(out // bottleneck, 1)
+    return nn.Sequential(
+        *([_Shuffle(stride)] if stride > 1 else []),
+        *([] if first else [nn.GroupNorm(1, width), nn.ReLU()]),
+        nn.Conv2d(width, inner, 3, stride=stride, padding=1, bias=False),
+        nn.GroupNorm(1, inner),
+        nn.ReLU(),
+        nn.Conv2d(inner, inner, 3, padding=1, bias=False),
+        nn.GroupNorm(1, inner),
+        nn.ReLU(),
+        nn.Conv2d(inner, out, 3, padding=1, bias=False),
+    )

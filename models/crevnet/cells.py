@@ -1,0 +1,66 @@
+"""Recurrent cells: states are values that come in and go out, never kept on a module.
+
+Shapes: x, h, c, m are all (B, N, H, W), with N the channels of one latent stream. Gates are 3x3 convolutions with bias.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class CellState(NamedTuple):
+    """A cell's state after a step."""
+
+    h: Tensor
+    c: Tensor
+
+
+class ConvLSTMCell(nn.Module):
+    """ConvLSTM (Shi et al. 2015), without peepholes: i, f, g, o from [x, h]; c = f c + i g; h = o tanh(c)."""
+
+    has_memory = False
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gates = nn.Conv2d(2 * channels, 4 * channels, 3, padding=1)
+
+    def forward(self, x: Tensor, state: CellState, memory: Tensor | None) -> tuple[CellState, Tensor | None]:
+        i, f, g, o = self.gates(torch.cat((x, state.h), 1)).chunk(4, 1)
+        c = torch.sigmoid(f) * state.c + torch.sigmoid(i) * torch.tanh(g)
+        return CellState(torch.sigmoid(o) * torch.tanh(c), c), memory
+
+
+class STLSTMCell(nn.Module):
+    """The spatiotemporal LSTM of CrevNet's authors, after PredRNN (Wang et al. 2017).
+
+    i, f, g from [x, h, c] give c = f c + i g; i', f', g' from [x, m, c] give m = f' m + i' g', with the new c;
+    o from [x, h, c, m]; h = o tanh(W [c, m]). The memory m passes up through the modules of one step.
+    """
+
+    has_memory = True
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.temporal = nn.Conv2d(3 * channels, 3 * channels, 3, padding=1)
+        self.spatial = nn.Conv2d(3 * channels, 3 * channels, 3, padding=1)
+        self.output = nn.Conv2d(4 * channels, channels, 3, padding=1)
+        self.merge = nn.Conv2d(2 * channels, channels, 1)
+
+    def forward(self, x: Tensor, state: CellState, memory: Tensor | None) -> tuple[CellState, Tensor | None]:
+        assert memory is not None
+        c = _gated(self.temporal(torch.cat((x, state.h, state.c), 1)), state.c)
+        m = _gated(self.spatial(torch.cat((x, memory, c), 1)), memory)
+        o = torch.sigmoid(self.output(torch.cat((x, state.h, c, m), 1)))
+        h = o * torch.tanh(self.merge(torch.cat((c, m), 1)))
+        return CellState(h, c), m
+
+
+CELLS: dict[str, type[ConvLSTMCell] | type[STLSTMCell]] = {"convlstm": ConvLSTMCell, "st-lstm": STLSTMCell}
+
+
+def _gated(gates: Tensor, old: Tensor) -> Tensor:
+    i, f, g = gates.chunk(3, 1)
+    return torch.sigmoid(f) * old + torch.sigmoid(i) * torch.tanh(g)

@@ -1,0 +1,136 @@
+"""The command line: crevnet fit | evaluate | predict | show | data synth. What each does is in `commands`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+
+from crevnet.config import PRESETS
+from crevnet.data import DataError, SyntheticCity
+from crevnet.network import Feedback
+from crevnet.settings import DataSettings, Parser, RunSettings, SettingsError, add_sections, load_settings
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command. An error is one line on stderr and exit status 2."""
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    warnings.showwarning = lambda message, *_, **__: errors.print(f"[yellow]warning:[/] {escape(str(message))}")
+    try:
+        _run(sys.argv[1:] if arguments is None else list(arguments))
+    except (SettingsError, DataError) as error:
+        errors.print(f"[red]crevnet:[/] {escape(str(error))}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("[red]crevnet:[/] interrupted")
+        sys.exit(130)
+
+
+def _run(arguments: list[str]) -> None:
+    parser = _parser(arguments)
+    parsed = parser.parse_args(arguments)
+    try:
+        options = parser.instantiate(parsed)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    from crevnet import commands  # Lightning takes seconds to import: not for --help or a mistyped option
+
+    command = parsed.command
+    chosen = options[command]
+    if command == "fit":
+        commands.fit(RunSettings(chosen.model, chosen.data, chosen.training), chosen.out, chosen.resume)
+    elif command == "evaluate":
+        commands.evaluate(chosen.run, chosen.data, chosen.checkpoint, chosen.feedback, chosen.json)
+    elif command == "predict":
+        when = (chosen.city, chosen.date, chosen.slot)
+        out = chosen.out or chosen.run
+        commands.predict(chosen.run, chosen.data, chosen.checkpoint, chosen.feedback, *when, chosen.channel, out)
+    elif command == "show":
+        commands.show(chosen.path, chosen.slot, chosen.out)
+    else:
+        commands.synth(chosen.synth.root, chosen.synth.city)
+
+
+def _parser(arguments: list[str]) -> Parser:
+    parser = Parser(prog="crevnet", description="CrevNet: video prediction by a reversible network.")
+    parsers = parser.add_subcommands(dest="command", required=True, metavar="COMMAND")
+
+    fit = Parser(
+        description="Train a model. Leaves its configuration, checkpoints and TensorBoard's logs in a run folder."
+    )
+    fit.add_argument(
+        "--config", action="config", help="YAML file with any of the values below, a run's config.yaml say"
+    )
+    fit.add_argument("--preset", type=Literal[tuple(PRESETS)], default="paper", help="the architecture to start from")
+    fit.add_argument("--out", type=Path, default=Path("runs/crevnet"), help="the run's folder")
+    fit.add_argument("--resume", type=bool, default=False, help="go on from the run's last checkpoint")
+    add_sections(fit, PRESETS[_preset(arguments)])
+    parsers.add_subcommand("fit", fit, help="train a model")
+
+    evaluate = Parser(description="Score a trained model on its validation days, beside the naive forecasts.")
+    _add_run(evaluate, arguments)
+    evaluate.add_argument("--json", type=Path | None, default=None, help="write the scores to this file too")
+    parsers.add_subcommand("evaluate", evaluate, help="score a trained model beside the naive forecasts")
+
+    predict = Parser(description="Predict the frames after a slot of a validation day. Writes HDF5, a PNG and a GIF.")
+    _add_run(predict, arguments)
+    predict.add_argument("--city", type=str | None, default=None, help="which city; the first if not given")
+    predict.add_argument("--date", type=str | None, default=None, help="which day, YYYYMMDD; the first if not given")
+    predict.add_argument("--slot", type=int | None, default=None, help="first slot to predict; 08:00 if not given")
+    predict.add_argument("--channel", type=int, default=1, help="channel in the pictures: 0 volume, 1 speed, 2 heading")
+    predict.add_argument("--out", type=Path | None, default=None, help="folder for the results; the run's if not given")
+    parsers.add_subcommand("predict", predict, help="predict frames; write HDF5 and pictures")
+
+    show = Parser(description="Show what a run's folder or a day file holds.")
+    show.add_argument("path", type=Path, help="a run's folder, or a day file (.h5)")
+    show.add_argument("--slot", type=int, default=96, help="the day's slot to draw")
+    show.add_argument("--out", type=Path | None, default=None, help="draw the day's slot to this PNG")
+    parsers.add_subcommand("show", show, help="show what a run or a day file holds")
+
+    data = Parser(description="Make data.")
+    parsers.add_subcommand("data", data, help="make data")
+    kinds = data.add_subcommands(dest="command", required=True, metavar="COMMAND")
+    synth = Parser(description="Write a synthetic city, in exactly Traffic4cast's files.")
+    synth.add_argument("root", type=Path, help="folder to write the city to")
+    synth.add_class_arguments(SyntheticCity, "city")
+    kinds.add_subcommand("synth", synth, help="write a synthetic city")
+    return parser
+
+
+def _add_run(parser: Parser, arguments: list[str]) -> None:
+    parser.add_argument("run", type=Path, help="the folder that `crevnet fit` wrote")
+    parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="which of its checkpoints")
+    parser.add_argument(
+        "--feedback", type=Feedback, default="latent", help="what is fed back: latents, or decoded frames"
+    )
+    parser.add_class_arguments(DataSettings, "data", default=_data_of_run(arguments))
+
+
+def _preset(arguments: list[str]) -> str:
+    """The preset named on the command line: it gives the defaults of the model's options."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == "--preset":
+            name = following
+        elif argument.startswith("--preset="):
+            name = argument.partition("=")[2]
+        else:
+            continue
+        if name in PRESETS:
+            return name
+    return "paper"
+
+
+def _data_of_run(arguments: list[str]) -> dict[str, Any] | None:
+    """The data settings of the run that the command line names: the defaults of its data options."""
+    if len(arguments) < 2 or arguments[0] not in ("evaluate", "predict") or arguments[1].startswith("-"):
+        return None
+    return load_settings(Path(arguments[1])).data.__dict__
+
+
+if __name__ == "__main__":
+    main()

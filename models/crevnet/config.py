@@ -1,0 +1,85 @@
+"""What a CrevNet is made of, and the presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Cell = Literal["st-lstm", "convlstm"]
+
+
+@dataclass(frozen=True)
+class CrevNetConfig:
+    """The architecture.
+
+    Args:
+        channels: data channels of a frame (Traffic4cast 2019: volume, speed, heading).
+        road_map: add the road map as one more input channel.
+        blocks: reversible blocks in each stage of the autoencoder; a block counts as three layers in the paper.
+        strides: downsampling of each stage, 1 or 2. The frame itself is downsampled by 2 in front of the first stage.
+        bottleneck: a block's inner width is its stream's width divided by this.
+        modules: number of reversible predictive modules.
+        cell: the recurrent cell of each module.
+        past: frames seen.
+        horizon: frames predicted.
+    """
+
+    channels: int = 3
+    road_map: bool = True
+    blocks: tuple[int, ...] = (3, 3, 3, 3)
+    strides: tuple[int, ...] = (1, 2, 2, 2)
+    bottleneck: int = 4
+    modules: int = 8
+    cell: Cell = "st-lstm"
+    past: int = 9
+    horizon: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "bottleneck", "modules", "past", "horizon"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} has to be at least 1, not {getattr(self, name)}")
+        if not self.blocks or len(self.blocks) != len(self.strides):
+            raise ValueError(
+                f"blocks and strides need one entry a stage; got {len(self.blocks)} and {len(self.strides)} entries"
+            )
+        if min(self.blocks) < 1 or not set(self.strides) <= {1, 2}:
+            raise ValueError(f"blocks have to be at least 1 and strides 1 or 2; got {self.blocks} and {self.strides}")
+        if self.cell not in ("st-lstm", "convlstm"):
+            raise ValueError(f"cell has to be st-lstm or convlstm, not {self.cell!r}")
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of a frame as the network sees it."""
+        return self.channels + self.road_map
+
+    @property
+    def downsampling(self) -> int:
+        """Height and width of a frame are padded to multiples of this."""
+        factor = 2
+        for stride in self.strides:
+            factor *= stride
+        return factor
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of one stream in each stage."""
+        width, widths = 2 * self.input_channels, []
+        for stride in self.strides:
+            width *= stride**2
+            widths.append(width)
+        return tuple(widths)
+
+    @property
+    def window(self) -> int:
+        """Frames in a training window."""
+        return self.past + self.horizon
+
+
+PRESETS = {
+    # Yu et al. 2019: 36 layers, 8 modules, 9 frames -> 3
+    "paper": CrevNetConfig(),
+    # their published Traffic4cast code: 24 layers, 6 modules, 5 frames -> 3
+    "authors": CrevNetConfig(blocks=(2, 2, 2, 2), modules=6, past=5),
+    # trains in minutes on two CPU cores: for tests and the demo
+    "tiny": CrevNetConfig(blocks=(1, 1, 1), strides=(1, 2, 2), modules=2, past=6, horizon=3),
+}

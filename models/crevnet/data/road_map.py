@@ -1,0 +1,95 @@
+"""Road maps: how often each pixel of a city has data, computed once and kept in the user's cache folder."""
+
+import hashlib
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from crevnet.data.traffic4cast import DataError, DayFile, check_frame_sizes, sample_frames
+
+
+def road_map(days: Sequence[DayFile], slots: tuple[int, int] | None = None, frames: int = 1200) -> torch.Tensor:
+    """The share of frames in which a pixel had data (any channel non-zero), float32 (1, H, W) in [0, 1].
+
+    Taken from at most `frames` frames, spread evenly over the half-open range `slots` (None: the whole day) of `days`,
+    all of one city. Raises ValueError without days or frames and DataError for slots that a day does not hold.
+    """
+    if not days or frames < 1:
+        raise ValueError(f"a road map needs at least one day and one frame, got {len(days)} days and frames={frames}")
+    check_frame_sizes(days)
+    seen, count = np.zeros(days[0].shape[1:3], dtype=np.int64), 0
+    for frame in sample_frames(days, slots, frames):
+        seen += frame.any(axis=-1)
+        count += 1
+    return torch.from_numpy((seen / count).astype(np.float32))[None]
+
+
+def cached_road_map(days: Sequence[DayFile], slots: tuple[int, int] | None = None, frames: int = 1200) -> torch.Tensor:
+    """`road_map`, kept as .npy in `$CREVNET_CACHE/road_maps` (by default `~/.cache/crevnet/road_maps`).
+
+    A change of the files, of slots or of frames computes it anew; so does a cache file that cannot be read. A cache
+    folder that cannot be written is no error.
+    """
+    path = _cache_folder() / f"{_key(days, slots, frames)}.npy"
+    cached = _load(path)
+    if cached is not None and days and cached.shape == (1, *days[0].shape[1:3]):
+        return torch.from_numpy(cached)
+    computed = road_map(days, slots, frames)
+    _save(path, computed.numpy())
+    return computed
+
+
+def road_maps(days: Sequence[DayFile], slots: tuple[int, int] | None = None) -> dict[str, torch.Tensor]:
+    """City -> cached road map, float32 (1, H, W), of all its days in `days`."""
+    by_city = defaultdict(list)
+    for day in days:
+        by_city[day.city].append(day)
+    return {city: cached_road_map(of_city, slots) for city, of_city in by_city.items()}
+
+
+def _cache_folder() -> Path:
+    folder = os.environ.get("CREVNET_CACHE")
+    if not folder:
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "crevnet")
+    return Path(folder) / "road_maps"
+
+
+def _key(days: Sequence[DayFile], slots: tuple[int, int] | None, frames: int) -> str:
+    files = []
+    for day in days:
+        try:
+            status = day.path.stat()
+        except OSError as error:
+            raise DataError(f"{day.path} cannot be read ({error.strerror}); open the days again") from error
+        files.append((str(day.path.resolve()), status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(repr((files, slots, frames)).encode()).hexdigest()
+
+
+def _load(path: Path) -> np.ndarray | None:
+    try:
+        with path.open("rb") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    return array if array.dtype == np.float32 else None
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Written under another name first, so that no reader ever meets a half-written map.
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
+            try:
+                np.save(file, array, allow_pickle=False)
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError:
+        return  # the cache only saves time

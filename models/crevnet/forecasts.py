@@ -1,0 +1,52 @@
+"""Forecasts that need no training, to stand beside CrevNet's.
+
+Each maps the past frames (B, T, C, H, W) to (B, horizon, C, H, W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from crevnet.data import DayFile, sample_frames
+
+Forecast = Callable[[Tensor], Tensor]
+
+
+def zeros(horizon: int) -> Forecast:
+    """No data anywhere."""
+    return lambda past: past.new_zeros(past.shape[0], horizon, *past.shape[2:])
+
+
+def last_frame(horizon: int) -> Forecast:
+    """The last frame seen, again and again."""
+    return lambda past: _repeated(past[:, -1], horizon)
+
+
+def mean_of_three(horizon: int) -> Forecast:
+    """The mean of the last three frames: the organisers' baseline."""
+    return lambda past: _repeated(past[:, -3:].mean(1), horizon)
+
+
+def training_mean(mean: Tensor, horizon: int) -> Forecast:
+    """The same `mean` (C, H, W) at every time: each pixel's mean over the training days."""
+    return lambda past: _repeated(mean.to(past).expand(past.shape[0], -1, -1, -1), horizon)
+
+
+def pixel_means(days: Sequence[DayFile], slots: tuple[int, int] | None = None, frames: int = 1200) -> dict[str, Tensor]:
+    """Each city's mean frame (C, H, W), in [0, 1], over at most `frames` frames spread evenly over its days and slots."""
+    means = {}
+    for city in sorted({day.city for day in days}):
+        chosen = [day for day in days if day.city == city]
+        total, count = torch.zeros(()), 0
+        for frame in sample_frames(chosen, slots, frames):
+            total = total + torch.from_numpy(frame.astype("float32")).div_(255)
+            count += 1
+        means[city] = (total / count).permute(2, 0, 1)
+    return means
+
+
+def _repeated(frame: Tensor, horizon: int) -> Tensor:
+    return frame[:, None].expand(-1, horizon, *frame.shape[1:])

@@ -1,0 +1,131 @@
+"""CrevNet: Conditionally Reversible Video Prediction (Yu et al. 2019, https://arxiv.org/abs/1910.11577).
+
+Shapes: B batch, T frames, C data channels, H x W a frame's height and width; Ci, Hp, Wp as the network sees them: with
+the road map as one more channel, and padded at the bottom and the right to multiples of the downsampling. Values in [0, 1].
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crevnet.autoencoder import Latent, TwoWayAutoencoder
+from crevnet.config import CrevNetConfig
+from crevnet.predictor import Predictor, PredictorState
+
+Feedback = Literal["latent", "frame"]
+Loss = Literal["all", "future", "padded"]
+
+
+class CrevNet(nn.Module):
+    """Predicts the next frames of a video, at any frame size.
+
+    `forward` gives the one-step predictions that it is trained on, `generate` the frames after the past ones, `loss` the
+    training loss. Encoder and decoder store no activations (revflow); the predictor trains under ordinary autograd.
+    """
+
+    def __init__(self, config: CrevNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.autoencoder = TwoWayAutoencoder(config)
+        self.predictor = Predictor(config)
+
+    def forward(self, frames: Tensor, road_map: Tensor | None = None) -> Tensor:
+        """One-step predictions: entry t is the frame after frame t, from the true frames up to t.
+
+        Args:
+            frames: (B, T, C, H, W), float.
+            road_map: (B, 1, H, W), where the configuration has one.
+
+        Returns (B, T, C, H, W).
+        """
+        return self._crop(self._one_step(self._prepared(frames, road_map)), frames)
+
+    def loss(self, frames: Tensor, road_map: Tensor | None = None, over: Loss = "all") -> Tensor:
+        """Mean squared error of the one-step predictions within a window of past and future frames (B, T, C, H, W).
+
+        over: "all" predictions, data channels inside the frame alone; "future": those of the last `horizon` frames alone;
+            "padded": all of them with the padding and the road map, as in the authors' code (which sums over the steps).
+        """
+        inputs = self._prepared(frames, road_map)
+        predictions, truth = self._one_step(inputs[:, :-1]), inputs[:, 1:]
+        if over == "padded":
+            return F.mse_loss(predictions, truth)
+        first = {"all": 0, "future": -self.config.horizon}[over]
+        return F.mse_loss(self._crop(predictions, frames)[:, first:], frames[:, 1:][:, first:])
+
+    @torch.no_grad()
+    def generate(
+        self, past: Tensor, road_map: Tensor | None = None, horizon: int | None = None, feedback: Feedback = "latent"
+    ) -> Tensor:
+        """The frames after `past` (B, T, C, H, W): (B, horizon, C, H, W), not clipped.
+
+        feedback: "latent" feeds the predicted latent to the next step, never encoding again (the paper's section 2.1);
+            "frame" decodes the prediction, puts the road map and the padding back, and encodes it (the authors' code).
+        """
+        inputs = self._prepared(past, road_map)
+        latent: Latent = self.autoencoder.encode(inputs[:, 0])
+        state = self.predictor.initial_state(latent)
+        for t in range(inputs.shape[1]):
+            latent, state = self.predictor(self.autoencoder.encode(inputs[:, t]), state)
+        frames = [self._crop(self.autoencoder.decode(latent), past)]
+        while len(frames) < (self.config.horizon if horizon is None else horizon):
+            if feedback == "frame":
+                latent = self.autoencoder.encode(self._prepared(frames[-1][:, None], road_map)[:, 0])
+            latent, state = self.predictor(latent, state)
+            frames.append(self._crop(self.autoencoder.decode(latent), past))
+        return torch.stack(frames, 1)
+
+    def step(self, frame: Tensor, state: PredictorState | None = None) -> tuple[Tensor, PredictorState]:
+        """One time step on whole frames: (B, Ci, Hp, Wp) -> the predicted next one, of the same shape, and the state."""
+        latent = self.autoencoder.encode(frame)
+        latent, state = self.predictor(latent, self.predictor.initial_state(latent) if state is None else state)
+        return self.autoencoder.decode(latent), state
+
+    def recover(self, prediction: Tensor, before: PredictorState, after: PredictorState) -> Tensor:
+        """Eq. 5: the frame that `step` was given, from the frame that it predicted, (B, Ci, Hp, Wp).
+
+        before: the state that the step was given. after: the state that it returned, of which the memories alone are
+            used. `Predictor.inverse` states the error.
+        """
+        return self.autoencoder.decode(self.predictor.inverse(self.autoencoder.encode(prediction), before, after))
+
+    def _one_step(self, inputs: Tensor) -> Tensor:
+        """(B, T, Ci, Hp, Wp) -> the predictions of the frames that follow each, of the same shape."""
+        batch, steps = inputs.shape[:2]
+        z1, z2 = (z.unflatten(0, (batch, steps)) for z in self.autoencoder.encode(inputs.flatten(0, 1)))
+        state = self.predictor.initial_state((z1[:, 0], z2[:, 0]))
+        outputs: list[Latent] = []
+        for t in range(steps):
+            latent, state = self.predictor((z1[:, t], z2[:, t]), state)
+            outputs.append(latent)
+        z1, z2 = (torch.stack(stream, 1).flatten(0, 1) for stream in zip(*outputs, strict=True))
+        return self.autoencoder.decode((z1, z2)).unflatten(0, (batch, steps))
+
+    def _prepared(self, frames: Tensor, road_map: Tensor | None) -> Tensor:
+        """(B, T, C, H, W) -> (B, T, Ci, Hp, Wp)."""
+        if frames.dim() != 5 or frames.shape[2] != self.config.channels:
+            raise ValueError(
+                f"frames have to be (batch, time, {self.config.channels} channels, height, width); got {tuple(frames.shape)}"
+            )
+        if (road_map is not None) != self.config.road_map:
+            raise ValueError(
+                "this model takes a road map: pass road_map="
+                if self.config.road_map
+                else "this model takes no road map"
+            )
+        if road_map is not None:
+            expected = (frames.shape[0], 1, *frames.shape[-2:])
+            if road_map.shape != expected:
+                raise ValueError(f"road_map has to be {expected} for these frames; got {tuple(road_map.shape)}")
+            frames = torch.cat((frames, road_map[:, None].expand(-1, frames.shape[1], -1, -1, -1)), 2)
+        height, width = frames.shape[-2:]
+        d = self.config.downsampling
+        return F.pad(frames, (0, -width % d, 0, -height % d))
+
+    def _crop(self, frames: Tensor, like: Tensor) -> Tensor:
+        """(..., Ci, Hp, Wp) -> (..., C, H, W), the data channels inside the frame."""
+        return frames[..., : self.config.channels, : like.shape[-2], : like.shape[-1]]

@@ -1,0 +1,149 @@
+"""What a run is set up with: the sections of the configuration file, each value an option of the command line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import jsonargparse
+import yaml
+
+from crevnet.config import PRESETS, CrevNetConfig
+from crevnet.network import Loss
+
+
+class SettingsError(Exception):
+    """Something on the command line or in a configuration file is wrong: one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the frames are, and which of them to use.
+
+    Args:
+        root: folder that holds the cities, <root>/<City>/<City>_training/YYYYMMDD_100m_bins.h5
+        cities: names of the cities to use; all that are found if not given.
+        training_split: which of a city's folders to train on.
+        training_slots: train on this range of each day's slots, [first, past-the-last]; the whole day if not given.
+        validation_split: which of a city's folders to validate and evaluate on.
+        validation_slots: validate on this range of each day's slots; the whole day if not given.
+        stride: start a training window every so many slots.
+        validation_stride: start a validation window every so many slots; by default windows do not overlap.
+        skip_damaged: leave damaged day files out with a warning, instead of stopping.
+        batch_size: windows in a batch.
+        workers: processes that read ahead; 0 reads in the training process.
+    """
+
+    root: Path | None = None
+    cities: list[str] | None = None
+    training_split: str = "training"
+    training_slots: tuple[int, int] | None = None
+    validation_split: str = "validation"
+    validation_slots: tuple[int, int] | None = None
+    stride: int = 1
+    validation_stride: int | None = None
+    skip_damaged: bool = False
+    batch_size: int = 1
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("stride", "batch_size", "validation_stride"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} has to be at least 1, not {value}")
+        if self.workers < 0:
+            raise ValueError(f"data.workers cannot be negative; got {self.workers}")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train.
+
+    Args:
+        epochs: passes over the data, or over `batches` of it.
+        batches: training batches in an epoch; all of them if not given.
+        validation_batches: validation batches after each epoch; all of them if not given.
+        learning_rate: Adam's.
+        loss: "all" one-step predictions of a window, those of the "future" frames alone, or "padded": all of them with
+            padding and road map, as in the authors' code.
+        accumulate: batches whose gradients are added up before each step of the optimizer.
+        precision: Lightning's name for it: 32-true, 16-mixed (V100), bf16-mixed, 64-true.
+        max_minutes: stop after so many minutes, wherever training is.
+        accelerator: Lightning's name for it: auto, cpu, gpu.
+        devices: number of devices to train on.
+        seed: of the initial weights and the order of the windows.
+    """
+
+    epochs: int = 100
+    batches: int | None = None
+    validation_batches: int | None = None
+    learning_rate: float = 2e-4
+    loss: Loss = "all"
+    accumulate: int = 1
+    precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
+    max_minutes: float | None = None
+    accelerator: str = "auto"
+    devices: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batches", "validation_batches", "accumulate", "devices"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"training.{name} has to be at least 1, not {value}")
+        for name in ("learning_rate", "max_minutes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"training.{name} has to be positive, not {value}")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """All of a run's settings, kept as config.yaml in its folder."""
+
+    model: CrevNetConfig = field(default_factory=CrevNetConfig)
+    data: DataSettings = field(default_factory=DataSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        plain = yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
+        (folder / "config.yaml").write_text(plain, encoding="utf-8")
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Raises SettingsError where argparse would print its usage and exit."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise SettingsError(f"{' '.join(message.split())} (see {self.prog} --help)") from ex
+
+
+def add_sections(parser: Parser, model: CrevNetConfig) -> None:
+    """Options for every value of a run's settings, with `model` for the defaults of the architecture."""
+    parser.add_class_arguments(CrevNetConfig, "model", default=asdict(model))
+    parser.add_class_arguments(DataSettings, "data")
+    parser.add_class_arguments(TrainingSettings, "training")
+
+
+def load_settings(run: Path) -> RunSettings:
+    """The config.yaml of a run's folder. Raises SettingsError where it is missing or wrong."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise SettingsError(f"{run} is no run's folder, it has no config.yaml: train one with crevnet fit --out {run}")
+    parser = Parser(prog="crevnet")
+    add_sections(parser, PRESETS["paper"])
+    try:
+        sections = parser.instantiate(parser.parse_path(str(path)))
+    except (SettingsError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path}: {' '.join(str(error).split())}") from error
+    return RunSettings(sections.model, sections.data, sections.training)
+
+
+def _plain(value: object) -> object:
+    """Tuples and paths as YAML knows them."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value

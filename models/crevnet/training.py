@@ -1,0 +1,156 @@
+"""Training on Lightning, and what a run's folder holds: config.yaml, checkpoints/, tensorboard/."""
+
+from __future__ import annotations
+
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from crevnet.config import CrevNetConfig
+from crevnet.data import DataError, DayFile, Traffic4cast, open_days, road_maps
+from crevnet.network import CrevNet
+from crevnet.settings import DataSettings, RunSettings, TrainingSettings
+
+
+class CrevNetTask(lightning.LightningModule):
+    """The training step, the validation score (MSE of the generated future frames) and the optimizer."""
+
+    def __init__(self, model: CrevNetConfig, training: TrainingSettings) -> None:
+        super().__init__()
+        self.network = CrevNet(model)
+        self.training_settings = training
+
+    def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
+        loss = self.network.loss(batch["frames"], self._roads(batch), self.training_settings.loss)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["frames"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], index: int) -> None:
+        past = self.network.config.past
+        forecast = self.network.generate(batch["frames"][:, :past], self._roads(batch)).clamp(0, 1)
+        mse = torch.nn.functional.mse_loss(forecast, batch["frames"][:, past:])
+        self.log("val/mse", mse, prog_bar=True, batch_size=len(batch["frames"]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.network.parameters(), lr=self.training_settings.learning_rate)
+
+    def _roads(self, batch: dict[str, Any]) -> Tensor | None:
+        return batch["road_map"] if self.network.config.road_map else None
+
+
+class CityData:
+    """The days, road maps and windows of a run's cities."""
+
+    def __init__(self, settings: DataSettings, model: CrevNetConfig) -> None:
+        if settings.root is None:
+            raise DataError(
+                "no data folder was given: say --data.root FOLDER, or make a city with `crevnet data synth`"
+            )
+        self._settings = settings
+        self._window = model.window
+        self.training_days = self._open(settings.training_split)
+        channels = self.training_days[0].shape[3]
+        if channels != model.channels:
+            raise DataError(
+                f"{self.training_days[0].path} has {channels} channels, the model {model.channels}: set --model.channels"
+            )
+        self.road_maps = road_maps(self.training_days, settings.training_slots)
+        self.validation_days = self._open(settings.validation_split)
+
+    def training_batches(self) -> DataLoader[dict[str, Any]]:
+        windows = Traffic4cast(
+            self.training_days,
+            self._window,
+            self._settings.training_slots,
+            self._settings.stride,
+            road_maps=self.road_maps,
+        )
+        return self._loader(windows, shuffle=True)
+
+    def validation_batches(self, city: str | None = None) -> DataLoader[dict[str, Any]]:
+        """The validation windows of one city, or of all."""
+        days = [day for day in self.validation_days if city in (None, day.city)]
+        stride = self._settings.validation_stride or self._window
+        windows = Traffic4cast(days, self._window, self._settings.validation_slots, stride, road_maps=self.road_maps)
+        return self._loader(windows, shuffle=False)
+
+    def window(self, day: DayFile, start: int) -> Tensor:
+        """The window (past + horizon, C, H, W) of `day` that begins at slot `start`."""
+        frames: Tensor = Traffic4cast([day], self._window, starts=[start])[0]["frames"]
+        return frames
+
+    def _open(self, split: str) -> list[DayFile]:
+        settings = self._settings
+        assert settings.root is not None
+        return open_days(settings.root, split, settings.cities, settings.skip_damaged)
+
+    def _loader(self, windows: Traffic4cast, shuffle: bool) -> DataLoader[dict[str, Any]]:
+        workers = self._settings.workers
+        return DataLoader(
+            windows, self._settings.batch_size, shuffle=shuffle, num_workers=workers, persistent_workers=workers > 0
+        )
+
+
+def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
+    """Train, and leave config.yaml, checkpoints and TensorBoard's logs in `folder`. Returns the best validation MSE."""
+    training = settings.training
+    last = checkpoint_path(folder, "last")
+    if resume and not last.is_file():
+        raise DataError(f"{last} does not exist, so there is nothing to resume: leave --resume out")
+    lightning.seed_everything(training.seed, workers=True, verbose=False)
+    data = CityData(settings.data, settings.model)
+    batches, validation_batches = data.training_batches(), data.validation_batches()
+    settings.save(folder)
+    best = ModelCheckpoint(last.parent, "best", monitor="val/mse", save_last=True, enable_version_counter=False)
+    trainer = lightning.Trainer(
+        accelerator=training.accelerator,
+        devices=training.devices,
+        precision=training.precision,
+        max_epochs=training.epochs,
+        max_time=None if training.max_minutes is None else timedelta(minutes=training.max_minutes),
+        limit_train_batches=training.batches,
+        limit_val_batches=training.validation_batches,
+        accumulate_grad_batches=training.accumulate,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        logger=TensorBoardLogger(folder, name=None, version="tensorboard"),
+        callbacks=[best, RichProgressBar(leave=True)],
+        enable_model_summary=False,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers")  # a choice: data.workers
+        trainer.fit(
+            CrevNetTask(settings.model, training), batches, validation_batches, ckpt_path=last if resume else None
+        )
+    assert best.best_model_score is not None
+    return best.best_model_score.item()
+
+
+def checkpoint_path(folder: Path, which: str) -> Path:
+    """Where the "best" or the "last" checkpoint of the run in `folder` is."""
+    return folder / "checkpoints" / f"{which}.ckpt"
+
+
+def load_network(folder: Path, model: CrevNetConfig, which: str) -> CrevNet:
+    """The trained network of the run in `folder`: its "best" or "last" checkpoint."""
+    path = checkpoint_path(folder, which)
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: train first, with crevnet fit --out {folder}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:  # a damaged file fails in many ways
+        raise DataError(f"{path} is no readable checkpoint ({type(error).__name__}): train again") from error
+    network = CrevNet(model)
+    try:
+        network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
+    except RuntimeError as error:
+        raise DataError(f"{path} belongs to another architecture than the config.yaml of {folder}") from error
+    return network

@@ -81,5 +81,5 @@ PRESETS = {
     # their published Traffic4cast code: 24 layers, 6 modules, 5 frames -> 3
     "authors": CrevNetConfig(blocks=(2, 2, 2, 2), modules=6, past=5),
     # trains in minutes on two CPU cores: for tests and the demo
-    "tiny": CrevNetConfig(blocks=(1, 1, 1), strides=(1, 2, 2), modules=2, past=6, horizon=3),
+    "tiny": CrevNetConfig(blocks=(1, 1), strides=(1, 2), modules=2, past=6, horizon=3),
 }

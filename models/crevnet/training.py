@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -109,6 +110,7 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     data = CityData(settings.data, settings.model)
     batches, validation_batches = data.training_batches(), data.validation_batches()
     settings.save(folder)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     best = ModelCheckpoint(last.parent, "best", monitor="val/mse", save_last=True, enable_version_counter=False)
     trainer = lightning.Trainer(
         accelerator=training.accelerator,
@@ -127,6 +129,7 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers")  # a choice: data.workers
+        warnings.filterwarnings("ignore", ".*LeafSpec")  # Lightning's own business with PyTorch
         trainer.fit(
             CrevNetTask(settings.model, training), batches, validation_batches, ckpt_path=last if resume else None
         )

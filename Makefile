@@ -18,6 +18,7 @@ help:
 
 demo: .venv/.ready
 	$(BIN)/crevnet data synth $(DEMO)/data --city.height 128 --city.width 112 --city.training_days 6
+	rm -rf $(DEMO)/run
 	$(BIN)/crevnet fit --config configs/demo.yaml --data.root $(DEMO)/data --out $(DEMO)/run
 	$(BIN)/crevnet evaluate $(DEMO)/run --json $(DEMO)/scores.json
 	$(BIN)/crevnet predict $(DEMO)/run --out $(DEMO)

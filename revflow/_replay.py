@@ -41,62 +41,105 @@ class Replay:
     """One evaluation of `module` on `device`, to be repeated: `first` once, then `again` any number of times."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._module = module
         self._device = device
-        self._modes = [m.training for m in module.modules()]
         self._autocast = _autocast_states(device)
         self._random: _RandomState | None = None
-        self._buffers: dict[tuple[nn.Module, str], Tensor] = {}
-        held = [(m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None]
-        self.parameters: list[Tensor] = list({id(p): p for _, _, p in held}.values())
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._slots: list[tuple[dict[str, Tensor | None], str, int]] = []
+        self._buffers: list[_Buffer] = []
+        self.parameters: list[Tensor] = []
         """The distinct parameters that the module held, functional_call's substitutes included."""
-        position = {id(p): k for k, p in enumerate(self.parameters)}
-        self._slots = [(m, name, position[id(p)]) for m, name, p in held]
+        # One plain loop: this runs for every conditioner in every forward pass.
+        positions: dict[int, int] = {}
+        for m in module.modules():
+            self._modes.append((m, m.training))
+            for name, parameter in m._parameters.items():
+                if parameter is not None:
+                    position = positions.setdefault(id(parameter), len(self.parameters))
+                    if position == len(self.parameters):
+                        self.parameters.append(parameter)
+                    self._slots.append((m._parameters, name, position))  # type: ignore[arg-type]
+            if m.training:  # an evaluation may change these
+                self._buffers += [
+                    _Buffer(m._buffers, name) for name, buffer in m._buffers.items() if buffer is not None
+                ]
 
     def first(self, evaluate: Callable[[], Any]) -> Any:
         """Run `evaluate()` without a graph and remember what it saw."""
         before = _RandomState(self._device)
-        buffers = [
-            (m, name, buffer, buffer._version, buffer.clone()) for m, name, buffer in _moving_buffers(self._module)
-        ]
+        for buffer in self._buffers:
+            buffer.take()
         with torch.no_grad(), _autocast(self._autocast, self._device):
             result = evaluate()
         if before != _RandomState(self._device):
             self._random = before
-        # BatchNorm moves its statistics without raising their version counters; in train mode it does not read them.
-        for m, name, buffer, version, value in buffers:
-            if m._buffers[name] is not buffer or buffer._version != version:
-                self._buffers[m, name] = value
+        for buffer in self._buffers:
+            buffer.keep_if_changed()
         return result
 
     def again(self, evaluate: Callable[[], Any], parameters: Sequence[Tensor]) -> Any:
         """Run `evaluate()` with a graph, on `parameters` (in the order of `self.parameters`) in the module's slots."""
-        with ExitStack() as stack:
-            stack.enter_context(_recomputing())
-            stack.enter_context(_training_modes(self._module, self._modes))
-            stack.enter_context(self._substituted(parameters))
-            if self._random is not None:
-                stack.enter_context(self._random.restored())
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(_autocast(self._autocast, self._device))
-            return evaluate()
-
-    @contextmanager
-    def _substituted(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Put `parameters`, and copies of the buffers, in their slots; what was there comes back afterwards."""
-        own_parameters = [(m, name, m._parameters[name]) for m, name, _ in self._slots]
-        own_buffers = _moving_buffers(self._module)
+        now = [(m, m.training) for m, _ in self._modes]
+        held = [(slots, name, slots[name]) for slots, name, _ in self._slots]
+        random = None if self._random is None else _RandomState(self._device)
+        outer = is_recomputing()
+        _thread.recomputing = True
         try:
-            for m, name, k in self._slots:
-                m._parameters[name] = parameters[k]  # type: ignore[assignment]
-            for m, name, buffer in own_buffers:
-                m._buffers[name] = self._buffers.get((m, name), buffer).clone()
-            yield
+            _set_modes(self._modes)
+            for slots, name, position in self._slots:
+                slots[name] = parameters[position]
+            for buffer in self._buffers:
+                buffer.lend()
+            if self._random is not None:
+                self._random.restore()
+            with torch.enable_grad(), _autocast(self._autocast, self._device):
+                return evaluate()
         finally:
-            for m, name, parameter in own_parameters:
-                m._parameters[name] = parameter
-            for m, name, buffer in own_buffers:
-                m._buffers[name] = buffer
+            if random is not None:
+                random.restore()
+            for buffer in self._buffers:
+                buffer.give_back()
+            for slots, name, parameter in held:
+                slots[name] = parameter
+            _set_modes(now)
+            _thread.recomputing = outer
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, mode in modes:
+        if module.training != mode:  # setting a module's attribute is slow
+            module.training = mode
+
+
+class _Buffer:
+    """A buffer that an evaluation may change, and its value before, if it did."""
+
+    def __init__(self, buffers: dict[str, Tensor | None], name: str) -> None:
+        self._buffers, self._name = buffers, name
+        self._before: Tensor | None = None
+        self._own: Tensor | None = None
+        self._version = 0
+
+    def take(self) -> None:
+        self._own = self._buffers[self._name]
+        assert self._own is not None
+        self._version, self._before = self._own._version, self._own.clone()
+
+    def keep_if_changed(self) -> None:
+        # BatchNorm moves its statistics without raising their version counters; in train mode it does not read them.
+        if self._buffers[self._name] is self._own and self._own is not None and self._own._version == self._version:
+            self._before = None
+        self._own = None
+
+    def lend(self) -> None:
+        """Put a copy in the buffer's place, to be changed at will."""
+        self._own = self._buffers[self._name]
+        value = self._own if self._before is None else self._before
+        self._buffers[self._name] = None if value is None else value.clone()
+
+    def give_back(self) -> None:
+        self._buffers[self._name] = self._own
+        self._own = None
 
 
 class _RandomState:
@@ -117,16 +160,7 @@ class _RandomState:
         states = [state for state in (self._cpu, self._accelerator) if state is not None]
         return [ctypes.string_at(state.data_ptr(), state.nbytes) for state in states]
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        now = _RandomState(self._device)
-        self._set()
-        try:
-            yield
-        finally:
-            now._set()
-
-    def _set(self) -> None:
+    def restore(self) -> None:
         torch.set_rng_state(self._cpu)
         if self._accelerator is not None:
             torch.get_device_module(self._device).set_rng_state(self._accelerator, self._device)
@@ -134,9 +168,10 @@ class _RandomState:
 
 def _autocast_states(device: torch.device) -> list[tuple[str, bool, torch.dtype]]:
     """(device type, enabled, dtype) for the CPU and the streams' device; empty where autocast is off on both."""
-    kinds = [kind for kind in dict.fromkeys(("cpu", device.type)) if torch.amp.is_autocast_available(kind)]
-    states = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
-    return states if any(enabled for _, enabled, _ in states) else []
+    kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
+    if not any(map(torch.is_autocast_enabled, kinds)):
+        return []
+    return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
 
 
 @contextmanager
@@ -146,44 +181,11 @@ def _autocast(states: list[tuple[str, bool, torch.dtype]], device: torch.device)
     A weight that was cast and cached without a graph would be taken from the cache by ordinary autograd later in the
     same context, and would get no gradient.
     """
-    with ExitStack() as stack:
-        for kind, enabled, dtype in states or [(kind, False, dtype) for kind, _, dtype in _autocast_states(device)]:
-            stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
-        yield
-
-
-@contextmanager
-def _recomputing() -> Iterator[None]:
-    outer = is_recomputing()
-    _thread.recomputing = True
-    try:
-        yield
-    finally:
-        _thread.recomputing = outer
-
-
-@contextmanager
-def _training_modes(module: nn.Module, modes: list[bool]) -> Iterator[None]:
-    modules = list(module.modules())
-    now = [m.training for m in modules]
-    if now == modes:
+    states = states or [(kind, False, dtype) for kind, _, dtype in _autocast_states(device)]
+    if not states:
         yield
         return
-    for m, mode in zip(modules, modes, strict=True):
-        m.training = mode
-    try:
+    with ExitStack() as stack:
+        for kind, enabled, dtype in states:
+            stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
         yield
-    finally:
-        for m, mode in zip(modules, now, strict=True):
-            m.training = mode
-
-
-def _moving_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """The buffers that an evaluation may change: those of modules in train mode."""
-    return [
-        (m, name, buffer)
-        for m in module.modules()
-        if m.training
-        for name, buffer in m._buffers.items()
-        if buffer is not None
-    ]

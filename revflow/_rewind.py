@@ -24,7 +24,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,7 @@ class Step(NamedTuple):
     """Keep the overwritten stream as an anchor instead of rebuilding it: `undo` is ill-conditioned."""
 
 
-@runtime_checkable
-class Stepwise(Protocol):
+class Stepwise(ABC):
     """A block that the engine takes apart, so that each conditioner runs exactly twice a training step.
 
     Forward: the steps, then the streams rotated to the left by `rotation`. Inverse: rotated back, then the steps undone.
@@ -63,7 +62,9 @@ class Stepwise(Protocol):
 
     rotation: int
 
-    def steps(self, inverse: bool) -> list[Step]: ...
+    @abstractmethod
+    def steps(self, inverse: bool) -> list[Step]:
+        """The steps of the block's forward or inverse, in the order in which they run."""
 
 
 # --- passing blocks ---------------------------------------------------------------------------------------------------
@@ -267,7 +268,10 @@ class _Call(ABC):
     def __init__(self, tape: Tape, streams: Streams, context: Context) -> None:
         self.tape = tape
         self._streams = len(streams)
-        leaves, self._spec = pytree.tree_flatten(context)
+        self._spec: pytree.TreeSpec | None = None
+        leaves: list[Any] = []
+        if context:
+            leaves, self._spec = pytree.tree_flatten(context)
         self.context: list[Tensor] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self._others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -275,6 +279,8 @@ class _Call(ABC):
 
     def arguments(self, tensors: Sequence[Tensor]) -> Context:
         """The keyword arguments, with `tensors` in the place of theirs."""
+        if self._spec is None:
+            return {}
         leaves: list[Any] = list(self._others)
         for i, tensor in zip(self._positions, tensors, strict=True):
             leaves[i] = tensor
@@ -344,8 +350,10 @@ class _Coupled(_Call):
                 anchors, x = anchors[:-1], anchors[-1]
             else:
                 x = step.undo(y, *values)
-            x_grad, *t_grads = _elementwise_gradients(step.apply, x, values, y_grad)
-            found = _gradients(t, (*inputs, *context, *own), t_grads)
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                again = step.apply(leaf, *t)
+            x_grad, found = _take(_gradients((again,), (leaf, *inputs, *context, *own), (y_grad,)), 0)
             streams = _put(others, step.target, x)
             stream_grads = _put(_sum(other_grads, found[: len(inputs)]), step.target, x_grad)
             context_grads = _sum(context_grads, found[len(inputs) : len(inputs) + len(context)])
@@ -422,13 +430,3 @@ def _gradients(outputs: Streams, inputs: Streams, grads: Sequence[Tensor | None]
         return (None,) * len(inputs)
     found = iter(torch.autograd.grad([o for o, _ in known], wanted, [g for _, g in known], allow_unused=True))
     return tuple(next(found) if i.requires_grad else None for i in inputs)
-
-
-def _elementwise_gradients(apply: Callable[..., Tensor], x: Tensor, t: Coefficients, grad: Tensor | None) -> Gradients:
-    """The gradients of x and of the coefficients."""
-    if grad is None:
-        return (None,) * (1 + len(t))
-    with torch.enable_grad():
-        leaves = [v.detach().requires_grad_() for v in (x, *t)]
-        y = apply(*leaves)
-        return torch.autograd.grad(y, leaves, grad)

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from revflow._rewind import Step, run_stepwise
+from revflow._rewind import Step, Stepwise, run_stepwise
 from revflow.bijection import Bijection, Streams
 
 
-class Coupling(Bijection):
+class Coupling(Bijection, Stepwise):
     """The base class of couplings: with one conditioner F, or two.
 
     One, a coupling and a swap (i-RevNet):  (x1, x2, ...) -> (x2, ..., combine(x1, F(x2, ...)))

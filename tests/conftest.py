@@ -1,4 +1,4 @@
-"""Shared by all tests: few threads, and the tests' own folder on the path (`from engine.nets import ...`)."""
+"""Shared by all tests: one thread, and the tests' own folder on the path (`from engine.nets import ...`)."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the nets are tiny: threads would wait for each other
 sys.path.insert(0, str(Path(__file__).parent))
 
 

@@ -29,10 +29,10 @@ class TwoWayAutoencoder(nn.Module):
         width = 2 * config.input_channels
         for count, stride in zip(config.blocks, config.strides, strict=True):
             for k in range(count):
-                step = stride if k == 0 else 1
+                first, step = not blocks, stride if k == 0 else 1
                 if step > 1:
                     blocks.append(revflow.PixelUnshuffle(step))
-                blocks.append(revflow.AdditiveCoupling(_residual(width, step, config.bottleneck, first=not blocks)))
+                blocks.append(revflow.AdditiveCoupling(_residual(width, step, config.bottleneck, first)))
                 width *= step**2
         self.blocks = revflow.ReversibleSequence(blocks)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.showwarning = lambda message, *_, **__: errors.print(f"[yellow]warning:[/] {escape(str(message))}")
     try:
         _run(sys.argv[1:] if arguments is None else list(arguments))
-    except (SettingsError, DataError) as error:
+    except (SettingsError, DataError, OSError) as error:
         errors.print(f"[red]crevnet:[/] {escape(str(error))}")
         sys.exit(2)
     except KeyboardInterrupt:
@@ -33,9 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> None:
     parser = _parser(arguments)
-    parsed = parser.parse_args(arguments)
     try:
+        parsed = parser.parse_args(arguments)
         options = parser.instantiate(parsed)
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{_value_of('--config', arguments)} is no YAML file: {error}") from error
     except ValueError as error:
         raise SettingsError(str(error)) from error
     from crevnet import commands  # Lightning takes seconds to import: not for --help or a mistyped option
@@ -43,7 +47,8 @@ def _run(arguments: list[str]) -> None:
     command = parsed.command
     chosen = options[command]
     if command == "fit":
-        commands.fit(RunSettings(chosen.model, chosen.data, chosen.training), chosen.out, chosen.resume)
+        settings = RunSettings(chosen.model, chosen.data, chosen.training)
+        commands.fit(settings, chosen.resume or chosen.out, resume=chosen.resume is not None)
     elif command == "evaluate":
         commands.evaluate(chosen.run, chosen.data, chosen.checkpoint, chosen.feedback, chosen.json)
     elif command == "predict":
@@ -68,8 +73,10 @@ def _parser(arguments: list[str]) -> Parser:
     )
     fit.add_argument("--preset", type=Literal[tuple(PRESETS)], default="paper", help="the architecture to start from")
     fit.add_argument("--out", type=Path, default=Path("runs/crevnet"), help="the run's folder")
-    fit.add_argument("--resume", type=bool, default=False, help="go on from the run's last checkpoint")
-    add_sections(fit, PRESETS[_preset(arguments)])
+    fit.add_argument(
+        "--resume", type=Path | None, default=None, help="go on with the run in this folder, as configured there"
+    )
+    add_sections(fit, _fit_defaults(arguments))
     parsers.add_subcommand("fit", fit, help="train a model")
 
     evaluate = Parser(description="Score a trained model on its validation days, beside the naive forecasts.")
@@ -111,25 +118,31 @@ def _add_run(parser: Parser, arguments: list[str]) -> None:
     parser.add_class_arguments(DataSettings, "data", default=_data_of_run(arguments))
 
 
-def _preset(arguments: list[str]) -> str:
-    """The preset named on the command line: it gives the defaults of the model's options."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument == "--preset":
-            name = following
-        elif argument.startswith("--preset="):
-            name = argument.partition("=")[2]
-        else:
-            continue
-        if name in PRESETS:
-            return name
-    return "paper"
+def _fit_defaults(arguments: list[str]) -> RunSettings:
+    """The defaults of fit's options: those of the run to resume, else with the preset that the command line names."""
+    run = _value_of("--resume", arguments)
+    if run is not None:
+        return load_settings(Path(run))
+    return RunSettings(PRESETS.get(_value_of("--preset", arguments) or "", PRESETS["paper"]))
+
+
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    """What the command line says of an option that has to be known before the others can be parsed."""
+    for argument, following in zip_longest(arguments, arguments[1:]):
+        if argument == option:
+            return following
+        if argument.startswith(f"{option}="):
+            return argument.partition("=")[2]
+    return None
 
 
 def _data_of_run(arguments: list[str]) -> dict[str, Any] | None:
     """The data settings of the run that the command line names: the defaults of its data options."""
-    if len(arguments) < 2 or arguments[0] not in ("evaluate", "predict") or arguments[1].startswith("-"):
-        return None
-    return load_settings(Path(arguments[1])).data.__dict__
+    if arguments[:1] in (["evaluate"], ["predict"]):
+        for argument in arguments[1:]:
+            if Path(argument, "config.yaml").is_file():
+                return asdict(load_settings(Path(argument)).data)
+    return None
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from crevnet import figures, forecasts
 from crevnet.data import DataError, DayFile, DayReader, SyntheticCity, cached_road_map, open_day, write_city
 from crevnet.evaluation import CrevNetForecast, Scores, mean_over_cities, score
 from crevnet.network import Feedback
-from crevnet.settings import DataSettings, RunSettings, load_settings
+from crevnet.settings import DataSettings, RunSettings, SettingsError, load_settings
 from crevnet.training import CityData, checkpoint_path, load_network, train
 
 console = Console(highlight=False, soft_wrap=True)
@@ -34,7 +34,7 @@ def fit(settings: RunSettings, folder: Path, resume: bool) -> None:
 
 def evaluate(run: Path, data: DataSettings, checkpoint: str, feedback: Feedback, out: Path | None) -> None:
     model = load_settings(run).model
-    network = load_network(run, model, checkpoint)
+    network = load_network(run, model, checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     cities = CityData(data, model)
     means = forecasts.pixel_means(cities.training_days, data.training_slots)
     by_city: dict[str, dict[str, Scores]] = {}
@@ -82,13 +82,15 @@ def predict(
     out: Path,
 ) -> None:
     model = load_settings(run).model
-    network = load_network(run, model, checkpoint)
+    network = load_network(run, model, checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     cities = CityData(data, model)
     day = _chosen(cities.validation_days, city, date)
     slots = day.slot_range(data.validation_slots)
     if not 0 <= channel < model.channels:
         raise DataError(f"--channel {channel}: the model has channels 0 to {model.channels - 1}")
     first, last = slots.start + model.past, slots.stop - model.horizon
+    if first > last:
+        raise DataError(f"{day.path}: {len(slots)} slots are too few for a window of {model.window} frames")
     if slot is None:
         slot = MORNING if first <= MORNING <= last else (first + last) // 2
     if not first <= slot <= last:
@@ -111,6 +113,8 @@ def predict(
 
 
 def show(path: Path, slot: int, out: Path | None) -> None:
+    if out is not None and out.suffix != ".png":
+        raise SettingsError(f"--out {out}: name a .png file")
     if path.is_dir():
         _show_run(path)
     else:
@@ -160,6 +164,8 @@ def _write_prediction(path: Path, forecast: np.ndarray, day: DayFile, slot: int)
 def _show_run(folder: Path) -> None:
     settings = load_settings(folder)
     table = Table(title=str(folder), title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for section, values in asdict(settings).items():
         for name, value in values.items():
             table.add_row(f"{section}.{name}", str(value))

@@ -17,7 +17,7 @@ from crevnet.config import CrevNetConfig
 from crevnet.predictor import Predictor, PredictorState
 
 Feedback = Literal["latent", "frame"]
-Loss = Literal["all", "future", "padded"]
+Loss = Literal["all", "future", "padded", "generated"]
 
 
 class CrevNet(nn.Module):
@@ -42,19 +42,21 @@ class CrevNet(nn.Module):
 
         Returns (B, T, C, H, W).
         """
-        return self._crop(self._one_step(self._prepared(frames, road_map)), frames)
+        return self._crop(self._predictions(self._prepared(frames, road_map), frames.shape[1]), frames)
 
     def loss(self, frames: Tensor, road_map: Tensor | None = None, over: Loss = "all") -> Tensor:
         """Mean squared error of the one-step predictions within a window of past and future frames (B, T, C, H, W).
 
         over: "all" predictions, data channels inside the frame alone; "future": those of the last `horizon` frames alone;
-            "padded": all of them with the padding and the road map, as in the authors' code (which sums over the steps).
+            "padded": all of them with the padding and the road map, as in the authors' code (which sums over the steps);
+            "generated": as "all", with the frames after the first future one generated as `generate` does, in latent space.
         """
         inputs = self._prepared(frames, road_map)
-        predictions, truth = self._one_step(inputs[:, :-1]), inputs[:, 1:]
+        seen = inputs[:, : self.config.past] if over == "generated" else inputs[:, :-1]
+        predictions, truth = self._predictions(seen, inputs.shape[1] - 1), inputs[:, 1:]
         if over == "padded":
             return F.mse_loss(predictions, truth)
-        first = {"all": 0, "future": -self.config.horizon}[over]
+        first = -self.config.horizon if over == "future" else 0
         return F.mse_loss(self._crop(predictions, frames)[:, first:], frames[:, 1:][:, first:])
 
     @torch.no_grad()
@@ -93,14 +95,16 @@ class CrevNet(nn.Module):
         """
         return self.autoencoder.decode(self.predictor.inverse(self.autoencoder.encode(prediction), before, after))
 
-    def _one_step(self, inputs: Tensor) -> Tensor:
-        """(B, T, Ci, Hp, Wp) -> the predictions of the frames that follow each, of the same shape."""
-        batch, steps = inputs.shape[:2]
-        z1, z2 = (z.unflatten(0, (batch, steps)) for z in self.autoencoder.encode(inputs.flatten(0, 1)))
-        state = self.predictor.initial_state((z1[:, 0], z2[:, 0]))
+    def _predictions(self, inputs: Tensor, steps: int) -> Tensor:
+        """(B, T, Ci, Hp, Wp) -> (B, steps, Ci, Hp, Wp): the frames that follow each of the inputs, and, from the predicted
+        latents, those that follow the last of them."""
+        batch, seen = inputs.shape[:2]
+        z1, z2 = (z.unflatten(0, (batch, seen)) for z in self.autoencoder.encode(inputs.flatten(0, 1)))
+        latent: Latent = z1[:, 0], z2[:, 0]
+        state = self.predictor.initial_state(latent)
         outputs: list[Latent] = []
         for t in range(steps):
-            latent, state = self.predictor((z1[:, t], z2[:, t]), state)
+            latent, state = self.predictor((z1[:, t], z2[:, t]) if t < seen else latent, state)
             outputs.append(latent)
         z1, z2 = (torch.stack(stream, 1).flatten(0, 1) for stream in zip(*outputs, strict=True))
         return self.autoencoder.decode((z1, z2)).unflatten(0, (batch, steps))

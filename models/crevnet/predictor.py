@@ -92,9 +92,10 @@ class Predictor(nn.Module):
         """P⁻¹ of eq. 5: the step's input from its output, the state before it and the memories (of `after`, the state
         after it) that went from one module to the next.
 
-        In float32 the error is at most about 2 · 2⁻²⁴ · A · M, with A the largest product of 1 / (1 - g) over the modules
-        that change one stream, and M the largest entry of a stream or h. Gates saturate as training goes on, so this
-        serves to show what a trained model keeps, not to rebuild activations.
+        In float32 the error is at most about 2 · 2⁻²⁴ · A · M while gates stay below 0.98, with A the largest product of
+        1 / (1 - g) over the modules that change one stream, and M the largest entry of a stream or h; beyond that errors
+        also cross to the other stream through h and grow faster. Gates saturate as training goes on, so this serves to
+        show what a trained model keeps (in float64, if need be), not to rebuild activations.
         """
         entering: tuple[Tensor | None, ...] = (None,) * len(self.stack)
         if self.has_memory:

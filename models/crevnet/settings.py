@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jsonargparse
 import yaml
 
-from crevnet.config import PRESETS, CrevNetConfig
+from crevnet.config import CrevNetConfig
 from crevnet.network import Loss
 
 
@@ -52,6 +52,8 @@ class DataSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"data.{name} has to be at least 1, not {value}")
+        if self.cities == []:
+            raise ValueError("data.cities names no city: name some, or leave it out for all")
         if self.workers < 0:
             raise ValueError(f"data.workers cannot be negative; got {self.workers}")
 
@@ -65,11 +67,11 @@ class TrainingSettings:
         batches: training batches in an epoch; all of them if not given.
         validation_batches: validation batches after each epoch; all of them if not given.
         learning_rate: Adam's.
-        loss: "all" one-step predictions of a window, those of the "future" frames alone, or "padded": all of them with
-            padding and road map, as in the authors' code.
+        loss: "all" one-step predictions of a window; those of the "future" frames alone; "padded": all of them with
+            padding and road map, as in the authors' code; "generated": all, the future frames generated from predictions.
         accumulate: batches whose gradients are added up before each step of the optimizer.
         precision: Lightning's name for it: 32-true, 16-mixed (V100), bf16-mixed, 64-true.
-        max_minutes: stop after so many minutes, wherever training is.
+        max_minutes: stop after so many minutes of training, resumed runs counted in, wherever it is.
         accelerator: Lightning's name for it: auto, cpu, gpu.
         devices: number of devices to train on.
         seed: of the initial weights and the order of the windows.
@@ -83,7 +85,7 @@ class TrainingSettings:
     accumulate: int = 1
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
     max_minutes: float | None = None
-    accelerator: str = "auto"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
     seed: int = 0
 
@@ -94,8 +96,10 @@ class TrainingSettings:
                 raise ValueError(f"training.{name} has to be at least 1, not {value}")
         for name in ("learning_rate", "max_minutes"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"training.{name} has to be positive, not {value}")
+            if value is not None and not 0 < value < 1e6:
+                raise ValueError(f"training.{name} has to be positive and below a million, not {value}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"training.seed has to be from 0 to 4294967295, not {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -113,17 +117,20 @@ class RunSettings:
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Raises SettingsError where argparse would print its usage and exit."""
+    """Raises SettingsError where argparse would print its usage and exit; knows no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise SettingsError(f"{' '.join(message.split())} (see {self.prog} --help)") from ex
 
 
-def add_sections(parser: Parser, model: CrevNetConfig) -> None:
-    """Options for every value of a run's settings, with `model` for the defaults of the architecture."""
-    parser.add_class_arguments(CrevNetConfig, "model", default=asdict(model))
-    parser.add_class_arguments(DataSettings, "data")
-    parser.add_class_arguments(TrainingSettings, "training")
+def add_sections(parser: Parser, defaults: RunSettings) -> None:
+    """Options for every value of a run's settings."""
+    parser.add_class_arguments(CrevNetConfig, "model", default=asdict(defaults.model))
+    parser.add_class_arguments(DataSettings, "data", default=asdict(defaults.data))
+    parser.add_class_arguments(TrainingSettings, "training", default=asdict(defaults.training))
 
 
 def load_settings(run: Path) -> RunSettings:
@@ -132,7 +139,7 @@ def load_settings(run: Path) -> RunSettings:
     if not path.is_file():
         raise SettingsError(f"{run} is no run's folder, it has no config.yaml: train one with crevnet fit --out {run}")
     parser = Parser(prog="crevnet")
-    add_sections(parser, PRESETS["paper"])
+    add_sections(parser, RunSettings())
     try:
         sections = parser.instantiate(parser.parse_path(str(path)))
     except (SettingsError, ValueError, TypeError, yaml.YAMLError) as error:

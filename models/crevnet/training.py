@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from crevnet.config import CrevNetConfig
-from crevnet.data import DataError, DayFile, Traffic4cast, open_days, road_maps
+from crevnet.data import DataError, DayFile, Traffic4cast, check_frame_sizes, open_days, road_maps
 from crevnet.network import CrevNet
 from crevnet.settings import DataSettings, RunSettings, TrainingSettings
 
@@ -38,7 +41,7 @@ class CrevNetTask(lightning.LightningModule):
         past = self.network.config.past
         forecast = self.network.generate(batch["frames"][:, :past], self._roads(batch)).clamp(0, 1)
         mse = torch.nn.functional.mse_loss(forecast, batch["frames"][:, past:])
-        self.log("val/mse", mse, prog_bar=True, batch_size=len(batch["frames"]))
+        self.log("val/mse", mse, prog_bar=True, sync_dist=True, batch_size=len(batch["frames"]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.network.parameters(), lr=self.training_settings.learning_rate)
@@ -47,16 +50,44 @@ class CrevNetTask(lightning.LightningModule):
         return batch["road_map"] if self.network.config.road_map else None
 
 
+class _ProgressBar(RichProgressBar):
+    """Lightning's, without the logger's version number."""
+
+    def get_metrics(self, *arguments: Any) -> dict[str, Any]:
+        metrics = super().get_metrics(*arguments)
+        metrics.pop("v_num", None)
+        return metrics
+
+
+class EpochShuffle(Sampler[int]):
+    """Another order of `count` windows each epoch, the same in a resumed run: it follows from the seed and the epoch."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed, self._epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning says which epoch begins."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
+        return iter(torch.randperm(self._count, generator=generator).tolist())
+
+    def __len__(self) -> int:
+        return self._count
+
+
 class CityData:
     """The days, road maps and windows of a run's cities."""
 
-    def __init__(self, settings: DataSettings, model: CrevNetConfig) -> None:
+    def __init__(self, settings: DataSettings, model: CrevNetConfig, seed: int = 0) -> None:
         if settings.root is None:
             raise DataError(
                 "no data folder was given: say --data.root FOLDER, or make a city with `crevnet data synth`"
             )
         self._settings = settings
         self._window = model.window
+        self._seed = seed
         self.training_days = self._open(settings.training_split)
         channels = self.training_days[0].shape[3]
         if channels != model.channels:
@@ -65,6 +96,12 @@ class CityData:
             )
         self.road_maps = road_maps(self.training_days, settings.training_slots)
         self.validation_days = self._open(settings.validation_split)
+        check_frame_sizes([*self.training_days, *self.validation_days])
+        for day in self.validation_days:
+            if day.city not in self.road_maps:
+                raise DataError(
+                    f"{day.city} has validation days but no training day for its road map: choose --data.cities"
+                )
 
     def training_batches(self) -> DataLoader[dict[str, Any]]:
         windows = Traffic4cast(
@@ -74,14 +111,14 @@ class CityData:
             self._settings.stride,
             road_maps=self.road_maps,
         )
-        return self._loader(windows, shuffle=True)
+        return self._loader(windows, EpochShuffle(len(windows), self._seed))
 
     def validation_batches(self, city: str | None = None) -> DataLoader[dict[str, Any]]:
         """The validation windows of one city, or of all."""
         days = [day for day in self.validation_days if city in (None, day.city)]
         stride = self._settings.validation_stride or self._window
         windows = Traffic4cast(days, self._window, self._settings.validation_slots, stride, road_maps=self.road_maps)
-        return self._loader(windows, shuffle=False)
+        return self._loader(windows, None)
 
     def window(self, day: DayFile, start: int) -> Tensor:
         """The window (past + horizon, C, H, W) of `day` that begins at slot `start`."""
@@ -93,10 +130,10 @@ class CityData:
         assert settings.root is not None
         return open_days(settings.root, split, settings.cities, settings.skip_damaged)
 
-    def _loader(self, windows: Traffic4cast, shuffle: bool) -> DataLoader[dict[str, Any]]:
+    def _loader(self, windows: Traffic4cast, sampler: Sampler[int] | None) -> DataLoader[dict[str, Any]]:
         workers = self._settings.workers
         return DataLoader(
-            windows, self._settings.batch_size, shuffle=shuffle, num_workers=workers, persistent_workers=workers > 0
+            windows, self._settings.batch_size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0
         )
 
 
@@ -105,36 +142,54 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     training = settings.training
     last = checkpoint_path(folder, "last")
     if resume and not last.is_file():
-        raise DataError(f"{last} does not exist, so there is nothing to resume: leave --resume out")
+        raise DataError(f"{last} does not exist, so there is nothing to resume: train with --out {folder}")
+    if not resume and last.is_file():
+        raise DataError(
+            f"{folder} holds a trained run already: go on with it (--resume {folder}), or choose another --out"
+        )
     lightning.seed_everything(training.seed, workers=True, verbose=False)
-    data = CityData(settings.data, settings.model)
+    data = CityData(settings.data, settings.model, training.seed)
+    if resume:
+        load_network(folder, settings.model, "last")  # a checkpoint that does not fit is said before training begins
     batches, validation_batches = data.training_batches(), data.validation_batches()
     settings.save(folder)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    best = ModelCheckpoint(last.parent, "best", monitor="val/mse", save_last=True, enable_version_counter=False)
-    trainer = lightning.Trainer(
-        accelerator=training.accelerator,
-        devices=training.devices,
-        precision=training.precision,
-        max_epochs=training.epochs,
-        max_time=None if training.max_minutes is None else timedelta(minutes=training.max_minutes),
-        limit_train_batches=training.batches,
-        limit_val_batches=training.validation_batches,
-        accumulate_grad_batches=training.accumulate,
-        num_sanity_val_steps=0,
-        log_every_n_steps=10,
-        logger=TensorBoardLogger(folder, name=None, version="tensorboard"),
-        callbacks=[best, RichProgressBar(leave=True)],
-        enable_model_summary=False,
-    )
+    best = ModelCheckpoint(last.parent, "best", monitor="val/mse", enable_version_counter=False)
+    trainer = _trainer(training, folder, [best, ModelCheckpoint(last.parent, "last", enable_version_counter=False)])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers")  # a choice: data.workers
         warnings.filterwarnings("ignore", ".*LeafSpec")  # Lightning's own business with PyTorch
+        warnings.filterwarnings("ignore", "Checkpoint directory .* not empty")  # resumed
         trainer.fit(
             CrevNetTask(settings.model, training), batches, validation_batches, ckpt_path=last if resume else None
         )
-    assert best.best_model_score is not None
-    return best.best_model_score.item()
+    if best.best_model_score is None:
+        raise DataError("training stopped before its first validation: raise --training.max_minutes")
+    score = best.best_model_score.item()
+    if not math.isfinite(score):
+        raise DataError(f"training diverged, its best validation MSE is {score}: lower --training.learning_rate")
+    return score
+
+
+def _trainer(training: TrainingSettings, folder: Path, checkpoints: list[Callback]) -> lightning.Trainer:
+    try:
+        return lightning.Trainer(
+            accelerator=training.accelerator,
+            devices=training.devices,
+            precision=training.precision,
+            max_epochs=training.epochs,
+            max_time=None if training.max_minutes is None else timedelta(minutes=training.max_minutes),
+            limit_train_batches=training.batches,
+            limit_val_batches=training.validation_batches,
+            accumulate_grad_batches=training.accumulate,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            logger=TensorBoardLogger(folder, name=None, version="tensorboard"),
+            callbacks=[*checkpoints, _ProgressBar()],
+            enable_model_summary=False,
+        )
+    except MisconfigurationException as error:  # no such accelerator here, say
+        raise DataError(" ".join(str(error).split())) from error
 
 
 def checkpoint_path(folder: Path, which: str) -> Path:
@@ -148,7 +203,7 @@ def load_network(folder: Path, model: CrevNetConfig, which: str) -> CrevNet:
     if not path.is_file():
         raise DataError(f"{path} does not exist: train first, with crevnet fit --out {folder}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        state = dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
     except Exception as error:  # a damaged file fails in many ways
         raise DataError(f"{path} is no readable checkpoint ({type(error).__name__}): train again") from error
     network = CrevNet(model)

@@ -10,6 +10,7 @@ from crevnet.data.traffic4cast import DataError as DataError
 from crevnet.data.traffic4cast import DayFile as DayFile
 from crevnet.data.traffic4cast import DayReader as DayReader
 from crevnet.data.traffic4cast import Traffic4cast as Traffic4cast
+from crevnet.data.traffic4cast import check_frame_sizes as check_frame_sizes
 from crevnet.data.traffic4cast import open_day as open_day
 from crevnet.data.traffic4cast import open_days as open_days
 from crevnet.data.traffic4cast import sample_frames as sample_frames

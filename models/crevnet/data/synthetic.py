@@ -68,9 +68,11 @@ class SyntheticCity:
                 "expected none below 0 and density above 0"
             )
         try:
-            Date.fromisoformat(self.start_date)
-        except ValueError as error:
-            raise ValueError(f"start_date is {self.start_date!r}; expected YYYY-MM-DD") from error
+            Date.fromisoformat(self.start_date) + timedelta(self.training_days + self.validation_days)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(
+                f"start_date is {self.start_date!r}; expected YYYY-MM-DD, all days before 10000"
+            ) from error
 
 
 class CitySimulation:

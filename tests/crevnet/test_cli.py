@@ -1,0 +1,581 @@
+"""The command line, called as a program would be: its results, and one line for whatever goes wrong."""
+
+import json
+import shutil
+import warnings
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from crevnet import CrevNet
+from crevnet.cli import main
+from crevnet.settings import load_settings
+
+PAST, HORIZON, WINDOW = 3, 2, 5
+SMALL = (
+    "--model.blocks=[1,1]",
+    "--model.strides=[1,2]",
+    "--model.modules=2",
+    "--model.past=3",
+    "--model.horizon=2",
+    "--training.accelerator=cpu",
+)
+
+
+@pytest.fixture(autouse=True)
+def warnings_as_before(monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `main` shows them in its own way
+
+
+@pytest.fixture
+def crevnet(capsys):
+    """Runs a command and returns what it printed."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        main([str(argument) for argument in arguments])
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def failing(capsys):
+    """Runs a command that has to fail, and returns its one line."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        lines = [line for line in error.splitlines() if not line.startswith(("warning:", "GPU", "TPU", "💡"))]
+        assert len(lines) == 1 and lines[0].startswith("crevnet: "), error
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture
+def own_run(run, tmp_path):
+    """A run to be damaged at will."""
+    return shutil.copytree(run, tmp_path / "own-run")
+
+
+def network(run, which="best"):
+    model = CrevNet(load_settings(run).model)
+    state = torch.load(run / "checkpoints" / f"{which}.ckpt", weights_only=True)["state_dict"]
+    model.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
+    return model
+
+
+def as_frames(array):
+    return torch.from_numpy(array.transpose(0, 3, 1, 2) / np.float32(255))[None]
+
+
+def road_map(*days):
+    return torch.from_numpy(np.concatenate(days).any(-1).mean(0).astype(np.float32))[None, None]
+
+
+# --- fit
+
+
+def test_fit_leaves_a_run_and_names_the_next_command(cities, crevnet, tmp_path):
+    out = tmp_path / "new" / "run"
+    said = crevnet("fit", *SMALL, "--out", out, "--data.root", cities, "--training.epochs=1", "--training.batches=1")
+    assert f"next: crevnet evaluate {out}" in said and "best validation MSE" in said
+    settings = load_settings(out)
+    assert settings.data.root == cities and settings.training.batches == 1
+    assert (settings.model.blocks, settings.model.strides, settings.model.past) == ((1, 1), (1, 2), 3)
+    assert (out / "checkpoints" / "best.ckpt").is_file() and (out / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_fit_from_a_config_file_with_an_option_on_top_and_resumed(run, crevnet, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    crevnet("fit", "--config", run / "config.yaml", "--out", out, "--training.seed", "5", "--data.cities", "[There]")
+    first, settings = load_settings(run), load_settings(out)
+    assert settings.model == first.model and settings.training.batches == first.training.batches == 2
+    assert settings.training.seed == 5 and settings.data.cities == ["There"]
+    losses, loss = [], CrevNet.loss
+    monkeypatch.setattr(CrevNet, "loss", lambda *arguments: losses.append(loss(*arguments)) or losses[-1])
+    crevnet("fit", "--resume", out, "--training.epochs=2")
+    assert len(losses) == 2  # the second epoch alone
+    last = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (last["epoch"], last["global_step"]) == (1, 4)
+    resumed = load_settings(out)
+    assert resumed == replace(settings, training=replace(settings.training, epochs=2))
+
+
+@pytest.mark.parametrize("option", [("--preset", "authors"), ("--preset=authors",), ()])
+def test_preset_gives_the_defaults_of_the_model(option, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *option, "--model.horizon", "6", "--print_config"])
+    assert stop.value.code == 0
+    (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
+    model = yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]
+    expected = (6, 5, 6, (2, 2, 2, 2)) if option else (8, 9, 6, (3, 3, 3, 3))
+    assert (model["modules"], model["past"], model["horizon"], tuple(model["blocks"])) == expected
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["data", "synth", "--help"]])
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    words = {1: ("fit", "evaluate", "predict", "show", "data"), 2: ("--model.past", "--data.root", "--training.loss")}
+    assert all(word in said for word in words.get(len(arguments), ("--city.height",)))
+
+
+# --- evaluate
+
+
+def directly(run, points, feedback, which):
+    """The scores of the network and of the last frame, with numpy from the arrays: the mean over two cities."""
+    model, scores = network(run, which), {}
+    for city, training, validation in (("Here", (0, 1), 2), ("There", (3,), 4)):
+        roads = road_map(*(points(seed) for seed in training))
+        errors, last_errors = [], []
+        for start in range(0, 20, WINDOW):
+            frames = as_frames(points(validation)[start : start + WINDOW])
+            past, truth = frames[:, :PAST], frames[:, PAST:]
+            known = roads if model.config.road_map else None
+            found = model.generate(past, known, HORIZON, feedback).clamp(0, 1)
+            errors.append((found - truth)[0].double().numpy())
+            last_errors.append((past[:, -1:] - truth)[0].double().numpy())
+        on_road = roads[0, 0].numpy() > 0
+        scores[city] = [
+            {
+                "mse": (e**2).mean(),
+                "mae": np.abs(e).mean(),
+                "mse_by_channel": (e**2).mean((0, 1, 3, 4)),
+                "mse_by_horizon": (e**2).mean((0, 2, 3, 4)),
+                "mse_on_roads": (e**2)[..., on_road].mean(),
+            }
+            for e in (np.array(errors), np.array(last_errors))
+        ]
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("which_run", "feedback", "which"),
+    [("run", "latent", "best"), ("run", "frame", "last"), ("plain_run", "latent", "best")],
+)
+def test_evaluate_against_scores_computed_directly(which_run, feedback, which, points, crevnet, request, tmp_path):
+    run = shutil.copytree(request.getfixturevalue(which_run), tmp_path / "run")
+    path = run / "checkpoints" / "last.ckpt"
+    last = torch.load(path, weights_only=True)
+    last["state_dict"] = {k: 0.9 * v for k, v in last["state_dict"].items()}  # never the best one's
+    torch.save(last, path)
+    out = tmp_path / "scores.json"
+    said = crevnet("evaluate", run, "--json", out, "--feedback", feedback, "--checkpoint", which)
+    found = json.loads(out.read_text())
+    assert found.keys() == {"windows", "feedback", "checkpoint", "mean over cities", "Here", "There"}
+    assert (found["windows"], found["feedback"], found["checkpoint"]) == (8, feedback, which)
+    expected = directly(run, points, feedback, which)
+    for number, name in enumerate(("CrevNet", "last frame")):
+        for measure in expected["Here"][number]:
+            by_city = [expected[city][number][measure] for city in ("Here", "There")]
+            for city, value in zip(("Here", "There"), by_city, strict=True):
+                assert found[city][name][measure] == pytest.approx(value, rel=1e-5), (city, name, measure)
+            mean = sum(by_city) / 2
+            assert found["mean over cities"][name][measure] == pytest.approx(mean, rel=1e-5), (name, measure)
+    truth = [points(seed)[s : s + 2] / 255 for seed in (2, 4) for s in (3, 8, 13, 18)]
+    assert found["mean over cities"]["zeros"]["mse"] == pytest.approx(np.square(truth).mean(), rel=1e-5)
+    assert list(found["Here"]) == ["CrevNet", "zeros", "last frame", "mean of last three", "mean of training days"]
+    row = next(line for line in said.splitlines() if "CrevNet" in line)
+    assert f"{found['mean over cities']['CrevNet']['mse']:.3e}" in row
+    assert f"{found['mean over cities']['CrevNet']['mse_by_horizon'][1]:.3e}" in row
+    assert "8 windows, 3 frames seen, 2 predicted" in said
+
+
+def test_evaluate_takes_other_data_than_the_run_s(run, points, crevnet, tmp_path):
+    out = tmp_path / "scores.json"
+    crevnet("evaluate", run, "--json", out, "--data.cities", "[There]", "--data.validation_slots", "[10,20]")
+    found = json.loads(out.read_text())
+    truth = [points(4)[s : s + 2] / 255 for s in (13, 18)]
+    assert found["windows"] == 2 and "Here" not in found
+    assert found["There"]["zeros"]["mse"] == pytest.approx(np.square(truth).mean(), rel=1e-5)
+
+
+def test_options_may_stand_before_the_run(run, crevnet):
+    assert "8 windows" in crevnet("evaluate", "--checkpoint", "last", run)
+
+
+# --- predict
+
+
+@pytest.mark.parametrize("feedback", ["latent", "frame"])
+def test_predict_writes_the_model_s_frames_and_pictures(feedback, run, points, crevnet, tmp_path):
+    out = tmp_path / "new" / "folder"
+    options = ("--city", "There", "--date", "20180103", "--slot", "7", "--out", out, "--channel", "2")
+    said = crevnet("predict", run, *options, "--feedback", feedback)
+    stem = out / "There-20180103-007"
+    assert sorted(path.name for path in out.iterdir()) == [stem.name + s for s in (".gif", ".h5", ".png")]
+    assert all(f"wrote {stem}{suffix}" in said for suffix in (".gif", ".h5", ".png"))
+    past = as_frames(points(4)[4:7])
+    expected = network(run).generate(past, road_map(points(3)), HORIZON, feedback)[0].clamp(0, 1) * 255
+    with h5py.File(stem.with_suffix(".h5")) as file:
+        found, attributes = file["array"][:], dict(file["array"].attrs)
+    assert found.shape == (2, 21, 14, 3) and found.dtype == np.uint8
+    assert found.any()
+    assert np.abs(found - expected.permute(0, 2, 3, 1).numpy()).max() <= 0.5 + 1e-3
+    assert attributes == {"city": "There", "date": "20180103", "first_slot": 7}
+    with Image.open(stem.with_suffix(".png")) as picture:
+        picture.load()
+        assert picture.format == "PNG" and min(picture.size) > 100
+    with Image.open(stem.with_suffix(".gif")) as animation:
+        assert animation.format == "GIF" and animation.n_frames == WINDOW
+        for k in range(WINDOW):
+            animation.seek(k)
+            animation.load()
+
+
+def test_predict_without_options_takes_the_first_day_and_the_middle(own_run, crevnet):
+    crevnet("predict", own_run)
+    assert (own_run / "Here-20180103-010.h5").is_file()  # 08:00 is not among these 20 slots
+
+
+def test_predict_at_eight_in_the_morning(run, write_day, points, crevnet, tmp_path):
+    for split in ("training", "validation"):
+        write_day(tmp_path / "data", points(5, slots=120), "Long", "20180101", split)
+    crevnet("predict", run, "--data.root", tmp_path / "data", "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "Long-20180101-096.h5").is_file()
+
+
+# --- show and data
+
+
+def test_show_run(run, crevnet, monkeypatch):
+    monkeypatch.chdir(run.parent)  # a path that fits the table's column
+    said = crevnet("show", run.name)
+    rows = {
+        "model.past": "3",
+        "model.strides": "(1, 2)",
+        "training.batches": "2",
+        "best checkpoint": f"{run.name}/checkpoints/best.ckpt",
+        "last checkpoint": f"{run.name}/checkpoints/last.ckpt",
+    }
+    for name, value in rows.items():
+        assert value in next(line for line in said.splitlines() if name in line)
+    assert f"{(run / 'checkpoints' / 'best.ckpt').stat().st_size / 2**20:.1f} MiB" in said
+    assert f"tensorboard --logdir {run.name}" in said
+
+
+def test_show_day(cities, points, crevnet, tmp_path):
+    path = cities / "Here" / "Here_training" / "20180101_100m_bins.h5"
+    said = crevnet("show", path, "--slot", "5", "--out", tmp_path / "day.png")
+    array = points(0)
+    assert "20 x 21 x 14 x 3" in said
+    assert f"{array.any(-1).any(0).mean():.1%}" in said
+    speed = array[5, ..., 1]
+    row = next(line for line in said.splitlines() if "speed, slot 5" in line)
+    assert f"{(speed > 0).mean():.1%} of the pixels, mean {speed[speed > 0].mean():.1f} of 255" in row
+    with Image.open(tmp_path / "day.png") as picture:
+        picture.load()
+        assert picture.format == "PNG" and picture.size[0] > picture.size[1]
+
+
+def test_data_synth(crevnet, tmp_path):
+    size = ("--city.height=32", "--city.width=33", "--city.training_days=1", "--city.validation_days=0")
+    said = crevnet("data", "synth", tmp_path, *size, "--city.name=Ville")
+    assert f"wrote 1 days to {tmp_path / 'Ville'}" in said and f"--data.root {tmp_path}" in said
+    with h5py.File(tmp_path / "Ville" / "Ville_training" / "20180101_100m_bins.h5") as file:
+        assert file["array"].shape == (288, 32, 33, 3) and file["array"][96].any()
+
+
+# --- failures: exit status 2 and one line that names the thing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "command"),
+        (["nonsense"], "nonsense"),
+        (["data"], "synth"),
+        (["data", "paint"], "paint"),
+        (["show"], "path"),
+        (["evaluate"], "run"),
+        (["fit", "--trainig.epochs", "3"], "--trainig.epochs"),
+        (["fit", "--training.epocs", "3"], "--training.epocs"),
+        (["fit", "--training.epochs", "many"], "many"),
+        (["fit", "--training.epochs", "1.5"], "training.epochs"),
+        (["fit", "--training.batches", "0"], "training.batches"),
+        (["fit", "--training.accumulate", "0"], "training.accumulate"),
+        (["fit", "--training.learning_rate", "nan"], "learning_rate"),
+        (["fit", "--training.loss", "some"], "training.loss"),
+        (["fit", "--training.precision", "8"], "training.precision"),
+        (["fit", "--model.cell", "gru"], "gru"),
+        (["fit", "--model.past", "0"], "past"),
+        (["fit", "--model.blocks", "[1,2]"], "blocks"),
+        (["fit", "--model.strides", "[1,2,2,3]"], "strides"),
+        (["fit", "--data.stride", "0"], "data.stride"),
+        (["fit", "--data.workers", "-1"], "data.workers"),
+        (["fit", "--data.training_slots", "7"], "data.training_slots"),
+        (["fit", "--preset", "huge"], "huge"),
+        (["fit", "--preset=huge"], "huge"),
+        (["fit", "--preset"], "preset"),
+        (["fit", "--config", "absent.yaml"], "absent.yaml"),
+        (["fit"], "--data.root"),
+        (["data", "synth", "here", "--city.height", "10"], "height"),
+        (["data", "synth", "here", "--city.start_date", "today"], "today"),
+        (["data", "synth", "here", "--city.start_date", "9999-12-31"], "9999-12-31"),
+    ],
+)
+def test_wrong_options(arguments, named, failing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert named in failing(*arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"model:\n  chanels: 3\n", "chanels"),
+        (b"model: [1,\n", "config"),
+        (b"only text", "only text"),
+        (b"training:\n  epochs: many\n", "many"),
+        (bytes(range(256)), "config.yaml"),
+    ],
+)
+def test_wrong_config_file(content, named, failing, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    assert named in failing("fit", "--config", path, "--out", tmp_path / "run")
+
+
+@pytest.fixture
+def fit(cities, failing, tmp_path):
+    """Trains in vain; a later option stands for an earlier one."""
+    folder = tmp_path / "run"
+    once = ("--training.epochs=1", "--training.batches=1")
+    return lambda *options: failing("fit", *SMALL, "--out", folder, "--data.root", cities, *once, *options)
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        (("--data.root", "absent-folder"), "absent-folder"),
+        (("--data.cities", "[Paris]"), "Paris"),
+        (("--data.training_split", "test"), "test"),
+        (("--data.validation_split", "test"), "test"),
+        (("--data.training_slots", "[0,4]"), "slots=(0, 4)"),
+        (("--data.validation_slots", "[0,4]"), "slots=(0, 4)"),
+        (("--data.training_slots", "[9,2]"), "slots=(9, 2)"),
+        (("--data.training_slots", "[0,500]"), "slots=(0, 500)"),
+        (("--model.past", "400"), "402"),
+        (("--model.channels", "8"), "8"),
+        (("--resume", "no-such-run"), "no-such-run"),
+        (("--training.accelerator", "warp"), "warp"),
+        (("--training.seed", "-1"), "seed"),
+        (("--training.max_minutes", "1e-9"), "max_minutes"),
+        (("--training.max_minutes", "1e30"), "max_minutes"),
+    ],
+)
+def test_fit_that_cannot_be(option, named, fit):
+    assert named in fit(*option)
+
+
+def test_fit_on_an_empty_folder(fit, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in fit("--data.root", tmp_path / "empty")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_fit_into_a_file(inside, fit, tmp_path):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "run" if inside else tmp_path / "file"
+    assert str(out) in fit("--out", out)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "other", "missing key", "absent"])
+def test_resume_from_a_checkpoint_that_cannot_be(damage, own_run, failing):
+    path = own_run / "checkpoints" / "last.ckpt"
+    if damage == "garbage":
+        path.write_bytes(b"garbage")
+    elif damage == "missing key":
+        torch.save({"epoch": 1}, path)
+    elif damage == "absent":
+        path.unlink()
+    other = ("--model.modules=3",) if damage == "other" else ()
+    assert str(path) in failing("fit", "--resume", own_run, "--training.epochs=2", *other)
+
+
+def test_fit_into_the_folder_of_a_finished_run(run, fit):
+    line = fit("--out", run)
+    assert str(run) in line and "--resume" in line
+
+
+def day_of(root, city="Here", split="training"):
+    return next((root / city / f"{city}_{split}").iterdir())
+
+
+def damage(path, how):
+    if how == "garbage":
+        path.write_bytes(b"garbage" * 100)
+    elif how == "half":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how == "slot":  # in the middle of the day, so that it shows when a window is read
+        with h5py.File(path) as file:
+            chunk = file["array"].id.get_chunk_info(9)
+        with path.open("r+b") as file:
+            file.seek(chunk.byte_offset)
+            file.write(bytes(chunk.size))
+
+
+@pytest.mark.parametrize("how", ["garbage", "half", "slot"])
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_damaged_day_is_named(how, split, own_cities, run, fit, failing):
+    path = day_of(own_cities, split=split)
+    damage(path, how)
+    assert str(path) in fit("--data.root", own_cities)
+    assert str(path) in failing("evaluate", run, "--data.root", own_cities)
+
+
+@pytest.mark.filterwarnings("default")
+def test_damaged_day_is_left_out_with_a_warning(own_cities, run, points, capsys, tmp_path):
+    """Here has another training day, whose road map and mean are then all that is known of the city."""
+    path = own_cities / "Here" / "Here_training" / "20180101_100m_bins.h5"
+    damage(path, "garbage")
+    out = tmp_path / "scores.json"
+    main([str(a) for a in ("evaluate", run, "--data.root", own_cities, "--data.skip_damaged=true", "--json", out)])
+    assert f"warning: left out: {path}" in capsys.readouterr().err
+    found = json.loads(out.read_text())["Here"]["mean of training days"]["mse"]
+    mean = points(1).mean(0) / 255
+    truth = np.array([points(2)[s : s + 2] / 255 for s in (3, 8, 13, 18)])
+    assert found == pytest.approx(np.square(truth - mean).mean(), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("command", ["fit", "evaluate", "predict"])
+@pytest.mark.parametrize("why", ["absent", "damaged"])
+def test_city_without_a_training_day_is_named(command, why, own_cities, run, fit, failing):
+    """Its road map would come from its training days."""
+    path = day_of(own_cities, "There")
+    if why == "absent":
+        path.unlink()
+    else:
+        damage(path, "garbage")
+    options = ("--data.root", own_cities, "--data.skip_damaged=true")
+    if command == "fit":
+        assert "There" in fit(*options)
+    else:
+        assert "There" in failing(command, run, *options, *(["--city=There"] if command == "predict" else []))
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate", "predict"])
+def test_validation_days_of_another_frame_size_are_named(command, own_cities, write_day, points, run, fit, failing):
+    for city, seed in (("Here", 2), ("There", 4)):
+        write_day(own_cities, points(seed)[:, :10], city, "20180103", "validation")
+    named = str(day_of(own_cities, split="validation"))
+    options = ("--data.root", own_cities)
+    assert named in (fit(*options) if command == "fit" else failing(command, run, *options))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "show"])
+def test_folder_without_a_run(command, failing, tmp_path):
+    line = failing(command, tmp_path)
+    assert str(tmp_path) in line and "config.yaml" in line
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "show"])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda text: text.replace("channels:", "chanels:"), "chanels"),
+        (lambda text: text.replace("past: 3", "past: none"), "past"),
+        (lambda text: text + "extra: 1\n", "extra"),
+        (lambda text: "", "config.yaml"),
+    ],
+)
+def test_run_with_a_wrong_config(command, change, named, own_run, failing):
+    path = own_run / "config.yaml"
+    path.write_text(change(path.read_text()))
+    line = failing(command, own_run)
+    assert named in line and str(path) in line
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+@pytest.mark.parametrize("damage", ["absent", "garbage", "half", "other"])
+def test_run_with_a_damaged_checkpoint(command, damage, own_run, failing):
+    path = own_run / "checkpoints" / "best.ckpt"
+    if damage == "absent":
+        path.unlink()
+    elif damage == "other":
+        config = own_run / "config.yaml"
+        config.write_text(config.read_text().replace("modules: 2", "modules: 3"))
+    else:
+        path.write_bytes(b"garbage" if damage == "garbage" else path.read_bytes()[:9999])
+    assert str(path) in failing(command, own_run)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--slot", "2"), "choose 3 to 18"),
+        (("--slot", "19"), "choose 3 to 18"),
+        (("--slot", "-1"), "--slot -1"),
+        (("--slot", "noon"), "noon"),
+        (("--city", "Paris"), "--city Paris"),
+        (("--date", "20990101"), "--date 20990101"),
+        (("--channel", "9"), "--channel 9"),
+        (("--channel", "-1"), "--channel -1"),
+        (("--feedback", "both"), "both"),
+        (("--checkpoint", "worst"), "worst"),
+        (("--data.validation_slots", "[2,6]"), "2"),
+        (("--data.cities", "[Nowhere]"), "Nowhere"),
+    ],
+)
+def test_prediction_that_cannot_be(options, named, run, failing, tmp_path):
+    assert named in failing("predict", run, "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("predict RUN --out FILE", "FILE"),
+        ("evaluate RUN --json FOLDER", "FOLDER"),
+        ("evaluate RUN --json FOLDER/absent/scores.json", "FOLDER/absent"),
+        ("show DAY --slot 3 --out FOLDER/absent/day.png", "FOLDER/absent"),
+        ("show DAY --slot 3 --out FOLDER/day.bogus", "bogus"),
+        ("data synth FILE --city.height=32 --city.width=32", "FILE"),
+    ],
+)
+def test_results_that_cannot_be_written(arguments, named, run, cities, failing, tmp_path):
+    (tmp_path / "file").write_text("")
+    meant = {"RUN": run, "DAY": day_of(cities), "FILE": tmp_path / "file", "FOLDER": tmp_path}
+
+    def path(text):
+        for word, folder in meant.items():
+            text = text.replace(word, str(folder))
+        return text
+
+    assert path(named) in failing(*(path(word) for word in arguments.split()))
+
+
+@pytest.mark.parametrize("slot", ["-1", "20"])
+def test_show_a_slot_that_is_not_there(slot, cities, failing):
+    assert f"--slot {slot}" in failing("show", day_of(cities), "--slot", slot)
+
+
+def test_show_what_is_no_day_file(failing, tmp_path):
+    path = tmp_path / "day.h5"
+    assert str(path) in failing("show", path)
+    path.write_bytes(b"garbage")
+    assert str(path) in failing("show", path)
+
+
+def test_interrupted(monkeypatch, capsys, cities):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("crevnet.commands.show", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main(["show", str(cities)])
+    assert stop.value.code == 130 and capsys.readouterr().err == "crevnet: interrupted\n"

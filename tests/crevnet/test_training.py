@@ -1,0 +1,323 @@
+"""Training on small day files: what it leaves behind, against training loops written out."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from crevnet import PRESETS, CrevNet, CrevNetConfig
+from crevnet.data import DataError
+from crevnet.settings import DataSettings, RunSettings, SettingsError, TrainingSettings, load_settings
+from crevnet.training import CityData, load_network, train
+
+WINDOW = 5
+
+
+def checkpoint(folder, which="last"):
+    return torch.load(folder / "checkpoints" / f"{which}.ckpt", map_location="cpu", weights_only=True)
+
+
+def weights(folder, which="last"):
+    return {k.removeprefix("network."): v for k, v in checkpoint(folder, which)["state_dict"].items()}
+
+
+def assert_same_weights(found, expected, tolerance=1e-6):
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert (found[name] - expected[name]).abs().max() < tolerance, name
+
+
+def scalars(folder, tag):
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [event.value for event in events.Scalars(tag)]
+
+
+@pytest.fixture(scope="module")
+def one_window(settings):
+    """A run on a single window, so that the order of the windows is no matter; validated on it too."""
+    data = replace(
+        settings.data,
+        cities=["There"],
+        training_slots=(2, 2 + WINDOW),
+        validation_split="training",
+        validation_slots=(2, 2 + WINDOW),
+    )
+    return replace(settings, data=data, training=replace(settings.training, batches=None))
+
+
+@pytest.fixture(scope="module")
+def window(points):
+    """That window and its road map, from the array itself."""
+    array = points(3)[2 : 2 + WINDOW]
+    frames = torch.from_numpy(array.transpose(0, 3, 1, 2) / np.float32(255))[None]
+    return frames, torch.from_numpy(array.any(-1).mean(0, dtype=np.float64).astype(np.float32))[None, None]
+
+
+# --- what a run leaves
+
+
+def test_folder_of_a_run(run, settings):
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml", "tensorboard"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert load_settings(run) == settings
+    assert scalars(run, "val/mse")
+    last = checkpoint(run)
+    assert (last["epoch"], last["global_step"]) == (0, 2)
+
+
+def validation_mse(network, points):
+    """MSE of the generated future over the windows of both cities' validation days, straight from the arrays."""
+    errors = []
+    for training, validation in (((0, 1), 2), ((3,), 4)):
+        days = np.concatenate([points(seed) for seed in training])
+        roads = torch.from_numpy(days.any(-1).mean(0).astype(np.float32))[None, None]
+        for start in (0, 5, 10, 15):
+            frames = points(validation)[start : start + WINDOW].transpose(0, 3, 1, 2) / np.float32(255)
+            window = torch.from_numpy(frames)[None]
+            forecast = network.generate(window[:, :3], roads).clamp(0, 1)
+            errors.append((forecast - window[:, 3:]).double().square().mean())
+    return torch.stack(errors).mean().item()
+
+
+def test_best_checkpoint_has_the_validation_score_that_is_returned(settings, points, tmp_path):
+    training = replace(settings.training, epochs=3, learning_rate=0.02)
+    found = train(replace(settings, data=replace(settings.data, batch_size=3), training=training), tmp_path)
+    values = scalars(tmp_path, "val/mse")
+    assert len(values) == 3 and found == pytest.approx(min(values), rel=1e-6)
+    best = load_network(tmp_path, settings.model, "best")
+    assert validation_mse(best, points) == pytest.approx(found, rel=1e-5)  # 8 windows in batches of 3, 3 and 2
+    last = load_network(tmp_path, settings.model, "last")
+    assert validation_mse(last, points) == pytest.approx(values[-1], rel=1e-5)
+
+
+def test_last_checkpoint_is_the_last_even_if_no_better(one_window, tmp_path):
+    training = replace(one_window.training, epochs=5, learning_rate=0.3)
+    found = train(replace(one_window, training=training), tmp_path)
+    values = scalars(tmp_path, "val/mse")
+    assert len(values) == 5 and found == pytest.approx(min(values), rel=1e-6) and values[-1] > min(values)
+    assert checkpoint(tmp_path, "last")["global_step"] == 5
+    assert checkpoint(tmp_path, "best")["global_step"] == 1 + values.index(min(values))
+
+
+# --- the training itself
+
+
+def by_hand(settings, frames, roads, steps):
+    """Adam on CrevNet.loss, without Lightning."""
+    torch.manual_seed(settings.training.seed)
+    model = CrevNet(settings.model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.training.learning_rate)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model.loss(frames, roads if settings.model.road_map else None, settings.training.loss)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
+
+
+@pytest.mark.parametrize("loss", ["all", "future", "padded"])
+def test_training_is_adam_on_the_chosen_loss(one_window, window, loss, tmp_path):
+    settings = replace(one_window, training=replace(one_window.training, epochs=2, loss=loss, seed=7))
+    train(settings, tmp_path)
+    model, _ = by_hand(settings, *window, steps=2)
+    assert_same_weights(weights(tmp_path), model.state_dict())
+
+
+def test_without_road_map_and_with_convlstm(one_window, window, tmp_path):
+    settings = replace(one_window, model=replace(one_window.model, road_map=False, cell="convlstm"))
+    train(settings, tmp_path)
+    model, _ = by_hand(settings, *window, steps=1)
+    assert_same_weights(weights(tmp_path), model.state_dict())
+
+
+def test_loss_falls_on_a_single_window(one_window, window, tmp_path):
+    settings = replace(one_window, training=replace(one_window.training, epochs=40, learning_rate=5e-3))
+    train(settings, tmp_path)
+    untrained = by_hand(settings, *window, steps=1)[1][0]
+    logged = scalars(tmp_path, "train/loss")
+    assert len(logged) == 40 and logged[0] == pytest.approx(untrained, rel=1e-5) and logged[-1] < untrained / 10
+    trained = load_network(tmp_path, settings.model, "last").loss(*window).item()
+    zeros = window[0][:, 1:].square().mean().item()
+    assert trained < 0.1 * untrained
+    assert trained < zeros  # better than predicting no data
+
+
+def test_accumulated_batches_are_one_large_batch(one_window, tmp_path):
+    """Two windows in two batches whose gradients add up, or in one batch: the same step."""
+    data = replace(one_window.data, training_slots=(2, 2 + WINDOW + 1))
+    large = replace(one_window, data=replace(data, batch_size=2))
+    small = replace(one_window, data=replace(data, batch_size=1), training=replace(one_window.training, accumulate=2))
+    train(large, tmp_path / "large")
+    train(small, tmp_path / "small")
+    assert checkpoint(tmp_path / "large")["global_step"] == checkpoint(tmp_path / "small")["global_step"] == 1
+    assert_same_weights(weights(tmp_path / "small"), weights(tmp_path / "large"), 1e-5)
+    not_added = replace(small, training=one_window.training)
+    train(not_added, tmp_path / "not-added")
+    assert checkpoint(tmp_path / "not-added")["global_step"] == 2
+
+
+def test_resumed_run_is_the_uninterrupted_run(one_window, tmp_path, monkeypatch):
+    def epochs(count):
+        return replace(one_window, training=replace(one_window.training, epochs=count))
+
+    train(epochs(4), tmp_path / "whole")
+    train(epochs(2), tmp_path / "parts")
+    before = checkpoint(tmp_path / "parts")
+    assert (before["epoch"], before["global_step"]) == (1, 2)
+    losses, loss = [], CrevNet.loss
+    monkeypatch.setattr(CrevNet, "loss", lambda *arguments: losses.append(loss(*arguments)) or losses[-1])
+    train(epochs(4), tmp_path / "parts", resume=True)
+    assert len(losses) == 2  # it went on, instead of beginning again
+    whole, parts = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts")
+    assert (parts["epoch"], parts["global_step"]) == (whole["epoch"], whole["global_step"]) == (3, 4)
+    assert_same_weights(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert any((before["state_dict"][k] - parts["state_dict"][k]).abs().max() > 1e-4 for k in parts["state_dict"])
+    moments = [c["optimizer_states"][0]["state"] for c in (parts, whole)]
+    assert moments[0].keys() == moments[1].keys()
+    for k in moments[0]:
+        assert moments[0][k]["step"] == moments[1][k]["step"] == 4
+        torch.testing.assert_close(moments[0][k]["exp_avg_sq"], moments[1][k]["exp_avg_sq"], rtol=1e-3, atol=1e-9)
+    assert load_settings(tmp_path / "parts").training.epochs == 4
+
+
+def test_same_seed_same_weights_another_seed_others(settings, run, tmp_path):
+    train(settings, tmp_path / "again")
+    assert_same_weights(weights(tmp_path / "again"), weights(run))
+    train(replace(settings, training=replace(settings.training, seed=1)), tmp_path / "other")
+    assert any((weights(tmp_path / "other")[k] - v).abs().max() > 1e-2 for k, v in weights(run).items())
+
+
+# --- data of a run
+
+
+def test_windows_of_the_chosen_slots_splits_and_strides(settings, points):
+    data = replace(
+        settings.data, training_slots=(4, 14), stride=2, validation_stride=3, validation_slots=(1, 12), batch_size=1
+    )
+    cities = CityData(data, settings.model)
+    starts = [(b["city"][0], b["date"][0], int(b["start"])) for b in cities.training_batches()]
+    days = [("Here", "20180101"), ("Here", "20180102"), ("There", "20180101")]
+    assert sorted(starts) == [(*day, s) for day in days for s in (4, 6, 8)]
+    assert starts != sorted(starts)  # shuffled
+    in_order = [(b["city"][0], int(b["start"])) for b in cities.validation_batches()]
+    assert in_order == [(city, s) for city in ("Here", "There") for s in (1, 4, 7)]
+    assert [b["city"][0] for b in cities.validation_batches("There")] == ["There"] * 3
+    for batch in cities.validation_batches("Here"):
+        expected = np.concatenate([points(0)[4:14], points(1)[4:14]]).any(-1).mean(0)
+        np.testing.assert_allclose(batch["road_map"][0, 0].numpy(), expected, rtol=1e-6)
+    found = cities.window(cities.validation_days[1], 6)
+    np.testing.assert_array_equal(found.numpy(), points(4)[6:11].transpose(0, 3, 1, 2) / np.float32(255))
+
+
+def test_channels_of_the_data_and_the_model_have_to_agree(settings):
+    with pytest.raises(DataError, match=r"has 3 channels, the model 2.*--model\.channels"):
+        CityData(settings.data, replace(settings.model, channels=2))
+
+
+def test_no_data_folder(settings):
+    with pytest.raises(DataError, match=r"--data\.root"):
+        CityData(DataSettings(), settings.model)
+
+
+# --- config.yaml and checkpoints
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(RunSettings(model) for model in PRESETS.values()),
+        RunSettings(
+            CrevNetConfig(8, False, (1, 2, 3), (2, 1, 2), 3, 5, "convlstm", 12, 6),
+            DataSettings(
+                root=Path("some where/data: 1"),
+                cities=["Berlin", "Sankt Pölten", "123"],
+                training_split="test",
+                training_slots=(0, 200),
+                validation_split="training",
+                validation_slots=(200, 288),
+                stride=3,
+                validation_stride=7,
+                skip_damaged=True,
+                batch_size=5,
+                workers=2,
+            ),
+            TrainingSettings(7, 11, 13, 1e-5, "padded", 4, "bf16-mixed", 0.5, "gpu", 2, 99),
+        ),
+    ],
+)
+def test_config_round_trip(settings, tmp_path):
+    settings.save(tmp_path / "run")
+    assert load_settings(tmp_path / "run") == settings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("channels:", "chanels:"), "chanels"),
+        (lambda text: text + "\nextra: 1\n", "extra"),
+        (lambda text: text.replace("past: 9", "past: many"), "model.past.*many"),
+        (lambda text: text.replace("past: 9", "past: 0"), "past has to be at least 1"),
+        (lambda text: text.replace("stride: 1", "stride: 0"), "data.stride has to be at least 1"),
+        (lambda text: text.replace("learning_rate: 0.0002", "learning_rate: -1"), "learning_rate has to be positive"),
+        (lambda text: "model: [1,\n", "parsing"),
+        (lambda text: "only text", "only text"),
+        (lambda text: "", "Unexpected config"),
+    ],
+)
+def test_config_that_cannot_be_read_is_named_in_one_line(change, message, tmp_path):
+    RunSettings().save(tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(SettingsError, match=message) as error:
+        load_settings(tmp_path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_folder_without_config(tmp_path):
+    with pytest.raises(SettingsError, match=r"no config\.yaml"):
+        load_settings(tmp_path / "absent")
+
+
+def test_resuming_nothing(settings, tmp_path):
+    with pytest.raises(DataError, match=r"last\.ckpt does not exist.*nothing to resume"):
+        train(settings, tmp_path, resume=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_finished_run_is_not_trained_over(run, settings):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(DataError, match=r"holds a trained run already.*--resume"):
+        train(settings, run)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_loaded_network_has_the_checkpoint_s_weights(run, settings, which):
+    assert_same_weights(load_network(run, settings.model, which).state_dict(), weights(run, which), 1e-12)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", "half", {"other": 1}, [1], {"state_dict": [1]}, None])
+def test_damaged_checkpoint_is_named(content, run, settings, tmp_path):
+    path = tmp_path / "checkpoints" / "best.ckpt"
+    path.parent.mkdir()
+    if content == "half":
+        whole = (run / "checkpoints" / "best.ckpt").read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(DataError, match=r"best\.ckpt (is no readable checkpoint|does not exist)") as error:
+        load_network(tmp_path, settings.model, "best")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_checkpoint_of_another_architecture(run, settings):
+    with pytest.raises(DataError, match="another architecture"):
+        load_network(run, replace(settings.model, modules=3), "best")

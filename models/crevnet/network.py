@@ -42,7 +42,7 @@ class CrevNet(nn.Module):
 
         Returns (B, T, C, H, W).
         """
-        return self._crop(self._predictions(self._prepared(frames, road_map), frames.shape[1]), frames)
+        return self._crop(self._predictions(self.padded(frames, road_map), frames.shape[1]), frames)
 
     def loss(self, frames: Tensor, road_map: Tensor | None = None, over: Loss = "all") -> Tensor:
         """Mean squared error of the one-step predictions within a window of past and future frames (B, T, C, H, W).
@@ -51,7 +51,7 @@ class CrevNet(nn.Module):
             "padded": all of them with the padding and the road map, as in the authors' code (which sums over the steps);
             "generated": as "all", with the frames after the first future one generated as `generate` does, in latent space.
         """
-        inputs = self._prepared(frames, road_map)
+        inputs = self.padded(frames, road_map)
         seen = inputs[:, : self.config.past] if over == "generated" else inputs[:, :-1]
         predictions, truth = self._predictions(seen, inputs.shape[1] - 1), inputs[:, 1:]
         if over == "padded":
@@ -68,7 +68,7 @@ class CrevNet(nn.Module):
         feedback: "latent" feeds the predicted latent to the next step, never encoding again (the paper's section 2.1);
             "frame" decodes the prediction, puts the road map and the padding back, and encodes it (the authors' code).
         """
-        inputs = self._prepared(past, road_map)
+        inputs = self.padded(past, road_map)
         latent: Latent = self.autoencoder.encode(inputs[:, 0])
         state = self.predictor.initial_state(latent)
         for t in range(inputs.shape[1]):
@@ -76,10 +76,31 @@ class CrevNet(nn.Module):
         frames = [self._crop(self.autoencoder.decode(latent), past)]
         while len(frames) < (self.config.horizon if horizon is None else horizon):
             if feedback == "frame":
-                latent = self.autoencoder.encode(self._prepared(frames[-1][:, None], road_map)[:, 0])
+                latent = self.autoencoder.encode(self.padded(frames[-1][:, None], road_map)[:, 0])
             latent, state = self.predictor(latent, state)
             frames.append(self._crop(self.autoencoder.decode(latent), past))
         return torch.stack(frames, 1)
+
+    def padded(self, frames: Tensor, road_map: Tensor | None) -> Tensor:
+        """Frames as the network sees them, (B, T, C, H, W) -> (B, T, Ci, Hp, Wp): the road map added, padded with zeros."""
+        if frames.dim() != 5 or frames.shape[2] != self.config.channels:
+            raise ValueError(
+                f"frames have to be (batch, time, {self.config.channels} channels, height, width); got {tuple(frames.shape)}"
+            )
+        if (road_map is not None) != self.config.road_map:
+            raise ValueError(
+                "this model takes a road map: pass road_map="
+                if self.config.road_map
+                else "this model takes no road map"
+            )
+        if road_map is not None:
+            expected = (frames.shape[0], 1, *frames.shape[-2:])
+            if road_map.shape != expected:
+                raise ValueError(f"road_map has to be {expected} for these frames; got {tuple(road_map.shape)}")
+            frames = torch.cat((frames, road_map[:, None].expand(-1, frames.shape[1], -1, -1, -1)), 2)
+        height, width = frames.shape[-2:]
+        d = self.config.downsampling
+        return F.pad(frames, (0, -width % d, 0, -height % d))
 
     def step(self, frame: Tensor, state: PredictorState | None = None) -> tuple[Tensor, PredictorState]:
         """One time step on whole frames: (B, Ci, Hp, Wp) -> the predicted next one, of the same shape, and the state."""
@@ -108,27 +129,6 @@ class CrevNet(nn.Module):
             outputs.append(latent)
         z1, z2 = (torch.stack(stream, 1).flatten(0, 1) for stream in zip(*outputs, strict=True))
         return self.autoencoder.decode((z1, z2)).unflatten(0, (batch, steps))
-
-    def _prepared(self, frames: Tensor, road_map: Tensor | None) -> Tensor:
-        """(B, T, C, H, W) -> (B, T, Ci, Hp, Wp)."""
-        if frames.dim() != 5 or frames.shape[2] != self.config.channels:
-            raise ValueError(
-                f"frames have to be (batch, time, {self.config.channels} channels, height, width); got {tuple(frames.shape)}"
-            )
-        if (road_map is not None) != self.config.road_map:
-            raise ValueError(
-                "this model takes a road map: pass road_map="
-                if self.config.road_map
-                else "this model takes no road map"
-            )
-        if road_map is not None:
-            expected = (frames.shape[0], 1, *frames.shape[-2:])
-            if road_map.shape != expected:
-                raise ValueError(f"road_map has to be {expected} for these frames; got {tuple(road_map.shape)}")
-            frames = torch.cat((frames, road_map[:, None].expand(-1, frames.shape[1], -1, -1, -1)), 2)
-        height, width = frames.shape[-2:]
-        d = self.config.downsampling
-        return F.pad(frames, (0, -width % d, 0, -height % d))
 
     def _crop(self, frames: Tensor, like: Tensor) -> Tensor:
         """(..., Ci, Hp, Wp) -> (..., C, H, W), the data channels inside the frame."""

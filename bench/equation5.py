@@ -1,0 +1,52 @@
+"""How well eq. 5 of the paper recovers a trained CrevNet's input frame from the frame that it predicted.
+
+    python bench/equation5.py demo/run
+
+For float32 and float64: the largest error of the recovered frame, in [0, 1], over the past frames of the first validation
+window, and the smallest 1 - g of all gates, by which the inverse divides.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from crevnet import CrevNet, ReversiblePredictiveModule
+from crevnet.settings import RunSettings, load_settings
+from crevnet.training import CityData, load_network
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the folder that `crevnet fit` wrote")
+    run = parser.parse_args().run
+    settings = load_settings(run)
+    network = load_network(run, settings.model, "best")
+    for dtype in (torch.float32, torch.float64):
+        error, rest = recovery_error(network.to(dtype), settings)
+        print(f"{dtype}: largest error {error:.1e}, smallest 1 - g {rest:.4f}")
+
+
+@torch.no_grad()
+def recovery_error(network: CrevNet, settings: RunSettings) -> tuple[float, float]:
+    """The largest error of a recovered frame, and the smallest 1 - g met on the way."""
+    batch = next(iter(CityData(settings.data, settings.model).validation_batches()))
+    frames = network.padded(batch["frames"], batch["road_map"] if settings.model.road_map else None)
+    frames = frames.to(next(network.parameters()).dtype)
+    smallest, largest = [], []
+    for module in network.modules():
+        if isinstance(module, ReversiblePredictiveModule):
+            module.attention.register_forward_hook(lambda *call: smallest.append(torch.sigmoid(-call[2]).min().item()))
+    state = None
+    for t in range(settings.model.past):
+        prediction, after = network.step(frames[:, t], state)
+        if state is not None:
+            recovered = network.recover(prediction, state, after)
+            largest.append((recovered - frames[:, t]).abs().max().item())
+        state = after
+    return max(largest), min(smallest)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
+
 from crevnet import CrevNet, ReversiblePredictiveModule
 from crevnet.settings import RunSettings, load_settings
 from crevnet.training import CityData, load_network

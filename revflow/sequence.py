@@ -26,7 +26,8 @@ class ReversibleSequence(nn.Sequential):
 
     Called with a tensor, it splits it in two streams along `split_dim`, and returns one tensor; called with a tuple of
     streams it returns a tuple. Keyword arguments reach every block's conditioners; tensors among them, in lists or
-    dictionaries too, get gradients. Under `no_grad` it runs as ordinary modules do. Dropout, autocast, train/eval mode and
+    dictionaries too, get gradients. Under `no_grad`, forward-mode differentiation and `torch.func`'s transforms it runs as
+    ordinary modules do. Dropout, autocast, train/eval mode and
     BatchNorm's statistics are the same in both runs. Parameters, context and the output must not change in place before
     the backward pass: PyTorch's error says so.
 
@@ -80,7 +81,7 @@ class ReversibleSequence(nn.Sequential):
         streams = self._split(x)
         join = self.split_dim if isinstance(x, Tensor) else None
         blocks = list(enumerate(self))
-        tape = Tape() if torch.is_grad_enabled() and not is_recomputing() else None
+        tape = Tape() if _engine_applies() else None
         for index, block in reversed(blocks) if inverse else blocks:
             with self._naming(index, streams):
                 if tape is not None:
@@ -120,3 +121,11 @@ class ReversibleSequence(nn.Sequential):
             shapes = ", ".join(str(tuple(s.shape)) for s in streams)
             where = f"block {index} ({type(self[index]).__name__}), given streams of shapes {shapes}"
             raise type(error)(f"{where}: {error}") from error
+
+
+def _engine_applies() -> bool:
+    """Whether to rebuild activations in the backward pass, or to run the blocks as ordinary modules: without gradients, as
+    part of another chain's rerun, and under forward-mode differentiation and torch.func's transforms, which need graphs."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return torch.is_grad_enabled() and not (is_recomputing() or transformed or forward_mode)

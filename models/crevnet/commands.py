@@ -105,7 +105,7 @@ def predict(
     stem = out / f"{day.city}-{day.date}-{slot:03d}"
     _write_prediction(stem.with_suffix(".h5"), forecast.numpy(), day, slot)
     arrays = past.numpy(), truth.numpy(), forecast.numpy()
-    title = f"{day.city}, {day.date}, {slot // 12:02d}:{slot % 12 * 5:02d}"
+    title = f"{day.city}, {day.date}, predicted from {slot // 12:02d}:{slot % 12 * 5:02d}"
     figures.save(figures.forecast_figure(*arrays, title, channel), stem.with_suffix(".png"))
     figures.forecast_animation(*arrays, stem.with_suffix(".gif"), channel)
     for suffix in (".h5", ".png", ".gif"):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from engine.nets import COUPLINGS, STACKS, Conditioner, assert_same_gradients, image, network, of_one
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import revflow
+from engine.nets import COUPLINGS, STACKS, Conditioner, assert_same_gradients, image, network, of_one
 
 stacks = pytest.mark.parametrize("stack", STACKS, ids=lambda s: s.__name__)
 

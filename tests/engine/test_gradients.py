@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from engine.nets import STACKS, Conditioner, assert_same_gradients, image, mixed, network, of_one, relative_error
 from torch import nn
 
 import revflow
+from engine.nets import STACKS, Conditioner, assert_same_gradients, image, mixed, network, of_one, relative_error
 
 stacks = pytest.mark.parametrize("stack", STACKS, ids=lambda s: s.__name__)
 

@@ -4,10 +4,10 @@ import gc
 
 import pytest
 import torch
-from engine.nets import additive, additive_two, affine, gated, image
 from torch import nn
 
 import revflow
+from engine.nets import additive, additive_two, affine, gated, image
 
 STREAM = 2 * 4 * 6 * 4 * 8  # bytes of one stream of `image()` in float64
 

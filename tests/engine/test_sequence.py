@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
-from engine.nets import STACKS, Conditioner, additive, assert_same_gradients, image, mixed, network, relative_error
 from torch import nn
 
 import revflow
+from engine.nets import STACKS, Conditioner, additive, assert_same_gradients, image, mixed, network, relative_error
 
 stacks = pytest.mark.parametrize("stack", STACKS, ids=lambda s: s.__name__)
 

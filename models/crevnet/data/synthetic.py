@@ -40,8 +40,10 @@ class SyntheticCity:
 
     Attributes:
         name: the folder's name.
-        height, width: of a frame in pixels of 100 m, at least 32 each.
-        training_days, validation_days: numbers of consecutive days, validation after training.
+        height: of a frame, in pixels of 100 m, at least 32.
+        width: of a frame, in pixels of 100 m, at least 32.
+        training_days: how many consecutive days to train on.
+        validation_days: how many days after them to validate on.
         start_date: the first day, YYYY-MM-DD.
         seed: of the road network and all trips, at least 0.
         density: of the traffic; 2 starts twice as many trips as 1, on the same roads.

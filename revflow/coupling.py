@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from revflow._rewind import Step, Stepwise, run_stepwise
+from revflow._passes import Step, Stepwise
+from revflow._rewind import run_stepwise
 from revflow.bijection import Bijection, Streams
 
 

@@ -9,8 +9,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from revflow._passes import Streams, as_streams
 from revflow._replay import is_recomputing
-from revflow._rewind import Streams, Tape, anchor, as_streams, through
+from revflow._rewind import Tape, anchor, through
 
 
 class ReversibleSequence(nn.Sequential):

@@ -165,6 +165,13 @@ def test_a_hook_that_changes_streams_is_refused(hook):
         net(image())
 
 
+def test_a_hook_that_changes_a_stream_in_place_is_refused():
+    net = network(mixed)
+    net[0].register_forward_hook(lambda module, args, outputs: (outputs[1].mul_(2), None)[1])
+    with pytest.raises(RuntimeError, match=r"block 0 \(AdditiveCoupling\).*hook replaced its output"):
+        net(image())
+
+
 @pytest.mark.parametrize("saturation", [-60.0, 60.0])
 def test_gated_coupling_with_saturated_gates(saturation):
     """Every gate open or shut: gradients within 1e-5 of plain autograd, nothing infinite."""

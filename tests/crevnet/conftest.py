@@ -1,5 +1,7 @@
 """Shared by CrevNet's tests: small day files of two cities, a tiny model trained on them, and a cache folder of their own."""
 
+import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from crevnet import CrevNetConfig
+from crevnet.cli import main
 from crevnet.settings import DataSettings, RunSettings, TrainingSettings
 from crevnet.training import train
 
@@ -105,3 +108,43 @@ def plain_run(settings: RunSettings, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("runs") / "plain"
     train(replace(settings, model=replace(MODEL, road_map=False, cell="convlstm")), folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def warnings_as_before(monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `main` shows them in its own way
+
+
+@pytest.fixture
+def crevnet(capsys):
+    """Runs a command and returns what it printed."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        main([str(argument) for argument in arguments])
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def failing(capsys):
+    """Runs a command that has to fail, and returns its one line."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        lines = [line for line in error.splitlines() if not line.startswith(("warning:", "GPU", "TPU", "💡"))]
+        assert len(lines) == 1 and lines[0].startswith("crevnet: "), error
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture
+def own_run(run, tmp_path):
+    """A run to be damaged at will."""
+    return shutil.copytree(run, tmp_path / "own-run")

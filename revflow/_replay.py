@@ -178,8 +178,8 @@ def _autocast_states(device: torch.device) -> list[tuple[str, bool, torch.dtype]
 def _autocast(states: list[tuple[str, bool, torch.dtype]], device: torch.device) -> Iterator[None]:
     """Autocast as in `states`, with the cache of cast weights off.
 
-    A weight that was cast and cached without a graph would be taken from the cache by ordinary autograd later in the
-    same context, and would get no gradient.
+    Older versions of PyTorch (2.13 does not) take a weight that was cast and cached without a graph from the cache in ordinary
+    autograd later in the same context, and leave it untrained. And a rerun's casts would stay in the cache for no use.
     """
     states = states or [(kind, False, dtype) for kind, _, dtype in _autocast_states(device)]
     if not states:

@@ -148,6 +148,24 @@ def test_autocast(backward_inside):
     assert reversible < 1.5 * plain
 
 
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_both_runs_see_the_same_autocast_state(backward_inside):
+    net, x, seen = network(STACKS[0], dtype=torch.float32), image(dtype=torch.float32), []
+    for c in conditioners(net):
+        c.first.register_forward_hook(
+            lambda module, args, out: seen.append((out.dtype, torch.is_autocast_cache_enabled()))
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(x)
+        if backward_inside:
+            y.sum().backward()
+        assert torch.is_autocast_cache_enabled()
+    if not backward_inside:
+        with torch.autocast("cpu", torch.float16):  # another state than the forward pass's
+            y.sum().backward()
+    assert seen == [(torch.bfloat16, False)] * 6
+
+
 def test_autocast_leaves_no_weight_untrained_in_plain_autograd_after_it():
     net, x = network(STACKS[0], dtype=torch.float32), image(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

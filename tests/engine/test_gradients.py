@@ -5,7 +5,17 @@ import torch
 from torch import nn
 
 import revflow
-from engine.nets import STACKS, Conditioner, assert_same_gradients, image, mixed, network, of_one, relative_error
+from engine.nets import (
+    STACKS,
+    Conditioner,
+    additive_two,
+    assert_same_gradients,
+    image,
+    mixed,
+    network,
+    of_one,
+    relative_error,
+)
 
 stacks = pytest.mark.parametrize("stack", STACKS, ids=lambda s: s.__name__)
 
@@ -82,6 +92,16 @@ def test_context_tensors_get_gradients(stack):
     leaf = image(1, 1, 1, 1, seed=5).requires_grad_()
     assert_same_gradients(net, lambda: net(x, condition=leaf), lambda: net.plain(x, condition=leaf), [x, leaf])
     assert_same_gradients(net, lambda: net(x, condition=leaf * 2), lambda: net.plain(x, condition=leaf * 2), [x, leaf])
+
+
+def test_context_gradient_through_a_frozen_first_conditioner():
+    """y1 = x1 + F(x2, c) needs a gradient for c's sake alone, and G sees y1."""
+    net, x, condition = network(of_one(additive_two)), image(), image(1, 1, 1, 1).requires_grad_()
+    for block in net:
+        block.F.requires_grad_(False)
+    net = net[:1]
+    run = lambda function: lambda: function(x, condition=condition)  # noqa: E731
+    assert_same_gradients(net, run(net), run(net.plain), [condition])
 
 
 @stacks

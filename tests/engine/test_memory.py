@@ -117,6 +117,11 @@ def test_tracked_counts_by_hand():
     assert "kept" in str(report) and "tracked" in str(report)
 
 
+@pytest.mark.parametrize("predict", [False, True])
+def test_constants_count(predict):
+    assert revflow.measure_memory(lambda: torch.tensor([1.0, 2.0]), predict=predict).kept == 8
+
+
 def test_unknown_device_is_refused():
     with pytest.raises(ValueError, match="CPU and CUDA"):
         revflow.measure_memory(training_step, device="meta")

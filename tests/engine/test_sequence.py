@@ -125,6 +125,12 @@ class TestPixelUnshuffle:
         theirs = nn.functional.pixel_unshuffle(x, 3).unflatten(1, (2, 3, 3)).permute(0, 2, 3, 1, 4, 5).flatten(1, 3)
         assert torch.equal(y, theirs)
 
+    def test_channels_last_stays_channels_last(self):
+        x = image(2, 3, 6, 4).to(memory_format=torch.channels_last)
+        (y,) = revflow.PixelUnshuffle(2)(x)
+        (back,) = revflow.PixelUnshuffle(2).inverse(y)
+        assert y.is_contiguous(memory_format=torch.channels_last) and back.stride() == x.stride()
+
     def test_refuses_what_does_not_divide(self):
         with pytest.raises(ValueError, match=r"multiples of 2; got \(1, 3, 5, 4\)"):
             revflow.PixelUnshuffle(2)(torch.zeros(1, 3, 5, 4))
@@ -205,6 +211,40 @@ def test_coupling_of_three_streams():
     streams = tuple(image(2, 4, 6, 4, seed=k).requires_grad_() for k in range(3))
     joined = lambda function: lambda: torch.cat([s.flatten() for s in function(streams)])  # noqa: E731
     assert_same_gradients(net, joined(net), joined(net.plain), list(streams))
+
+
+def test_compiled_around_a_chain_the_engine_stays_out_of_the_graph():
+    net, graphs = network(STACKS[0]), []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module
+
+    torch.compile(nn.Sequential(net), backend=backend)(image().requires_grad_()).sum().backward()
+    assert not graphs
+
+
+def test_streams_keep_their_dtype():
+    net = revflow.ReversibleSequence([additive(4) for _ in range(2)])
+    for block in net:
+        block.F.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+    y = net(image().bfloat16())
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+
+
+class TestGate:
+    def test_in_float32_whatever_the_logit(self):
+        logit = torch.tensor([6.25], dtype=torch.bfloat16)
+        x, h = torch.tensor([1000.0]), torch.tensor([0.0])
+        expected = 1000 * torch.sigmoid(-logit.double())
+        assert torch.allclose(revflow.GatedCoupling.combine(x, logit, h).double(), expected, rtol=1e-6)
+
+    def test_inverse_of_a_shut_gate_is_finite(self):
+        """1 - sigmoid(30) is zero in float32, sigmoid(-30) is not."""
+        x, logit, h = torch.tensor([3.0]), torch.tensor([30.0]), torch.tensor([0.0])
+        y = revflow.GatedCoupling.combine(x, logit, h)
+        assert torch.allclose(revflow.GatedCoupling.separate(y, logit, h), x, rtol=1e-5)
 
 
 def test_compiled_around_a_chain_with_dropout():

@@ -148,3 +148,16 @@ def failing(capsys):
 def own_run(run, tmp_path):
     """A run to be damaged at will."""
     return shutil.copytree(run, tmp_path / "own-run")
+
+
+@pytest.fixture(scope="session")
+def small():
+    """The options of a model as small as `MODEL`."""
+    return (
+        "--model.blocks=[1,1]",
+        "--model.strides=[1,2]",
+        "--model.modules=2",
+        "--model.past=3",
+        "--model.horizon=2",
+        "--training.accelerator=cpu",
+    )

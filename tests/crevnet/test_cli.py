@@ -16,14 +16,6 @@ from crevnet.cli import main
 from crevnet.settings import load_settings
 
 PAST, HORIZON, WINDOW = 3, 2, 5
-SMALL = (
-    "--model.blocks=[1,1]",
-    "--model.strides=[1,2]",
-    "--model.modules=2",
-    "--model.past=3",
-    "--model.horizon=2",
-    "--training.accelerator=cpu",
-)
 
 
 def network(run, which="best"):
@@ -44,9 +36,9 @@ def road_map(*days):
 # --- fit
 
 
-def test_fit_leaves_a_run_and_names_the_next_command(cities, crevnet, tmp_path):
+def test_fit_leaves_a_run_and_names_the_next_command(cities, small, crevnet, tmp_path):
     out = tmp_path / "new" / "run"
-    said = crevnet("fit", *SMALL, "--out", out, "--data.root", cities, "--training.epochs=1", "--training.batches=1")
+    said = crevnet("fit", *small, "--out", out, "--data.root", cities, "--training.epochs=1", "--training.batches=1")
     assert f"next: crevnet evaluate {out}" in said and "best validation MSE" in said
     settings = load_settings(out)
     assert settings.data.root == cities and settings.training.batches == 1

@@ -9,15 +9,6 @@ import torch
 
 from crevnet.cli import main
 
-SMALL = (
-    "--model.blocks=[1,1]",
-    "--model.strides=[1,2]",
-    "--model.modules=2",
-    "--model.past=3",
-    "--model.horizon=2",
-    "--training.accelerator=cpu",
-)
-
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
@@ -77,11 +68,11 @@ def test_wrong_config_file(content, named, failing, tmp_path):
 
 
 @pytest.fixture
-def fit(cities, failing, tmp_path):
+def fit(cities, small, failing, tmp_path):
     """Trains in vain; a later option stands for an earlier one."""
     folder = tmp_path / "run"
     once = ("--training.epochs=1", "--training.batches=1")
-    return lambda *options: failing("fit", *SMALL, "--out", folder, "--data.root", cities, *once, *options)
+    return lambda *options: failing("fit", *small, "--out", folder, "--data.root", cities, *once, *options)
 
 
 @pytest.mark.parametrize(

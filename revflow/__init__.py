@@ -1,5 +1,7 @@
 """revflow: train deep networks without storing their activations."""
 
+from revflow._guard import ReconstructionError as ReconstructionError
+from revflow._guard import ReconstructionWarning as ReconstructionWarning
 from revflow._replay import is_recomputing as is_recomputing
 from revflow.bijection import Bijection as Bijection
 from revflow.bijection import PixelUnshuffle as PixelUnshuffle

@@ -3,67 +3,132 @@
 A stepwise block (a coupling) is taken apart into steps: each conditioner is evaluated once in the forward pass and once in
 the rewind. Any other block is undone by its `inverse` and run again: three evaluations. No autograd Function is defined
 here, and no concrete coupling known.
+
+Where the log-determinant is asked for, one value a sample follows a block's streams, and its gradient theirs.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.utils import _pytree as pytree
 
 from revflow._replay import Replay
 
+if TYPE_CHECKING:
+    from revflow._rewind import Tape
+
 T = TypeVar("T")
 Streams = tuple[Tensor, ...]
-Coefficients = tuple[Tensor, ...]
 Context = dict[str, Any]
-Gradients = tuple[Tensor | None, ...]
-
-
-class Step(NamedTuple):
-    """One stream overwritten by an elementwise map whose coefficients a conditioner computes from the other streams:
-    `streams[target] = apply(streams[target], *t)`."""
-
-    target: int
-    conditioner: nn.Module
-    coefficients: Callable[[Tensor, Streams, Context], Coefficients]
-    """(a tensor of the target's shape and dtype, the other streams, context) -> t."""
-    apply: Callable[..., Tensor]
-    undo: Callable[..., Tensor]
-    keep_target: bool
-    """Keep the overwritten stream as an anchor instead of rebuilding it: `undo` is ill-conditioned."""
+Gradients = Sequence[Tensor | None]
 
 
 class Stepwise(ABC):
     """A block that the engine takes apart, so that each conditioner runs exactly twice a training step.
 
-    Forward: the steps, then the streams rotated to the left by `rotation`. Inverse: rotated back, then the steps undone.
+    Forward: for each conditioner, its target stream is overwritten by `combine(target, *t)`, an elementwise map whose
+    coefficients t the conditioner computes from the other streams; then the streams are rotated to the left by `rotation`.
+    Inverse: rotated back, then the targets are overwritten by `separate(target, *t)`, in reverse order.
     """
 
     rotation: int
+    combine: Callable[..., Tensor]
+    separate: Callable[..., Tensor]
+    log_derivative: Callable[..., Tensor]
+    """t -> log |d combine / d target|, elementwise."""
+    ill_conditioned: ClassVar[bool]
+    """Whether `separate` loses digits: the overwritten stream is then kept as an anchor instead of rebuilt."""
+
+    @property
+    @abstractmethod
+    def translates(self) -> bool:
+        """Whether `combine` adds its only coefficient and `separate` subtracts it: their gradients then need no graph."""
 
     @abstractmethod
-    def steps(self, inverse: bool) -> list[Step]:
-        """The steps of the block's forward or inverse, in the order in which they run."""
+    def conditioners(self) -> list[tuple[int, nn.Module]]:
+        """(target, conditioner), in the order in which the forward runs them."""
+
+    @abstractmethod
+    def evaluate(self, conditioner: nn.Module, target: Tensor, others: Sequence[Tensor], context: Context) -> Streams:
+        """The coefficients t for a stream of `target`'s shape and dtype."""
 
 
-def run_plainly(block: Stepwise, inverse: bool, streams: Streams, context: Context) -> Streams:
-    before, after = _rotations(block, inverse)
-    streams = _rotate(streams, before)
-    for step in block.steps(inverse):
-        target, others = _take(streams, step.target)
-        streams = _put(others, step.target, step.apply(target, *step.coefficients(target, others, context)))
-    return _rotate(streams, after)
+class Arguments:
+    """The keyword arguments of a chain's call: the tensors among them, in any tree of lists and dictionaries, and the rest."""
+
+    def __init__(self, context: Context) -> None:
+        self.tensors: Streams = ()
+        self._spec: pytree.TreeSpec | None = None
+        if context:
+            self._leaves, self._spec = pytree.tree_flatten(context)
+            self._positions = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
+            self.tensors = tuple(self._leaves[i] for i in self._positions)
+            for i in self._positions:
+                self._leaves[i] = None
+
+    def filled(self, tensors: Sequence[Tensor]) -> Context:
+        """The keyword arguments, with `tensors` in the place of theirs."""
+        if self._spec is None:
+            return {}
+        leaves = list(self._leaves)
+        for i, tensor in zip(self._positions, tensors, strict=True):
+            leaves[i] = tensor
+        context: Context = pytree.tree_unflatten(leaves, self._spec)
+        return context
+
+
+class Passage(NamedTuple):
+    """One call of a chain: what is the same for all of its blocks."""
+
+    inverse: bool
+    log_det: bool
+    """Whether each block's log-determinant is wanted, behind its streams."""
+    arguments: Arguments
+    tape: Tape | None
+    """None under ordinary autograd."""
+
+
+def run_plainly(block: Stepwise, inverse: bool, log_det: bool, streams: Streams, context: Context) -> Streams:
+    """The block's output under ordinary autograd."""
+    apply = block.separate if inverse else block.combine
+    now = _rotate([*streams], -block.rotation if inverse else 0)
+    log_dets: list[Tensor] = []
+    conditioners = block.conditioners()
+    for k, conditioner in reversed(conditioners) if inverse else conditioners:
+        t = block.evaluate(conditioner, now[k], now[:k] + now[k + 1 :], context)
+        now[k] = apply(now[k], *t)
+        if log_det:
+            log_dets.append(_log_det(block, inverse, t))
+    now = _rotate(now, 0 if inverse else block.rotation)
+    return (*now, _total(log_dets)) if log_det else tuple(now)
+
+
+def run_whole(block: nn.Module, inverse: bool, log_det: bool, streams: Streams, context: Context) -> Streams:
+    """As `run_plainly`, for a block known by `forward` and `inverse` alone."""
+    call: Callable[..., object] = block.inverse if inverse else block  # type: ignore[assignment]
+    outputs = as_streams(call(*streams, **context))
+    if not log_det:
+        return outputs
+    of: Callable[..., Tensor] | None = getattr(block, "log_det", None)
+    if of is None:
+        raise NotImplementedError(f"a {type(block).__name__} has no log-determinant: write its method log_det")
+    value = -of(*outputs, **context) if inverse else of(*streams, **context)
+    if value.shape != streams[0].shape[:1]:
+        raise ValueError(
+            f"log_det has to return one value a sample; it returned a tensor of shape {tuple(value.shape)}"
+        )
+    return (*outputs, value)
 
 
 def as_streams(value: object) -> Streams:
     """A block's result, checked to be a tuple of tensors."""
-    if isinstance(value, tuple) and value and all(isinstance(s, Tensor) for s in value):
+    if isinstance(value, tuple) and value and all([isinstance(s, Tensor) for s in value]):
         return value
     raise TypeError(f"a block has to return a tuple of tensors, one a stream; this one returned {_described(value)}")
 
@@ -72,201 +137,232 @@ def _described(value: object) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-class _Twice:
-    """A function of streams, context and a module's parameters: run once without a graph, then again with one."""
-
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._replay = Replay(module, device)
-        self._strides: list[tuple[int, ...]] = []
-        self._needs: Sequence[bool] = ()
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        return self._replay.parameters
-
-    def first(
-        self, function: Callable[[Streams, Context], Streams], streams: Streams, context: Context, needs: Sequence[bool]
-    ) -> Streams:
-        """The function's value; `needs` says which streams want a gradient."""
-        self._strides, self._needs = [s.stride() for s in streams], needs
-        return self._replay.first(lambda: function(streams, context))  # type: ignore[no-any-return]
-
-    def again(
-        self, function: Callable[[Streams, Context], Streams], streams: Streams, context: Context, parameters: Streams
-    ) -> tuple[Streams, Streams]:
-        """The function's value with its graph, and the leaves of that graph that stand for the streams."""
-        leaves = tuple(
-            _with_strides(s, strides).detach().requires_grad_(need)  # rule 5 of _rewind
-            for s, strides, need in zip(streams, self._strides, self._needs, strict=True)
-        )
-        return self._replay.again(lambda: function(leaves, context), parameters), leaves
-
-    def value(self, function: Callable[[], Streams], parameters: Streams) -> Streams:
-        """Another function's value, without a graph, under the conditions of the first run."""
-        return self._replay.again(torch.no_grad()(function), parameters)  # type: ignore[no-any-return]
-
-
 class Call(ABC):
-    """One block, passed once in one direction."""
+    """The block at a chain's `position`, passed once."""
 
-    def __init__(self, streams: Streams, context: Context) -> None:
-        self._streams = len(streams)
-        self._spec: pytree.TreeSpec | None = None
-        leaves: list[Any] = []
-        if context:
-            leaves, self._spec = pytree.tree_flatten(context)
-        self.context: list[Tensor] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self._others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    samples: Streams = ()
+    """What the guard keeps of the block's input."""
+
+    def __init__(self, passage: Passage, position: int, block: nn.Module, before: Any) -> None:
+        self.passage, self.position, self.block_type = passage, position, type(block).__name__
+        self.before = before
+        """The autograd node of the block before this one."""
+        self.replays: Sequence[Replay] = ()
         self.parameters: list[Tensor] = []
 
-    def arguments(self, tensors: Sequence[Tensor]) -> Context:
-        """The keyword arguments, with `tensors` in the place of theirs."""
-        if self._spec is None:
-            return {}
-        leaves: list[Any] = list(self._others)
-        for i, tensor in zip(self._positions, tensors, strict=True):
-            leaves[i] = tensor
-        context: Context = pytree.tree_unflatten(leaves, self._spec)
-        return context
-
-    def parts(self, tensors: Streams) -> tuple[Streams, Streams, Streams]:
-        """Streams, context tensors and parameters from the Function's arguments."""
-        first, second = self._streams, self._streams + len(self.context)
-        return tensors[:first], tensors[first:second], tensors[second:]
-
     @abstractmethod
-    def first(self, streams: Streams, context: Context, needs: Sequence[bool]) -> tuple[Streams, Streams]:
+    def first(self, streams: Streams, context: Context) -> tuple[Streams, Streams]:
         """The block's output, and the streams to keep as anchors."""
 
     @abstractmethod
     def rewind(
-        self, outputs: Streams, grads: Gradients, leaves: Streams, anchors: Streams
-    ) -> tuple[Streams, Gradients]:
-        """The block's input, and the gradients of its streams, context tensors and parameters.
+        self,
+        outputs: Streams,
+        grads: Gradients,
+        needs: Sequence[bool],
+        leaves: list[Tensor],
+        own: list[Tensor],
+        anchors: Streams,
+    ) -> tuple[Streams, list[Tensor | None]]:
+        """The block's input, and the gradients of its streams, of the context's tensors and of the parameters.
 
-        `leaves` stand for the context tensors and the parameters.
+        `needs` says which streams want a gradient; `leaves` stand for the context's tensors, `own` for the parameters.
         """
 
 
 class Coupled(Call):
     """A stepwise block: each conditioner runs once in `first` and once in `rewind`."""
 
-    def __init__(self, block: Stepwise, inverse: bool, streams: Streams, context: Context) -> None:
-        super().__init__(streams, context)
-        self._before, self._after = _rotations(block, inverse)
-        self._runs = [(step, _Twice(step.conditioner, streams[0].device)) for step in block.steps(inverse)]
-        self.parameters = [p for _, run in self._runs for p in run.parameters]
+    def __init__(self, passage: Passage, position: int, block: Stepwise, before: Any, streams: Streams) -> None:
+        super().__init__(passage, position, block, before)  # type: ignore[arg-type]
+        inverse, device = passage.inverse, streams[0].device
+        self._rotations = (-block.rotation, 0) if inverse else (0, block.rotation)
+        self._steps = [_Step(block, inverse, k, conditioner, device) for k, conditioner in block.conditioners()]
+        if inverse:
+            self._steps.reverse()
+        self.replays = self._steps
+        for step in self._steps:
+            self.parameters += step.parameters
 
-    def first(self, streams: Streams, context: Context, needs: Sequence[bool]) -> tuple[Streams, Streams]:
-        anchors: Streams = ()
-        stream_needs = _rotate(tuple(needs[: len(streams)]), self._before)
-        streams = _rotate(streams, self._before)
-        from_context = any(needs[len(streams) : len(streams) + len(self.context)])
-        for step, run in self._runs:
-            target, others = _take(streams, step.target)
-            target_needs, others_need = _take(stream_needs, step.target)
-            if step.keep_target:
-                anchors = (*anchors, target)
-            t = run.first(partial(step.coefficients, target), others, context, others_need)
-            streams = _put(others, step.target, step.apply(target, *t))
-            from_step = from_context or any(others_need) or any(p.requires_grad for p in run.parameters)
-            stream_needs = _put(others_need, step.target, target_needs or from_step)
-        return _rotate(streams, self._after), anchors
+    def first(self, streams: Streams, context: Context) -> tuple[Streams, Streams]:
+        now = _rotate([*streams], self._rotations[0])
+        anchors: list[Tensor] = []
+        log_dets: list[Tensor] = []
+        for step in self._steps:
+            if step.keeps_target:
+                anchors.append(now[step.target])
+            t = step.run(now, context)
+            if self.passage.log_det:
+                log_dets.append(step.log_det(t))
+        now = _rotate(now, self._rotations[1])
+        return (*now, _total(log_dets)) if log_dets else tuple(now), tuple(anchors)
 
     def rewind(
-        self, outputs: Streams, grads: Gradients, leaves: Streams, anchors: Streams
-    ) -> tuple[Streams, Gradients]:
-        streams, stream_grads = _rotate(outputs, -self._after), _rotate(grads, -self._after)
-        context, parameters = leaves[: len(self.context)], leaves[len(self.context) :]
-        arguments = self.arguments(context)
-        context_grads: Gradients = (None,) * len(context)
-        parameter_grads: Gradients = ()
-        for step, run in reversed(self._runs):
-            first = len(parameters) - len(run.parameters)
-            parameters, own = parameters[:first], parameters[first:]
-            y, others = _take(streams, step.target)
-            y_grad, other_grads = _take(stream_grads, step.target)
-            t, inputs = run.again(partial(step.coefficients, y), others, arguments, own)
-            values = tuple(c.detach() for c in t)
-            if step.keep_target:
-                anchors, x = anchors[:-1], anchors[-1]
-            else:
-                x = step.undo(y, *values)
+        self,
+        outputs: Streams,
+        grads: Gradients,
+        needs: Sequence[bool],
+        leaves: list[Tensor],
+        own: list[Tensor],
+        anchors: Streams,
+    ) -> tuple[Streams, list[Tensor | None]]:
+        before, after = self._rotations
+        count = len(outputs)  # the log-determinant is no part of what is rebuilt
+        now, now_grads = _rotate([*outputs], -after), _rotate([*grads[:count]], -after)
+        context = self.passage.arguments.filled(leaves)
+        leaf_grads: list[Tensor | None] = [None] * len(leaves)
+        own_grads: list[Tensor | None] = []
+        end = len(own)
+        for i in range(len(self._steps) - 1, -1, -1):
+            step = self._steps[i]
+            begin = end - len(step.parameters)
+            # Later steps see what earlier ones changed: whether that wants a gradient is not worth finding out.
+            wants = [True] * count if i else _rotate([*needs], before)
+            anchor = anchors[i] if step.keeps_target else None
+            found = step.undo(now, now_grads, grads[count:], wants, context, leaves, own[begin:end], anchor)
+            for j in range(len(leaves)):
+                leaf_grads[j] = _sum(leaf_grads[j], found[j])
+            own_grads[:0] = found[len(leaves) :]
+            end = begin
+        return tuple(_rotate(now, -before)), _rotate(now_grads, -before) + leaf_grads + own_grads
+
+
+class _Step(Replay):
+    """One conditioner of a stepwise block, and the stream that it overwrites."""
+
+    def __init__(
+        self, block: Stepwise, inverse: bool, target: int, conditioner: nn.Module, device: torch.device
+    ) -> None:
+        super().__init__(conditioner, device)
+        self.target = target
+        self.keeps_target = block.ill_conditioned and not inverse
+        self._block, self._inverse, self._conditioner = block, inverse, conditioner
+        self._strides: list[tuple[int, ...]] = []
+
+    def run(self, now: list[Tensor], context: Context) -> Streams:
+        """Overwrite the target in `now`; returns the coefficients."""
+        k, block = self.target, self._block
+        others = now[:k] + now[k + 1 :]
+        self._strides = [s.stride() for s in others]
+        t = self.first(block.evaluate, self._conditioner, now[k], others, context)
+        now[k] = (block.separate if self._inverse else block.combine)(now[k], *t)
+        return t
+
+    def undo(
+        self,
+        now: list[Tensor],
+        grads: list[Tensor | None],
+        log_det_grad: Gradients,
+        wants: list[bool],
+        context: Context,
+        leaves: list[Tensor],
+        own: list[Tensor],
+        anchor: Tensor | None,
+    ) -> Gradients:
+        """Bring the streams in `now`, and their gradients in `grads`, from after the step to before it.
+
+        Returns the gradients of `leaves` and `own`.
+        """
+        k, block = self.target, self._block
+        y, y_grad = now[k], grads[k]
+        others = [j for j in range(len(now)) if j != k]
+        inputs = [_leaf(now[j], strides, wants[j]) for j, strides in zip(others, self._strides, strict=True)]
+        t = self.again(own, block.evaluate, self._conditioner, y, inputs, context)
+        if anchor is None:
+            anchor = (block.combine if self._inverse else block.separate)(y, *[c.detach() for c in t])
+        now[k] = anchor
+        if block.translates:
+            if self._inverse and y_grad is not None:
+                y_grad = -y_grad
+            found = _gradients(t, (*inputs, *leaves, *own), (y_grad,))
+        else:
             with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
-                again = step.apply(leaf, *t)
-            x_grad, found = _take(_gradients((again,), (leaf, *inputs, *context, *own), (y_grad,)), 0)
-            streams = _put(others, step.target, x)
-            stream_grads = _put(_sum(other_grads, found[: len(inputs)]), step.target, x_grad)
-            context_grads = _sum(context_grads, found[len(inputs) : len(inputs) + len(context)])
-            parameter_grads = (*found[len(inputs) + len(context) :], *parameter_grads)
-        return _rotate(streams, -self._before), (
-            *_rotate(stream_grads, -self._before),
-            *context_grads,
-            *parameter_grads,
-        )
+                x = anchor.detach().requires_grad_()
+                outputs: Streams = ((block.separate if self._inverse else block.combine)(x, *t),)
+                if log_det_grad:
+                    outputs = (*outputs, self.log_det(t))
+            grads[k], *found = _gradients(outputs, (x, *inputs, *leaves, *own), (y_grad, *log_det_grad))
+        for i, j in enumerate(others):
+            grads[j] = _sum(grads[j], found[i])
+        return found[len(others) :]
+
+    def log_det(self, t: Streams) -> Tensor:
+        return _log_det(self._block, self._inverse, t)
 
 
 class Whole(Call):
     """A block known by `forward` and `inverse` alone: undone, then run again; three evaluations a step."""
 
-    def __init__(self, block: nn.Module, inverse: bool, streams: Streams, context: Context) -> None:
-        super().__init__(streams, context)
-        undo: Callable[..., object] = block.inverse  # type: ignore[assignment]
-        self._forward: Callable[..., object] = undo if inverse else block
-        self._undo: Callable[..., object] = block if inverse else undo
-        self._run = _Twice(block, streams[0].device)
-        self.parameters = self._run.parameters
+    def __init__(self, passage: Passage, position: int, block: nn.Module, before: Any, streams: Streams) -> None:
+        super().__init__(passage, position, block, before)
+        self._block, self._replay = block, Replay(block, streams[0].device)
+        self.replays, self.parameters = (self._replay,), self._replay.parameters
+        self._strides = [s.stride() for s in streams]
 
-    def _function(self, streams: Streams, context: Context) -> Streams:
-        return as_streams(self._forward(*streams, **context))
-
-    def first(self, streams: Streams, context: Context, needs: Sequence[bool]) -> tuple[Streams, Streams]:
-        return self._run.first(self._function, streams, context, needs[: len(streams)]), ()
+    def first(self, streams: Streams, context: Context) -> tuple[Streams, Streams]:
+        inverse, log_det, _, _ = self.passage
+        return self._replay.first(run_whole, self._block, inverse, log_det, streams, context), ()
 
     def rewind(
-        self, outputs: Streams, grads: Gradients, leaves: Streams, anchors: Streams
-    ) -> tuple[Streams, Gradients]:
-        context, parameters = leaves[: len(self.context)], leaves[len(self.context) :]
-        arguments = self.arguments(context)
-        streams = self._run.value(lambda: as_streams(self._undo(*outputs, **arguments)), parameters)
-        again, inputs = self._run.again(self._function, streams, arguments, parameters)
-        return streams, _gradients(again, (*inputs, *leaves), grads)
+        self,
+        outputs: Streams,
+        grads: Gradients,
+        needs: Sequence[bool],
+        leaves: list[Tensor],
+        own: list[Tensor],
+        anchors: Streams,
+    ) -> tuple[Streams, list[Tensor | None]]:
+        inverse, log_det, arguments, _ = self.passage
+        context, undo = arguments.filled(leaves), torch.no_grad()(run_whole)
+        streams = self._replay.again(own, undo, self._block, not inverse, False, outputs, context)
+        inputs = tuple(map(_leaf, streams, self._strides, needs))
+        again = self._replay.again(own, run_whole, self._block, inverse, log_det, inputs, context)
+        return streams, [*_gradients(again, (*inputs, *leaves, *own), grads)]
 
 
-def _rotations(block: Stepwise, inverse: bool) -> tuple[int, int]:
-    """How far the streams are rotated before and after the steps."""
-    return (-block.rotation, 0) if inverse else (0, block.rotation)
+def _rotate(items: list[T], by: int) -> list[T]:
+    return items[by:] + items[:by] if by else items
 
 
-def _rotate(items: tuple[T, ...], by: int) -> tuple[T, ...]:
-    return items[by:] + items[:by]
+def _log_det(block: Stepwise, inverse: bool, t: Streams) -> Tensor:
+    log_derivative = block.log_derivative(*t).flatten(1).sum(1)
+    return -log_derivative if inverse else log_derivative
 
 
-def _take(items: tuple[T, ...], index: int) -> tuple[T, tuple[T, ...]]:
-    return items[index], items[:index] + items[index + 1 :]
+def _total(log_dets: list[Tensor]) -> Tensor:
+    return log_dets[0] if len(log_dets) == 1 else torch.stack(log_dets).sum(0)
 
 
-def _put(others: tuple[T, ...], index: int, item: T) -> tuple[T, ...]:
-    return (*others[:index], item, *others[index:])
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
-def _sum(a: Gradients, b: Gradients) -> Gradients:
-    return tuple(y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True))
+def _leaf(tensor: Tensor, strides: tuple[int, ...], needs_grad: bool) -> Tensor:
+    """A leaf of a new graph, of the tensor's values, with the strides of the first run (rule 5 of _rewind)."""
+    if tensor.stride() != strides:
+        tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    return tensor.detach().requires_grad_(needs_grad)
 
 
-def _with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    if tensor.stride() == strides:
-        return tensor
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+def _gradients(outputs: Streams, inputs: Streams, grads: Gradients) -> Gradients:
+    """The gradients of `inputs`; None for those that want none or that the outputs do not depend on.
 
-
-def _gradients(outputs: Streams, inputs: Streams, grads: Sequence[Tensor | None]) -> Gradients:
-    """The gradients of `inputs`; None for those that want none or that the outputs do not depend on."""
-    known = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad and g is not None]
+    This is torch.autograd.grad without its checks of the arguments, which for small conditioners take as long as it does.
+    """
+    known = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     wanted = [i for i in inputs if i.requires_grad]
     if not known or not wanted:
         return (None,) * len(inputs)
-    found = iter(torch.autograd.grad([o for o, _ in known], wanted, [g for _, g in known], allow_unused=True))
-    return tuple(next(found) if i.requires_grad else None for i in inputs)
+    found: Gradients = _engine_run_backward(
+        tuple([o for o, _ in known]),
+        tuple([g for _, g in known]),
+        False,  # retain_graph
+        False,  # create_graph
+        tuple(wanted),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+    if len(wanted) == len(inputs):
+        return found
+    rest = iter(found)
+    return [next(rest) if i.requires_grad else None for i in inputs]

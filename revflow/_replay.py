@@ -10,21 +10,27 @@ BatchNorm's statistics. A `Replay` remembers, for one evaluation:
 - the buffers that the evaluation changed (spectral norm's vectors, say), as they were before it.
 
 The second evaluation leaves all of these as it found them: BatchNorm's running statistics move once. Parameters come
-from the caller, so that `functional_call`'s are seen, and gradients are taken of aliases that carry no user's hooks.
+from the caller, so that `functional_call`'s are seen.
 
 Not remembered: state outside the module's buffers (Python attributes, files, other libraries' random generators).
+
+All this runs for every conditioner in every step. So it is written to cost little where there is nothing to do.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
+AutocastState = list[tuple[str, bool, torch.dtype]]
 
 _thread = threading.local()
 
@@ -41,18 +47,24 @@ class Replay:
     """One evaluation of `module` on `device`, to be repeated: `first` once, then `again` any number of times."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._device = device
-        self._autocast = _autocast_states(device)
-        self._random: _RandomState | None = None
-        self._modes: list[tuple[nn.Module, bool]] = []
-        self._slots: list[tuple[dict[str, Tensor | None], str, int]] = []
-        self._buffers: list[_Buffer] = []
+        self.autocast = _autocast_state(device)
+        """(device type, enabled, dtype) for the CPU and the streams' device; empty where autocast is off on both."""
         self.parameters: list[Tensor] = []
         """The distinct parameters that the module held, functional_call's substitutes included."""
-        # One plain loop: this runs for every conditioner in every forward pass.
+        self._device = device
+        self._random: list[Tensor] | None = None
+        self._modules = [module]
+        self._modes: list[bool] = []
+        self._slots: list[tuple[dict[str, Tensor | None], str, int]] = []
+        self._buffers: list[_Buffer] = []
         positions: dict[int, int] = {}
-        for m in module.modules():
-            self._modes.append((m, m.training))
+        known = {module}
+        for m in self._modules:  # which grows on the way
+            self._modes.append(m.training)
+            for child in m._modules.values():
+                if child is not None and child not in known:
+                    known.add(child)
+                    self._modules.append(child)
             for name, parameter in m._parameters.items():
                 if parameter is not None:
                     position = positions.setdefault(id(parameter), len(self.parameters))
@@ -60,55 +72,60 @@ class Replay:
                         self.parameters.append(parameter)
                     self._slots.append((m._parameters, name, position))  # type: ignore[arg-type]
             if m.training:  # an evaluation may change these
-                self._buffers += [
-                    _Buffer(m._buffers, name) for name, buffer in m._buffers.items() if buffer is not None
-                ]
+                for name, buffer in m._buffers.items():
+                    if buffer is not None:
+                        self._buffers.append(_Buffer(m._buffers, name))
 
-    def first(self, evaluate: Callable[[], Any]) -> Any:
-        """Run `evaluate()` without a graph and remember what it saw."""
-        before = _RandomState(self._device)
+    def first(self, function: Callable[..., T], *arguments: object) -> T:
+        """Call `function` where gradients are off, and remember what it saw."""
+        before = _random_states(self._device)
         for buffer in self._buffers:
             buffer.take()
-        with torch.no_grad(), _autocast(self._autocast, self._device):
-            result = evaluate()
-        if before != _RandomState(self._device):
+        with _autocast(self.autocast) if self.autocast else _AS_IT_IS:
+            result = function(*arguments)
+        if _differ(before, _random_states(self._device)):
             self._random = before
         for buffer in self._buffers:
             buffer.keep_if_changed()
         return result
 
-    def again(self, evaluate: Callable[[], Any], parameters: Sequence[Tensor]) -> Any:
-        """Run `evaluate()` with a graph, on `parameters` (in the order of `self.parameters`) in the module's slots."""
-        now = [(m, m.training) for m, _ in self._modes]
-        held = [(slots, name, slots[name]) for slots, name, _ in self._slots]
-        random = None if self._random is None else _RandomState(self._device)
+    def again(self, parameters: Sequence[Tensor], function: Callable[..., T], *arguments: object) -> T:
+        """Call `function` with gradients on, and `parameters` (in the order of `self.parameters`) in the module's slots."""
+        modes = [m.training for m in self._modules]
+        held = [(slots, name, slots[name], i) for slots, name, i in self._slots if slots[name] is not parameters[i]]
+        random = None if self._random is None else _random_states(self._device)
         outer = is_recomputing()
         _thread.recomputing = True
         try:
-            _set_modes(self._modes)
-            for slots, name, position in self._slots:
-                slots[name] = parameters[position]
+            self._set_modes(modes, self._modes)
+            for slots, name, _, i in held:
+                slots[name] = parameters[i]
             for buffer in self._buffers:
                 buffer.lend()
             if self._random is not None:
-                self._random.restore()
-            with torch.enable_grad(), _autocast(self._autocast, self._device):
-                return evaluate()
+                _restore(self._random, self._device)
+            with torch.enable_grad(), self._autocast_again():
+                return function(*arguments)
         finally:
             if random is not None:
-                random.restore()
+                _restore(random, self._device)
             for buffer in self._buffers:
                 buffer.give_back()
-            for slots, name, parameter in held:
+            for slots, name, parameter, _ in held:
                 slots[name] = parameter
-            _set_modes(now)
+            self._set_modes(self._modes, modes)
             _thread.recomputing = outer
 
+    def _autocast_again(self) -> AbstractContextManager[None]:
+        if self.autocast:
+            return _autocast(self.autocast)
+        now = _autocast_state(self._device)
+        return _autocast([(kind, False, dtype) for kind, _, dtype in now]) if now else _AS_IT_IS
 
-def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, mode in modes:
-        if module.training != mode:  # setting a module's attribute is slow
-            module.training = mode
+    def _set_modes(self, found: list[bool], wanted: list[bool]) -> None:
+        if found != wanted:
+            for module, mode in zip(self._modules, wanted, strict=True):
+                module.training = mode
 
 
 class _Buffer:
@@ -142,50 +159,48 @@ class _Buffer:
         self._own = None
 
 
-class _RandomState:
+def _random_states(device: torch.device) -> list[Tensor]:
     """The state of the CPU's generator, and of the device's where that is another."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._cpu = torch.get_rng_state()
-        self._accelerator = (
-            None if device.type in ("cpu", "meta") else torch.get_device_module(device).get_rng_state(device)
-        )
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _RandomState) and self._bytes() == other._bytes()
-
-    def _bytes(self) -> list[bytes]:
-        # Read behind the dispatcher: fake-tensor modes and memory trackers must not see these tensors.
-        states = [state for state in (self._cpu, self._accelerator) if state is not None]
-        return [ctypes.string_at(state.data_ptr(), state.nbytes) for state in states]
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._accelerator is not None:
-            torch.get_device_module(self._device).set_rng_state(self._accelerator, self._device)
+    cpu = torch.default_generator.get_state()
+    return [cpu] if device.type in ("cpu", "meta") else [cpu, torch.get_device_module(device).get_rng_state(device)]
 
 
-def _autocast_states(device: torch.device) -> list[tuple[str, bool, torch.dtype]]:
-    """(device type, enabled, dtype) for the CPU and the streams' device; empty where autocast is off on both."""
-    kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
-    if not any(map(torch.is_autocast_enabled, kinds)):
+def _differ(a: list[Tensor], b: list[Tensor]) -> bool:
+    # Compared in place and behind the dispatcher: fake-tensor modes and memory trackers must not see these tensors.
+    return any(_memcmp(s.data_ptr(), t.data_ptr(), s.nbytes) for s, t in zip(a, b, strict=True))
+
+
+def _restore(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _autocast_state(device: torch.device) -> AutocastState:
+    if not torch._C._is_any_autocast_enabled():
         return []
-    return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+    kind = device.type
+    on_device = kind not in ("cpu", "meta") and torch.is_autocast_enabled(kind)
+    if not on_device and not torch.is_autocast_enabled("cpu"):
+        return []
+    kinds = ("cpu",) if kind in ("cpu", "meta") else ("cpu", kind)
+    return [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
 
 
 @contextmanager
-def _autocast(states: list[tuple[str, bool, torch.dtype]], device: torch.device) -> Iterator[None]:
-    """Autocast as in `states`, with the cache of cast weights off.
+def _autocast(state: AutocastState) -> Iterator[None]:
+    """Autocast as in `state`, with the cache of cast weights off.
 
-    Older versions of PyTorch (2.13 does not) take a weight that was cast and cached without a graph from the cache in ordinary
-    autograd later in the same context, and leave it untrained. And a rerun's casts would stay in the cache for no use.
+    Older versions of PyTorch (2.13 does not) take a weight that was cast and cached without a graph from the cache in
+    ordinary autograd later in the same context, and leave it untrained. And a rerun's casts would stay in the cache for
+    no use.
     """
-    states = states or [(kind, False, dtype) for kind, _, dtype in _autocast_states(device)]
-    if not states:
-        yield
-        return
     with ExitStack() as stack:
-        for kind, enabled, dtype in states:
+        for kind, enabled, dtype in state:
             stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
         yield
+
+
+_AS_IT_IS = nullcontext()
+_memcmp = (ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)).memcmp
+_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]

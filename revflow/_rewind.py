@@ -10,98 +10,143 @@ Rules of the tape:
 1. A tape belongs to one forward call; nothing is stored on a module. The same block may stand in a chain twice.
 2. Only the chain's output is saved (`_Anchor`), by `save_for_backward`: changing it in place, or a second backward without
    `retain_graph`, gives PyTorch's own error. Blocks save references to parameters and context, and no stream, except the
-   streams that a coupling declares as anchors.
+   streams that a coupling declares as anchors, and the guard's few values.
 3. A rewind leaves the block's input for the block before it, under the number of the running backward. So two backwards
    over one graph do not mix.
 4. It leaves nothing where the block before is not going to run in this backward (a leaf input, a frozen block, a partial
    `autograd.grad`), and it takes its own entry off before it does anything else. So nothing outlives a backward.
 5. Both evaluations of a conditioner get the same strides: these decide the last bit of some activations.
+6. Nothing refers back to the tape from the tape: a graph that is dropped is freed at once, without the garbage collector.
 """
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from revflow._passes import Call, Context, Coupled, Gradients, Stepwise, Streams, Whole, run_plainly
+from revflow._guard import Evidence, Seen, Witness
+from revflow._passes import (
+    Call,
+    Context,
+    Coupled,
+    Gradients,
+    Passage,
+    Stepwise,
+    Streams,
+    Whole,
+    as_streams,
+    run_plainly,
+    run_whole,
+)
+
+
+class _Entry(NamedTuple):
+    streams: Streams
+    evidence: Evidence | None
 
 
 class Tape:
     """Hands the rebuilt streams from one block's rewind to the next."""
 
-    def __init__(self) -> None:
-        self._streams: dict[int, Streams] = {}
+    def __init__(self, witness: Witness | None) -> None:
+        self.witness = witness
+        self._entries: dict[int, _Entry] = {}
 
-    def leave(self, streams: Streams) -> None:
-        self._streams[torch._C._current_graph_task_id()] = streams
+    def leave(self, streams: Streams, evidence: Evidence | None) -> None:
+        self._entries[torch._C._current_graph_task_id()] = _Entry(streams, evidence)
 
-    def take(self) -> Streams:
-        return self._streams.pop(torch._C._current_graph_task_id())
-
-
-class _Offer(NamedTuple):
-    tape: Tape
-    block: object
-    streams: Streams
+    def take(self) -> _Entry:
+        return self._entries.pop(torch._C._current_graph_task_id())
 
 
-class _Recorded(NamedTuple):
-    streams: Streams
-    versions: list[int]
+class _Offer:
+    """What a chain wishes of the stepwise block that it is about to call, and what the block has made of it."""
+
+    def __init__(self, passage: Passage, position: int, block: object, streams: Streams, before: Any) -> None:
+        self.passage, self.position, self.block, self.streams, self.before = passage, position, block, streams, before
+        self.versions = [] if passage.tape is None else _versions(streams)
+        self.results: Streams = ()
 
 
 _thread = threading.local()
 
 
-def through(tape: Tape, block: nn.Module, inverse: bool, streams: Streams, context: Context) -> Streams:
-    """Pass `streams` through `block` and record it on `tape`.
+def through(
+    passage: Passage, position: int, block: nn.Module, streams: Streams, before: Any, context: Context
+) -> Streams:
+    """Pass `streams` through the chain's block at that `position`; `before` is the autograd node of the block before it.
 
-    A stepwise block is called as any module is, with the tape on offer: the Function is applied inside its own forward,
+    A stepwise block is called as any module is, with an offer on the side: the Function is applied inside its own forward,
     so that its hooks see an ordinary module.
     """
-    if not isinstance(block, Stepwise):
-        return _apply(tape, Whole(block, inverse, streams, context), streams)
-    _thread.offer, _thread.recorded = _Offer(tape, block, streams), None
+    inverse, log_det, _, tape = passage
+    if not isinstance(block, Stepwise) or (tape is None and not log_det):
+        if tape is None:
+            return run_whole(block, inverse, log_det, streams, context)
+        return _apply(Whole(passage, position, block, before, streams), streams)
+    offer = _thread.offer = _Offer(passage, position, block, streams, before)
     try:
         call: Callable[..., object] = block.inverse if inverse else block  # type: ignore[assignment]
-        outputs, recorded = call(*streams, **context), _thread.recorded
+        outputs = as_streams(call(*streams, **context))
     finally:
-        _thread.offer, _thread.recorded = None, None
-    if recorded is None or not _same(outputs, recorded.streams) or recorded.versions != _versions(recorded.streams):
+        _thread.offer = None
+    if tape is not None and not _same(outputs, offer.results[: len(outputs)], offer.versions):
         raise RuntimeError("a forward hook replaced its output, which cannot be undone; make that change a block")
-    return recorded.streams  # type: ignore[no-any-return]
+    return (*outputs, offer.results[-1]) if log_det else outputs
 
 
 def run_stepwise(block: Stepwise, inverse: bool, streams: Streams, context: Context) -> Streams:
-    """A stepwise block's forward or inverse: on the tape if a chain has just called it, else under ordinary autograd."""
+    """A stepwise block's forward or inverse: as a chain that has just called it wishes, else under ordinary autograd."""
     offer: _Offer | None = getattr(_thread, "offer", None)
     if offer is None or offer.block is not block:
-        return run_plainly(block, inverse, streams, context)
-    if not _same(streams, offer.streams):
-        raise RuntimeError("a forward pre-hook replaced its input, which cannot be undone; make that change a block")
+        return run_plainly(block, inverse, False, streams, context)
     _thread.offer = None  # whatever the block's conditioners call is not on this tape
-    outputs = _apply(offer.tape, Coupled(block, inverse, streams, context), streams)
-    _thread.recorded = _Recorded(outputs, _versions(outputs))
-    return outputs
+    passage = offer.passage
+    if passage.tape is None:
+        offer.results = run_plainly(block, inverse, passage.log_det, streams, context)
+    elif _same(streams, offer.streams, offer.versions):
+        call = Coupled(passage, offer.position, block, offer.before, streams)
+        offer.results = _apply(call, streams)
+        offer.versions = _versions(offer.results[: len(streams)])
+    else:
+        raise RuntimeError("a forward pre-hook replaced its input, which cannot be undone; make that change a block")
+    return offer.results[: len(streams)]
 
 
-def anchor(tape: Tape, streams: Streams, join: int | None) -> Tensor | Streams:
-    """End a chain: its output, joined along the dimension `join` or left as a tuple, is saved for the backward pass."""
-    if not any(s.requires_grad for s in streams):
-        return streams if join is None else torch.cat(streams, join)
-    return _Anchor.apply(tape, join, *streams)  # type: ignore[no-any-return, no-untyped-call]
+def end(tape: Tape | None, streams: Streams, join: int | None, log_det: Tensor | None) -> tuple[Streams, Tensor | None]:
+    """End a chain: its streams, joined along the dimension `join` if that is not None, and its log-determinant if wanted.
+
+    On a tape the output is anchored. The log-determinant passes through the anchor too, so that its backward begins there.
+    """
+    more = () if log_det is None else (log_det,)
+    if tape is None or not any(s.requires_grad for s in (*streams, *more)):
+        return (streams if join is None else (torch.cat(streams, join),)), log_det
+    outputs: Streams = _Anchor.apply(tape, join, len(streams), *streams, *more)  # type: ignore[no-untyped-call]
+    return (outputs, None) if log_det is None else (outputs[:-1], outputs[-1])
 
 
-def _same(streams: object, expected: Streams) -> bool:
+def _same(streams: Streams, expected: Streams, versions: list[int]) -> bool:
+    """Whether these are the expected values: the tensors themselves or aliases of them, and not changed in place."""
     return (
-        isinstance(streams, tuple)
-        and len(streams) == len(expected)
-        and all(s is e for s, e in zip(streams, expected, strict=True))
+        len(streams) == len(expected)
+        and (all(map(operator.is_, streams, expected)) or all(map(_alias, streams, expected)))
+        and _versions(streams) == versions
+    )
+
+
+def _alias(a: Tensor, b: Tensor) -> bool:
+    """FSDP2 wraps what goes through a module in aliases."""
+    return (
+        a.data_ptr() == b.data_ptr()
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.dtype == b.dtype
+        and a.requires_grad == b.requires_grad
     )
 
 
@@ -110,64 +155,106 @@ def _versions(streams: Streams) -> list[int]:
     return [s._version for s in streams]
 
 
-def _apply(tape: Tape, call: Call, streams: Streams) -> Streams:
-    return _Rewind.apply(tape, call, *streams, *call.context, *call.parameters)  # type: ignore[no-any-return, no-untyped-call]
+def _apply(call: Call, streams: Streams) -> Streams:
+    return _Rewind.apply(call, *streams, *call.passage.arguments.tensors, *call.parameters)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Rewind(torch.autograd.Function):
     """A block on a tape. Where nothing needs a gradient it leaves no node: frozen leading blocks are never rewound."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, call: Call, *tensors: Tensor) -> Streams:
-        streams, context, parameters = call.parts(tensors)
-        needs = ctx.needs_input_grad[2:]
-        outputs, anchors = call.first(streams, call.arguments(context), needs)
-        ctx.tape, ctx.call = tape, call
+    def forward(ctx: Any, call: Call, *tensors: Tensor) -> Streams:
+        passage = call.passage
+        end = len(tensors) - len(call.parameters)
+        begin = end - len(passage.arguments.tensors)
+        streams = tensors[:begin]
+        outputs, anchors = call.first(streams, passage.arguments.filled(tensors[begin:end]))
+        ctx.call, ctx.ends = call, (begin, end, len(tensors))
+        if passage.tape.witness is not None and any(ctx.needs_input_grad):  # type: ignore[union-attr]
+            call.samples = passage.tape.witness.samples(streams)  # type: ignore[union-attr]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*context, *parameters, *anchors)
+        ctx.save_for_backward(*tensors[begin:], *anchors)
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
-        call: Call = ctx.call
-        outputs = ctx.tape.take()
-        saved: Streams = ctx.saved_tensors
-        known = len(call.context) + len(call.parameters)
-        leaves = tuple(t.detach().requires_grad_(t.requires_grad) for t in saved[:known])
-        streams, found = call.rewind(outputs, grads, leaves, saved[known:])
-        if _runs_before(ctx):
-            ctx.tape.leave(streams)
-        return (None, None, *(g if need else None for g, need in zip(found, ctx.needs_input_grad[2:], strict=True)))
+        if torch.is_grad_enabled():
+            return _once(_rewind, ctx, grads)
+        return _rewind(ctx, grads)
+
+
+def _rewind(ctx: Any, grads: Gradients) -> Gradients:
+    call: Call = ctx.call
+    tape: Tape = call.passage.tape  # type: ignore[assignment]
+    outputs, evidence = tape.take()
+    begin, end, count = ctx.ends
+    saved: Streams = ctx.saved_tensors
+    # Where the user has hooks an alias takes their place: they see the whole gradient, when the Function returns it.
+    leaves = [t if t.grad_fn is None and not t._backward_hooks else _alias_of(t) for t in saved[: count - begin]]
+    needs = ctx.needs_input_grad[1:]
+    anchors = saved[count - begin :]
+    streams, found = call.rewind(outputs, grads, needs, leaves[: end - begin], leaves[end - begin :], anchors)
+    if evidence is not None:
+        evidence.blocks.append(Seen(call, tape.witness.samples(streams)))  # type: ignore[union-attr]
+    if call.before is not None and torch._C._will_engine_execute_node(call.before):  # rule 4
+        tape.leave(streams, evidence)
+    elif evidence is not None:
+        tape.witness.judge(evidence)  # type: ignore[union-attr]
+    return (None, *[g if need else None for g, need in zip(found, needs, strict=True)])
+
+
+def _alias_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 class _Anchor(torch.autograd.Function):
     """The end of a chain: saves its output, and puts it on the tape when the backward pass begins."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, join: int | None, *streams: Tensor) -> Tensor | Streams:
+    def forward(ctx: Any, tape: Tape, join: int | None, count: int, *tensors: Tensor) -> Streams:
+        streams, log_det = tensors[:count], tensors[count:]
         ctx.tape, ctx.join = tape, join
         ctx.sizes = None if join is None else [s.shape[join] for s in streams]
         ctx.set_materialize_grads(False)
-        if join is None:
-            ctx.save_for_backward(*streams)
-            return tuple(s.view_as(s) for s in streams)
-        output = torch.cat(streams, join)
-        ctx.save_for_backward(output)
-        return output
+        outputs = tuple(s.view_as(s) for s in streams) if join is None else (torch.cat(streams, join),)
+        ctx.save_for_backward(*outputs)
+        return (*outputs, *(d.view_as(d) for d in log_det))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
-        saved: Streams = ctx.saved_tensors
-        if ctx.join is not None:
-            saved = saved[0].split(ctx.sizes, ctx.join)
-            grads = (None,) * len(saved) if grads[0] is None else grads[0].split(ctx.sizes, ctx.join)
-        ctx.tape.leave(saved)
-        return (None, None, *grads)
+        if torch.is_grad_enabled():
+            return _once(_begin, ctx, grads)
+        return _begin(ctx, grads)
 
 
-def _runs_before(ctx: Any) -> bool:
-    """Whether the block before this one is on the tape too and runs in this backward (rule 4)."""
-    nodes = {node for node, _ in ctx.next_functions if getattr(node, "tape", None) is ctx.tape}
-    return any(torch._C._will_engine_execute_node(node) for node in nodes)
+def _begin(ctx: Any, grads: Gradients) -> Gradients:
+    streams: Streams = ctx.saved_tensors
+    if ctx.join is not None:
+        streams = streams[0].split(ctx.sizes, ctx.join)
+        joined = grads[0]
+        split = (None,) * len(streams) if joined is None else joined.split(ctx.sizes, ctx.join)
+        grads = (*split, *grads[1:])
+    ctx.tape.leave(streams, ctx.tape.witness and ctx.tape.witness.outputs(streams))
+    return (None, None, None, *grads)
+
+
+def _once(backward: Callable[[Any, Gradients], Gradients], ctx: Any, grads: Gradients) -> Gradients:
+    """Call `backward`, where a graph is asked for, without one: its gradients can be used, but not differentiated."""
+    with torch.no_grad():
+        found = backward(ctx, grads)
+    return tuple(None if g is None else _SecondDerivative.apply(g.detach().requires_grad_()) for g in found)  # type: ignore[no-untyped-call]
+
+
+class _SecondDerivative(torch.autograd.Function):
+    """The identity, which refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise RuntimeError(
+            "a ReversibleSequence cannot be differentiated twice: it keeps no graph. net.plain(x) is the same function under "
+            "ordinary autograd, and can"
+        )

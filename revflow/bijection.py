@@ -27,6 +27,10 @@ class Bijection(nn.Module, ABC):
     def inverse(self, *streams: Tensor, **context: Any) -> Streams:
         """The input that `forward` maps to `streams`."""
 
+    def log_det(self, *streams: Tensor, **context: Any) -> Tensor:
+        """log |det d forward / d streams|, one value a sample. `forward_with_log_det` needs it, nothing else does."""
+        raise NotImplementedError(f"a {type(self).__name__} has no log-determinant: write its method log_det")
+
 
 class PixelUnshuffle(Bijection):
     """Bijective downsampling of every stream: (..., C, H, W) -> (..., factor² C, H / factor, W / factor).
@@ -48,6 +52,9 @@ class PixelUnshuffle(Bijection):
 
     def inverse(self, *streams: Tensor, **context: Any) -> Streams:
         return tuple(self._shuffle(s) for s in streams)
+
+    def log_det(self, *streams: Tensor, **context: Any) -> Tensor:
+        return streams[0].new_zeros(len(streams[0]))
 
     def extra_repr(self) -> str:
         return str(self.factor)

@@ -8,13 +8,13 @@ an arbitrary module that is never inverted.
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from revflow._passes import Step, Stepwise
+from revflow._passes import Stepwise
 from revflow._rewind import run_stepwise
 from revflow.bijection import Bijection, Streams
 
@@ -29,7 +29,7 @@ class Coupling(Bijection, Stepwise):
     the stream that is changed; several as a tuple. They are cast to the stream's dtype. Called by itself, a coupling
     runs under ordinary autograd; in a `ReversibleSequence`, each conditioner runs exactly twice a training step.
 
-    For a coupling of your own, write `combine` and `separate`.
+    For a coupling of your own, write `combine` and `separate`, and for flows `log_derivative`.
     """
 
     coefficients: ClassVar[tuple[str, ...]]
@@ -60,23 +60,39 @@ class Coupling(Bijection, Stepwise):
     def separate(y: Tensor, *coefficients: Tensor) -> Tensor:
         """The x that `combine` maps to `y`."""
 
+    @staticmethod
+    def log_derivative(*coefficients: Tensor) -> Tensor:
+        """log |d combine / d x|, elementwise, of the stream's shape. `forward_with_log_det` needs it, nothing else does."""
+        raise NotImplementedError("a coupling has no log-determinant without its method log_derivative(*coefficients)")
+
     def forward(self, *streams: Tensor, **context: Any) -> Streams:
         return run_stepwise(self, False, self._checked(streams), context)
 
     def inverse(self, *streams: Tensor, **context: Any) -> Streams:
         return run_stepwise(self, True, self._checked(streams), context)
 
-    def steps(self, inverse: bool) -> list[Step]:
-        """What the engine takes the block apart into."""
-        apply, undo = (self.separate, self.combine) if inverse else (self.combine, self.separate)
-        steps = [
-            Step(
-                target, conditioner, partial(self._run, conditioner), apply, undo, self.ill_conditioned and not inverse
-            )
-            for target, conditioner in enumerate((self.F, self.G))
-            if conditioner is not None
-        ]
-        return steps[::-1] if inverse else steps
+    @property
+    def translates(self) -> bool:
+        """Whether `combine` is x + t and nothing else, so that the engine can differentiate it by itself."""
+        return self.combine is AdditiveCoupling.combine and self.separate is AdditiveCoupling.separate
+
+    def conditioners(self) -> list[tuple[int, nn.Module]]:
+        """(index of the stream that is changed, conditioner)."""
+        return [(0, self.F)] if self.G is None else [(0, self.F), (1, self.G)]
+
+    def evaluate(
+        self, conditioner: nn.Module, target: Tensor, others: Sequence[Tensor], context: dict[str, Any]
+    ) -> Streams:
+        """The coefficients for a stream of `target`'s shape and dtype."""
+        returned = conditioner(*others, **context)
+        values = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+        if len(values) != len(self.coefficients):
+            raise self._unfit(values, target, others)
+        shape, dtype = target.shape, target.dtype
+        for value in values:
+            if not isinstance(value, Tensor) or value.shape != shape:
+                raise self._unfit(values, target, others)
+        return tuple([v if v.dtype == dtype else v.to(dtype) for v in values])
 
     def _checked(self, streams: Streams) -> Streams:
         if len(streams) < 2 or (self.G is not None and len(streams) != 2):
@@ -84,23 +100,17 @@ class Coupling(Bijection, Stepwise):
             raise ValueError(f"{type(self).__name__} takes {expected}; got {len(streams)}")
         return streams
 
-    def _run(self, conditioner: nn.Module, target: Tensor, others: Streams, context: dict[str, Any]) -> Streams:
-        """The coefficients for a stream of `target`'s shape and dtype."""
-        returned = conditioner(*others, **context)
-        values = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
-        names = ", ".join(self.coefficients)
+    def _unfit(self, values: tuple[Any, ...], target: Tensor, others: Sequence[Tensor]) -> ValueError:
         if len(values) != len(self.coefficients) or not all(isinstance(v, Tensor) for v in values):
-            kinds = ", ".join(type(v).__name__ for v in values)
-            raise ValueError(
+            names, kinds = ", ".join(self.coefficients), ", ".join(type(v).__name__ for v in values)
+            return ValueError(
                 f"{type(self).__name__}: a conditioner has to return ({names}), as tensors; it returned ({kinds})"
             )
-        for name, value in zip(self.coefficients, values, strict=True):
-            if value.shape != target.shape:
-                raise ValueError(
-                    f"{type(self).__name__}: a conditioner has to return {name} of the shape of the stream that it changes, "
-                    f"{tuple(target.shape)}; from {_shapes(others)} it returned {tuple(value.shape)}"
-                )
-        return tuple(v.to(target.dtype) for v in values)
+        name, value = next((n, v) for n, v in zip(self.coefficients, values, strict=True) if v.shape != target.shape)
+        return ValueError(
+            f"{type(self).__name__}: a conditioner has to return {name} of the shape of the stream that it changes, "
+            f"{tuple(target.shape)}; from {_shapes(others)} it returned {tuple(value.shape)}"
+        )
 
 
 class AdditiveCoupling(Coupling):
@@ -116,6 +126,10 @@ class AdditiveCoupling(Coupling):
     def separate(y: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
         return y - shift
 
+    @staticmethod
+    def log_derivative(shift: Tensor) -> Tensor:  # type: ignore[override]
+        return shift.new_zeros(()).expand_as(shift)
+
 
 class AffineCoupling(Coupling):
     """y = x exp(log_scale) + shift (RealNVP, eq. 7)."""
@@ -129,6 +143,10 @@ class AffineCoupling(Coupling):
     @staticmethod
     def separate(y: Tensor, log_scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
         return (y - shift) * torch.exp(-log_scale)
+
+    @staticmethod
+    def log_derivative(log_scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+        return log_scale
 
 
 class GatedCoupling(Coupling):
@@ -152,6 +170,10 @@ class GatedCoupling(Coupling):
         g, rest = _gate(gate_logit)
         return ((y - g * h) / rest).to(y.dtype)
 
+    @staticmethod
+    def log_derivative(gate_logit: Tensor, h: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.nn.functional.logsigmoid(-gate_logit)
+
 
 def _gate(logit: Tensor) -> tuple[Tensor, Tensor]:
     """g and 1 - g."""
@@ -159,5 +181,5 @@ def _gate(logit: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sigmoid(logit), torch.sigmoid(-logit)
 
 
-def _shapes(streams: Streams) -> str:
+def _shapes(streams: Sequence[Tensor]) -> str:
     return ", ".join(str(tuple(s.shape)) for s in streams)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Iterable
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from revflow._passes import Streams, as_streams
+from revflow._guard import Guard, Mode
+from revflow._passes import Arguments, Passage, Streams
 from revflow._replay import is_recomputing
-from revflow._rewind import Tape, anchor, through
+from revflow._rewind import Tape, end, through
+
+# A compiled forward pass would draw other dropout masks than the rerun. Whole-graph capture shows the reason, where
+# PyTorch can (2.7 and later).
+_REASON = {
+    "reason": "a ReversibleSequence in training runs outside of compiled graphs, so that its two evaluations agree: leave out "
+    "fullgraph=True, and call net.compile_conditioners() to compile what takes the time"
+}
+if "reason" not in inspect.signature(torch.compiler.disable).parameters:
+    _REASON = {}
 
 
 class ReversibleSequence(nn.Sequential):
@@ -36,7 +46,7 @@ class ReversibleSequence(nn.Sequential):
     are refused (`plain` has them).
     """
 
-    def __init__(self, blocks: Iterable[nn.Module] = (), split_dim: int = 1) -> None:
+    def __init__(self, blocks: Iterable[nn.Module] = (), split_dim: int = 1, *, guard: Mode = "warn") -> None:
         super().__init__()
         for index, block in enumerate(blocks):
             if not isinstance(block, nn.Module) or not callable(getattr(block, "inverse", None)):
@@ -46,22 +56,28 @@ class ReversibleSequence(nn.Sequential):
                 )
             self.append(block)
         self.split_dim = split_dim
+        self._guard = Guard(guard)
 
     def forward(self, x: Tensor | Streams, **context: Any) -> Any:  # type: ignore[override]
         """The chain's output: a tensor for a tensor, a tuple for a tuple of streams."""
-        return self._run(x, context, inverse=False)
+        return self._run(x, context)[0]
 
     def inverse(self, y: Tensor | Streams, **context: Any) -> Any:
         """The input that `forward` maps to `y`: differentiable, and as frugal as forward."""
-        return self._run(y, context, inverse=True)
+        return self._run(y, context, inverse=True)[0]
+
+    def forward_with_log_det(self, x: Tensor | Streams, **context: Any) -> tuple[Any, Tensor]:
+        """The chain's output and log |det dy/dx|, one value a sample (the first dimension), for normalizing flows.
+
+        The log-determinant is differentiable and costs no further evaluation. Blocks of your own need `log_derivative`
+        (couplings) or `log_det` (bijections); NotImplementedError names the block that has none.
+        """
+        y, log_det = self._run(x, context, log_det=True)
+        return y, log_det
 
     def plain(self, x: Tensor | Streams, **context: Any) -> Any:
         """`forward` under ordinary autograd, which stores every activation: the same function, the same parameters."""
-        streams = self._split(x)
-        for index, block in enumerate(self):
-            with self._naming(index, streams):
-                streams = as_streams(block(*streams, **context))
-        return torch.cat(streams, self.split_dim) if isinstance(x, Tensor) else streams
+        return self._chain(x, context, inverse=False, log_det=False, tape=None)[0]
 
     @overload
     def __getitem__(self, index: slice) -> ReversibleSequence: ...
@@ -69,29 +85,51 @@ class ReversibleSequence(nn.Sequential):
     def __getitem__(self, index: int) -> nn.Module: ...
     def __getitem__(self, index: slice | int) -> nn.Module:
         if isinstance(index, slice):
-            return ReversibleSequence(list(self)[index], self.split_dim)
+            return ReversibleSequence(list(self)[index], self.split_dim, guard=self._guard.mode)
         block: nn.Module = super().__getitem__(index)
         return block
 
     def extra_repr(self) -> str:
-        return f"split_dim={self.split_dim}"
+        return f'split_dim={self.split_dim}, guard="{self._guard.mode}"'
 
-    # The engine draws its dropout masks eagerly in both runs; compiled, the forward pass would draw others.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _run(self, x: Tensor | Streams, context: dict[str, Any], inverse: bool) -> Any:
+    def _run(
+        self, x: Tensor | Streams, context: dict[str, Any], inverse: bool = False, log_det: bool = False
+    ) -> tuple[Any, Any]:
+        if _engine_applies():
+            return self._on_a_tape(x, context, inverse, log_det)  # type: ignore[no-any-return]
+        return self._chain(x, context, inverse, log_det, None)
+
+    @torch.compiler.disable(**_REASON)  # type: ignore[untyped-decorator]
+    def _on_a_tape(self, x: Tensor | Streams, context: dict[str, Any], inverse: bool, log_det: bool) -> tuple[Any, Any]:
+        return self._chain(x, context, inverse, log_det, Tape(self._guard.witness()))
+
+    def _chain(
+        self, x: Tensor | Streams, context: dict[str, Any], inverse: bool, log_det: bool, tape: Tape | None
+    ) -> tuple[Any, Any]:
+        """The output and, if wanted, the log-determinant: on a tape, or under ordinary autograd."""
         streams = self._split(x)
         join = self.split_dim if isinstance(x, Tensor) else None
-        blocks = list(enumerate(self))
-        tape = Tape() if _engine_applies() else None
+        passage = Passage(inverse, log_det, Arguments(context), tape)
+        log_dets: list[Tensor] = []
+        node = None
+        blocks = list(enumerate(self._modules.values()))
         for index, block in reversed(blocks) if inverse else blocks:
-            with self._naming(index, streams):
-                if tape is not None:
-                    streams = through(tape, block, inverse, streams, context)
-                else:
-                    streams = as_streams((block.inverse if inverse else block)(*streams, **context))  # type: ignore[operator]
-        if tape is not None:
-            return anchor(tape, streams, join)
-        return streams if join is None else torch.cat(streams, join)
+            try:
+                outputs = through(passage, index, block, streams, node, context)
+            except _NAMED as error:
+                if type(error) not in _NAMED:  # out of memory, say: its type is its meaning
+                    raise
+                shapes = ", ".join(str(tuple(s.shape)) for s in streams)
+                where = f"block {index} ({type(block).__name__}), given streams of shapes {shapes}"
+                raise type(error)(f"{where}: {error}") from error
+            if log_det:
+                log_dets.append(outputs[-1])
+                outputs = outputs[:-1]
+            streams = outputs
+            node = streams[0].grad_fn
+        total = _sum_of(log_dets, streams[0]) if log_det else None
+        streams, total = end(tape, streams, join, total)
+        return (streams if join is None else streams[0]), total
 
     def _split(self, x: Tensor | Streams) -> Streams:
         if isinstance(x, Tensor):
@@ -111,22 +149,20 @@ class ReversibleSequence(nn.Sequential):
         # A dense copy: both runs of a conditioner shall see the same strides (clone keeps channels_last).
         return tuple(s if s.is_contiguous() else s.clone() for s in x)
 
-    @contextmanager
-    def _naming(self, index: int, streams: Streams) -> Iterator[None]:
-        """Errors of a block say which block, and what it was given."""
-        try:
-            yield
-        except (RuntimeError, TypeError, ValueError) as error:
-            if type(error) not in (RuntimeError, TypeError, ValueError):  # out of memory, say: its type is its meaning
-                raise
-            shapes = ", ".join(str(tuple(s.shape)) for s in streams)
-            where = f"block {index} ({type(self[index]).__name__}), given streams of shapes {shapes}"
-            raise type(error)(f"{where}: {error}") from error
+
+_NAMED = (RuntimeError, TypeError, ValueError, NotImplementedError)
+"""Errors of a block that are raised again with its index and what it was given."""
+
+
+def _sum_of(log_dets: list[Tensor], stream: Tensor) -> Tensor:
+    return sum(log_dets[1:], log_dets[0]) if log_dets else stream.new_zeros(len(stream))
 
 
 def _engine_applies() -> bool:
     """Whether to rebuild activations in the backward pass, or to run the blocks as ordinary modules: without gradients, as
     part of another chain's rerun, and under forward-mode differentiation and torch.func's transforms, which need graphs."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and not torch.compiler.is_exporting()
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     return torch.is_grad_enabled() and not (is_recomputing() or transformed or forward_mode)

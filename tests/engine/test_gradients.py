@@ -173,8 +173,15 @@ def test_input_changed_in_place_is_right():
 def test_second_derivative_is_refused():
     net, x = network(mixed), image().requires_grad_()
     (gradient,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*net.plain\(x\)"):
         gradient.sum().backward()
+
+
+def test_second_derivative_is_refused_where_the_incoming_gradient_is_a_constant():
+    net, x = network(mixed), image().requires_grad_()
+    (gradient,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        (gradient.sum() + x.sum()).backward()
 
 
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])

@@ -12,9 +12,9 @@ from engine.nets import additive, additive_two, affine, gated, image
 STREAM = 2 * 4 * 6 * 4 * 8  # bytes of one stream of `image()` in float64
 
 
-def of_depth(make, depth, **options):
+def of_depth(make, depth, guard="off"):
     torch.manual_seed(0)
-    return revflow.ReversibleSequence([make(**options) for _ in range(depth)]).double()
+    return revflow.ReversibleSequence([make() for _ in range(depth)], guard=guard).double()
 
 
 @pytest.mark.parametrize("make", [additive, additive_two, affine], ids=lambda m: m.__name__)
@@ -24,6 +24,16 @@ def test_forward_keeps_the_output_alone_at_any_depth(make, direction):
         net, x = of_depth(make, depth), image()
         run = getattr(net, direction)
         assert revflow.measure_memory(lambda run=run, x=x: run(x)).kept == 2 * STREAM
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_guard_keeps_at_most_a_kibibyte_a_block(dtype):
+    def kept(depth, guard):
+        net, x = of_depth(additive, depth, guard).to(dtype), image(dtype=dtype)
+        return revflow.measure_memory(lambda: net(x)).kept
+
+    for depth in (4, 64):
+        assert 0 < kept(depth, "warn") - kept(depth, "off") <= 1024 * depth
 
 
 def test_a_tuple_of_streams_is_kept_alone_too():
@@ -56,9 +66,10 @@ def test_plain_grows_with_depth():
     assert kept[1] > 1.5 * kept[0]
 
 
-def test_no_byte_is_left_behind():
+@pytest.mark.parametrize("guard", ["off", "warn"])
+def test_no_byte_is_left_behind(guard):
     """After partial gradients, a dropped output and an exception in the rerun, with garbage collection off."""
-    net, x = of_depth(additive, 6), image().requires_grad_()
+    net, x = of_depth(additive, 6, guard), image().requires_grad_()
 
     class InjectedError(Exception):
         pass

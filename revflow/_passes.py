@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 from torch.utils import _pytree as pytree
 
-from revflow._replay import Replay
+from revflow._replay import Draws, Replay
 
 if TYPE_CHECKING:
     from revflow._rewind import Tape
@@ -90,6 +90,7 @@ class Passage(NamedTuple):
     log_det: bool
     """Whether each block's log-determinant is wanted, behind its streams."""
     arguments: Arguments
+    draws: Draws
     tape: Tape | None
     """None under ordinary autograd."""
 
@@ -191,7 +192,7 @@ class Coupled(Call):
         for step in self._steps:
             if step.keeps_target:
                 anchors.append(now[step.target])
-            t = step.run(now, context)
+            t = step.run(self.passage.draws, now, context)
             if self.passage.log_det:
                 log_dets.append(step.log_det(t))
         now = _rotate(now, self._rotations[1])
@@ -239,12 +240,12 @@ class _Step(Replay):
         self._block, self._inverse, self._conditioner = block, inverse, conditioner
         self._strides: list[tuple[int, ...]] = []
 
-    def run(self, now: list[Tensor], context: Context) -> Streams:
+    def run(self, draws: Draws, now: list[Tensor], context: Context) -> Streams:
         """Overwrite the target in `now`; returns the coefficients."""
         k, block = self.target, self._block
         others = now[:k] + now[k + 1 :]
         self._strides = [s.stride() for s in others]
-        t = self.first(block.evaluate, self._conditioner, now[k], others, context)
+        t = self.first(draws, block.evaluate, self._conditioner, now[k], others, context)
         now[k] = (block.separate if self._inverse else block.combine)(now[k], *t)
         return t
 
@@ -300,8 +301,8 @@ class Whole(Call):
         self._strides = [s.stride() for s in streams]
 
     def first(self, streams: Streams, context: Context) -> tuple[Streams, Streams]:
-        inverse, log_det, _, _ = self.passage
-        return self._replay.first(run_whole, self._block, inverse, log_det, streams, context), ()
+        inverse, log_det, _, draws, _ = self.passage
+        return self._replay.first(draws, run_whole, self._block, inverse, log_det, streams, context), ()
 
     def rewind(
         self,
@@ -312,7 +313,7 @@ class Whole(Call):
         own: list[Tensor],
         anchors: Streams,
     ) -> tuple[Streams, list[Tensor | None]]:
-        inverse, log_det, arguments, _ = self.passage
+        inverse, log_det, arguments, _, _ = self.passage
         context, undo = arguments.filled(leaves), torch.no_grad()(run_whole)
         streams = self._replay.again(own, undo, self._block, not inverse, False, outputs, context)
         inputs = tuple(map(_leaf, streams, self._strides, needs))

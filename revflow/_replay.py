@@ -23,7 +23,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
@@ -51,8 +51,9 @@ class Replay:
         """(device type, enabled, dtype) for the CPU and the streams' device; empty where autocast is off on both."""
         self.parameters: list[Tensor] = []
         """The distinct parameters that the module held, functional_call's substitutes included."""
+        self.random: list[Tensor] | None = None
+        """The random states before the first evaluation, if it drew from them (`Draws`)."""
         self._device = device
-        self._random: list[Tensor] | None = None
         self._modules = [module]
         self._modes: list[bool] = []
         self._slots: list[tuple[dict[str, Tensor | None], str, int]] = []
@@ -76,15 +77,16 @@ class Replay:
                     if buffer is not None:
                         self._buffers.append(_Buffer(m._buffers, name))
 
-    def first(self, function: Callable[..., T], *arguments: object) -> T:
+    def first(self, draws: Draws, function: Callable[..., T], *arguments: object) -> T:
         """Call `function` where gradients are off, and remember what it saw."""
-        before = _random_states(self._device)
+        draws.begin(self, self._device)
         for buffer in self._buffers:
             buffer.take()
-        with _autocast(self.autocast) if self.autocast else _AS_IT_IS:
+        if self.autocast:
+            with _autocast(self.autocast):
+                result = function(*arguments)
+        else:
             result = function(*arguments)
-        if _differ(before, _random_states(self._device)):
-            self._random = before
         for buffer in self._buffers:
             buffer.keep_if_changed()
         return result
@@ -93,19 +95,23 @@ class Replay:
         """Call `function` with gradients on, and `parameters` (in the order of `self.parameters`) in the module's slots."""
         modes = [m.training for m in self._modules]
         held = [(slots, name, slots[name], i) for slots, name, i in self._slots if slots[name] is not parameters[i]]
-        random = None if self._random is None else _random_states(self._device)
+        random = None if self.random is None else _random_states(self._device)
         outer = is_recomputing()
         _thread.recomputing = True
         try:
-            self._set_modes(modes, self._modes)
+            if modes != self._modes:
+                self._set_modes(self._modes)
             for slots, name, _, i in held:
                 slots[name] = parameters[i]
             for buffer in self._buffers:
                 buffer.lend()
-            if self._random is not None:
-                _restore(self._random, self._device)
-            with torch.enable_grad(), self._autocast_again():
-                return function(*arguments)
+            if self.random is not None:
+                _restore(self.random, self._device)
+            with torch.enable_grad():
+                if not self.autocast and not torch._C._is_any_autocast_enabled():
+                    return function(*arguments)
+                with _autocast(self.autocast or _switched_off(_autocast_state(self._device))):
+                    return function(*arguments)
         finally:
             if random is not None:
                 _restore(random, self._device)
@@ -113,19 +119,47 @@ class Replay:
                 buffer.give_back()
             for slots, name, parameter, _ in held:
                 slots[name] = parameter
-            self._set_modes(self._modes, modes)
+            if modes != self._modes:
+                self._set_modes(modes)
             _thread.recomputing = outer
 
-    def _autocast_again(self) -> AbstractContextManager[None]:
-        if self.autocast:
-            return _autocast(self.autocast)
-        now = _autocast_state(self._device)
-        return _autocast([(kind, False, dtype) for kind, _, dtype in now]) if now else _AS_IT_IS
+    def _set_modes(self, modes: list[bool]) -> None:
+        for module, mode in zip(self._modules, modes, strict=True):
+            module.training = mode
 
-    def _set_modes(self, found: list[bool], wanted: list[bool]) -> None:
-        if found != wanted:
-            for module, mode in zip(self._modules, wanted, strict=True):
-                module.training = mode
+
+class Draws:
+    """Which of a chain's first evaluations drew random numbers.
+
+    The state before an evaluation is compared with the one before the next: so that one state is read for each. It stays
+    with the first of the two, in `Replay.random`, if they differ.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Replay, torch.device, list[Tensor]] | None = None
+
+    def begin(self, replay: Replay, device: torch.device) -> None:
+        """The evaluation of `replay` is about to begin."""
+        states = _random_states(device)
+        if self._last is not None:
+            self._settle(self._last, states)
+        self._last = replay, device, states
+
+    def end(self) -> None:
+        """All evaluations are done."""
+        if self._last is not None:
+            self._settle(self._last, _random_states(self._last[1]))
+            self._last = None
+
+    def _settle(self, last: tuple[Replay, torch.device, list[Tensor]], states: list[Tensor]) -> None:
+        replay, _, before = last
+        if len(before) != len(states):  # another device
+            replay.random = before
+            return
+        for a, b in zip(before, states, strict=True):
+            # Compared in place and behind the dispatcher: fake-tensor modes and memory trackers must not see these tensors.
+            if _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes):
+                replay.random = before
 
 
 class _Buffer:
@@ -165,11 +199,6 @@ def _random_states(device: torch.device) -> list[Tensor]:
     return [cpu] if device.type in ("cpu", "meta") else [cpu, torch.get_device_module(device).get_rng_state(device)]
 
 
-def _differ(a: list[Tensor], b: list[Tensor]) -> bool:
-    # Compared in place and behind the dispatcher: fake-tensor modes and memory trackers must not see these tensors.
-    return any(_memcmp(s.data_ptr(), t.data_ptr(), s.nbytes) for s, t in zip(a, b, strict=True))
-
-
 def _restore(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     for state in states[1:]:
@@ -187,6 +216,10 @@ def _autocast_state(device: torch.device) -> AutocastState:
     return [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
 
 
+def _switched_off(state: AutocastState) -> AutocastState:
+    return [(kind, False, dtype) for kind, _, dtype in state]
+
+
 @contextmanager
 def _autocast(state: AutocastState) -> Iterator[None]:
     """Autocast as in `state`, with the cache of cast weights off.
@@ -201,6 +234,5 @@ def _autocast(state: AutocastState) -> Iterator[None]:
         yield
 
 
-_AS_IT_IS = nullcontext()
 _memcmp = (ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)).memcmp
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]

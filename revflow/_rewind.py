@@ -84,7 +84,7 @@ def through(
     A stepwise block is called as any module is, with an offer on the side: the Function is applied inside its own forward,
     so that its hooks see an ordinary module.
     """
-    inverse, log_det, _, tape = passage
+    inverse, log_det, _, _, tape = passage
     if not isinstance(block, Stepwise) or (tape is None and not log_det):
         if tape is None:
             return run_whole(block, inverse, log_det, streams, context)

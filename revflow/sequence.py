@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from revflow._guard import Guard, Mode
 from revflow._passes import Arguments, Passage, Streams
-from revflow._replay import is_recomputing
+from revflow._replay import Draws, is_recomputing
 from revflow._rewind import Tape, end, through
 
 # A compiled forward pass would draw other dropout masks than the rerun. Whole-graph capture shows the reason, where
@@ -109,7 +109,7 @@ class ReversibleSequence(nn.Sequential):
         """The output and, if wanted, the log-determinant: on a tape, or under ordinary autograd."""
         streams = self._split(x)
         join = self.split_dim if isinstance(x, Tensor) else None
-        passage = Passage(inverse, log_det, Arguments(context), tape)
+        passage = Passage(inverse, log_det, Arguments(context), Draws(), tape)
         log_dets: list[Tensor] = []
         node = None
         blocks = list(enumerate(self._modules.values()))
@@ -127,6 +127,7 @@ class ReversibleSequence(nn.Sequential):
                 outputs = outputs[:-1]
             streams = outputs
             node = streams[0].grad_fn
+        passage.draws.end()
         total = _sum_of(log_dets, streams[0]) if log_det else None
         streams, total = end(tape, streams, join, total)
         return (streams if join is None else streams[0]), total

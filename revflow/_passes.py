@@ -50,9 +50,14 @@ class Stepwise(ABC):
     def translates(self) -> bool:
         """Whether `combine` adds its only coefficient and `separate` subtracts it: their gradients then need no graph."""
 
+    @property
     @abstractmethod
-    def conditioners(self) -> list[tuple[int, nn.Module]]:
-        """(target, conditioner), in the order in which the forward runs them."""
+    def unobserved(self) -> bool:
+        """Whether nothing but the engine would run if the block were called: no hooks, no `forward` of a subclass."""
+
+    @abstractmethod
+    def conditioners(self, streams: Streams) -> list[tuple[int, nn.Module]]:
+        """(target, conditioner), in the order in which the forward runs them; ValueError if it cannot take these streams."""
 
     @abstractmethod
     def evaluate(self, conditioner: nn.Module, target: Tensor, others: Sequence[Tensor], context: Context) -> Streams:
@@ -100,7 +105,7 @@ def run_plainly(block: Stepwise, inverse: bool, log_det: bool, streams: Streams,
     apply = block.separate if inverse else block.combine
     now = _rotate([*streams], -block.rotation if inverse else 0)
     log_dets: list[Tensor] = []
-    conditioners = block.conditioners()
+    conditioners = block.conditioners(streams)
     for k, conditioner in reversed(conditioners) if inverse else conditioners:
         t = block.evaluate(conditioner, now[k], now[:k] + now[k + 1 :], context)
         now[k] = apply(now[k], *t)
@@ -141,8 +146,7 @@ def _described(value: object) -> str:
 class Call(ABC):
     """The block at a chain's `position`, passed once."""
 
-    samples: Streams = ()
-    """What the guard keeps of the block's input."""
+    __slots__ = ("before", "block_type", "parameters", "passage", "position", "replays", "samples")
 
     def __init__(self, passage: Passage, position: int, block: nn.Module, before: Any) -> None:
         self.passage, self.position, self.block_type = passage, position, type(block).__name__
@@ -150,6 +154,8 @@ class Call(ABC):
         """The autograd node of the block before this one."""
         self.replays: Sequence[Replay] = ()
         self.parameters: list[Tensor] = []
+        self.samples: Streams = ()
+        """What the guard keeps of the block's input."""
 
     @abstractmethod
     def first(self, streams: Streams, context: Context) -> tuple[Streams, Streams]:
@@ -174,11 +180,13 @@ class Call(ABC):
 class Coupled(Call):
     """A stepwise block: each conditioner runs once in `first` and once in `rewind`."""
 
+    __slots__ = ("_rotations", "_steps")
+
     def __init__(self, passage: Passage, position: int, block: Stepwise, before: Any, streams: Streams) -> None:
         super().__init__(passage, position, block, before)  # type: ignore[arg-type]
         inverse, device = passage.inverse, streams[0].device
         self._rotations = (-block.rotation, 0) if inverse else (0, block.rotation)
-        self._steps = [_Step(block, inverse, k, conditioner, device) for k, conditioner in block.conditioners()]
+        self._steps = [_Step(block, inverse, k, conditioner, device) for k, conditioner in block.conditioners(streams)]
         if inverse:
             self._steps.reverse()
         self.replays = self._steps
@@ -231,6 +239,8 @@ class Coupled(Call):
 class _Step(Replay):
     """One conditioner of a stepwise block, and the stream that it overwrites."""
 
+    __slots__ = ("_block", "_conditioner", "_inverse", "_strides", "keeps_target", "target")
+
     def __init__(
         self, block: Stepwise, inverse: bool, target: int, conditioner: nn.Module, device: torch.device
     ) -> None:
@@ -266,7 +276,7 @@ class _Step(Replay):
         """
         k, block = self.target, self._block
         y, y_grad = now[k], grads[k]
-        others = [j for j in range(len(now)) if j != k]
+        others = [*range(k), *range(k + 1, len(now))]
         inputs = [_leaf(now[j], strides, wants[j]) for j, strides in zip(others, self._strides, strict=True)]
         t = self.again(own, block.evaluate, self._conditioner, y, inputs, context)
         if anchor is None:
@@ -350,16 +360,18 @@ def _gradients(outputs: Streams, inputs: Streams, grads: Gradients) -> Gradients
 
     This is torch.autograd.grad without its checks of the arguments, which for small conditioners take as long as it does.
     """
-    known = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-    wanted = [i for i in inputs if i.requires_grad]
-    if not known or not wanted:
+    wanted = tuple([i for i in inputs if i.requires_grad])
+    if len(outputs) > 1 or grads[0] is None or not outputs[0].requires_grad:
+        known = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+        outputs, grads = tuple([o for o, _ in known]), [g for _, g in known]
+    if not outputs or not wanted:
         return (None,) * len(inputs)
     found: Gradients = _engine_run_backward(
-        tuple([o for o, _ in known]),
-        tuple([g for _, g in known]),
+        outputs,
+        tuple(grads),
         False,  # retain_graph
         False,  # create_graph
-        tuple(wanted),
+        wanted,
         allow_unreachable=True,
         accumulate_grad=False,
     )

@@ -28,6 +28,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 T = TypeVar("T")
 AutocastState = list[tuple[str, bool, torch.dtype]]
@@ -46,6 +47,8 @@ def is_recomputing() -> bool:
 class Replay:
     """One evaluation of `module` on `device`, to be repeated: `first` once, then `again` any number of times."""
 
+    __slots__ = ("_buffers", "_device", "_modes", "_modules", "_slots", "autocast", "may_draw", "parameters", "random")
+
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.autocast = _autocast_state(device)
         """(device type, enabled, dtype) for the CPU and the streams' device; empty where autocast is off on both."""
@@ -58,28 +61,32 @@ class Replay:
         self._modes: list[bool] = []
         self._slots: list[tuple[dict[str, Tensor | None], str, int]] = []
         self._buffers: list[_Buffer] = []
+        self.may_draw = _has_any_global_hook()
+        """Whether the evaluation may draw random numbers. It may, unless all of it is known."""
+        modules, modes, slots, parameters = self._modules, self._modes, self._slots, self.parameters
         positions: dict[int, int] = {}
         known = {module}
-        for m in self._modules:  # which grows on the way
-            self._modes.append(m.training)
+        for m in modules:  # which grows on the way
+            modes.append(m.training)
+            if type(m) not in _DETERMINISTIC or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
+                self.may_draw = True
             for child in m._modules.values():
                 if child is not None and child not in known:
                     known.add(child)
-                    self._modules.append(child)
+                    modules.append(child)
             for name, parameter in m._parameters.items():
                 if parameter is not None:
-                    position = positions.setdefault(id(parameter), len(self.parameters))
-                    if position == len(self.parameters):
-                        self.parameters.append(parameter)
-                    self._slots.append((m._parameters, name, position))  # type: ignore[arg-type]
-            if m.training:  # an evaluation may change these
-                for name, buffer in m._buffers.items():
-                    if buffer is not None:
-                        self._buffers.append(_Buffer(m._buffers, name))
+                    position = positions.setdefault(id(parameter), len(parameters))
+                    if position == len(parameters):
+                        parameters.append(parameter)
+                    slots.append((m._parameters, name, position))  # type: ignore[arg-type]
+            if m.training and m._buffers:  # an evaluation may change these
+                self._buffers += [_Buffer(m._buffers, name) for name, b in m._buffers.items() if b is not None]
 
     def first(self, draws: Draws, function: Callable[..., T], *arguments: object) -> T:
         """Call `function` where gradients are off, and remember what it saw."""
-        draws.begin(self, self._device)
+        if self.may_draw:
+            draws.begin(self, self._device)
         for buffer in self._buffers:
             buffer.take()
         if self.autocast:
@@ -234,5 +241,44 @@ def _autocast(state: AutocastState) -> Iterator[None]:
         yield
 
 
+# Reading the CPU's random state takes as long as a small linear layer: these modules are known to leave it alone.
+_DETERMINISTIC = frozenset(
+    (
+        nn.Sequential,
+        nn.ModuleList,
+        nn.Identity,
+        nn.Flatten,
+        nn.Unflatten,
+        nn.Linear,
+        nn.Embedding,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.ConvTranspose1d,
+        nn.ConvTranspose2d,
+        nn.ConvTranspose3d,
+        nn.BatchNorm1d,
+        nn.BatchNorm2d,
+        nn.BatchNorm3d,
+        nn.GroupNorm,
+        nn.LayerNorm,
+        nn.RMSNorm,
+        nn.InstanceNorm1d,
+        nn.InstanceNorm2d,
+        nn.InstanceNorm3d,
+        nn.ReLU,
+        nn.LeakyReLU,
+        nn.PReLU,
+        nn.ELU,
+        nn.SELU,
+        nn.SiLU,
+        nn.GELU,
+        nn.Mish,
+        nn.Softplus,
+        nn.Tanh,
+        nn.Sigmoid,
+        nn.Hardswish,
+    )
+)
 _memcmp = (ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)).memcmp
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]

@@ -79,19 +79,27 @@ _thread = threading.local()
 def through(
     passage: Passage, position: int, block: nn.Module, streams: Streams, before: Any, context: Context
 ) -> Streams:
-    """Pass `streams` through the chain's block at that `position`; `before` is the autograd node of the block before it.
+    """Pass `streams` through the chain's block at that `position`; `before` is the autograd node of the block before it."""
+    if isinstance(block, Stepwise):
+        return _through_stepwise(passage, position, block, streams, before, context)
+    if passage.tape is None:
+        return run_whole(block, passage.inverse, passage.log_det, streams, context)
+    return _apply(Whole(passage, position, block, before, streams), streams)
 
-    A stepwise block is called as any module is, with an offer on the side: the Function is applied inside its own forward,
-    so that its hooks see an ordinary module.
-    """
+
+def _through_stepwise(
+    passage: Passage, position: int, block: Stepwise, streams: Streams, before: Any, context: Context
+) -> Streams:
+    """A block on which nobody has hooks goes to the engine at once. Any other is called as any module is, with an offer on
+    the side: the Function is applied inside its own forward, so that its hooks see an ordinary module."""
     inverse, log_det, _, _, tape = passage
-    if not isinstance(block, Stepwise) or (tape is None and not log_det):
+    if block.unobserved:
         if tape is None:
-            return run_whole(block, inverse, log_det, streams, context)
-        return _apply(Whole(passage, position, block, before, streams), streams)
+            return run_plainly(block, inverse, log_det, streams, context)
+        return _apply(Coupled(passage, position, block, before, streams), streams)
     offer = _thread.offer = _Offer(passage, position, block, streams, before)
     try:
-        call: Callable[..., object] = block.inverse if inverse else block  # type: ignore[assignment]
+        call: Callable[..., object] = block.inverse if inverse else block  # type: ignore[assignment, attr-defined]
         outputs = as_streams(call(*streams, **context))
     finally:
         _thread.offer = None
@@ -105,7 +113,7 @@ def run_stepwise(block: Stepwise, inverse: bool, streams: Streams, context: Cont
     offer: _Offer | None = getattr(_thread, "offer", None)
     if offer is None or offer.block is not block:
         return run_plainly(block, inverse, False, streams, context)
-    _thread.offer = None  # whatever the block's conditioners call is not on this tape
+    _thread.offer = None  # whatever the block's conditioners call is no part of this chain
     passage = offer.passage
     if passage.tape is None:
         offer.results = run_plainly(block, inverse, passage.log_det, streams, context)
@@ -135,7 +143,7 @@ def _same(streams: Streams, expected: Streams, versions: list[int]) -> bool:
     return (
         len(streams) == len(expected)
         and (all(map(operator.is_, streams, expected)) or all(map(_alias, streams, expected)))
-        and _versions(streams) == versions
+        and [s._version for s in streams] == versions
     )
 
 
@@ -191,16 +199,16 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     saved: Streams = ctx.saved_tensors
     # Where the user has hooks an alias takes their place: they see the whole gradient, when the Function returns it.
     leaves = [t if t.grad_fn is None and not t._backward_hooks else _alias_of(t) for t in saved[: count - begin]]
-    needs = ctx.needs_input_grad[1:]
-    anchors = saved[count - begin :]
-    streams, found = call.rewind(outputs, grads, needs, leaves[: end - begin], leaves[end - begin :], anchors)
+    streams, found = call.rewind(
+        outputs, grads, ctx.needs_input_grad[1:], leaves[: end - begin], leaves[end - begin :], saved[count - begin :]
+    )
     if evidence is not None:
         evidence.blocks.append(Seen(call, tape.witness.samples(streams)))  # type: ignore[union-attr]
     if call.before is not None and torch._C._will_engine_execute_node(call.before):  # rule 4
         tape.leave(streams, evidence)
     elif evidence is not None:
         tape.witness.judge(evidence)  # type: ignore[union-attr]
-    return (None, *[g if need else None for g, need in zip(found, needs, strict=True)])
+    return (None, *found)
 
 
 def _alias_of(tensor: Tensor) -> Tensor:

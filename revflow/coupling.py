@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from revflow._passes import Stepwise
 from revflow._rewind import run_stepwise
@@ -66,18 +67,36 @@ class Coupling(Bijection, Stepwise):
         raise NotImplementedError("a coupling has no log-determinant without its method log_derivative(*coefficients)")
 
     def forward(self, *streams: Tensor, **context: Any) -> Streams:
-        return run_stepwise(self, False, self._checked(streams), context)
+        return run_stepwise(self, False, streams, context)
 
     def inverse(self, *streams: Tensor, **context: Any) -> Streams:
-        return run_stepwise(self, True, self._checked(streams), context)
+        return run_stepwise(self, True, streams, context)
 
     @property
     def translates(self) -> bool:
         """Whether `combine` is x + t and nothing else, so that the engine can differentiate it by itself."""
         return self.combine is AdditiveCoupling.combine and self.separate is AdditiveCoupling.separate
 
-    def conditioners(self) -> list[tuple[int, nn.Module]]:
+    @property
+    def unobserved(self) -> bool:
+        """Whether a call of this block runs nothing but this class's own `forward`, or `inverse`."""
+        kind = type(self)
+        return (
+            kind.forward is Coupling.forward
+            and kind.inverse is Coupling.inverse
+            and "forward" not in self.__dict__
+            and not self._forward_hooks
+            and not self._forward_pre_hooks
+            and not self._backward_hooks
+            and not self._backward_pre_hooks
+            and not _has_any_global_hook()
+        )
+
+    def conditioners(self, streams: Streams) -> list[tuple[int, nn.Module]]:
         """(index of the stream that is changed, conditioner)."""
+        if len(streams) < 2 or (self.G is not None and len(streams) != 2):
+            expected = "two streams" if self.G is not None else "two streams or more"
+            raise ValueError(f"{type(self).__name__} takes {expected}; got {len(streams)}")
         return [(0, self.F)] if self.G is None else [(0, self.F), (1, self.G)]
 
     def evaluate(
@@ -88,17 +107,13 @@ class Coupling(Bijection, Stepwise):
         values = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
         if len(values) != len(self.coefficients):
             raise self._unfit(values, target, others)
-        shape, dtype = target.shape, target.dtype
+        shape, dtype, cast = target.shape, target.dtype, False
         for value in values:
             if not isinstance(value, Tensor) or value.shape != shape:
                 raise self._unfit(values, target, others)
-        return tuple([v if v.dtype == dtype else v.to(dtype) for v in values])
-
-    def _checked(self, streams: Streams) -> Streams:
-        if len(streams) < 2 or (self.G is not None and len(streams) != 2):
-            expected = "two streams" if self.G is not None else "two streams or more"
-            raise ValueError(f"{type(self).__name__} takes {expected}; got {len(streams)}")
-        return streams
+            if value.dtype != dtype:
+                cast = True
+        return tuple([v.to(dtype) for v in values]) if cast else values
 
     def _unfit(self, values: tuple[Any, ...], target: Tensor, others: Sequence[Tensor]) -> ValueError:
         if len(values) != len(self.coefficients) or not all(isinstance(v, Tensor) for v in values):

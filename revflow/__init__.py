@@ -12,3 +12,5 @@ from revflow.coupling import GatedCoupling as GatedCoupling
 from revflow.memory import MemoryReport as MemoryReport
 from revflow.memory import measure_memory as measure_memory
 from revflow.sequence import ReversibleSequence as ReversibleSequence
+from revflow.verify import Verification as Verification
+from revflow.verify import verify as verify

@@ -159,11 +159,11 @@ def _computes_in_low_precision(block: Seen) -> bool:
         _dtype(block) not in TOLERANCES
         or any(enabled for replay in block.call.replays for _, enabled, _ in replay.autocast)
         or any(p.is_floating_point() and p.dtype not in TOLERANCES for p in block.call.parameters)
-        or (block.rebuilt[0].is_cuda and _tf32())
+        or (block.rebuilt[0].is_cuda and tf32())
     )
 
 
-def _tf32() -> bool:
+def tf32() -> bool:
     try:
         return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
     except RuntimeError:  # set for some operations, not for all

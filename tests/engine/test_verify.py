@@ -1,0 +1,160 @@
+"""verify: a healthy network passes, a planted fault is named, and the network is left as it was."""
+
+import copy
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import revflow
+from engine.nets import STACKS, Conditioner, Scale, additive, image, mixed, network
+
+
+class Stateful(nn.Module):
+    """Changes a tensor of its own that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.scale = torch.ones(())
+
+    def forward(self, x):
+        self.scale = self.scale * 1.1
+        return self.conv(x) * self.scale
+
+
+class DrawsElsewhere(Conditioner):
+    def forward(self, x):
+        return super().forward(x) * random.random()
+
+
+class WrongInverse(Scale):
+    def inverse(self, *streams, **context):
+        return tuple(s * 0.99 for s in super().inverse(*streams))
+
+
+class OtherShape(Scale):
+    def inverse(self, *streams, **context):
+        return tuple(s[:, :2] for s in super().inverse(*streams))
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity, with a wrong gradient of the first run alone: what no comparison of streams can see."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.factor = 0.5 if revflow.is_recomputing() else 1.0
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor
+
+
+def of(block):
+    torch.manual_seed(0)
+    return revflow.ReversibleSequence([additive(4), block, additive(4)])
+
+
+@pytest.mark.parametrize("stack", STACKS, ids=lambda s: s.__name__)
+def test_a_healthy_network(stack):
+    report = revflow.verify(network(stack, dropout=0.3), image())
+    assert report.ok, report
+    assert report.gradients.error < 1e-10 and report.reconstruction.error < 1e-10
+    assert set(report.evaluations.values()) == ({2, 3} if stack is mixed else {2})
+    assert "no problem found" in str(report)
+
+
+def test_bytes_are_those_of_measure_memory():
+    net, x = revflow.ReversibleSequence(list(network(STACKS[0])), guard="off"), image().requires_grad_()
+    report = revflow.verify(net, x)
+    assert report.kept == (
+        revflow.measure_memory(lambda: net(x)).kept,
+        revflow.measure_memory(lambda: net.plain(x)).kept,
+    )
+    assert report.kept.engine < report.kept.plain and report.peak.engine > report.kept.engine
+
+
+def test_a_network_with_sequences_inside_and_context():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3)
+            self.body = network(STACKS[1], torch.float32)
+            self.back = network(STACKS[2], torch.float32)
+
+        def forward(self, x, *, condition):
+            return self.back.inverse(self.body(self.stem(x), condition=condition))
+
+    torch.manual_seed(0)
+    report = revflow.verify(Network(), image(2, 3, 8, 6, dtype=torch.float32), condition=torch.ones(1, 1, 1, 1))
+    assert report.ok, report
+    assert "block body.0 (AdditiveCoupling).F" in report.evaluations
+
+
+@pytest.mark.parametrize(
+    ("block", "problem"),
+    [
+        (revflow.AdditiveCoupling(Stateful()), r"block 1 .*not deterministic.*its own F\.scale, .*register_buffer"),
+        (
+            revflow.AdditiveCoupling(DrawsElsewhere(4)),
+            "block 1 .*not deterministic.*random numbers that are not torch's",
+        ),
+        (WrongInverse(), r"inverse of block 1 \(WrongInverse\) does not undo its forward"),
+        (OtherShape(), r"inverse of block 1 \(OtherShape\) returns \(2, 2, 6, 4\) for \(2, 4, 6, 4\)"),
+    ],
+    ids=["stateful", "draws elsewhere", "wrong inverse", "other shape"],
+)
+def test_a_planted_fault_is_named(block, problem):
+    report = revflow.verify(of(block), image(dtype=torch.float32))
+    assert not report.ok
+    with pytest.raises(AssertionError, match=problem):
+        raise AssertionError(str(report))
+
+
+def test_a_wrong_gradient_is_named():
+    class Wrong(Conditioner):
+        def forward(self, x):
+            return super().forward(NoGradient.apply(x))
+
+    report = revflow.verify(of(revflow.AdditiveCoupling(Wrong(4))), image(dtype=torch.float32))
+    assert report.reconstruction.error < 1e-5
+    assert any("the gradient of" in problem for problem in report.problems)
+
+
+def test_changing_buffers_are_a_note():
+    class Normalised(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+
+    report = revflow.verify(of(revflow.AdditiveCoupling(Normalised())), image(dtype=torch.float32))
+    assert report.ok, report
+    assert "F.0.running_mean" in report.notes[0] and "once a step" in report.notes[0]
+
+
+def test_under_autocast():
+    net, seen = network(mixed, torch.float32), set()
+    net[0].F.last.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        report = revflow.verify(net, image(dtype=torch.float32))
+    assert report.ok and seen == {torch.bfloat16}
+
+
+def test_the_network_is_left_as_it_was():
+    net, x = network(STACKS[0], torch.float32, dropout=0.5), image(dtype=torch.float32)
+    net.append(revflow.AdditiveCoupling(nn.BatchNorm2d(4))).eval()
+    net[0].train()
+    before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
+    random_state = torch.get_rng_state()
+    revflow.verify(net, x)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert modes == [m.training for m in net.modules()]
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_without_a_sequence():
+    with pytest.raises(ValueError, match="none in this Conv2d"):
+        revflow.verify(nn.Conv2d(1, 1, 1), torch.zeros(1, 1, 2, 2))

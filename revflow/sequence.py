@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from revflow._guard import Guard, Mode
-from revflow._passes import Arguments, Passage, Streams
+from revflow._passes import Arguments, Passage, Stepwise, Streams
 from revflow._replay import Draws, is_recomputing
 from revflow._rewind import Tape, end, through
 
@@ -34,13 +34,16 @@ class ReversibleSequence(nn.Sequential):
     Args:
         blocks: couplings, bijections, or any modules with `forward(*streams, **context)` and `inverse(*streams, **context)`.
         split_dim: where a single tensor is split in halves.
+        guard: what to do where the backward pass rebuilds something else than the forward pass saw, by a few values of each
+            block: "warn" from a first tolerance on (1e-4 of the largest stream in float32, 2e-2 under autocast), once a
+            sequence, and raise `ReconstructionError` from a second one (1e-2, 1e-1); "raise" from the first; or "off".
 
     Called with a tensor, it splits it in two streams along `split_dim`, and returns one tensor; called with a tuple of
     streams it returns a tuple. Keyword arguments reach every block's conditioners; tensors among them, in lists or
-    dictionaries too, get gradients. Under `no_grad`, forward-mode differentiation and `torch.func`'s transforms it runs as
-    ordinary modules do. Dropout, autocast, train/eval mode and
-    BatchNorm's statistics are the same in both runs. Parameters, context and the output must not change in place before
-    the backward pass: PyTorch's error says so.
+    dictionaries too, get gradients. Under `no_grad`, forward-mode differentiation, `torch.func`'s transforms and
+    `torch.export` it runs as ordinary modules do. Dropout, autocast, train/eval mode and BatchNorm's statistics are the same
+    in both runs. Parameters, context and the output must not change in place before the backward pass: PyTorch's error says
+    so.
 
     Raises ValueError, TypeError or RuntimeError with the block's number and the shapes of its streams; second derivatives
     are refused (`plain` has them).
@@ -78,6 +81,27 @@ class ReversibleSequence(nn.Sequential):
     def plain(self, x: Tensor | Streams, **context: Any) -> Any:
         """`forward` under ordinary autograd, which stores every activation: the same function, the same parameters."""
         return self._chain(x, context, inverse=False, log_det=False, tape=None)[0]
+
+    def compile_conditioners(self, **options: Any) -> ReversibleSequence:
+        """Compile the conditioner of every coupling, in place (`torch.nn.Module.compile(**options)`), and return the sequence.
+
+        The engine itself stays out of compiled graphs. Compile all of a network or none of it: both evaluations of a
+        conditioner have to be of one kind, or dropout draws another mask in the second. So this raises dynamo's limit of
+        recompilations (8 for a class) to what the sequence needs; at the limit PyTorch goes on uncompiled.
+        """
+        conditioners = {
+            conditioner
+            for block in self.modules()
+            if isinstance(block, Stepwise)
+            for conditioner in block.children()
+            if not any(isinstance(m, ReversibleSequence) for m in conditioner.modules())  # those inside are compiled
+        }
+        # Each shape of streams takes two graphs, with gradients and without, in train mode and in eval mode.
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 4 * len(conditioners) + 8)
+        for conditioner in conditioners:
+            conditioner.compile(**options)
+        return self
 
     @overload
     def __getitem__(self, index: slice) -> ReversibleSequence: ...
@@ -126,7 +150,7 @@ class ReversibleSequence(nn.Sequential):
                 log_dets.append(outputs[-1])
                 outputs = outputs[:-1]
             streams = outputs
-            node = streams[0].grad_fn
+            node = None if tape is None else streams[0].grad_fn
         passage.draws.end()
         total = _sum_of(log_dets, streams[0]) if log_det else None
         streams, total = end(tape, streams, join, total)

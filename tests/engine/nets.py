@@ -21,7 +21,8 @@ class Conditioner(nn.Module):
         self.calls = 0
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
-        self.calls += 1
+        if not torch.compiler.is_compiling():  # a counter would be compiled in anew for each value
+            self.calls += 1
         hidden = self.norm(self.first(x))
         if condition is not None:
             hidden = hidden * condition

@@ -213,17 +213,6 @@ def test_coupling_of_three_streams():
     assert_same_gradients(net, joined(net), joined(net.plain), list(streams))
 
 
-def test_compiled_around_a_chain_the_engine_stays_out_of_the_graph():
-    net, graphs = network(STACKS[0]), []
-
-    def backend(module, inputs):
-        graphs.append(module)
-        return module
-
-    torch.compile(nn.Sequential(net), backend=backend)(image().requires_grad_()).sum().backward()
-    assert not graphs
-
-
 def test_streams_keep_their_dtype():
     net = revflow.ReversibleSequence([additive(4) for _ in range(2)])
     for block in net:
@@ -245,10 +234,3 @@ class TestGate:
         x, logit, h = torch.tensor([3.0]), torch.tensor([30.0]), torch.tensor([0.0])
         y = revflow.GatedCoupling.combine(x, logit, h)
         assert torch.allclose(revflow.GatedCoupling.separate(y, logit, h), x, rtol=1e-5)
-
-
-def test_compiled_around_a_chain_with_dropout():
-    """The engine stays out of the graph: a compiled forward pass would draw another mask than the eager rerun."""
-    net, x = network(STACKS[0], dropout=0.5), image().requires_grad_()
-    model = torch.compile(nn.Sequential(net), backend="eager")
-    assert_same_gradients(net, lambda: model(x), lambda: net.plain(x), [x])

@@ -1,0 +1,119 @@
+"""torch.compile around a sequence and inside it, and torch.export."""
+
+import pytest
+import torch
+from torch import nn
+
+import revflow
+from engine.nets import STACKS, Conditioner, assert_same_gradients, image, network
+
+stacks = pytest.mark.parametrize("stack", STACKS, ids=lambda s: s.__name__)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    yield
+    torch.compiler.reset()
+
+
+def test_compiled_around_a_chain_the_engine_stays_out_of_the_graph():
+    net, graphs = network(STACKS[0]), []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module
+
+    torch.compile(nn.Sequential(net), backend=backend)(image().requires_grad_()).sum().backward()
+    assert not graphs
+
+
+def test_compiled_around_a_chain_with_dropout():
+    """The engine stays out of the graph: a compiled forward pass would draw another mask than the eager rerun."""
+    net, x = network(STACKS[0], dropout=0.5), image().requires_grad_()
+    model = torch.compile(nn.Sequential(net), backend="eager")
+    assert_same_gradients(net, lambda: model(x), lambda: net.plain(x), [x])
+
+
+def test_compiled_conditioners_draw_the_same_mask_in_both_runs():
+    """By inductor, whose random numbers are not eager's: the plain path runs the same compiled conditioners."""
+    torch.manual_seed(0)
+    conditioner = lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.SiLU(), nn.Linear(8, 4))  # noqa: E731
+    net = revflow.ReversibleSequence([revflow.AdditiveCoupling(conditioner()) for _ in range(3)], guard="raise")
+    x = torch.randn(16, 8).requires_grad_()
+    eager = net.plain(x)
+    assert net.compile_conditioners() is net
+    assert_same_gradients(net, lambda: net(x), lambda: net.plain(x), [x], tolerance=1e-5)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_same_gradients(net, lambda: net(x), lambda: net.plain(x), [x], tolerance=1e-5)
+    net.eval()
+    with torch.no_grad():
+        compiled = net(x)
+        assert not torch.equal(compiled, eager)
+        assert torch.allclose(compiled, net.plain(x))
+
+
+@stacks
+def test_compiled_conditioners(stack):
+    net, x = network(stack, dropout=0.5), image().requires_grad_()
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module
+
+    net.compile_conditioners(backend=backend)
+    assert_same_gradients(net, lambda: net(x), lambda: net.plain(x), [x])
+    assert graphs
+    with torch.compiler.set_stance("fail_on_recompile"):
+        net(x).sum().backward()
+
+
+def test_compiled_conditioners_of_more_shapes_than_dynamo_allows():
+    torch.manual_seed(0)
+    blocks = []
+    for k in range(6):
+        blocks += [revflow.AdditiveCoupling(Conditioner(2 * 4**k, dropout=0.5)), revflow.PixelUnshuffle(2)]
+    net, x = revflow.ReversibleSequence(blocks[:-1]), image(1, 4, 32, 32, dtype=torch.float32).requires_grad_()
+    net.compile_conditioners(backend="eager")
+    net(x).sum().backward()
+    assert not torch._dynamo.utils.counters["unimplemented"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        net(x).sum().backward()
+
+
+def test_compiled_conditioners_keep_the_keys_of_the_state():
+    net = network(STACKS[0])
+    keys = list(net.state_dict())
+    assert list(net.compile_conditioners(backend="eager").state_dict()) == keys
+
+
+def test_conditioners_of_a_nested_sequence_are_compiled():
+    torch.manual_seed(0)
+    inner = revflow.AdditiveCoupling(Conditioner(2, dropout=0.5))
+    net = revflow.ReversibleSequence([revflow.AdditiveCoupling(revflow.ReversibleSequence([inner]))]).double()
+    net.compile_conditioners(backend="eager")
+    assert inner.F._compiled_call_impl is not None and net[0].F._compiled_call_impl is None
+    x = image().requires_grad_()
+    assert_same_gradients(net, lambda: net(x), lambda: net.plain(x), [x])
+
+
+@stacks
+def test_whole_graph_capture_in_training_is_refused(stack):
+    model = torch.compile(network(stack), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"(?s)runs outside of compiled graphs.*compile_conditioners"):
+        model(image())
+
+
+@stacks
+def test_without_gradients_a_sequence_is_one_graph(stack):
+    net, x = network(stack), image()
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(net, backend="eager", fullgraph=True)(x), net(x), rtol=1e-12)
+
+
+@stacks
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(stack, strict):
+    net, x = network(stack).eval(), image()
+    program = torch.export.export(net, (x,), strict=strict)
+    assert torch.equal(program.module()(x), net.plain(x))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
-from typing import Any, overload
+from collections.abc import Iterable, Mapping
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ class ReversibleSequence(nn.Sequential):
     conditioner runs twice a training step, so a step costs about 4/3 of an ordinary one.
 
     Args:
-        blocks: couplings, bijections, or any modules with `forward(*streams, **context)` and `inverse(*streams, **context)`.
+        blocks: couplings, bijections, or any modules with `forward(*streams, **context)` and `inverse(*streams, **context)`,
+            in a dictionary if they shall have names.
         split_dim: where a single tensor is split in halves.
 
     Called with a tensor, it splits it in two streams along `split_dim`, and returns one tensor; called with a tuple of
@@ -46,15 +47,16 @@ class ReversibleSequence(nn.Sequential):
     are refused (`plain` has them).
     """
 
-    def __init__(self, blocks: Iterable[nn.Module] = (), split_dim: int = 1, *, guard: Mode = "warn") -> None:
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module] | Mapping[str, nn.Module] = (),
+        split_dim: int = 1,
+        *,
+        guard: Mode = "warn",
+    ) -> None:
         super().__init__()
-        for index, block in enumerate(blocks):
-            if not isinstance(block, nn.Module) or not callable(getattr(block, "inverse", None)):
-                raise TypeError(
-                    f"block {index} has to be a module with forward and inverse; got a {type(block).__name__}. "
-                    f"A residual function F becomes a block as revflow.AdditiveCoupling(F)"
-                )
-            self.append(block)
+        for name, block in blocks.items() if isinstance(blocks, Mapping) else enumerate(blocks):
+            self.add_module(str(name), block)
         self.split_dim = split_dim
         self._guard = Guard(guard)
 
@@ -85,9 +87,31 @@ class ReversibleSequence(nn.Sequential):
     def __getitem__(self, index: int) -> nn.Module: ...
     def __getitem__(self, index: slice | int) -> nn.Module:
         if isinstance(index, slice):
-            return ReversibleSequence(list(self)[index], self.split_dim, guard=self._guard.mode)
+            return self._with(dict(list(self._modules.items())[index]))  # type: ignore[arg-type]
         block: nn.Module = super().__getitem__(index)
         return block
+
+    # nn.Sequential's own methods for append, extend, += and *= come to add_module.
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, _checked(name, module))
+
+    def insert(self, index: int, module: nn.Module) -> Self:
+        super().insert(index, _checked(index, module))
+        return self
+
+    def __setitem__(self, index: int, module: nn.Module) -> None:
+        super().__setitem__(index, _checked(index, module))
+
+    def __add__(self, other: nn.Sequential) -> ReversibleSequence:
+        if isinstance(other, ReversibleSequence) and other.split_dim != self.split_dim:
+            raise ValueError(f"cannot add sequences that split dimensions {self.split_dim} and {other.split_dim}")
+        return self._with(super().__add__(other))
+
+    def __mul__(self, times: int) -> ReversibleSequence:
+        return self._with(super().__mul__(times))
+
+    def _with(self, blocks: Iterable[nn.Module] | Mapping[str, nn.Module]) -> ReversibleSequence:
+        return ReversibleSequence(blocks, self.split_dim, guard=self._guard.mode)
 
     def extra_repr(self) -> str:
         return f'split_dim={self.split_dim}, guard="{self._guard.mode}"'
@@ -148,6 +172,15 @@ class ReversibleSequence(nn.Sequential):
             raise TypeError(f"ReversibleSequence takes a tensor or a tuple of streams; got a {type(x).__name__}")
         # A dense copy: both runs of a conditioner shall see the same strides (clone keeps channels_last).
         return tuple(s if s.is_contiguous() else s.clone() for s in x)
+
+
+def _checked(name: str | int, block: object) -> nn.Module:
+    if isinstance(block, nn.Module) and callable(getattr(block, "inverse", None)):
+        return block
+    raise TypeError(
+        f"block {name} has to be a module with forward and inverse; got a {type(block).__name__}. "
+        f"A residual function F becomes a block as revflow.AdditiveCoupling(F)"
+    )
 
 
 _NAMED = (RuntimeError, TypeError, ValueError, NotImplementedError)

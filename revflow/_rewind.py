@@ -189,11 +189,14 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     outputs, evidence = tape.take()
     begin, end, count = ctx.ends
     saved: Streams = ctx.saved_tensors
+    # An alias a place: a tensor may stand in the context twice, or be a parameter too.
+    leaves = [_alias_of(t) for t in saved[: end - begin]]
     # Where the user has hooks an alias takes their place: they see the whole gradient, when the Function returns it.
-    leaves = [t if t.grad_fn is None and not t._backward_hooks else _alias_of(t) for t in saved[: count - begin]]
+    own = [
+        t if t.grad_fn is None and not t._backward_hooks else _alias_of(t) for t in saved[end - begin : count - begin]
+    ]
     needs = ctx.needs_input_grad[1:]
-    anchors = saved[count - begin :]
-    streams, found = call.rewind(outputs, grads, needs, leaves[: end - begin], leaves[end - begin :], anchors)
+    streams, found = call.rewind(outputs, grads, needs, leaves, own, saved[count - begin :])
     if evidence is not None:
         evidence.blocks.append(Seen(call, tape.witness.samples(streams)))  # type: ignore[union-attr]
     if call.before is not None and torch._C._will_engine_execute_node(call.before):  # rule 4

@@ -44,7 +44,7 @@ class Scale(revflow.Bijection):
         return tuple(s * (-self.log_scale).exp() for s in streams)
 
     def log_det(self, *streams: Tensor, **context: object) -> Tensor:
-        return self.log_scale * sum(s[0].numel() for s in streams) * streams[0].new_ones(len(streams[0]))
+        return self.log_scale * sum(s.shape[1:].numel() for s in streams) * streams[0].new_ones(len(streams[0]))
 
 
 def additive(channels: int = 4, **options: object) -> nn.Module:

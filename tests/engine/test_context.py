@@ -104,6 +104,31 @@ def test_the_context_alone_needs_a_gradient(stack):
 
 
 @stacks
+def test_a_parameter_as_context(stack):
+    """Its gradient is the sum of both uses."""
+    net, x = network(stack), image().requires_grad_()
+    scale = nn.Parameter(image(1, 6, 1, 1))
+    for c in conditioners(net):
+        c.norm.scale = scale
+        c.norm.register_forward_hook(lambda m, args, out: out * m.scale)
+    same_gradients(net, [x], lambda: {"condition": scale}, x)
+
+
+@stacks
+def test_a_hook_on_a_context_tensor_fires_once(stack):
+    net, leaf, results = network(stack), of_one_channel(5), []
+    for function in (net, net.plain):
+        seen = []
+        hook = leaf.register_hook(lambda g, seen=seen: (seen.append(g), 2 * g)[1])
+        leaf.grad = None
+        weighted(function(image(), condition=leaf)).backward()
+        hook.remove()
+        assert len(seen) == 1
+        results.append([*seen, leaf.grad])
+    assert_close(*results)
+
+
+@stacks
 def test_the_callers_containers_stay_as_they_are(stack):
     net, condition = network(stack), of_one_channel(5)
     given, seen = {"a": [condition, None]}, []

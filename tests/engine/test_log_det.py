@@ -8,6 +8,9 @@ import revflow
 from engine.nets import (
     Scale,
     additive,
+    additive_two,
+    affine,
+    affine_two,
     assert_close,
     assert_same_gradients,
     conditioners,
@@ -165,9 +168,8 @@ def test_empty_batch_and_no_blocks(stack):
     assert torch.equal(y, x) and torch.equal(log_det, torch.zeros(2).double())
 
 
-@pytest.mark.parametrize("make", [additive])
-@pytest.mark.parametrize("guard", ["off", "warn"])
-def test_memory_is_as_flat_as_forwards(make, guard):
+@pytest.mark.parametrize("make", [additive, additive_two, affine, affine_two])
+def test_memory_is_as_flat_as_forwards(make):
     """One value a sample more."""
 
     def kept(depth):
@@ -200,7 +202,7 @@ class WithoutBase(nn.Module):
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
-        (lambda: Doubling(nn.Identity()), "write|without its method log_derivative"),
+        (lambda: Doubling(nn.Identity()), "without its method log_derivative"),
         (Twice, "write its method log_det"),
         (WithoutBase, "write its method log_det"),
     ],

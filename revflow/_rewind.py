@@ -67,7 +67,7 @@ class Tape:
 class _Offer:
     """What a chain wishes of the stepwise block that it is about to call, and what the block has made of it."""
 
-    def __init__(self, passage: Passage, position: int, block: object, streams: Streams, before: Any) -> None:
+    def __init__(self, passage: Passage, position: str, block: object, streams: Streams, before: Any) -> None:
         self.passage, self.position, self.block, self.streams, self.before = passage, position, block, streams, before
         self.versions = [] if passage.tape is None else _versions(streams)
         self.results: Streams = ()
@@ -77,7 +77,7 @@ _thread = threading.local()
 
 
 def through(
-    passage: Passage, position: int, block: nn.Module, streams: Streams, before: Any, context: Context
+    passage: Passage, position: str, block: nn.Module, streams: Streams, before: Any, context: Context
 ) -> Streams:
     """Pass `streams` through the chain's block at that `position`; `before` is the autograd node of the block before it.
 

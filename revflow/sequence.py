@@ -33,7 +33,7 @@ class ReversibleSequence(nn.Sequential):
 
     Args:
         blocks: couplings, bijections, or any modules with `forward(*streams, **context)` and `inverse(*streams, **context)`,
-            in a dictionary if they shall have names.
+            in a dictionary if they shall have names. A ReversibleSequence among them counts as its blocks.
         split_dim: where a single tensor is split in halves.
 
     Called with a tensor, it splits it in two streams along `split_dim`, and returns one tensor; called with a tuple of
@@ -87,7 +87,7 @@ class ReversibleSequence(nn.Sequential):
     def __getitem__(self, index: int) -> nn.Module: ...
     def __getitem__(self, index: slice | int) -> nn.Module:
         if isinstance(index, slice):
-            return self._with(dict(list(self._modules.items())[index]))  # type: ignore[arg-type]
+            return self._with(dict(list(self._modules.items())[index]))
         block: nn.Module = super().__getitem__(index)
         return block
 
@@ -136,15 +136,15 @@ class ReversibleSequence(nn.Sequential):
         passage = Passage(inverse, log_det, Arguments(context), tape)
         log_dets: list[Tensor] = []
         node = None
-        blocks = list(enumerate(self._modules.values()))
-        for index, block in reversed(blocks) if inverse else blocks:
+        blocks = self._blocks()
+        for name, block in reversed(blocks) if inverse else blocks:
             try:
-                outputs = through(passage, index, block, streams, node, context)
+                outputs = through(passage, name, block, streams, node, context)
             except _NAMED as error:
                 if type(error) not in _NAMED:  # out of memory, say: its type is its meaning
                     raise
                 shapes = ", ".join(str(tuple(s.shape)) for s in streams)
-                where = f"block {index} ({type(block).__name__}), given streams of shapes {shapes}"
+                where = f"block {name} ({type(block).__name__}), given streams of shapes {shapes}"
                 raise type(error)(f"{where}: {error}") from error
             if log_det:
                 log_dets.append(outputs[-1])
@@ -154,6 +154,21 @@ class ReversibleSequence(nn.Sequential):
         total = _sum_of(log_dets, streams[0]) if log_det else None
         streams, total = end(tape, streams, join, total)
         return (streams if join is None else streams[0]), total
+
+    def _blocks(self) -> list[tuple[str, nn.Module]]:
+        """(name, block), with the blocks of sequences among them in their place."""
+        found: list[tuple[str, nn.Module]] = []
+        for name, block in self._modules.items():
+            if isinstance(block, ReversibleSequence):
+                if type(block).forward is not ReversibleSequence.forward or _hooks(block):
+                    raise RuntimeError(
+                        f"block {name} is a ReversibleSequence with hooks or a forward of its own, which would not be called: "
+                        f"here it only stands for its blocks"
+                    )
+                found += [(f"{name}.{inner}", b) for inner, b in block._blocks()]
+            else:
+                found.append((name, block))
+        return found
 
     def _split(self, x: Tensor | Streams) -> Streams:
         if isinstance(x, Tensor):
@@ -181,6 +196,10 @@ def _checked(name: str | int, block: object) -> nn.Module:
         f"block {name} has to be a module with forward and inverse; got a {type(block).__name__}. "
         f"A residual function F becomes a block as revflow.AdditiveCoupling(F)"
     )
+
+
+def _hooks(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 _NAMED = (RuntimeError, TypeError, ValueError, NotImplementedError)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -179,7 +179,7 @@ class _Rewind(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         if torch.is_grad_enabled():
-            return _once(_rewind, ctx, grads)
+            return _once(_rewind, ctx, grads, [g for g in grads if g is not None])
         return _rewind(ctx, grads)
 
 
@@ -226,7 +226,7 @@ class _Anchor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         if torch.is_grad_enabled():
-            return _once(_begin, ctx, grads)
+            return _once(_begin, ctx, grads, ctx.saved_tensors)
         return _begin(ctx, grads)
 
 
@@ -241,18 +241,23 @@ def _begin(ctx: Any, grads: Gradients) -> Gradients:
     return (None, None, None, *grads)
 
 
-def _once(backward: Callable[[Any, Gradients], Gradients], ctx: Any, grads: Gradients) -> Gradients:
-    """Call `backward`, where a graph is asked for, without one: its gradients can be used, but not differentiated."""
+def _once(
+    backward: Callable[[Any, Gradients], Gradients], ctx: Any, grads: Gradients, connected: Sequence[Tensor]
+) -> Gradients:
+    """Call `backward`, where a graph is asked for, without one: its gradients can be used, but not differentiated.
+
+    `connected` leads to the chain's output, and so to all that a second derivative could be asked for.
+    """
     with torch.no_grad():
         found = backward(ctx, grads)
-    return tuple(None if g is None else _SecondDerivative.apply(g.detach().requires_grad_()) for g in found)  # type: ignore[no-untyped-call]
+    return tuple(None if g is None else _SecondDerivative.apply(g, *connected) for g in found)  # type: ignore[no-untyped-call]
 
 
 class _SecondDerivative(torch.autograd.Function):
     """The identity, which refuses to be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *connected: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod

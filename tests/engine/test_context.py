@@ -56,18 +56,19 @@ class Reading(nn.Module):
 
 
 TREES = {
-    "tuple": (lambda a, b: {"c": (a, b, None)}, lambda c: c[0] * c[1]),
-    "list": (lambda a, b: {"c": [a, 2, [b]]}, lambda c: c[0] * c[1] * c[2][0]),
-    "dict": (lambda a, b: {"c": {"a": a, "more": {"b": (b,)}}}, lambda c: c["a"] * c["more"]["b"][0]),
-    "namedtuple": (lambda a, b: {"c": Pair(a, b)}, lambda c: c.scale * c.shift),
-    "OrderedDict": (lambda a, b: {"c": OrderedDict(a=a, b=b)}, lambda c: c["a"] * c["b"]),
+    "tuple, list, None": (lambda a, b: {"c": (a, [b, 2], None)}, lambda c: c[0] * c[1][0] * c[1][1]),
+    "dictionaries": (
+        lambda a, b: {"c": {"a": a, "more": OrderedDict(pair=Pair(a, b))}},  # one of them twice
+        lambda c: c["a"] * c["more"]["pair"].scale + c["more"]["pair"].shift,
+    ),
     "non-tensors": (
         lambda a, b: {"a": a, "b": b, "name": "sin", "power": 2, "flag": True, "function": torch.sin},
         lambda a, b, name, power, flag, function: getattr(a, name)() * function(b) ** power if flag else None,
     ),
-    "the same twice": (lambda a, b: {"c": (a, b, a)}, lambda c: c[0] * c[1] + c[2]),
-    "one that is not used": (lambda a, b: {"c": (a, b)}, lambda c: c[0]),
-    "integers": (lambda a, b: {"c": (a, b, torch.tensor([2, 3]))}, lambda c: c[0] * c[1] ** c[2][1]),
+    "integers, one not used": (
+        lambda a, b: {"c": (a, b, torch.tensor([2, 3]))},
+        lambda c: c[0] ** c[2][1],
+    ),
 }
 
 

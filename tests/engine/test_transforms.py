@@ -103,7 +103,7 @@ def test_inference_memory(make, mode):
             streams = block(*streams)
         return torch.cat(streams, 1)
 
-    for depth in (4, 16):
+    for depth in (4, 12):
         found = memory(depth, lambda net, x: net(x))
         assert found.kept == image().nbytes
         assert found.peak <= memory(depth, loop).peak == memory(4, loop).peak
@@ -118,8 +118,8 @@ def test_second_derivative_is_refused(stack, loss):
     found = torch.autograd.grad(loss(net(x, condition=c)), wanted, create_graph=True)
     assert_close(found, torch.autograd.grad(loss(net.plain(x, condition=c)), wanted))
     refused = pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*net.plain\(x\)")
-    for gradient in found[::3]:
-        for variable in wanted[::2]:
+    for gradient in found[:2] + found[2::5]:
+        for variable in wanted[:2] + wanted[2::7]:
             with refused:
                 torch.autograd.grad(gradient.sum() + variable.sum(), variable, retain_graph=True)
     with refused:

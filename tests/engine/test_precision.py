@@ -77,6 +77,30 @@ def test_autocast(stack, device, dtype, backward_inside):
     assert reversible < 1.5 * plain
 
 
+@stacks
+@cpu_and_cuda
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_autocast_with_low_precision_streams(stack, device, dtype, backward_inside):
+    """They lose digits in every block: a short chain stays close to plain autocast."""
+    net, x = network(stack, dtype=torch.float32).to(device), image().to(device, dtype)
+    exact = torch.autograd.grad(weighted_on(net.plain(x.float())), list(net.parameters()))
+    errors = []
+    for run in (net, net.plain):
+        with torch.autocast(device, dtype):
+            y = run(x)
+            if backward_inside:
+                weighted_on(y).backward()
+        if not backward_inside:
+            weighted_on(y).backward()
+        assert device == "cuda" or y.dtype == dtype  # on CUDA autocast takes exp in float32, and affine streams follow
+        errors.append(error([p.grad for p in net.parameters()], exact))
+        net.zero_grad()
+    reversible, plain = errors
+    assert 1e-4 < plain < 5e-2
+    assert reversible < 2 * plain
+
+
 def weighted_on(y):
     return (y * image(*y.shape, seed=3).to(y)).sum()
 

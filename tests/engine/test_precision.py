@@ -136,12 +136,12 @@ def test_a_backward_under_autocast_of_another_type(make):
 
 @stacks
 def test_a_backward_under_autocast_of_a_forward_without_it(stack):
-    net, x = network(stack), image().requires_grad_()
+    net, x = network(stack, dtype=torch.float32), image(dtype=torch.float32).requires_grad_()
     expected = torch.autograd.grad(weighted(net.plain(x)), [x, *net.parameters()])
     loss = weighted(net(x))
     with torch.autocast("cpu", torch.bfloat16):
         found = torch.autograd.grad(loss, [x, *net.parameters()])
-    assert error(found, expected) < 1e-10
+    assert error(found, expected) < 1e-5
 
 
 @stacks

@@ -144,11 +144,11 @@ def _described(value: object) -> str:
 
 
 class Call(ABC):
-    """The block at a chain's `position`, passed once."""
+    """The block at a chain's `position` (its name in the chain), passed once."""
 
     __slots__ = ("before", "block_type", "parameters", "passage", "position", "replays", "samples")
 
-    def __init__(self, passage: Passage, position: int, block: nn.Module, before: Any) -> None:
+    def __init__(self, passage: Passage, position: str, block: nn.Module, before: Any) -> None:
         self.passage, self.position, self.block_type = passage, position, type(block).__name__
         self.before = before
         """The autograd node of the block before this one."""
@@ -182,7 +182,7 @@ class Coupled(Call):
 
     __slots__ = ("_rotations", "_steps")
 
-    def __init__(self, passage: Passage, position: int, block: Stepwise, before: Any, streams: Streams) -> None:
+    def __init__(self, passage: Passage, position: str, block: Stepwise, before: Any, streams: Streams) -> None:
         super().__init__(passage, position, block, before)  # type: ignore[arg-type]
         inverse, device = passage.inverse, streams[0].device
         self._rotations = (-block.rotation, 0) if inverse else (0, block.rotation)
@@ -304,7 +304,7 @@ class _Step(Replay):
 class Whole(Call):
     """A block known by `forward` and `inverse` alone: undone, then run again; three evaluations a step."""
 
-    def __init__(self, passage: Passage, position: int, block: nn.Module, before: Any, streams: Streams) -> None:
+    def __init__(self, passage: Passage, position: str, block: nn.Module, before: Any, streams: Streams) -> None:
         super().__init__(passage, position, block, before)
         self._block, self._replay = block, Replay(block, streams[0].device)
         self.replays, self.parameters = (self._replay,), self._replay.parameters

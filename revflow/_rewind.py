@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +67,7 @@ class Tape:
 class _Offer:
     """What a chain wishes of the stepwise block that it is about to call, and what the block has made of it."""
 
-    def __init__(self, passage: Passage, position: int, block: object, streams: Streams, before: Any) -> None:
+    def __init__(self, passage: Passage, position: str, block: object, streams: Streams, before: Any) -> None:
         self.passage, self.position, self.block, self.streams, self.before = passage, position, block, streams, before
         self.versions = [] if passage.tape is None else _versions(streams)
         self.results: Streams = ()
@@ -77,7 +77,7 @@ _thread = threading.local()
 
 
 def through(
-    passage: Passage, position: int, block: nn.Module, streams: Streams, before: Any, context: Context
+    passage: Passage, position: str, block: nn.Module, streams: Streams, before: Any, context: Context
 ) -> Streams:
     """Pass `streams` through the chain's block at that `position`; `before` is the autograd node of the block before it."""
     if isinstance(block, Stepwise):
@@ -88,7 +88,7 @@ def through(
 
 
 def _through_stepwise(
-    passage: Passage, position: int, block: Stepwise, streams: Streams, before: Any, context: Context
+    passage: Passage, position: str, block: Stepwise, streams: Streams, before: Any, context: Context
 ) -> Streams:
     """A block on which nobody has hooks goes to the engine at once. Any other is called as any module is, with an offer on
     the side: the Function is applied inside its own forward, so that its hooks see an ordinary module."""
@@ -187,7 +187,7 @@ class _Rewind(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         if torch.is_grad_enabled():
-            return _once(_rewind, ctx, grads)
+            return _once(_rewind, ctx, grads, [g for g in grads if g is not None])
         return _rewind(ctx, grads)
 
 
@@ -197,11 +197,14 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     outputs, evidence = tape.take()
     begin, end, count = ctx.ends
     saved: Streams = ctx.saved_tensors
+    # An alias a place: a tensor may stand in the context twice, or be a parameter too.
+    leaves = [_alias_of(t) for t in saved[: end - begin]]
     # Where the user has hooks an alias takes their place: they see the whole gradient, when the Function returns it.
-    leaves = [t if t.grad_fn is None and not t._backward_hooks else _alias_of(t) for t in saved[: count - begin]]
-    streams, found = call.rewind(
-        outputs, grads, ctx.needs_input_grad[1:], leaves[: end - begin], leaves[end - begin :], saved[count - begin :]
-    )
+    own = [
+        t if t.grad_fn is None and not t._backward_hooks else _alias_of(t) for t in saved[end - begin : count - begin]
+    ]
+    needs = ctx.needs_input_grad[1:]
+    streams, found = call.rewind(outputs, grads, needs, leaves, own, saved[count - begin :])
     if evidence is not None:
         evidence.blocks.append(Seen(call, tape.witness.samples(streams)))  # type: ignore[union-attr]
     if call.before is not None and torch._C._will_engine_execute_node(call.before):  # rule 4
@@ -231,7 +234,7 @@ class _Anchor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         if torch.is_grad_enabled():
-            return _once(_begin, ctx, grads)
+            return _once(_begin, ctx, grads, ctx.saved_tensors)
         return _begin(ctx, grads)
 
 
@@ -246,18 +249,23 @@ def _begin(ctx: Any, grads: Gradients) -> Gradients:
     return (None, None, None, *grads)
 
 
-def _once(backward: Callable[[Any, Gradients], Gradients], ctx: Any, grads: Gradients) -> Gradients:
-    """Call `backward`, where a graph is asked for, without one: its gradients can be used, but not differentiated."""
+def _once(
+    backward: Callable[[Any, Gradients], Gradients], ctx: Any, grads: Gradients, connected: Sequence[Tensor]
+) -> Gradients:
+    """Call `backward`, where a graph is asked for, without one: its gradients can be used, but not differentiated.
+
+    `connected` leads to the chain's output, and so to all that a second derivative could be asked for.
+    """
     with torch.no_grad():
         found = backward(ctx, grads)
-    return tuple(None if g is None else _SecondDerivative.apply(g.detach().requires_grad_()) for g in found)  # type: ignore[no-untyped-call]
+    return tuple(None if g is None else _SecondDerivative.apply(g, *connected) for g in found)  # type: ignore[no-untyped-call]
 
 
 class _SecondDerivative(torch.autograd.Function):
     """The identity, which refuses to be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *connected: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
-from typing import Any, overload
+from collections.abc import Iterable, Mapping
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ class ReversibleSequence(nn.Sequential):
     conditioner runs twice a training step, so a step costs about 4/3 of an ordinary one.
 
     Args:
-        blocks: couplings, bijections, or any modules with `forward(*streams, **context)` and `inverse(*streams, **context)`.
+        blocks: couplings, bijections, or any modules with `forward(*streams, **context)` and `inverse(*streams, **context)`,
+            in a dictionary if they shall have names. A ReversibleSequence among them counts as its blocks.
         split_dim: where a single tensor is split in halves.
         guard: what to do where the backward pass rebuilds something else than the forward pass saw, by a few values of each
             block: "warn" from a first tolerance on (1e-4 of the largest stream in float32, 2e-2 under autocast), once a
@@ -49,15 +50,16 @@ class ReversibleSequence(nn.Sequential):
     are refused (`plain` has them).
     """
 
-    def __init__(self, blocks: Iterable[nn.Module] = (), split_dim: int = 1, *, guard: Mode = "warn") -> None:
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module] | Mapping[str, nn.Module] = (),
+        split_dim: int = 1,
+        *,
+        guard: Mode = "warn",
+    ) -> None:
         super().__init__()
-        for index, block in enumerate(blocks):
-            if not isinstance(block, nn.Module) or not callable(getattr(block, "inverse", None)):
-                raise TypeError(
-                    f"block {index} has to be a module with forward and inverse; got a {type(block).__name__}. "
-                    f"A residual function F becomes a block as revflow.AdditiveCoupling(F)"
-                )
-            self.append(block)
+        for name, block in blocks.items() if isinstance(blocks, Mapping) else enumerate(blocks):
+            self.add_module(str(name), block)
         self.split_dim = split_dim
         self._guard = Guard(guard)
 
@@ -109,9 +111,31 @@ class ReversibleSequence(nn.Sequential):
     def __getitem__(self, index: int) -> nn.Module: ...
     def __getitem__(self, index: slice | int) -> nn.Module:
         if isinstance(index, slice):
-            return ReversibleSequence(list(self)[index], self.split_dim, guard=self._guard.mode)
+            return self._with(dict(list(self._modules.items())[index]))
         block: nn.Module = super().__getitem__(index)
         return block
+
+    # nn.Sequential's own methods for append, extend, += and *= come to add_module.
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, _checked(name, module))
+
+    def insert(self, index: int, module: nn.Module) -> Self:
+        super().insert(index, _checked(index, module))
+        return self
+
+    def __setitem__(self, index: int, module: nn.Module) -> None:
+        super().__setitem__(index, _checked(index, module))
+
+    def __add__(self, other: nn.Sequential) -> ReversibleSequence:
+        if isinstance(other, ReversibleSequence) and other.split_dim != self.split_dim:
+            raise ValueError(f"cannot add sequences that split dimensions {self.split_dim} and {other.split_dim}")
+        return self._with(super().__add__(other))
+
+    def __mul__(self, times: int) -> ReversibleSequence:
+        return self._with(super().__mul__(times))
+
+    def _with(self, blocks: Iterable[nn.Module] | Mapping[str, nn.Module]) -> ReversibleSequence:
+        return ReversibleSequence(blocks, self.split_dim, guard=self._guard.mode)
 
     def extra_repr(self) -> str:
         return f'split_dim={self.split_dim}, guard="{self._guard.mode}"'
@@ -136,15 +160,15 @@ class ReversibleSequence(nn.Sequential):
         passage = Passage(inverse, log_det, Arguments(context), Draws(), tape)
         log_dets: list[Tensor] = []
         node = None
-        blocks = list(enumerate(self._modules.values()))
-        for index, block in reversed(blocks) if inverse else blocks:
+        blocks = self._blocks()
+        for name, block in reversed(blocks) if inverse else blocks:
             try:
-                outputs = through(passage, index, block, streams, node, context)
+                outputs = through(passage, name, block, streams, node, context)
             except _NAMED as error:
                 if type(error) not in _NAMED:  # out of memory, say: its type is its meaning
                     raise
                 shapes = ", ".join(str(tuple(s.shape)) for s in streams)
-                where = f"block {index} ({type(block).__name__}), given streams of shapes {shapes}"
+                where = f"block {name} ({type(block).__name__}), given streams of shapes {shapes}"
                 raise type(error)(f"{where}: {error}") from error
             if log_det:
                 log_dets.append(outputs[-1])
@@ -155,6 +179,21 @@ class ReversibleSequence(nn.Sequential):
         total = _sum_of(log_dets, streams[0]) if log_det else None
         streams, total = end(tape, streams, join, total)
         return (streams if join is None else streams[0]), total
+
+    def _blocks(self) -> list[tuple[str, nn.Module]]:
+        """(name, block), with the blocks of sequences among them in their place."""
+        found: list[tuple[str, nn.Module]] = []
+        for name, block in self._modules.items():
+            if isinstance(block, ReversibleSequence):
+                if type(block).forward is not ReversibleSequence.forward or _hooks(block):
+                    raise RuntimeError(
+                        f"block {name} is a ReversibleSequence with hooks or a forward of its own, which would not be called: "
+                        f"here it only stands for its blocks"
+                    )
+                found += [(f"{name}.{inner}", b) for inner, b in block._blocks()]
+            else:
+                found.append((name, block))
+        return found
 
     def _split(self, x: Tensor | Streams) -> Streams:
         if isinstance(x, Tensor):
@@ -173,6 +212,19 @@ class ReversibleSequence(nn.Sequential):
             raise TypeError(f"ReversibleSequence takes a tensor or a tuple of streams; got a {type(x).__name__}")
         # A dense copy: both runs of a conditioner shall see the same strides (clone keeps channels_last).
         return tuple(s if s.is_contiguous() else s.clone() for s in x)
+
+
+def _checked(name: str | int, block: object) -> nn.Module:
+    if isinstance(block, nn.Module) and callable(getattr(block, "inverse", None)):
+        return block
+    raise TypeError(
+        f"block {name} has to be a module with forward and inverse; got a {type(block).__name__}. "
+        f"A residual function F becomes a block as revflow.AdditiveCoupling(F)"
+    )
+
+
+def _hooks(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 _NAMED = (RuntimeError, TypeError, ValueError, NotImplementedError)

@@ -1,7 +1,8 @@
 """Small networks of every kind of block. Smooth activations: ReLU's kinks flip under rounding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +43,9 @@ class Scale(revflow.Bijection):
 
     def inverse(self, *streams: Tensor, **context: object) -> tuple[Tensor, ...]:
         return tuple(s * (-self.log_scale).exp() for s in streams)
+
+    def log_det(self, *streams: Tensor, **context: object) -> Tensor:
+        return self.log_scale * sum(s.shape[1:].numel() for s in streams) * streams[0].new_ones(len(streams[0]))
 
 
 def additive(channels: int = 4, **options: object) -> nn.Module:
@@ -95,6 +99,9 @@ def mixed(**options: object) -> list[nn.Module]:
 
 STACKS = [*map(of_one, COUPLINGS), mixed]
 
+stacks = pytest.mark.parametrize("stack", STACKS, ids=lambda s: s.__name__)
+couplings = pytest.mark.parametrize("make", COUPLINGS, ids=lambda m: m.__name__)
+
 
 def network(
     stack: Callable[..., list[nn.Module]], dtype: torch.dtype = torch.float64, **options: object
@@ -108,8 +115,41 @@ def image(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Ten
     return torch.randn(*(shape or (2, 8, 6, 4)), dtype=dtype, generator=generator)
 
 
+def conditioners(module: nn.Module) -> list[Conditioner]:
+    return [m for m in module.modules() if isinstance(m, Conditioner)]
+
+
+def evaluations(net: nn.Module, run: Callable[[], object]) -> list[list[int]]:
+    """How often `run()` evaluates the conditioners of each block."""
+    for conditioner in conditioners(net):
+        conditioner.calls = 0
+    run()
+    return [[c.calls for c in conditioners(block)] for block in net]
+
+
+def plain_inverse(net: nn.Module, y: Tensor, **context: object) -> Tensor:
+    """`net.inverse` under ordinary autograd."""
+    streams = y.chunk(2, 1)
+    for block in reversed(list(net)):
+        streams = block.inverse(*streams, **context)
+    return torch.cat(streams, 1)
+
+
+def weighted(y: Tensor) -> Tensor:
+    """A loss whose gradient differs from value to value."""
+    return (y * image(*y.shape, dtype=y.dtype, seed=3)).sum()
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def assert_close(found: Sequence[Tensor | None], expected: Sequence[Tensor | None], tolerance: float = 1e-10) -> None:
+    """Each equal to the other within a relative error, and None where the other is None."""
+    for k, (f, e) in enumerate(zip(found, expected, strict=True)):
+        assert (f is None) == (e is None), k
+        if f is not None and e is not None:
+            assert relative_error(f, e) < tolerance, k
 
 
 def assert_same_gradients(
@@ -125,11 +165,5 @@ def assert_same_gradients(
     for function in (run, plain):
         torch.manual_seed(7)
         output = function()
-        weight = image(*output.shape, dtype=output.dtype, seed=3)
-        results.append((output, torch.autograd.grad((output * weight).sum(), wanted, allow_unused=True)))
-    (output, found), (expected_output, expected) = results
-    assert relative_error(output, expected_output) < tolerance
-    for f, e in zip(found, expected, strict=True):
-        assert (f is None) == (e is None)
-        if e is not None:
-            assert relative_error(f, e) < tolerance
+        results.append([output, *torch.autograd.grad(weighted(output), wanted, allow_unused=True)])
+    assert_close(*results, tolerance)

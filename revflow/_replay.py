@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -61,6 +62,12 @@ class Replay:
         known = {module}
         for m in self._modules:  # which grows on the way
             self._modes.append(m.training)
+            if m._forward_pre_hooks and _is_sharded(m):
+                raise RuntimeError(
+                    f"fully_shard was called on a {type(m).__name__} that the engine runs by itself: it gathers its parameters "
+                    f"when it is called, after the engine has taken them, and they would get no gradient. Call fully_shard on "
+                    f"the sequence, on what holds it, or on a coupling as a whole"
+                )
             for child in m._modules.values():
                 if child is not None and child not in known:
                     known.add(child)
@@ -157,6 +164,12 @@ class _Buffer:
     def give_back(self) -> None:
         self._buffers[self._name] = self._own
         self._own = None
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` (FSDP2) gives the module its parameters when it is called, and takes them away afterwards."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)  # not imported: it takes long
+    return kind is not None and isinstance(module, kind) and next(module.parameters(), None) is not None
 
 
 def _random_states(device: torch.device) -> list[Tensor]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -70,6 +71,7 @@ class Replay:
             modes.append(m.training)
             if type(m) not in _DETERMINISTIC or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
                 self.may_draw = True
+                _refuse_sharded(m)
             for child in m._modules.values():
                 if child is not None and child not in known:
                     known.add(child)
@@ -198,6 +200,18 @@ class _Buffer:
     def give_back(self) -> None:
         self._buffers[self._name] = self._own
         self._own = None
+
+
+def _refuse_sharded(module: nn.Module) -> None:
+    """FSDP gathers a module's parameters when it is called: after the engine has taken those that the module held."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported here: that takes long
+    if fsdp is None or not isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
+        return
+    if next(module.parameters(), None) is not None:
+        raise RuntimeError(
+            f"fully_shard was called on a {type(module).__name__} that the engine runs by itself: its parameters would get no "
+            f"gradient. Call fully_shard on the sequence, on what holds it, or on a coupling as a whole"
+        )
 
 
 def _random_states(device: torch.device) -> list[Tensor]:

@@ -36,7 +36,7 @@ class Scale(revflow.Bijection):
 
     def __init__(self) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(0.3))
+        self.log_scale = nn.Parameter(torch.tensor([0.3]))  # FSDP2 takes no scalars
 
     def forward(self, *streams: Tensor, **context: object) -> tuple[Tensor, ...]:
         return tuple(s * self.log_scale.exp() for s in streams)

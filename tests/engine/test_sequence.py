@@ -11,7 +11,6 @@ from torch import nn
 
 import revflow
 from engine.nets import (
-    STACKS,
     Conditioner,
     additive,
     affine_two,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self, overload
 
 import torch
@@ -85,7 +85,7 @@ class ReversibleSequence(nn.Sequential):
         return self._chain(x, context, inverse=False, log_det=False, tape=None)[0]
 
     def compile_conditioners(self, **options: Any) -> ReversibleSequence:
-        """Compile the conditioner of every coupling, in place (`torch.nn.Module.compile(**options)`), and return the sequence.
+        """Compile the conditioner of every coupling, in place, by `torch.compile(..., **options)`; returns the sequence.
 
         The engine itself stays out of compiled graphs. Compile all of a network or none of it: both evaluations of a
         conditioner have to be of one kind, or dropout draws another mask in the second. So this raises dynamo's limit of
@@ -102,7 +102,7 @@ class ReversibleSequence(nn.Sequential):
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, 4 * len(conditioners) + 8)
         for conditioner in conditioners:
-            conditioner.compile(**options)
+            conditioner._compiled_call_impl = torch.compile(_call_of(conditioner), **options)
         return self
 
     @overload
@@ -229,6 +229,14 @@ def _hooks(module: nn.Module) -> bool:
 
 _NAMED = (RuntimeError, TypeError, ValueError, NotImplementedError)
 """Errors of a block that are raised again with its index and what it was given."""
+
+
+def _call_of(module: nn.Module) -> Callable[..., Any]:
+    # nn.Module.compile compiles nothing of an nn.Sequential: dynamo begins at no frame of torch's own. It begins here.
+    def call(*inputs: Any, **context: Any) -> Any:
+        return module._call_impl(*inputs, **context)
+
+    return call
 
 
 def _sum_of(log_dets: list[Tensor], stream: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revflow._guard import Evidence, Seen, Witness
+from revflow._guard import Evidence, Witness
 from revflow._passes import (
     Call,
     Context,
@@ -193,13 +193,14 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     leaves = [t if t.grad_fn is None and not t._backward_hooks else _alias_of(t) for t in saved[: count - begin]]
     needs = ctx.needs_input_grad[1:]
     anchors = saved[count - begin :]
-    streams, found = call.rewind(outputs, grads, needs, leaves[: end - begin], leaves[end - begin :], anchors)
-    if evidence is not None:
-        evidence.blocks.append(Seen(call, tape.witness.samples(streams)))  # type: ignore[union-attr]
+    seen = None if evidence is None else tape.witness.watch(evidence, call)  # type: ignore[union-attr]
+    streams, found = call.rewind(outputs, grads, needs, leaves[: end - begin], leaves[end - begin :], anchors, seen)
+    if seen is not None:
+        seen.inputs(streams)
     if call.before is not None and torch._C._will_engine_execute_node(call.before):  # rule 4
         tape.leave(streams, evidence)
     elif evidence is not None:
-        tape.witness.judge(evidence)  # type: ignore[union-attr]
+        tape.witness.judge(evidence, streams)  # type: ignore[union-attr]
     return (None, *[g if need else None for g, need in zip(found, needs, strict=True)])
 
 
@@ -234,7 +235,7 @@ def _begin(ctx: Any, grads: Gradients) -> Gradients:
         joined = grads[0]
         split = (None,) * len(streams) if joined is None else joined.split(ctx.sizes, ctx.join)
         grads = (*split, *grads[1:])
-    ctx.tape.leave(streams, ctx.tape.witness and ctx.tape.witness.outputs(streams))
+    ctx.tape.leave(streams, ctx.tape.witness and ctx.tape.witness.begin(streams))
     return (None, None, None, *grads)
 
 

@@ -453,6 +453,10 @@ class TestHealthy:
         for x in (torch.zeros(4, 8, 16, 16), dark, 255 * dark, 255 * 255 * dark, 1e-9 * frames(4, 8, 16, 16)):
             step(net, x, mode)
 
+    def test_large_negative_inputs(self):
+        torch.manual_seed(0)
+        step(chain(*(additive(4) for _ in range(3)), guard="raise"), -1e6 - frames().abs())
+
     def test_bumps_with_tails_that_fade_to_nothing(self):
         """Most values, those that are kept among them, are tiny beside the largest."""
         grid = torch.arange(64.0)

@@ -455,7 +455,7 @@ class TestHealthy:
 
     def test_large_negative_inputs(self):
         torch.manual_seed(0)
-        step(chain(*(additive(4) for _ in range(3)), guard="raise"), -1e6 - frames().abs())
+        step(chain(*(affine(4) for _ in range(3)), guard="raise"), -1e6 - frames().abs())
 
     def test_bumps_with_tails_that_fade_to_nothing(self):
         """Most values, those that are kept among them, are tiny beside the largest."""

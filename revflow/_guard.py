@@ -1,12 +1,17 @@
 """The guard: does the backward pass rebuild what the forward pass saw?
 
 The forward pass keeps a few values of each block's input; the backward pass takes the same values of what it has rebuilt.
-They are compared once, when the chain's backward pass is through: on a GPU that is one wait, not one a block. The error of
-a block is the largest difference, relative to the largest value seen in any stream of the chain.
+They are compared once, when the chain's backward pass is through: on a GPU that is one wait, not one a block. Where a
+block keeps a stream as an anchor, and so has nothing to rebuild, its two outputs are compared instead.
+
+The error of a block is the largest difference, relative to the largest value seen in any stream of the chain. Where the
+output is many times as large as the input that says little: the input's digits are gone, and the error is still small
+beside the output. So the first block's error is held against its own input too (`_DWARFED`).
 
 What it does not see: a fault that leaves the block's input right (a gradient function of the user's own that is wrong), one
-that touches few values and misses those that are kept, and whatever stays below the tolerance. `revflow.verify` compares
-everything.
+that touches few values and misses those that are kept, streams of integers, inputs much smaller than one that drown in
+their output's rounding errors, and whatever stays below the tolerance. Nor does it say anything where the chain's output is
+not finite: ordinary autograd has no gradients then either. `revflow.verify` compares everything.
 """
 
 from __future__ import annotations
@@ -43,6 +48,13 @@ TOLERANCES = {torch.float64: Tolerance(1e-8, 1e-4), torch.float32: Tolerance(1e-
 LOW_PRECISION = Tolerance(2e-2, 1e-1)
 """Where streams, parameters, autocast or TF32 products have 8 to 11 bits."""
 
+_DWARFED = 10.0
+"""An error relative to the chain's own input warns from `Tolerance.error` on, and raises from so many times that.
+
+An input whose values are all below one counts as one: weights and norms are of that size, and a blank or nearly blank
+image, which is right to 1e-7 and no more, is no fault.
+"""
+
 _SAMPLES = 32
 """Values kept of a stream: 64 a block of two streams."""
 
@@ -71,18 +83,30 @@ class Guard:
             warnings.warn(f"{message} (This is said once for a sequence.)", ReconstructionWarning, stacklevel=2)
 
 
-class Seen(NamedTuple):
-    """A block that was rewound, and the values of its rebuilt input that stand for `call.samples`."""
+class Seen:
+    """A block that was rewound: values from the forward pass, and the same values now."""
 
-    call: Call
-    rebuilt: Streams
+    def __init__(self, witness: Witness, call: Call) -> None:
+        self.call = call
+        self.before: list[Tensor] = []
+        self.again: list[Tensor] = []
+        self._witness = witness
+
+    def output(self, before: Tensor, again: Tensor) -> None:
+        """An output stream whose input is an anchor, and what the second evaluation makes of that anchor."""
+        self.before += self._witness.samples((before,))
+        self.again += self._witness.samples((again,))
+
+    def inputs(self, rebuilt: Streams) -> None:
+        self.before += self.call.samples
+        self.again += self._witness.samples(rebuilt)
 
 
 class Evidence(NamedTuple):
     """What one backward pass gathers."""
 
-    largest_outputs: list[Tensor]
-    """The largest magnitude in each stream of the chain's output: infinite or not a number where the pass has overflowed."""
+    outputs: list[Tensor]
+    """The extremes of the chain's output: infinite or not a number where the pass has overflowed."""
     blocks: list[Seen]
 
 
@@ -95,72 +119,106 @@ class Witness:
 
     def samples(self, streams: Streams) -> Streams:
         """Values of each stream, at the same places each time."""
-        return tuple([torch.take(s.detach(), self._places(s)) for s in streams if s.numel()])
+        return tuple([torch.take(s, self._places(s)) for s in streams if _counts(s)])
 
-    def outputs(self, streams: Streams) -> Evidence:
+    def begin(self, outputs: Streams) -> Evidence:
         """Begin a backward pass, at the chain's output."""
-        return Evidence([torch.linalg.vector_norm(s, math.inf) for s in streams if s.numel()], [])
+        return Evidence(_extremes(outputs), [])
 
-    def judge(self, evidence: Evidence) -> None:
-        """Compare, once the pass is through."""
-        before = [sample for block in evidence.blocks for sample in block.call.samples]
-        rebuilt = [sample for block in evidence.blocks for sample in block.rebuilt]
-        if not before or isinstance(before[0], FakeTensor) or before[0].is_meta:
+    def watch(self, evidence: Evidence, call: Call) -> Seen:
+        """A block that is about to be rewound."""
+        seen = Seen(self, call)
+        evidence.blocks.append(seen)
+        return seen
+
+    def judge(self, evidence: Evidence, inputs: Streams) -> None:
+        """Compare, once the pass is through; `inputs` are the streams that the last rewind has rebuilt."""
+        before = [sample for block in evidence.blocks for sample in block.before]
+        again = [sample for block in evidence.blocks for sample in block.again]
+        extremes = evidence.outputs, _extremes(inputs)
+        if not (before and all(extremes)) or isinstance(before[0], FakeTensor) or before[0].is_meta:
             return
-        a, b = torch.stack(before), torch.stack(rebuilt)
-        largest = torch.stack(evidence.largest_outputs).amax()
-        errors, sizes, outputs = torch.stack(((b - a).abs().amax(1), a.abs().amax(1), largest.expand(len(a)))).tolist()
-        if math.isfinite(outputs[0]):  # else the loss has overflowed under ordinary autograd too
-            self._judge(evidence.blocks, errors, sizes)
+        home = before[0].device
+        a, b = (torch.stack([s.to(home) for s in samples]) for samples in (before, again))
+        ends = [torch.stack([e.to(home) for e in found]).abs().amax().expand(len(a)) for found in extremes]
+        errors, sizes, (output, *_), (own, *_) = torch.stack(((b - a).abs().amax(1), a.abs().amax(1), *ends)).tolist()
+        if not math.isfinite(output):
+            return  # the loss has overflowed under ordinary autograd too
+        if not math.isfinite(own):
+            errors[-1] = math.inf  # the values that were kept are right, others are not even numbers
+        self._judge(evidence.blocks, errors, max(output, *sizes) or 1.0, max(1.0, own))
 
-    def _judge(self, blocks: list[Seen], errors: list[float], sizes: list[float]) -> None:
-        """Report the first block, in the order of the backward pass, whose error passes the tolerance."""
-        largest = max(sizes)
-        behind, low = 0.0, False
+    def _judge(self, blocks: list[Seen], errors: list[float], largest: float, own: float) -> None:
+        """Report the first block, in the order of the backward pass, whose error passes a tolerance."""
+        tolerance = Tolerance(0.0, 0.0)  # what a block leaves, all before it inherit: so it never falls
+        unsure: list[Seen] = []
+        behind: list[float] = []  # the errors of the blocks that were rewound before
+        message, severe = "", False
         for block in blocks:
-            count = len(block.rebuilt)
-            error, own = _relative(errors[:count], largest), _relative(errors[:count], max(sizes[:count], default=0.0))
-            del errors[:count], sizes[:count]
-            tolerance = TOLERANCES.get(_dtype(block), LOW_PRECISION)
-            if error > tolerance.warn or own > tolerance.error:
-                low = low or _computes_in_low_precision(block)  # what such a block leaves, all before it inherit
-                if low:
-                    tolerance, own = LOW_PRECISION, 0.0
-                if error > tolerance.warn or own > tolerance.error:
-                    severe = error > tolerance.error
-                    self._guard.report(_message(block, max(error, own), behind, tolerance), severe)
-                    return
-            behind = max(behind, error)
+            worst = _largest(errors[: len(block.before)])
+            del errors[: len(block.before)]
+            unsure.append(block)
+            if worst > largest * _of_streams(block).warn:
+                tolerance = max([tolerance, *map(_tolerance, unsure)])
+                unsure.clear()
+                severe = worst > largest * tolerance.error
+                if severe or (worst > largest * tolerance.warn and not message):
+                    message = _message(block, worst, behind, largest, tolerance)
+                if severe or (message and self._guard.mode == "raise"):
+                    break
+            behind.append(worst)
+        else:
+            if worst > own * _of_streams(blocks[-1]).error:
+                limit = own * max([tolerance, *map(_tolerance, unsure)]).error
+                severe = worst > limit * _DWARFED
+                if severe or (worst > limit and not message):
+                    k = next(k for k, error in enumerate(behind) if error > limit)
+                    message = _drowned(blocks[k], behind[k] / own)
+        if message:
+            self._guard.report(message, severe)
 
     def _places(self, stream: Tensor) -> Tensor:
-        key = (stream.numel(), stream.device)
+        count = stream.numel()
+        key = (count, stream.device)
         places = self._positions.get(key)
         if places is None:
             # multiples of the golden ratio: spread evenly, and in step with no dimension of the stream
-            stride = int(0.6180339887 * stream.numel()) | 1
-            places = torch.arange(_SAMPLES, device=stream.device).mul_(stride).remainder_(stream.numel())
+            stride = int(0.6180339887 * count) | 1
+            while math.gcd(stride, count) > 1:
+                stride += 1
+            places = torch.arange(_SAMPLES, device=stream.device).mul_(stride).remainder_(count)
             self._positions[key] = places
         return places
 
 
-def _dtype(block: Seen) -> torch.dtype:
-    return block.rebuilt[0].dtype if block.rebuilt else torch.float32
+def _counts(stream: Tensor) -> bool:
+    """Empty streams have nothing to compare; integers have no gradient, nor rounding errors."""
+    return bool(stream.numel()) and (stream.is_floating_point() or stream.is_complex())
 
 
-def _relative(errors: list[float], size: float) -> float:
-    """The largest of the errors, in units of `size`; infinite where one is not a number. Nothing is told of zeros."""
-    if not all(map(math.isfinite, errors)):
-        return math.inf
-    return max(errors, default=0.0) / size if size else 0.0
+def _extremes(streams: Streams) -> list[Tensor]:
+    """The smallest and the largest value of each stream: one pass each, and not a copy."""
+    parts = [torch.view_as_real(s.resolve_conj()) if s.is_complex() else s for s in streams if _counts(s)]
+    return [end for part in parts for end in (part.amin(), part.amax())]
 
 
-def _computes_in_low_precision(block: Seen) -> bool:
-    return (
-        _dtype(block) not in TOLERANCES
-        or any(enabled for replay in block.call.replays for _, enabled, _ in replay.autocast)
-        or any(p.is_floating_point() and p.dtype not in TOLERANCES for p in block.call.parameters)
-        or (block.rebuilt[0].is_cuda and tf32())
-    )
+def _largest(errors: list[float]) -> float:
+    """Infinite where one is not a number."""
+    return max(errors, default=0.0) if all(map(math.isfinite, errors)) else math.inf
+
+
+def _of_streams(block: Seen) -> Tolerance:
+    return max([TOLERANCES.get(s.dtype.to_real(), LOW_PRECISION) for s in block.again], default=LOW_PRECISION)
+
+
+def _tolerance(block: Seen) -> Tolerance:
+    """By the least precise of what the block computes with."""
+    if any(enabled for replay in block.call.replays for _, enabled, _ in replay.autocast) or (
+        any(s.is_cuda and s.dtype == torch.float32 for s in block.again) and tf32()
+    ):
+        return LOW_PRECISION
+    floats = [p.dtype.to_real() for p in block.call.parameters if p.is_floating_point() or p.is_complex()]
+    return max([_of_streams(block), *(TOLERANCES.get(dtype, LOW_PRECISION) for dtype in floats)])
 
 
 def tf32() -> bool:
@@ -170,24 +228,37 @@ def tf32() -> bool:
         return True
 
 
-def _message(block: Seen, error: float, behind: float, tolerance: Tolerance) -> str:
+_DRIFT = (
+    "Normalise inside the conditioners, make the sequence shorter, or pass streams in float64. (A norm over an image that is "
+    "all but constant does the opposite: it multiplies rounding errors, unless its eps is larger than they are.)"
+)
+
+
+def _message(block: Seen, worst: float, behind: list[float], largest: float, tolerance: Tolerance) -> str:
     found = (
-        f"block {block.call.position} ({block.call.block_type}): its input was rebuilt with an error of {error:.1e}, relative "
-        f"to the largest stream; the guard warns from {tolerance.warn:.0e} and raises from {tolerance.error:.0e}."
+        f"block {block.call.position} ({block.call.block_type}): its input was rebuilt with an error of {worst / largest:.1e}, "
+        f"relative to the largest stream; the guard warns from {tolerance.warn:.0e} and raises from {tolerance.error:.0e}."
     )
-    if _dtype(block) not in TOLERANCES:
+    inherited = max(behind, default=0.0)
+    low = [s.dtype for s in block.again if s.dtype.to_real() not in TOLERANCES]
+    if low and worst <= largest * max(tolerance.error, _JUMP * inherited / largest):
         return (
-            f"{found} Streams of {_dtype(block)} lose digits in every block. Pass float32 streams; autocast or the "
-            f"conditioners' own dtype may stay low."
+            f"{found} Streams of {low[0]} lose digits in every block. Pass float32 streams; autocast or the conditioners' own "
+            f"dtype may stay low."
         )
-    if error > _JUMP * behind:
-        return (
-            f"{found} The blocks after it are right to {behind:.0e}: its inverse does not undo its forward, or its conditioner "
-            f"gave another result the second time (random numbers from elsewhere, state outside of parameters and buffers), or "
-            f"its parameters were changed between forward and backward, or its output dwarfs its input. "
-            f"revflow.verify(net, x) tells which."
-        )
+    if behind and worst <= _JUMP * inherited:
+        return f"{found} Rounding errors grow from block to block. {_DRIFT}"
+    after = f"The blocks after it are right to {inherited / largest:.0e}" if behind else "It is the first to be rebuilt"
     return (
-        f"{found} Rounding errors grow from block to block. Normalise inside the conditioners, make the sequence shorter, or "
-        f"pass streams in float64."
+        f"{found} {after}: its inverse does not undo its forward, or its conditioner gave another result the second time "
+        f"(random numbers from elsewhere, state outside of parameters and buffers), or its parameters were changed between "
+        f"forward and backward. revflow.verify(net, x) tells which."
+    )
+
+
+def _drowned(block: Seen, error: float) -> str:
+    return (
+        f"block {block.call.position} ({block.call.block_type}): its input was rebuilt with an error of {error:.1e}, relative "
+        f"to the sequence's input. The output is so much larger that the input's digits are lost in its rounding errors. "
+        f"{_DRIFT}"
     )

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from revflow._replay import Draws, Replay
 
 if TYPE_CHECKING:
+    from revflow._guard import Seen
     from revflow._rewind import Tape
 
 T = TypeVar("T")
@@ -170,10 +171,12 @@ class Call(ABC):
         leaves: list[Tensor],
         own: list[Tensor],
         anchors: Streams,
+        seen: Seen | None,
     ) -> tuple[Streams, list[Tensor | None]]:
         """The block's input, and the gradients of its streams, of the context's tensors and of the parameters.
 
         `needs` says which streams want a gradient; `leaves` stand for the context's tensors, `own` for the parameters.
+        `seen` is the guard's, to be told of outputs whose input is an anchor.
         """
 
 
@@ -214,6 +217,7 @@ class Coupled(Call):
         leaves: list[Tensor],
         own: list[Tensor],
         anchors: Streams,
+        seen: Seen | None,
     ) -> tuple[Streams, list[Tensor | None]]:
         before, after = self._rotations
         count = len(outputs)  # the log-determinant is no part of what is rebuilt
@@ -228,7 +232,7 @@ class Coupled(Call):
             # Later steps see what earlier ones changed: whether that wants a gradient is not worth finding out.
             wants = [True] * count if i else _rotate([*needs], before)
             anchor = anchors[i] if step.keeps_target else None
-            found = step.undo(now, now_grads, grads[count:], wants, context, leaves, own[begin:end], anchor)
+            found = step.undo(now, now_grads, grads[count:], wants, context, leaves, own[begin:end], anchor, seen)
             for j in range(len(leaves)):
                 leaf_grads[j] = _sum(leaf_grads[j], found[j])
             own_grads[:0] = found[len(leaves) :]
@@ -269,6 +273,7 @@ class _Step(Replay):
         leaves: list[Tensor],
         own: list[Tensor],
         anchor: Tensor | None,
+        seen: Seen | None,
     ) -> Gradients:
         """Bring the streams in `now`, and their gradients in `grads`, from after the step to before it.
 
@@ -292,6 +297,8 @@ class _Step(Replay):
                 outputs: Streams = ((block.separate if self._inverse else block.combine)(x, *t),)
                 if log_det_grad:
                     outputs = (*outputs, self.log_det(t))
+            if self.keeps_target and seen is not None:
+                seen.output(y, outputs[0])
             grads[k], *found = _gradients(outputs, (x, *inputs, *leaves, *own), (y_grad, *log_det_grad))
         for i, j in enumerate(others):
             grads[j] = _sum(grads[j], found[i])
@@ -322,6 +329,7 @@ class Whole(Call):
         leaves: list[Tensor],
         own: list[Tensor],
         anchors: Streams,
+        seen: Seen | None,
     ) -> tuple[Streams, list[Tensor | None]]:
         inverse, log_det, arguments, _, _ = self.passage
         context, undo = arguments.filled(leaves), torch.no_grad()(run_whole)

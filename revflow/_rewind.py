@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revflow._guard import Evidence, Seen, Witness
+from revflow._guard import Evidence, Witness
 from revflow._passes import (
     Call,
     Context,
@@ -142,12 +142,12 @@ def _same(streams: Streams, expected: Streams, versions: list[int]) -> bool:
     """Whether these are the expected values: the tensors themselves or aliases of them, and not changed in place."""
     return (
         len(streams) == len(expected)
-        and (all(map(operator.is_, streams, expected)) or all(map(_alias, streams, expected)))
+        and (all(map(operator.is_, streams, expected)) or all(map(_is_alias, streams, expected)))
         and [s._version for s in streams] == versions
     )
 
 
-def _alias(a: Tensor, b: Tensor) -> bool:
+def _is_alias(a: Tensor, b: Tensor) -> bool:
     """FSDP2 wraps what goes through a module in aliases."""
     return (
         a.data_ptr() == b.data_ptr()
@@ -204,13 +204,14 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
         t if t.grad_fn is None and not t._backward_hooks else _alias_of(t) for t in saved[end - begin : count - begin]
     ]
     needs = ctx.needs_input_grad[1:]
-    streams, found = call.rewind(outputs, grads, needs, leaves, own, saved[count - begin :])
-    if evidence is not None:
-        evidence.blocks.append(Seen(call, tape.witness.samples(streams)))  # type: ignore[union-attr]
+    seen = None if evidence is None else tape.witness.watch(evidence, call)  # type: ignore[union-attr]
+    streams, found = call.rewind(outputs, grads, needs, leaves, own, saved[count - begin :], seen)
+    if seen is not None:
+        seen.inputs(streams)
     if call.before is not None and torch._C._will_engine_execute_node(call.before):  # rule 4
         tape.leave(streams, evidence)
     elif evidence is not None:
-        tape.witness.judge(evidence)  # type: ignore[union-attr]
+        tape.witness.judge(evidence, streams)  # type: ignore[union-attr]
     return (None, *found)
 
 
@@ -245,7 +246,7 @@ def _begin(ctx: Any, grads: Gradients) -> Gradients:
         joined = grads[0]
         split = (None,) * len(streams) if joined is None else joined.split(ctx.sizes, ctx.join)
         grads = (*split, *grads[1:])
-    ctx.tape.leave(streams, ctx.tape.witness and ctx.tape.witness.outputs(streams))
+    ctx.tape.leave(streams, ctx.tape.witness and ctx.tape.witness.begin(streams))
     return (None, None, None, *grads)
 
 

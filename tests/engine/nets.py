@@ -39,10 +39,10 @@ class Scale(revflow.Bijection):
         self.log_scale = nn.Parameter(torch.tensor([0.3]))  # FSDP2 takes no scalars
 
     def forward(self, *streams: Tensor, **context: object) -> tuple[Tensor, ...]:
-        return tuple(s * self.log_scale.exp() for s in streams)
+        return tuple(s * self.log_scale.exp().to(s.dtype) for s in streams)
 
     def inverse(self, *streams: Tensor, **context: object) -> tuple[Tensor, ...]:
-        return tuple(s * (-self.log_scale).exp() for s in streams)
+        return tuple(s * (-self.log_scale).exp().to(s.dtype) for s in streams)
 
     def log_det(self, *streams: Tensor, **context: object) -> Tensor:
         return self.log_scale * sum(s.shape[1:].numel() for s in streams) * streams[0].new_ones(len(streams[0]))

@@ -150,10 +150,10 @@ class Off(Scale):
     """Its inverse is wrong by a thousandth; of all streams but the first it does nothing."""
 
     def forward(self, x, *rest):
-        return x * self.log_scale.exp(), *rest
+        return x * self.log_scale.exp().to(x.dtype), *rest
 
     def inverse(self, x, *rest):
-        return x * (-self.log_scale).exp() * 1.001, *rest
+        return x * (-self.log_scale).exp().to(x.dtype) * 1.001, *rest
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64, torch.complex64])

@@ -315,6 +315,7 @@ class Whole(Call):
         super().__init__(passage, position, block, before)
         self._block, self._replay = block, Replay(block, streams[0].device)
         self.replays, self.parameters = (self._replay,), self._replay.parameters
+        self._shapes = [s.shape for s in streams]
         self._strides = [s.stride() for s in streams]
 
     def first(self, streams: Streams, context: Context) -> tuple[Streams, Streams]:
@@ -334,9 +335,18 @@ class Whole(Call):
         inverse, log_det, arguments, _, _ = self.passage
         context, undo = arguments.filled(leaves), torch.no_grad()(run_whole)
         streams = self._replay.again(own, undo, self._block, not inverse, False, outputs, context)
+        if [s.shape for s in streams] != self._shapes:
+            raise RuntimeError(
+                f"block {self.position} ({self.block_type}): {'forward' if inverse else 'inverse'} returned streams of shapes "
+                f"{_shapes(streams)}, to undo a pass that was given {_shapes(self._shapes)}"
+            )
         inputs = tuple(map(_leaf, streams, self._strides, needs))
         again = self._replay.again(own, run_whole, self._block, inverse, log_det, inputs, context)
         return streams, [*_gradients(again, (*inputs, *leaves, *own), grads)]
+
+
+def _shapes(streams: Sequence[Tensor | torch.Size]) -> str:
+    return ", ".join(str(tuple(s.shape if isinstance(s, Tensor) else s)) for s in streams)
 
 
 def _rotate(items: list[T], by: int) -> list[T]:

@@ -12,6 +12,7 @@ from torch import nn
 import revflow
 from engine.nets import (
     Conditioner,
+    Scale,
     additive,
     affine_two,
     assert_close,
@@ -233,6 +234,18 @@ class TestRefusals:
         block = nn.Identity()
         block.inverse = block.forward
         self.refuses(TypeError, r"block 0 \(Identity\).*tuple of tensors", [block], (torch.zeros(2),))
+
+    def test_inverse_that_returns_other_streams(self):
+        class Lossy(Scale):
+            def inverse(self, *streams, **context):
+                return super().inverse(*streams)[:1]
+
+        message = (
+            r"block 1 \(Lossy\): inverse returned streams of shapes \(1, 4, 6, 6\), to undo .*\(1, 4, 6, 6\), \(1, 4"
+        )
+        loss = revflow.ReversibleSequence([additive(4), Lossy()])(torch.zeros(1, 8, 6, 6)).sum()
+        with pytest.raises(RuntimeError, match=message):
+            loss.backward()
 
     def test_what_is_no_block(self):
         with pytest.raises(TypeError, match=r"block 1 .*got a Conv2d.*AdditiveCoupling\(F\)"):

@@ -230,7 +230,7 @@ class Coupled(Call):
             step = self._steps[i]
             begin = end - len(step.parameters)
             # Later steps see what earlier ones changed: whether that wants a gradient is not worth finding out.
-            wants = [True] * count if i else _rotate([*needs], before)
+            wants = [True] * count if i else _rotate([*needs[:count]], before)
             anchor = anchors[i] if step.keeps_target else None
             found = step.undo(now, now_grads, grads[count:], wants, context, leaves, own[begin:end], anchor, seen)
             for j in range(len(leaves)):

@@ -36,6 +36,17 @@ def test_undoes_forward(stack):
 
 
 @stacks
+@pytest.mark.parametrize("frozen", [0, -1])
+def test_with_frozen_parameters(stack, frozen):
+    net = network(stack)
+    for block in net:
+        for p in list(block.parameters())[frozen:][:1]:
+            p.requires_grad_(False)
+    y = net(image()).detach().requires_grad_()
+    assert_same_gradients(net, lambda: net.inverse(y), lambda: plain_inverse(net, y), [y])
+
+
+@stacks
 def test_of_an_output_with_gradients_on(stack):
     net, x = network(stack), image().requires_grad_()
     y = net(x)

@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import get_gradient_edge
 
 from revflow._passes import Call, Streams
 
@@ -69,6 +71,8 @@ class Guard:
         if mode not in get_args(Mode):
             raise ValueError(f'guard has to be "warn", "raise" or "off"; got {mode!r}')
         self.mode = mode
+        self.looked_at: set[str] = set()
+        """Positions of the conditioners whose graphs were searched for tensors that would get no gradient."""
         self._warned = False
 
     def witness(self) -> Witness | None:
@@ -97,6 +101,21 @@ class Seen:
         self.before += self._witness.samples((before,))
         self.again += self._witness.samples((again,))
 
+    def graph(self, number: int, outputs: Streams, inputs: Sequence[Tensor]) -> None:
+        """Refuse, the first time, a conditioner whose outputs depend on what the engine does not know of."""
+        position = f"{self.call.position}/{number}"
+        looked_at = self._witness.guard.looked_at
+        if position not in looked_at:
+            looked_at.add(position)
+            stranger = _stranger(outputs, inputs)
+            if stranger is not None:
+                looked_at.discard(position)
+                raise RuntimeError(
+                    f"block {self.call.position} ({self.call.block_type}): a conditioner uses a tensor of shape "
+                    f"{tuple(stranger.shape)} that needs a gradient and is neither its parameter nor an argument: it would get "
+                    f"none. Register it, or pass it as a keyword argument of the sequence's call"
+                )
+
     def inputs(self, rebuilt: Streams) -> None:
         self.before += self.call.samples
         self.again += self._witness.samples(rebuilt)
@@ -114,7 +133,7 @@ class Witness:
     """Takes the samples of one forward call, and of its backward passes."""
 
     def __init__(self, guard: Guard) -> None:
-        self._guard = guard
+        self.guard = guard
         self._positions: dict[tuple[int, torch.device], Tensor] = {}
 
     def samples(self, streams: Streams) -> Streams:
@@ -164,7 +183,7 @@ class Witness:
                 severe = worst > largest * tolerance.error
                 if severe or (worst > largest * tolerance.warn and not message):
                     message = _message(block, worst, behind, largest, tolerance)
-                if severe or (message and self._guard.mode == "raise"):
+                if severe or (message and self.guard.mode == "raise"):
                     break
             behind.append(worst)
         else:
@@ -175,7 +194,7 @@ class Witness:
                     k = next(k for k, error in enumerate(behind) if error > limit)
                     message = _drowned(blocks[k], behind[k] / own)
         if message:
-            self._guard.report(message, severe)
+            self.guard.report(message, severe)
 
     def _places(self, stream: Tensor) -> Tensor:
         count = stream.numel()
@@ -189,6 +208,23 @@ class Witness:
             places = torch.arange(_SAMPLES, device=stream.device).mul_(stride).remainder_(count)
             self._positions[key] = places
         return places
+
+
+def _stranger(outputs: Streams, inputs: Sequence[Tensor]) -> Tensor | None:
+    """A leaf in the graph of `outputs` that is none of `inputs`."""
+    # By their nodes: under saved_tensors_hooks, other tensors come back in the place of parameters.
+    known = {get_gradient_edge(i).node for i in inputs if i.requires_grad}
+    nodes = [o.grad_fn for o in outputs if o.grad_fn is not None]
+    seen = set(nodes)
+    for node in nodes:  # which grows on the way
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and node not in known:
+            return leaf  # type: ignore[no-any-return]
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                nodes.append(child)
+    return None
 
 
 def _counts(stream: Tensor) -> bool:

@@ -284,6 +284,8 @@ class _Step(Replay):
         others = [*range(k), *range(k + 1, len(now))]
         inputs = [_leaf(now[j], strides, wants[j]) for j, strides in zip(others, self._strides, strict=True)]
         t = self.again(own, block.evaluate, self._conditioner, y, inputs, context)
+        if seen is not None:
+            seen.graph(k, t, (*inputs, *leaves, *own))
         if anchor is None:
             anchor = (block.combine if self._inverse else block.separate)(y, *[c.detach() for c in t])
         now[k] = anchor
@@ -342,6 +344,8 @@ class Whole(Call):
             )
         inputs = tuple(map(_leaf, streams, self._strides, needs))
         again = self._replay.again(own, run_whole, self._block, inverse, log_det, inputs, context)
+        if seen is not None:
+            seen.graph(0, again, (*inputs, *leaves, *own))
         return streams, [*_gradients(again, (*inputs, *leaves, *own), grads)]
 
 

@@ -157,3 +157,33 @@ def test_a_block_of_your_own_gets_the_context():
     net, x, by = revflow.ReversibleSequence([Shift(), Shift()]), image().requires_grad_(), of_one_channel(5)
     found, expected = (torch.autograd.grad(weighted(f(x, by=by)), [x, by]) for f in (net, net.plain))
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("through", ["closure", "object", "graph"])
+@couplings
+def test_a_tensor_that_the_engine_cannot_see_is_refused(make, through):
+    """It would get no gradient, in silence."""
+    weight = image(1, 1, 1, 1, seed=5).requires_grad_()
+
+    class Holder:
+        value = weight * 2 if through == "graph" else weight
+
+    class Peeking(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x, holder=None):
+            return self.inner(x * (Holder if holder is None else holder).value)
+
+    block = make()
+    block.F = Peeking(block.F)
+    if block.G is not None:
+        block.G = Peeking(block.G)
+    net, x = revflow.ReversibleSequence([block]).double(), image()
+    y = net(x, holder=Holder()) if through == "object" else net(x)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"block 0 .*tensor of shape \(1, 1, 1, 1\).*would get none"):
+            y.sum().backward(retain_graph=True)
+    with torch.no_grad():
+        net(x)

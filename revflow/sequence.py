@@ -22,6 +22,8 @@ _REASON = {
 }
 if "reason" not in inspect.signature(torch.compiler.disable).parameters:
     _REASON = {}
+# PyTorch 2.6 cannot tell: there, export under no_grad.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class ReversibleSequence(nn.Sequential):
@@ -100,7 +102,10 @@ class ReversibleSequence(nn.Sequential):
         }
         # Each shape of streams takes two graphs, with gradients and without, in train mode and in eval mode.
         config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, 4 * len(conditioners) + 8)
+        limit = (
+            "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+        )  # its name in PyTorch 2.6
+        setattr(config, limit, max(getattr(config, limit), 4 * len(conditioners) + 8))
         for conditioner in conditioners:
             conditioner._compiled_call_impl = torch.compile(_call_of(conditioner), **options)
         return self
@@ -247,7 +252,7 @@ def _engine_applies() -> bool:
     """Whether to rebuild activations in the backward pass, or to run the blocks as ordinary modules: without gradients, as
     part of another chain's rerun, and under forward-mode differentiation and torch.func's transforms, which need graphs."""
     if torch.compiler.is_compiling():
-        return torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        return torch.is_grad_enabled() and not _is_exporting()
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     return torch.is_grad_enabled() and not (is_recomputing() or transformed or forward_mode)

@@ -259,7 +259,13 @@ class _Step(Replay):
         k, block = self.target, self._block
         others = now[:k] + now[k + 1 :]
         self._strides = [s.stride() for s in others]
+        versions = [s._version for s in others]
         t = self.first(draws, block.evaluate, self._conditioner, now[k], others, context)
+        if [s._version for s in others] != versions:
+            raise RuntimeError(
+                f"the conditioner {type(self._conditioner).__name__} changed its input in place (by a first layer with "
+                f"inplace=True, say), which cannot be undone; let it work on a copy"
+            )
         now[k] = (block.separate if self._inverse else block.combine)(now[k], *t)
         return t
 

@@ -283,3 +283,15 @@ def test_a_copy_has_its_own_state(stack):
     y.sum().backward()
     assert_same_state(net.state_dict(), before)
     assert all(p.grad is not None for p in net.parameters())
+
+
+@couplings
+def test_a_conditioner_that_changes_its_input_in_place_is_refused(make):
+    net = revflow.ReversibleSequence([make(), make()]).double()
+    inside = nn.Sequential(nn.ReLU(inplace=True), net[1].F)
+    net[1].F = inside
+    with pytest.raises(RuntimeError, match=r"block 1 .*Sequential changed its input in place"):
+        net(image())
+    inside.insert(0, nn.Conv2d(4, 4, 1).double())
+    x = image().requires_grad_()
+    assert_same_gradients(net, lambda: net(x), lambda: net.plain(x), [x])

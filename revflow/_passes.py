@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
 from torch.utils import _pytree as pytree
 
 from revflow._replay import Draws, Replay
@@ -293,7 +292,7 @@ class _Step(Replay):
         if seen is not None:
             seen.graph(k, t, (*inputs, *leaves, *own))
         if anchor is None:
-            anchor = (block.combine if self._inverse else block.separate)(y, *[c.detach() for c in t])
+            anchor = (block.combine if self._inverse else block.separate)(y, *t)  # no graph: gradients are off here
         now[k] = anchor
         if block.translates:
             if self._inverse and y_grad is not None:
@@ -394,7 +393,7 @@ def _gradients(outputs: Streams, inputs: Streams, grads: Gradients) -> Gradients
         outputs, grads = tuple([o for o, _ in known]), [g for _, g in known]
     if not outputs or not wanted:
         return (None,) * len(inputs)
-    found: Gradients = _engine_run_backward(
+    found: Gradients = torch.autograd.Variable._execution_engine.run_backward(
         outputs,
         tuple(grads),
         False,  # retain_graph

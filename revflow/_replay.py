@@ -58,17 +58,16 @@ class Replay:
         self.random: list[Tensor] | None = None
         """The random states before the first evaluation, if it drew from them (`Draws`)."""
         self._device = device
-        self._modules = [module]
+        self._modules = modules = [module]
         self._modes: list[bool] = []
         self._slots: list[tuple[dict[str, Tensor | None], str, int]] = []
         self._buffers: list[_Buffer] = []
         self.may_draw = _has_any_global_hook()
         """Whether the evaluation may draw random numbers. It may, unless all of it is known."""
-        modules, modes, slots, parameters = self._modules, self._modes, self._slots, self.parameters
-        positions: dict[int, int] = {}
         known = {module}
+        positions: dict[int, int] = {}
         for m in modules:  # which grows on the way
-            modes.append(m.training)
+            self._modes.append(m.training)
             if type(m) not in _DETERMINISTIC or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
                 self.may_draw = True
                 _refuse_sharded(m)
@@ -76,13 +75,15 @@ class Replay:
                 if child is not None and child not in known:
                     known.add(child)
                     modules.append(child)
-            for name, parameter in m._parameters.items():
+            slots: dict[str, Tensor | None] = m._parameters  # type: ignore[assignment]
+            for name, parameter in slots.items():
                 if parameter is not None:
-                    position = positions.setdefault(id(parameter), len(parameters))
-                    if position == len(parameters):
-                        parameters.append(parameter)
-                    slots.append((m._parameters, name, position))  # type: ignore[arg-type]
-            if m.training and m._buffers:  # an evaluation may change these
+                    position = positions.get(id(parameter))
+                    if position is None:
+                        position = positions[id(parameter)] = len(self.parameters)
+                        self.parameters.append(parameter)
+                    self._slots.append((slots, name, position))
+            if m._buffers and m.training:  # an evaluation may change these
                 self._buffers += [_Buffer(m._buffers, name) for name, b in m._buffers.items() if b is not None]
 
     def first(self, draws: Draws, function: Callable[..., T], *arguments: object) -> T:
@@ -116,12 +117,13 @@ class Replay:
                 buffer.lend()
             if self.random is not None:
                 _restore(self.random, self._device)
-            with torch.enable_grad():
-                if not self.autocast and not torch._C._is_any_autocast_enabled():
-                    return function(*arguments)
-                with _autocast(self.autocast or _switched_off(_autocast_state(self._device))):
-                    return function(*arguments)
+            torch._C._set_grad_enabled(True)
+            if not self.autocast and not torch._C._is_any_autocast_enabled():
+                return function(*arguments)
+            with _autocast(self.autocast or _switched_off(_autocast_state(self._device))):
+                return function(*arguments)
         finally:
+            torch._C._set_grad_enabled(False)
             if random is not None:
                 _restore(random, self._device)
             for buffer in self._buffers:

@@ -164,7 +164,7 @@ def _versions(streams: Streams) -> list[int]:
 
 
 def _apply(call: Call, streams: Streams) -> Streams:
-    return _Rewind.apply(call, *streams, *call.passage.arguments.tensors, *call.parameters)  # type: ignore[no-any-return, no-untyped-call]
+    return _apply_rewind(call, *streams, *call.passage.arguments.tensors, *call.parameters)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Rewind(torch.autograd.Function):
@@ -189,6 +189,10 @@ class _Rewind(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _once(_rewind, ctx, grads, [g for g in grads if g is not None])
         return _rewind(ctx, grads)
+
+
+# Without what Function.apply does for functorch's transforms: under those there is no tape.
+_apply_rewind = super(torch.autograd.Function, _Rewind).apply
 
 
 def _rewind(ctx: Any, grads: Gradients) -> Gradients:

@@ -9,6 +9,8 @@ from revflow.coupling import AdditiveCoupling as AdditiveCoupling
 from revflow.coupling import AffineCoupling as AffineCoupling
 from revflow.coupling import Coupling as Coupling
 from revflow.coupling import GatedCoupling as GatedCoupling
+from revflow.exact import Grid as Grid
+from revflow.exact import Residual as Residual
 from revflow.memory import MemoryReport as MemoryReport
 from revflow.memory import measure_memory as measure_memory
 from revflow.sequence import ReversibleSequence as ReversibleSequence

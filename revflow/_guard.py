@@ -8,10 +8,13 @@ The error of a block is the largest difference, relative to the largest value se
 output is many times as large as the input that says little: the input's digits are gone, and the error is still small
 beside the output. So the first block's error is held against its own input too (`_DWARFED`).
 
-What it does not see: a fault that leaves the block's input right (a gradient function of the user's own that is wrong), one
-that touches few values and misses those that are kept, streams of integers, inputs much smaller than one that drown in
-their output's rounding errors, and whatever stays below the tolerance. Nor does it say anything where the chain's output is
-not finite: ordinary autograd has no gradients then either. `revflow.verify` compares everything.
+In exact arithmetic nothing may differ: beside the few values the sum of all bits is kept, and the first block in which one
+bit is another is an error. A conditioner that is not deterministic, on a GPU say, is found so.
+
+What it does not see in floating point: a fault that leaves the block's input right (a gradient function of the user's own
+that is wrong), one that touches few values and misses those that are kept, streams of integers, inputs much smaller than one
+that drown in their output's rounding errors, and whatever stays below the tolerance. Nor does it say anything where the
+chain's output is not finite: ordinary autograd has no gradients then either. `revflow.verify` compares everything.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import get_gradient_edge
 
 from revflow._passes import Call, Streams
+from revflow.exact import fingerprint
 
 Mode = Literal["warn", "raise", "off"]
 
@@ -57,8 +61,8 @@ An input whose values are all below one counts as one: weights and norms are of 
 image, which is right to 1e-7 and no more, is no fault.
 """
 
-_SAMPLES = 32
-"""Values kept of a stream: 64 a block of two streams."""
+_SAMPLES = 64
+"""Values kept of each stream that a block changes."""
 
 _JUMP = 30.0
 """Drift grows little by little; an error so much larger than that of the blocks behind is a fault."""
@@ -67,10 +71,10 @@ _JUMP = 30.0
 class Guard:
     """What to do about an error: the part that lives as long as the sequence."""
 
-    def __init__(self, mode: Mode) -> None:
+    def __init__(self, mode: Mode, exact: bool = False) -> None:
         if mode not in get_args(Mode):
             raise ValueError(f'guard has to be "warn", "raise" or "off"; got {mode!r}')
-        self.mode = mode
+        self.mode, self.exact = mode, exact
         self.looked_at: set[str] = set()
         """Positions of the conditioners whose graphs were searched for tensors that would get no gradient."""
         self._warned = False
@@ -137,8 +141,15 @@ class Witness:
         self._positions: dict[tuple[int, torch.device], Tensor] = {}
 
     def samples(self, streams: Streams) -> Streams:
-        """Values of each stream, at the same places each time."""
-        return tuple([torch.take(s, self._places(s)) for s in streams if _counts(s)])
+        """Values of each stream, at the same places each time; in exact arithmetic followed by its fingerprint."""
+        samples = tuple([torch.take(s, self._places(s)) for s in streams if _counts(s)])
+        if not self.guard.exact:
+            return samples
+        # Beside the sum the few values see what does not change it: a permutation.
+        return tuple([
+            torch.cat((values.to(torch.float64).view(torch.int64), fingerprint(stream)[None]))
+            for values, stream in zip(samples, filter(_counts, streams), strict=True)
+        ])  # fmt: skip
 
     def begin(self, outputs: Streams) -> Evidence:
         """Begin a backward pass, at the chain's output."""
@@ -154,6 +165,9 @@ class Witness:
         """Compare, once the pass is through; `inputs` are the streams that the last rewind has rebuilt."""
         before = [sample for block in evidence.blocks for sample in block.before]
         again = [sample for block in evidence.blocks for sample in block.again]
+        if self.guard.exact:
+            self._judge_exactly(evidence.blocks, before, again)
+            return
         extremes = evidence.outputs, _extremes(inputs)
         if not (before and all(extremes)) or isinstance(before[0], FakeTensor) or before[0].is_meta:
             return
@@ -166,6 +180,18 @@ class Witness:
         if not math.isfinite(own):
             errors[-1] = math.inf  # the values that were kept are right, others are not even numbers
         self._judge(evidence.blocks, errors, max(output, *sizes) or 1.0, max(1.0, own))
+
+    def _judge_exactly(self, blocks: list[Seen], before: list[Tensor], again: list[Tensor]) -> None:
+        """Report the first block, in the order of the backward pass, in which a bit is another."""
+        if not before or isinstance(before[0], FakeTensor) or before[0].is_meta:
+            return
+        home = before[0].device
+        a, b = (torch.stack([s.to(home) for s in samples]) for samples in (before, again))
+        same = a.eq(b).all(1).tolist()
+        for block in blocks:
+            if not all(same[: len(block.before)]):
+                self.guard.report(_INEXACT.format(block.call.position, block.call.block_type), True)
+            del same[: len(block.before)]
 
     def _judge(self, blocks: list[Seen], errors: list[float], largest: float, own: float) -> None:
         """Report the first block, in the order of the backward pass, whose error passes a tolerance."""
@@ -264,6 +290,13 @@ def tf32() -> bool:
         return True
 
 
+_INEXACT = (
+    "block {} ({}): its input was not rebuilt to the last bit, in exact arithmetic. Either its conditioner gave another result "
+    "the second time: random numbers from elsewhere, state outside of parameters and buffers, or an operation that does not "
+    "repeat (try torch.use_deterministic_algorithms(True); on CUDA torch.backends.cudnn.benchmark has to be off). Or its "
+    "parameters were changed between forward and backward. Or it is a block of your own whose inverse is not exact: derive "
+    "from revflow.Coupling, which keeps what rounding loses. revflow.verify(net, x) tells which."
+)
 _DRIFT = (
     "Normalise inside the conditioners, make the sequence shorter, or pass streams in float64. (A norm over an image that is "
     "all but constant does the opposite: it multiplies rounding errors, unless its eps is larger than they are.)"

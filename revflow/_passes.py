@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revflow._replay import Draws, Replay
+from revflow.exact import Extent, Grid, Residual
 
 if TYPE_CHECKING:
     from revflow._guard import Seen
@@ -96,27 +97,64 @@ class Passage(NamedTuple):
     """Whether each block's log-determinant is wanted, behind its streams."""
     arguments: Arguments
     draws: Draws
-    tape: Tape | None
+    tape: Tape | None = None
     """None under ordinary autograd."""
+    grid: Grid | None = None
+    """Where the streams live in exact arithmetic; the same under ordinary autograd."""
+    extent: Extent | None = None
+    """Sees that they stay within the grid's range."""
+    residuals: list[Residual] | None = None
+    """Without a tape: filled by a forward pass, last step last, and used up by an inverse one; None if not wanted."""
 
 
-def run_plainly(block: Stepwise, inverse: bool, log_det: bool, streams: Streams, context: Context) -> Streams:
+def run_plainly(block: Stepwise, passage: Passage, streams: Streams, context: Context) -> Streams:
     """The block's output under ordinary autograd."""
-    apply = block.separate if inverse else block.combine
+    inverse, log_det, grid, residuals = passage.inverse, passage.log_det, passage.grid, passage.residuals
     now = _rotate([*streams], -block.rotation if inverse else 0)
     log_dets: list[Tensor] = []
     conditioners = block.conditioners(streams)
     for k, conditioner in reversed(conditioners) if inverse else conditioners:
         t = block.evaluate(conditioner, now[k], now[:k] + now[k + 1 :], context)
-        now[k] = apply(now[k], *t)
+        x = now[k]
+        now[k] = _changed(block, inverse, grid, x, t)
+        if grid is not None and residuals is not None and not block.translates:
+            if inverse:
+                now[k] = grid.restore(now[k], residuals.pop())
+            else:
+                with torch.no_grad():
+                    residuals.append(grid.residual(x, _changed(block, True, grid, now[k], t)))
+        if passage.extent is not None:
+            passage.extent.see(block, now[k])
         if log_det:
             log_dets.append(_log_det(block, inverse, t))
     now = _rotate(now, 0 if inverse else block.rotation)
     return (*now, _total(log_dets)) if log_det else tuple(now)
 
 
-def run_whole(block: nn.Module, inverse: bool, log_det: bool, streams: Streams, context: Context) -> Streams:
+def _changed(block: Stepwise, inverse: bool, grid: Grid | None, x: Tensor, t: Streams) -> Tensor:
+    """The stream that a step makes of its target x."""
+    if grid is None:
+        return (block.separate if inverse else block.combine)(x, *t)
+    if block.translates:
+        return (grid.take_back if inverse else grid.add)(x, *t)
+    return grid.round((block.separate if inverse else block.combine)(x, *t))
+
+
+def run_whole(block: nn.Module, passage: Passage, streams: Streams, context: Context) -> Streams:
     """As `run_plainly`, for a block known by `forward` and `inverse` alone."""
+    outputs = _call_whole(block, passage.inverse, passage.log_det, streams, context)
+    if passage.grid is None:
+        return outputs
+    count = len(outputs) - passage.log_det
+    rounded = tuple([passage.grid.round(s) for s in outputs[:count]])
+    if passage.extent is not None:
+        for stream in rounded:
+            passage.extent.see(block, stream)
+    return rounded + outputs[count:]
+
+
+def _call_whole(block: nn.Module, inverse: bool, log_det: bool, streams: Streams, context: Context) -> Streams:
+    """Its streams, and its log-determinant if wanted."""
     call: Callable[..., object] = block.inverse if inverse else block  # type: ignore[assignment]
     outputs = as_streams(call(*streams, **context))
     if not log_det:
@@ -159,7 +197,11 @@ class Call(ABC):
 
     @abstractmethod
     def first(self, streams: Streams, context: Context) -> tuple[Streams, Streams]:
-        """The block's output, and the streams to keep as anchors."""
+        """The block's output, and what to keep of this pass: anchors or residuals."""
+
+    @abstractmethod
+    def rebuilt(self, streams: Streams) -> Streams:
+        """Those of the block's input streams that `rewind` works out anew."""
 
     @abstractmethod
     def rewind(
@@ -169,13 +211,13 @@ class Call(ABC):
         needs: Sequence[bool],
         leaves: list[Tensor],
         own: list[Tensor],
-        anchors: Streams,
+        kept: Streams,
         seen: Seen | None,
     ) -> tuple[Streams, list[Tensor | None]]:
         """The block's input, and the gradients of its streams, of the context's tensors and of the parameters.
 
         `needs` says which streams want a gradient; `leaves` stand for the context's tensors, `own` for the parameters.
-        `seen` is the guard's, to be told of outputs whose input is an anchor.
+        `kept` is what `first` wished to keep; `seen` the guard's, to be told of outputs whose input is an anchor.
         """
 
 
@@ -188,7 +230,7 @@ class Coupled(Call):
         super().__init__(passage, position, block, before)  # type: ignore[arg-type]
         inverse, device = passage.inverse, streams[0].device
         self._rotations = (-block.rotation, 0) if inverse else (0, block.rotation)
-        self._steps = [_Step(block, inverse, k, conditioner, device) for k, conditioner in block.conditioners(streams)]
+        self._steps = [_Step(block, passage, k, conditioner, device) for k, conditioner in block.conditioners(streams)]
         if inverse:
             self._steps.reverse()
         self.replays = self._steps
@@ -197,16 +239,21 @@ class Coupled(Call):
 
     def first(self, streams: Streams, context: Context) -> tuple[Streams, Streams]:
         now = _rotate([*streams], self._rotations[0])
-        anchors: list[Tensor] = []
+        kept: Streams = ()
         log_dets: list[Tensor] = []
         for step in self._steps:
-            if step.keeps_target:
-                anchors.append(now[step.target])
-            t = step.run(self.passage.draws, now, context)
+            x = now[step.target]
+            t = step.run(self.passage, now, context)
+            if step.keeps:
+                kept += step.keep(x, now[step.target], t)
             if self.passage.log_det:
                 log_dets.append(step.log_det(t))
         now = _rotate(now, self._rotations[1])
-        return (*now, _total(log_dets)) if log_dets else tuple(now), tuple(anchors)
+        return (*now, _total(log_dets)) if log_dets else tuple(now), kept
+
+    def rebuilt(self, streams: Streams) -> Streams:
+        now = _rotate([*streams], self._rotations[0])
+        return tuple([now[step.target] for step in self._steps if not step.keeps_target])
 
     def rewind(
         self,
@@ -215,7 +262,7 @@ class Coupled(Call):
         needs: Sequence[bool],
         leaves: list[Tensor],
         own: list[Tensor],
-        anchors: Streams,
+        kept: Streams,
         seen: Seen | None,
     ) -> tuple[Streams, list[Tensor | None]]:
         before, after = self._rotations
@@ -230,8 +277,9 @@ class Coupled(Call):
             begin = end - len(step.parameters)
             # Later steps see what earlier ones changed: whether that wants a gradient is not worth finding out.
             wants = [True] * count if i else _rotate([*needs[:count]], before)
-            anchor = anchors[i] if step.keeps_target else None
-            found = step.undo(now, now_grads, grads[count:], wants, context, leaves, own[begin:end], anchor, seen)
+            its_own = kept[len(kept) - step.keeps :]
+            kept = kept[: len(kept) - step.keeps]
+            found = step.undo(now, now_grads, grads[count:], wants, context, leaves, own[begin:end], its_own, seen)
             for j in range(len(leaves)):
                 leaf_grads[j] = _sum(leaf_grads[j], found[j])
             own_grads[:0] = found[len(leaves) :]
@@ -242,31 +290,41 @@ class Coupled(Call):
 class _Step(Replay):
     """One conditioner of a stepwise block, and the stream that it overwrites."""
 
-    __slots__ = ("_block", "_conditioner", "_inverse", "_strides", "keeps_target", "target")
+    __slots__ = ("_block", "_conditioner", "_grid", "_inverse", "_layout", "keeps", "keeps_target", "target")
 
     def __init__(
-        self, block: Stepwise, inverse: bool, target: int, conditioner: nn.Module, device: torch.device
+        self, block: Stepwise, passage: Passage, target: int, conditioner: nn.Module, device: torch.device
     ) -> None:
         super().__init__(conditioner, device)
         self.target = target
-        self.keeps_target = block.ill_conditioned and not inverse
-        self._block, self._inverse, self._conditioner = block, inverse, conditioner
-        self._strides: list[tuple[int, ...]] = []
+        self._block, self._conditioner = block, conditioner
+        self._inverse, self._grid = passage.inverse, passage.grid
+        self.keeps_target = self._grid is None and block.ill_conditioned and not self._inverse
+        self.keeps = 1 if self.keeps_target else 0 if self._grid is None or block.translates else len(Residual._fields)
+        """How many tensors it keeps: its target as an anchor, a residual, or nothing."""
+        self._layout: list[tuple[int, ...]] = []
+        """The strides of all streams; the target's as they are after the step."""
 
-    def run(self, draws: Draws, now: list[Tensor], context: Context) -> Streams:
+    def run(self, passage: Passage, now: list[Tensor], context: Context) -> Streams:
         """Overwrite the target in `now`; returns the coefficients."""
         k, block = self.target, self._block
         others = now[:k] + now[k + 1 :]
-        self._strides = [s.stride() for s in others]
         versions = [s._version for s in others]
-        t = self.first(draws, block.evaluate, self._conditioner, now[k], others, context)
+        t = self.first(passage.draws, block.evaluate, self._conditioner, now[k], others, context)
         if [s._version for s in others] != versions:
             raise RuntimeError(
                 f"the conditioner {type(self._conditioner).__name__} changed its input in place (by a first layer with "
                 f"inplace=True, say), which cannot be undone; let it work on a copy"
             )
-        now[k] = (block.separate if self._inverse else block.combine)(now[k], *t)
+        now[k] = _changed(block, self._inverse, self._grid, now[k], t)
+        self._layout = [s.stride() for s in now]
+        if passage.extent is not None:
+            passage.extent.see(block, now[k])
         return t
+
+    def keep(self, x: Tensor, y: Tensor, t: Streams) -> Streams:
+        """What `undo` will need beside the step's output y, to find its target x."""
+        return (x,) if self._grid is None else self._grid.residual(x, self._estimate(y, t))
 
     def undo(
         self,
@@ -277,7 +335,7 @@ class _Step(Replay):
         context: Context,
         leaves: list[Tensor],
         own: list[Tensor],
-        anchor: Tensor | None,
+        kept: Streams,
         seen: Seen | None,
     ) -> Gradients:
         """Bring the streams in `now`, and their gradients in `grads`, from after the step to before it.
@@ -287,29 +345,42 @@ class _Step(Replay):
         k, block = self.target, self._block
         y, y_grad = now[k], grads[k]
         others = [*range(k), *range(k + 1, len(now))]
-        inputs = [_leaf(now[j], strides, wants[j]) for j, strides in zip(others, self._strides, strict=True)]
+        inputs = [_leaf(now[j], self._layout[j], wants[j]) for j in others]
         t = self.again(own, block.evaluate, self._conditioner, y, inputs, context)
         if seen is not None:
             seen.graph(k, t, (*inputs, *leaves, *own))
-        if anchor is None:
-            anchor = (block.combine if self._inverse else block.separate)(y, *t)  # no graph: gradients are off here
-        now[k] = anchor
+        now[k] = x = self._target(y, t, kept)
+        # Each of the other streams is an output too: so autograd adds the gradients that it gets on both ways, in the order
+        # of ordinary autograd.
+        roots, root_grads = (*t, *inputs), (y_grad, *[grads[j] for j in others])
         if block.translates:
             if self._inverse and y_grad is not None:
-                y_grad = -y_grad
-            found = _gradients(t, (*inputs, *leaves, *own), (y_grad,))
+                root_grads = (-y_grad, *root_grads[1:])
+            found = _gradients(roots, (*inputs, *leaves, *own), root_grads)
         else:
             with torch.enable_grad():
-                x = anchor.detach().requires_grad_()
-                outputs: Streams = ((block.separate if self._inverse else block.combine)(x, *t),)
-                if log_det_grad:
-                    outputs = (*outputs, self.log_det(t))
+                x = x.detach().requires_grad_()
+                again = (block.separate if self._inverse else block.combine)(x, *t)
+                roots = (again, *([self.log_det(t)] if log_det_grad else []), *inputs)
             if self.keeps_target and seen is not None:
-                seen.output(y, outputs[0])
-            grads[k], *found = _gradients(outputs, (x, *inputs, *leaves, *own), (y_grad, *log_det_grad))
-        for i, j in enumerate(others):
-            grads[j] = _sum(grads[j], found[i])
+                seen.output(y, again)
+            root_grads = (y_grad, *log_det_grad, *root_grads[1:])
+            grads[k], *found = _gradients(roots, (x, *inputs, *leaves, *own), root_grads)
+        for j, grad in zip(others, found, strict=False):
+            grads[j] = grad
         return found[len(others) :]
+
+    def _target(self, y: Tensor, t: Streams, kept: Streams) -> Tensor:
+        """The target, from the step's output; gradients are off here."""
+        if self.keeps_target:
+            return kept[0]
+        if self.keeps:
+            assert self._grid is not None
+            return self._grid.restore(self._estimate(_laid_out(y, self._layout[self.target]), t), Residual(*kept))
+        return _changed(self._block, not self._inverse, self._grid, y, t)
+
+    def _estimate(self, y: Tensor, t: Streams) -> Tensor:
+        return _changed(self._block, not self._inverse, self._grid, y, t)
 
     def log_det(self, t: Streams) -> Tensor:
         return _log_det(self._block, self._inverse, t)
@@ -326,8 +397,10 @@ class Whole(Call):
         self._strides = [s.stride() for s in streams]
 
     def first(self, streams: Streams, context: Context) -> tuple[Streams, Streams]:
-        inverse, log_det, _, draws, _ = self.passage
-        return self._replay.first(draws, run_whole, self._block, inverse, log_det, streams, context), ()
+        return self._replay.first(self.passage.draws, run_whole, self._block, self.passage, streams, context), ()
+
+    def rebuilt(self, streams: Streams) -> Streams:
+        return streams
 
     def rewind(
         self,
@@ -336,19 +409,21 @@ class Whole(Call):
         needs: Sequence[bool],
         leaves: list[Tensor],
         own: list[Tensor],
-        anchors: Streams,
+        kept: Streams,
         seen: Seen | None,
     ) -> tuple[Streams, list[Tensor | None]]:
-        inverse, log_det, arguments, _, _ = self.passage
-        context, undo = arguments.filled(leaves), torch.no_grad()(run_whole)
-        streams = self._replay.again(own, undo, self._block, not inverse, False, outputs, context)
+        passage = self.passage
+        context, undo = passage.arguments.filled(leaves), torch.no_grad()(run_whole)
+        backwards = passage._replace(inverse=not passage.inverse, log_det=False, extent=None)
+        streams = self._replay.again(own, undo, self._block, backwards, outputs, context)
         if [s.shape for s in streams] != self._shapes:
             raise RuntimeError(
-                f"block {self.position} ({self.block_type}): {'forward' if inverse else 'inverse'} returned streams of shapes "
-                f"{_shapes(streams)}, to undo a pass that was given {_shapes(self._shapes)}"
+                f"block {self.position} ({self.block_type}): {'forward' if passage.inverse else 'inverse'} returned streams of "
+                f"shapes {_shapes(streams)}, to undo a pass that was given {_shapes(self._shapes)}"
             )
         inputs = tuple(map(_leaf, streams, self._strides, needs))
-        again = self._replay.again(own, run_whole, self._block, inverse, log_det, inputs, context)
+        # Off the grid: rounding has a derivative of 1.
+        again = self._replay.again(own, run_whole, self._block, passage._replace(grid=None), inputs, context)
         if seen is not None:
             seen.graph(0, again, (*inputs, *leaves, *own))
         return streams, [*_gradients(again, (*inputs, *leaves, *own), grads)]
@@ -376,10 +451,15 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _leaf(tensor: Tensor, strides: tuple[int, ...], needs_grad: bool) -> Tensor:
-    """A leaf of a new graph, of the tensor's values, with the strides of the first run (rule 5 of _rewind)."""
-    if tensor.stride() != strides:
-        tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-    return tensor.detach().requires_grad_(needs_grad)
+    """A leaf of a new graph, of the tensor's values, with the strides of the first run."""
+    return _laid_out(tensor, strides).detach().requires_grad_(needs_grad)
+
+
+def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The tensor with these strides (rule 5 of _rewind)."""
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _gradients(outputs: Streams, inputs: Streams, grads: Gradients) -> Gradients:
@@ -388,7 +468,7 @@ def _gradients(outputs: Streams, inputs: Streams, grads: Gradients) -> Gradients
     This is torch.autograd.grad without its checks of the arguments, which for small conditioners take as long as it does.
     """
     wanted = tuple([i for i in inputs if i.requires_grad])
-    if len(outputs) > 1 or grads[0] is None or not outputs[0].requires_grad:
+    if any([g is None for g in grads]) or not all([o.requires_grad for o in outputs]):
         known = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
         outputs, grads = tuple([o for o, _ in known]), [g for _, g in known]
     if not outputs or not wanted:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from revflow._guard import Evidence, Witness
 from revflow._passes import (
+    Arguments,
     Call,
     Context,
     Coupled,
@@ -43,6 +44,7 @@ from revflow._passes import (
     run_plainly,
     run_whole,
 )
+from revflow._replay import Draws
 
 
 class _Entry(NamedTuple):
@@ -83,7 +85,7 @@ def through(
     if isinstance(block, Stepwise):
         return _through_stepwise(passage, position, block, streams, before, context)
     if passage.tape is None:
-        return run_whole(block, passage.inverse, passage.log_det, streams, context)
+        return run_whole(block, passage, streams, context)
     return _apply(Whole(passage, position, block, before, streams), streams)
 
 
@@ -92,10 +94,10 @@ def _through_stepwise(
 ) -> Streams:
     """A block on which nobody has hooks goes to the engine at once. Any other is called as any module is, with an offer on
     the side: the Function is applied inside its own forward, so that its hooks see an ordinary module."""
-    inverse, log_det, _, _, tape = passage
+    inverse, log_det, tape = passage.inverse, passage.log_det, passage.tape
     if block.unobserved:
         if tape is None:
-            return run_plainly(block, inverse, log_det, streams, context)
+            return run_plainly(block, passage, streams, context)
         return _apply(Coupled(passage, position, block, before, streams), streams)
     offer = _thread.offer = _Offer(passage, position, block, streams, before)
     try:
@@ -112,11 +114,11 @@ def run_stepwise(block: Stepwise, inverse: bool, streams: Streams, context: Cont
     """A stepwise block's forward or inverse: as a chain that has just called it wishes, else under ordinary autograd."""
     offer: _Offer | None = getattr(_thread, "offer", None)
     if offer is None or offer.block is not block:
-        return run_plainly(block, inverse, False, streams, context)
+        return run_plainly(block, Passage(inverse, False, Arguments({}), Draws()), streams, context)
     _thread.offer = None  # whatever the block's conditioners call is no part of this chain
     passage = offer.passage
     if passage.tape is None:
-        offer.results = run_plainly(block, inverse, passage.log_det, streams, context)
+        offer.results = run_plainly(block, passage, streams, context)
     elif _same(streams, offer.streams, offer.versions):
         call = Coupled(passage, offer.position, block, offer.before, streams)
         offer.results = _apply(call, streams)
@@ -176,12 +178,12 @@ class _Rewind(torch.autograd.Function):
         end = len(tensors) - len(call.parameters)
         begin = end - len(passage.arguments.tensors)
         streams = tensors[:begin]
-        outputs, anchors = call.first(streams, passage.arguments.filled(tensors[begin:end]))
+        outputs, kept = call.first(streams, passage.arguments.filled(tensors[begin:end]))
         ctx.call, ctx.ends = call, (begin, end, len(tensors))
         if passage.tape.witness is not None and any(ctx.needs_input_grad):  # type: ignore[union-attr]
-            call.samples = passage.tape.witness.samples(streams)  # type: ignore[union-attr]
+            call.samples = passage.tape.witness.samples(call.rebuilt(streams))  # type: ignore[union-attr]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[begin:], *anchors)
+        ctx.save_for_backward(*tensors[begin:], *kept)
         return outputs
 
     @staticmethod
@@ -211,7 +213,7 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     seen = None if evidence is None else tape.witness.watch(evidence, call)  # type: ignore[union-attr]
     streams, found = call.rewind(outputs, grads, needs, leaves, own, saved[count - begin :], seen)
     if seen is not None:
-        seen.inputs(streams)
+        seen.inputs(call.rebuilt(streams))
     if call.before is not None and torch._C._will_engine_execute_node(call.before):  # rule 4
         tape.leave(streams, evidence)
     elif evidence is not None:

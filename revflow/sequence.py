@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from revflow._guard import Guard, Mode
 from revflow._passes import Arguments, Passage, Stepwise, Streams
 from revflow._replay import Draws, is_recomputing
 from revflow._rewind import Tape, end, through
+from revflow.exact import Extent, Grid, Residual
 
 # A compiled forward pass would draw other dropout masks than the rerun. Whole-graph capture shows the reason, where
 # PyTorch can (2.7 and later).
@@ -39,7 +41,13 @@ class ReversibleSequence(nn.Sequential):
         split_dim: where a single tensor is split in halves.
         guard: what to do where the backward pass rebuilds something else than the forward pass saw, by a few values of each
             block: "warn" from a first tolerance on (1e-4 of the largest stream in float32, 2e-2 under autocast), once a
-            sequence, and raise `ReconstructionError` from a second one (1e-2, 1e-1); "raise" from the first; or "off".
+            sequence, and raise `ReconstructionError` from a second one (1e-2, 1e-1); "raise" from the first; or "off". With
+            `exact`, any bit that differs is an error.
+        exact: whether the streams live on a grid, so that what is rebuilt, and every gradient, is what stored activations
+            would give, to the last bit; True, or a `Grid` (True is one of 16 bits). The input, and whatever a conditioner
+            adds, is rounded to the grid, here as in `plain` and in inference, with the gradient passing straight through.
+            Couplings that do more than add keep one byte a value. OverflowError names the block whose output outgrows the
+            grid's range.
 
     Called with a tensor, it splits it in two streams along `split_dim`, and returns one tensor; called with a tuple of
     streams it returns a tuple. Keyword arguments reach every block's conditioners; tensors among them, in lists or
@@ -58,12 +66,16 @@ class ReversibleSequence(nn.Sequential):
         split_dim: int = 1,
         *,
         guard: Mode = "warn",
+        exact: bool | Grid = False,
     ) -> None:
         super().__init__()
         for name, block in blocks.items() if isinstance(blocks, Mapping) else enumerate(blocks):
             self.add_module(str(name), block)
         self.split_dim = split_dim
-        self._guard = Guard(guard)
+        if not isinstance(exact, (bool, Grid)):
+            raise TypeError(f"exact has to be True, False or a revflow.Grid; got {exact!r}")
+        self._grid = Grid() if exact is True else exact or None
+        self._guard = Guard(guard, exact=self._grid is not None)
 
     def forward(self, x: Tensor | Streams, **context: Any) -> Any:  # type: ignore[override]
         """The chain's output: a tensor for a tensor, a tuple for a tuple of streams."""
@@ -85,6 +97,25 @@ class ReversibleSequence(nn.Sequential):
     def plain(self, x: Tensor | Streams, **context: Any) -> Any:
         """`forward` under ordinary autograd, which stores every activation: the same function, the same parameters."""
         return self._chain(x, context, inverse=False, log_det=False, tape=None)[0]
+
+    def forward_with_residuals(self, x: Tensor | Streams, **context: Any) -> tuple[Any, list[Residual]]:
+        """In exact arithmetic: `plain(x)`, and what `inverse_with_residuals` needs to make x of it to the last bit.
+
+        One `Residual` for each conditioner whose coupling does more than add: a byte a value. `inverse` does without them:
+        it is exact where all couplings add, and approximate elsewhere. RuntimeError unless the sequence is exact.
+        """
+        residuals: list[Residual] = []
+        y, _ = self._chain(x, context, False, False, None, self._checked_exact(residuals))
+        return y, residuals
+
+    def inverse_with_residuals(self, y: Tensor | Streams, residuals: Sequence[Residual], **context: Any) -> Any:
+        """The x, rounded to the grid, of which `forward_with_residuals` has made `y` and these residuals."""
+        return self._chain(y, context, True, False, None, self._checked_exact(list(residuals)))[0]
+
+    def _checked_exact(self, residuals: list[Residual]) -> list[Residual]:
+        if self._grid is None:
+            raise RuntimeError("residuals belong to exact arithmetic: make the sequence with exact=True")
+        return residuals
 
     def compile_conditioners(self, **options: Any) -> ReversibleSequence:
         """Compile the conditioner of every coupling, in place, by `torch.compile(..., **options)`; returns the sequence.
@@ -134,16 +165,19 @@ class ReversibleSequence(nn.Sequential):
     def __add__(self, other: nn.Sequential) -> ReversibleSequence:
         if isinstance(other, ReversibleSequence) and other.split_dim != self.split_dim:
             raise ValueError(f"cannot add sequences that split dimensions {self.split_dim} and {other.split_dim}")
+        if isinstance(other, ReversibleSequence) and other._grid != self._grid:
+            raise ValueError(f"cannot add sequences with exact={self._grid} and exact={other._grid}")
         return self._with(super().__add__(other))
 
     def __mul__(self, times: int) -> ReversibleSequence:
         return self._with(super().__mul__(times))
 
     def _with(self, blocks: Iterable[nn.Module] | Mapping[str, nn.Module]) -> ReversibleSequence:
-        return ReversibleSequence(blocks, self.split_dim, guard=self._guard.mode)
+        return ReversibleSequence(blocks, self.split_dim, guard=self._guard.mode, exact=self._grid or False)
 
     def extra_repr(self) -> str:
-        return f'split_dim={self.split_dim}, guard="{self._guard.mode}"'
+        exact = "" if self._grid is None else f", exact={self._grid}"
+        return f'split_dim={self.split_dim}, guard="{self._guard.mode}"{exact}'
 
     def _run(
         self, x: Tensor | Streams, context: dict[str, Any], inverse: bool = False, log_det: bool = False
@@ -157,12 +191,21 @@ class ReversibleSequence(nn.Sequential):
         return self._chain(x, context, inverse, log_det, Tape(self._guard.witness()))
 
     def _chain(
-        self, x: Tensor | Streams, context: dict[str, Any], inverse: bool, log_det: bool, tape: Tape | None
+        self,
+        x: Tensor | Streams,
+        context: dict[str, Any],
+        inverse: bool,
+        log_det: bool,
+        tape: Tape | None,
+        residuals: list[Residual] | None = None,
     ) -> tuple[Any, Any]:
         """The output and, if wanted, the log-determinant: on a tape, or under ordinary autograd."""
         streams = self._split(x)
         join = self.split_dim if isinstance(x, Tensor) else None
-        passage = Passage(inverse, log_det, Arguments(context), Draws(), tape)
+        extent = None if self._grid is None or _values_are_hidden(streams) else Extent(self._grid)
+        passage = Passage(inverse, log_det, Arguments(context), Draws(), tape, self._grid, extent, residuals)
+        if self._grid is not None:
+            streams = _on(self._grid, streams, extent)
         log_dets: list[Tensor] = []
         node = None
         blocks = self._blocks()
@@ -181,6 +224,8 @@ class ReversibleSequence(nn.Sequential):
             streams = outputs
             node = None if tape is None else streams[0].grad_fn
         passage.draws.end()
+        if extent is not None:
+            _refuse_overflow(extent, blocks)
         total = _sum_of(log_dets, streams[0]) if log_det else None
         streams, total = end(tape, streams, join, total)
         return (streams if join is None else streams[0]), total
@@ -194,6 +239,11 @@ class ReversibleSequence(nn.Sequential):
                     raise RuntimeError(
                         f"block {name} is a ReversibleSequence with hooks or a forward of its own, which would not be called: "
                         f"here it only stands for its blocks"
+                    )
+                if block._grid != self._grid:
+                    raise RuntimeError(
+                        f"block {name} is a ReversibleSequence with exact={block._grid} in one with exact={self._grid}: here it "
+                        f"only stands for its blocks, so give both the same"
                     )
                 found += [(f"{name}.{inner}", b) for inner, b in block._blocks()]
             else:
@@ -217,6 +267,35 @@ class ReversibleSequence(nn.Sequential):
             raise TypeError(f"ReversibleSequence takes a tensor or a tuple of streams; got a {type(x).__name__}")
         # A dense copy: both runs of a conditioner shall see the same strides (clone keeps channels_last).
         return tuple(s if s.is_contiguous() else s.clone() for s in x)
+
+
+def _on(grid: Grid, streams: Streams, extent: Extent | None) -> Streams:
+    """The streams, rounded to the grid."""
+    for stream in streams:
+        if not stream.is_floating_point():
+            raise TypeError(f"exact arithmetic takes streams of floating-point numbers, not of {stream.dtype}")
+    rounded = tuple([grid.round(s) for s in streams])
+    if extent is not None:
+        for stream in rounded:
+            extent.see(None, stream)
+    return rounded
+
+
+def _refuse_overflow(extent: Extent, blocks: list[tuple[str, nn.Module]]) -> None:
+    outgrown = extent.outgrown()
+    if outgrown is not None:
+        source, message = outgrown
+        places = (f"the output of block {name} ({type(block).__name__})" for name, block in blocks if block is source)
+        raise OverflowError(f"{next(places, 'the input')} {message}")
+
+
+def _values_are_hidden(streams: Streams) -> bool:
+    """Whether they cannot be looked at: in a graph that is being captured, under torch.func's transforms, or fake."""
+    return torch.compiler.is_compiling() or _is_transformed() or any(isinstance(s, FakeTensor) for s in streams)
+
+
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _checked(name: str | int, block: object) -> nn.Module:
@@ -253,6 +332,5 @@ def _engine_applies() -> bool:
     part of another chain's rerun, and under forward-mode differentiation and torch.func's transforms, which need graphs."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled() and not _is_exporting()
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
     forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return torch.is_grad_enabled() and not (is_recomputing() or transformed or forward_mode)
+    return torch.is_grad_enabled() and not (is_recomputing() or _is_transformed() or forward_mode)

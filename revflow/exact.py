@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _ESCAPE = -128
 """The code of a value that is kept as it is."""
@@ -135,8 +136,11 @@ class Extent:
 
 
 def _any_escapes(codes: Tensor, error: Tensor) -> bool:
-    """By extremes, since comparing element by element takes several times as long. On a GPU this waits once."""
-    if not codes.numel():
+    """By extremes, since comparing element by element takes several times as long. On a GPU this waits once.
+
+    Of fake tensors, whose values are unknown, none is said to escape.
+    """
+    if not codes.numel() or isinstance(codes, FakeTensor) or codes.is_meta:
         return False
     low, high, code = torch.stack((error.amin(), error.amax(), codes.amin().to(error.dtype))).tolist()
     return not (low == high == 0 and code > _ESCAPE)

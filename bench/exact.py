@@ -16,7 +16,6 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn

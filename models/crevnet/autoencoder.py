@@ -34,7 +34,7 @@ class TwoWayAutoencoder(nn.Module):
                     blocks.append(revflow.PixelUnshuffle(step))
                 blocks.append(revflow.AdditiveCoupling(_residual(width, step, config.bottleneck, first)))
                 width *= step**2
-        self.blocks = revflow.ReversibleSequence(blocks)
+        self.blocks = revflow.ReversibleSequence(blocks, exact=config.grid or False)
 
     def encode(self, frames: Tensor) -> Latent:
         """E of the paper's eq. 1."""

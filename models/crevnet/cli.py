@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (SettingsError, DataError, OSError) as error:
         errors.print(f"[red]crevnet:[/] {escape(str(error))}")
         sys.exit(2)
+    except OverflowError as error:  # of the grid that streams live on in exact arithmetic
+        errors.print(f"[red]crevnet:[/] {escape(str(error))}; a model's bits are its --model.exact_bits")
+        sys.exit(2)
     except KeyboardInterrupt:
         errors.print("[red]crevnet:[/] interrupted")
         sys.exit(130)

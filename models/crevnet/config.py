@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import revflow
+
 Cell = Literal["st-lstm", "convlstm"]
 
 
@@ -22,6 +24,8 @@ class CrevNetConfig:
         cell: the recurrent cell of each module.
         past: frames seen.
         horizon: frames predicted.
+        exact_bits: compute on a grid of multiples of 2^-exact_bits (revflow.Grid), so that what is rebuilt is equal to the
+            last bit; in ordinary floating point if not given. 16 bits hold values up to 256 in float32.
     """
 
     channels: int = 3
@@ -33,6 +37,7 @@ class CrevNetConfig:
     cell: Cell = "st-lstm"
     past: int = 9
     horizon: int = 3
+    exact_bits: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("channels", "bottleneck", "modules", "past", "horizon"):
@@ -46,11 +51,18 @@ class CrevNetConfig:
             raise ValueError(f"blocks have to be at least 1 and strides 1 or 2; got {self.blocks} and {self.strides}")
         if self.cell not in ("st-lstm", "convlstm"):
             raise ValueError(f"cell has to be st-lstm or convlstm, not {self.cell!r}")
+        if self.exact_bits is not None and not 1 <= self.exact_bits <= 52:
+            raise ValueError(f"exact_bits has to be from 1 to 52, or none, not {self.exact_bits}")
 
     @property
     def input_channels(self) -> int:
         """Channels of a frame as the network sees it."""
         return self.channels + self.road_map
+
+    @property
+    def grid(self) -> revflow.Grid | None:
+        """Where streams live in exact arithmetic."""
+        return None if self.exact_bits is None else revflow.Grid(self.exact_bits)
 
     @property
     def downsampling(self) -> int:

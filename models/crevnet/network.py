@@ -103,16 +103,21 @@ class CrevNet(nn.Module):
         return F.pad(frames, (0, -width % d, 0, -height % d))
 
     def step(self, frame: Tensor, state: PredictorState | None = None) -> tuple[Tensor, PredictorState]:
-        """One time step on whole frames: (B, Ci, Hp, Wp) -> the predicted next one, of the same shape, and the state."""
+        """One time step on whole frames: (B, Ci, Hp, Wp) -> the predicted next one, of the same shape, and the state.
+
+        In exact arithmetic the state holds the residuals that `recover` needs.
+        """
         latent = self.autoencoder.encode(frame)
-        latent, state = self.predictor(latent, self.predictor.initial_state(latent) if state is None else state)
+        state = self.predictor.initial_state(latent) if state is None else state
+        latent, state = self.predictor(latent, state, keep_residuals=self.config.grid is not None)
         return self.autoencoder.decode(latent), state
 
     def recover(self, prediction: Tensor, before: PredictorState, after: PredictorState) -> Tensor:
         """Eq. 5: the frame that `step` was given, from the frame that it predicted, (B, Ci, Hp, Wp).
 
-        before: the state that the step was given. after: the state that it returned, of which the memories alone are
-            used. `Predictor.inverse` states the error.
+        before: the state that the step was given. after: the state that it returned, of which the memories and the
+            residuals are used. `Predictor.inverse` states the error; in exact arithmetic there is none, and the frame is the
+            one that the step was given, rounded to the grid.
         """
         return self.autoencoder.decode(self.predictor.inverse(self.autoencoder.encode(prediction), before, after))
 

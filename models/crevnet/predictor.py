@@ -23,16 +23,19 @@ class PredictorState(NamedTuple):
     """h and c of every module."""
     memories: tuple[Tensor, ...]
     """The memory m that left every module; empty for ConvLSTM cells. The last one enters the first module's next step."""
+    residuals: tuple[revflow.Residual, ...] = ()
+    """What every module's inverse needs in exact arithmetic, if it was to be kept."""
 
 
 class ReversiblePredictiveModule(nn.Module):
     """(x1, x2) -> ((1 - g) x2 + g h, x1), with h = ConvRNN(x1) and g = sigmoid(attention(h)).
 
-    The gates are computed in float32, and 1 - g as the sigmoid of the negated logit.
+    The gates are computed in float32, and 1 - g as the sigmoid of the negated logit. On a grid the sum is rounded to it.
     """
 
-    def __init__(self, channels: int, cell: str) -> None:
+    def __init__(self, channels: int, cell: str, grid: revflow.Grid | None = None) -> None:
         super().__init__()
+        self._grid = grid
         self.cell = CELLS[cell](channels)
         self.attention = nn.Sequential(
             nn.Conv2d(channels, channels, 1),
@@ -50,16 +53,28 @@ class ReversiblePredictiveModule(nn.Module):
         x1, x2 = streams
         state, memory = self.cell(x1, state, memory)
         mixed = revflow.GatedCoupling.combine(x2, self.attention(state.h), state.h)
-        return (mixed, x1), state, memory
+        return (mixed if self._grid is None else self._grid.round(mixed), x1), state, memory
 
-    def inverse(self, streams: Latent, state: CellState, memory: Tensor | None) -> Latent:
+    def inverse(
+        self, streams: Latent, state: CellState, memory: Tensor | None, residual: revflow.Residual | None = None
+    ) -> Latent:
         """The module's input, from its output and the state and memory that it was given.
 
-        Divides by 1 - g: in float32 an error of about 2⁻²³ / (1 - g) times the largest entry of x2 or h.
+        Divides by 1 - g: in float32 an error of about 2⁻²³ / (1 - g) times the largest entry of x2 or h. With a `residual`
+        there is none.
         """
         mixed, x1 = streams
-        h = self.cell(x1, state, memory)[0].h
-        return x1, revflow.GatedCoupling.separate(mixed, self.attention(h), h)
+        x2 = self._estimate(mixed, self.cell(x1, state, memory)[0].h)
+        return x1, x2 if residual is None or self._grid is None else self._grid.restore(x2, residual)
+
+    def residual(self, streams: Latent, outputs: Latent, h: Tensor) -> revflow.Residual:
+        """In exact arithmetic: what `inverse` needs to make `streams` of the module's `outputs` to the last bit."""
+        assert self._grid is not None
+        return self._grid.residual(streams[1], self._estimate(outputs[0], h))
+
+    def _estimate(self, mixed: Tensor, h: Tensor) -> Tensor:
+        x2 = revflow.GatedCoupling.separate(mixed, self.attention(h), h)
+        return x2 if self._grid is None else self._grid.round(x2)
 
 
 class Predictor(nn.Module):
@@ -69,7 +84,9 @@ class Predictor(nn.Module):
     def __init__(self, config: CrevNetConfig) -> None:
         super().__init__()
         width = config.widths[-1]
-        self.stack = nn.ModuleList(ReversiblePredictiveModule(width, config.cell) for _ in range(config.modules))
+        self.stack = nn.ModuleList(
+            ReversiblePredictiveModule(width, config.cell, config.grid) for _ in range(config.modules)
+        )
         self.has_memory = CELLS[config.cell].has_memory
 
     def initial_state(self, latent: Latent) -> PredictorState:
@@ -78,21 +95,26 @@ class Predictor(nn.Module):
         memories = (zeros,) * len(self.stack) if self.has_memory else ()
         return PredictorState((CellState(zeros, zeros),) * len(self.stack), memories)
 
-    def forward(self, latent: Latent, state: PredictorState) -> tuple[Latent, PredictorState]:
-        """The next frame's latent, and the state for the next step."""
+    def forward(
+        self, latent: Latent, state: PredictorState, keep_residuals: bool = False
+    ) -> tuple[Latent, PredictorState]:
+        """The next frame's latent, and the state for the next step; in exact arithmetic with residuals, if wanted."""
         memory = state.memories[-1] if self.has_memory else None
-        cells, memories = [], []
+        cells, memories, residuals = [], [], []
         for module, cell in zip(self.stack, state.cells, strict=True):
-            latent, cell, memory = module(latent, cell, memory)
+            outputs, cell, memory = module(latent, cell, memory)
+            if keep_residuals:
+                residuals.append(module.residual(latent, outputs, cell.h))
+            latent = outputs
             cells.append(cell)
             memories.append(memory)
-        return latent, PredictorState(tuple(cells), tuple(memories) if self.has_memory else ())
+        return latent, PredictorState(tuple(cells), tuple(memories) if self.has_memory else (), tuple(residuals))
 
     def inverse(self, latent: Latent, before: PredictorState, after: PredictorState) -> Latent:
-        """P⁻¹ of eq. 5: the step's input from its output, the state before it and the memories (of `after`, the state
-        after it) that went from one module to the next.
+        """P⁻¹ of eq. 5: the step's input from its output, the state before it and, of the state after it, the memories that
+        went from one module to the next and the residuals. With residuals it is exact.
 
-        In float32 the error is at most about 2 · 2⁻²⁴ · A · M while gates stay below 0.98, with A the largest product of
+        Without, in float32 the error is at most about 2 · 2⁻²⁴ · A · M while gates stay below 0.98, with A the largest product of
         1 / (1 - g) over the modules that change one stream, and M the largest entry of a stream or h; beyond that errors
         also cross to the other stream through h and grow faster. Gates saturate as training goes on, so this serves to
         show what a trained model keeps (in float64, if need be), not to rebuild activations.
@@ -100,6 +122,7 @@ class Predictor(nn.Module):
         entering: tuple[Tensor | None, ...] = (None,) * len(self.stack)
         if self.has_memory:
             entering = (before.memories[-1], *after.memories[:-1])
-        for module, cell, memory in zip(reversed(self.stack), reversed(before.cells), reversed(entering), strict=True):
-            latent = module.inverse(latent, cell, memory)
+        residuals = after.residuals or (None,) * len(self.stack)
+        for module, *given in reversed(list(zip(self.stack, before.cells, entering, residuals, strict=True))):
+            latent = module.inverse(latent, *given)
         return latent

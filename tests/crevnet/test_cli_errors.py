@@ -30,6 +30,7 @@ from crevnet.cli import main
         (["fit", "--training.precision", "8"], "training.precision"),
         (["fit", "--model.cell", "gru"], "gru"),
         (["fit", "--model.past", "0"], "past"),
+        (["fit", "--model.exact_bits", "53"], "exact_bits"),
         (["fit", "--model.blocks", "[1,2]"], "blocks"),
         (["fit", "--model.strides", "[1,2,2,3]"], "strides"),
         (["fit", "--data.stride", "0"], "data.stride"),
@@ -93,6 +94,7 @@ def fit(cities, small, failing, tmp_path):
         (("--training.seed", "-1"), "seed"),
         (("--training.max_minutes", "1e-9"), "max_minutes"),
         (("--training.max_minutes", "1e30"), "max_minutes"),
+        (("--model.exact_bits", "24"), "--model.exact_bits"),
     ],
 )
 def test_fit_that_cannot_be(option, named, fit):

@@ -10,7 +10,8 @@ Rules of the tape:
 1. A tape belongs to one forward call; nothing is stored on a module. The same block may stand in a chain twice.
 2. Only the chain's output is saved (`_Anchor`), by `save_for_backward`: changing it in place, or a second backward without
    `retain_graph`, gives PyTorch's own error. Blocks save references to parameters and context, and no stream, except the
-   streams that a coupling declares as anchors, and the guard's few values.
+   streams that a coupling declares as anchors, the residuals that take their place in exact arithmetic, and the guard's few
+   values.
 3. A rewind leaves the block's input for the block before it, under the number of the running backward. So two backwards
    over one graph do not mix.
 4. It leaves nothing where the block before is not going to run in this backward (a leaf input, a frozen block, a partial

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 
 import pytest
 import torch
@@ -64,6 +65,23 @@ def test_a_healthy_network(stack):
     assert report.gradients.error < 1e-10 and report.reconstruction.error < 1e-10
     assert set(report.evaluations.values()) == ({2, 3} if stack is mixed else {2})
     assert "no problem found" in str(report)
+
+
+@pytest.mark.parametrize("stack", STACKS, ids=lambda s: s.__name__)
+def test_exact_arithmetic(stack):
+    report = revflow.verify(revflow.ReversibleSequence(network(stack, dropout=0.3), exact=True), image())
+    assert report.ok, report
+    assert report.gradients.error == report.reconstruction.error == 0.0
+    assert report.reconstruction.where.startswith("block")
+
+
+def test_in_exact_arithmetic_an_inverse_that_loses_digits_is_a_problem():
+    block = Scale()
+    nn.init.constant_(block.log_scale, -1.0)
+    assert revflow.verify(of(block).double(), image()).ok
+    report = revflow.verify(revflow.ReversibleSequence(of(block).double(), exact=True), image())
+    assert 0 < report.reconstruction.error < 1e-4
+    assert any(re.search(r"inverse of block 1 \(Scale\) does not undo its forward", p) for p in report.problems), report
 
 
 def test_bytes_are_those_of_measure_memory():

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import get_gradient_edge
 
-from revflow._passes import Call, Streams
+from revflow._calls import Call
+from revflow._passage import Streams
 from revflow.exact import fingerprint
 
 Mode = Literal["warn", "raise", "off"]

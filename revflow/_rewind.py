@@ -30,17 +30,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from revflow._calls import Call, Coupled, Given, Whole
 from revflow._guard import Evidence, Witness
-from revflow._passes import (
+from revflow._passage import (
     Arguments,
-    Call,
     Context,
-    Coupled,
     Gradients,
     Passage,
     Stepwise,
     Streams,
-    Whole,
     as_streams,
     run_plainly,
     run_whole,
@@ -212,7 +210,7 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     ]
     needs = ctx.needs_input_grad[1:]
     seen = None if evidence is None else tape.witness.watch(evidence, call)  # type: ignore[union-attr]
-    streams, found = call.rewind(outputs, grads, needs, leaves, own, saved[count - begin :], seen)
+    streams, found = call.rewind(outputs, Given(grads, needs, leaves, own, saved[count - begin :], seen))
     if seen is not None:
         seen.inputs(call.rebuilt(streams))
     if call.before is not None and torch._C._will_engine_execute_node(call.before):  # rule 4

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from revflow._passes import Stepwise
+from revflow._passage import Stepwise
 from revflow._rewind import run_stepwise
 from revflow.bijection import Bijection, Streams
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from revflow._guard import Guard, Mode
-from revflow._passes import Arguments, Passage, Stepwise, Streams
+from revflow._passage import Arguments, Passage, Stepwise, Streams
 from revflow._replay import Draws, is_recomputing
 from revflow._rewind import Tape, end, through
 from revflow.exact import Extent, Grid, Residual

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revflow._guard import LOW_PRECISION, TOLERANCES, Guard, Tolerance, tf32
-from revflow._passes import Stepwise
+from revflow._passage import Stepwise
 from revflow.exact import Grid
 from revflow.memory import measure_memory
 from revflow.sequence import ReversibleSequence

@@ -142,15 +142,11 @@ class Witness:
         self._positions: dict[tuple[int, torch.device], Tensor] = {}
 
     def samples(self, streams: Streams) -> Streams:
-        """Values of each stream, at the same places each time; in exact arithmetic followed by its fingerprint."""
-        samples = tuple([torch.take(s, self._places(s)) for s in streams if _counts(s)])
+        """Values of each stream, at the same places each time; in exact arithmetic each followed by its fingerprint."""
         if not self.guard.exact:
-            return samples
+            return tuple([torch.take(s, self._places(s)) for s in streams if _counts(s)])
         # Beside the sum the few values see what does not change it: a permutation.
-        return tuple([
-            torch.cat((values.to(torch.float64).view(torch.int64), fingerprint(stream)[None]))
-            for values, stream in zip(samples, filter(_counts, streams), strict=True)
-        ])  # fmt: skip
+        return tuple([e for s in streams if _counts(s) for e in (torch.take(s, self._places(s)), fingerprint(s))])
 
     def begin(self, outputs: Streams) -> Evidence:
         """Begin a backward pass, at the chain's output."""
@@ -187,12 +183,13 @@ class Witness:
         if not before or isinstance(before[0], FakeTensor) or before[0].is_meta:
             return
         home = before[0].device
-        a, b = (torch.stack([s.to(home) for s in samples]) for samples in (before, again))
-        same = a.eq(b).all(1).tolist()
+        differ = [_differ(before[k::2], again[k::2], home) for k in range(2)]  # values, fingerprints
+        same = [not any(pair) for pair in zip(*differ, strict=True)]
         for block in blocks:
-            if not all(same[: len(block.before)]):
+            count = len(block.before) // 2
+            if not all(same[:count]):
                 self.guard.report(_INEXACT.format(block.call.position, block.call.block_type), True)
-            del same[: len(block.before)]
+            del same[:count]
 
     def _judge(self, blocks: list[Seen], errors: list[float], largest: float, own: float) -> None:
         """Report the first block, in the order of the backward pass, whose error passes a tolerance."""
@@ -263,6 +260,12 @@ def _extremes(streams: Streams) -> list[Tensor]:
     """The smallest and the largest value of each stream: one pass each, and not a copy."""
     parts = [torch.view_as_real(s.resolve_conj()) if s.is_complex() else s for s in streams if _counts(s)]
     return [end for part in parts for end in (part.amin(), part.amax())]
+
+
+def _differ(before: list[Tensor], again: list[Tensor], device: torch.device) -> list[bool]:
+    """Which tensors are not equal to their counterparts."""
+    a, b = (torch.stack([s.to(device) for s in samples]) for samples in (before, again))
+    return a.ne(b).view(len(a), -1).any(1).tolist()
 
 
 def _largest(errors: list[float]) -> float:

@@ -70,7 +70,7 @@ class _Offer:
 
     def __init__(self, passage: Passage, position: str, block: object, streams: Streams, before: Any) -> None:
         self.passage, self.position, self.block, self.streams, self.before = passage, position, block, streams, before
-        self.versions = [] if passage.tape is None else _versions(streams)
+        self.versions = _versions(streams)
         self.results: Streams = ()
 
 
@@ -104,8 +104,10 @@ def _through_stepwise(
         outputs = as_streams(call(*streams, **context))
     finally:
         _thread.offer = None
-    if tape is not None and not _same(outputs, offer.results[: len(outputs)], offer.versions):
-        raise RuntimeError("a forward hook replaced its output, which cannot be undone; make that change a block")
+    if passage.is_bound and not _same(outputs, offer.results[: len(outputs)], offer.versions):
+        raise RuntimeError(
+            "a hook replaced its output, or called the block itself, which cannot be undone; make that a block"
+        )
     return (*outputs, offer.results[-1]) if log_det else outputs
 
 
@@ -116,14 +118,13 @@ def run_stepwise(block: Stepwise, inverse: bool, streams: Streams, context: Cont
         return run_plainly(block, Passage(inverse, False, Arguments({}), Draws()), streams, context)
     _thread.offer = None  # whatever the block's conditioners call is no part of this chain
     passage = offer.passage
+    if passage.is_bound and not _same(streams, offer.streams, offer.versions):
+        raise RuntimeError("a forward pre-hook replaced its input, which cannot be undone; make that change a block")
     if passage.tape is None:
         offer.results = run_plainly(block, passage, streams, context)
-    elif _same(streams, offer.streams, offer.versions):
-        call = Coupled(passage, offer.position, block, offer.before, streams)
-        offer.results = _apply(call, streams)
-        offer.versions = _versions(offer.results[: len(streams)])
     else:
-        raise RuntimeError("a forward pre-hook replaced its input, which cannot be undone; make that change a block")
+        offer.results = _apply(Coupled(passage, offer.position, block, offer.before, streams), streams)
+    offer.versions = _versions(offer.results[: len(streams)])
     return offer.results[: len(streams)]
 
 

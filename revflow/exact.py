@@ -41,7 +41,7 @@ class Grid:
     bits: int = 16
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 1 <= self.bits <= 52:
+        if type(self.bits) is not int or not 1 <= self.bits <= 52:
             raise ValueError(f"a grid's bits have to be a whole number from 1 to 52, not {self.bits!r}")
 
     @property
@@ -108,12 +108,13 @@ class Extent:
             self._seen.append((source, stream.dtype, stream.amin(), stream.amax()))
 
     def outgrown(self) -> tuple[object, str] | None:
-        """The first source of a stream out of range, and what to do about it. On a GPU this waits once."""
-        if not self._seen or self._seen[0][2].is_meta:
+        """The first source of a stream out of range, and what to do about it; forgets all. On a GPU this waits once."""
+        seen, self._seen = self._seen, []
+        if not seen or seen[0][2].is_meta:
             return None
-        home = self._seen[0][2].device
-        ends = torch.stack([end.to(home, torch.float64) for _, _, *ends in self._seen for end in ends]).abs().tolist()
-        for k, (source, dtype, _, _) in enumerate(self._seen):
+        home = seen[0][2].device
+        ends = torch.stack([end.to(home, torch.float64) for _, _, *ends in seen for end in ends]).abs().tolist()
+        for k, (source, dtype, _, _) in enumerate(seen):
             largest = max(ends[2 * k : 2 * k + 2], key=lambda end: math.inf if math.isnan(end) else end)
             if not largest <= self._grid.limit(dtype):
                 return source, self._message(dtype, largest)
@@ -125,7 +126,10 @@ class Extent:
             f"reaches {largest:.4g}; on a grid of {bits} bits {name} holds values up to {self._grid.limit(dtype):.4g}"
         )
         if not math.isfinite(largest):
-            return f"{found}. Nothing holds this: the network has diverged, or was given such values"
+            return (
+                f"{found}. Nothing holds this: the network has diverged, or was given such values, or its streams are of too "
+                f"narrow a dtype"
+            )
         enough = _significand(dtype) - math.ceil(math.log2(largest))
         if enough < 1:
             return f"{found}. Pass streams of a wider dtype, or normalise inside the conditioners"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self, overload
+from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,8 @@ class ReversibleSequence(nn.Sequential):
         exact: whether the streams live on a grid, so that what is rebuilt, and every gradient, is what stored activations
             would give, to the last bit; True, or a `Grid` (True is one of 16 bits). The input, and whatever a conditioner
             adds, is rounded to the grid, here as in `plain` and in inference, with the gradient passing straight through.
-            Couplings that do more than add keep one byte a value. OverflowError names the block whose output outgrows the
+            Couplings that do more than add keep one byte a value, and four more of those that are all but overwritten (gates
+            above 0.996). OverflowError names the block whose output outgrows the
             grid's range.
 
     Called with a tensor, it splits it in two streams along `split_dim`, and returns one tensor; called with a tuple of
@@ -76,6 +77,11 @@ class ReversibleSequence(nn.Sequential):
             raise TypeError(f"exact has to be True, False or a revflow.Grid; got {exact!r}")
         self._grid = Grid() if exact is True else exact or None
         self._guard = Guard(guard, exact=self._grid is not None)
+
+    @property
+    def exact(self) -> Grid | Literal[False]:
+        """The grid of exact arithmetic, or False."""
+        return self._grid or False
 
     def forward(self, x: Tensor | Streams, **context: Any) -> Any:  # type: ignore[override]
         """The chain's output: a tensor for a tensor, a tuple for a tuple of streams."""
@@ -165,18 +171,18 @@ class ReversibleSequence(nn.Sequential):
     def __add__(self, other: nn.Sequential) -> ReversibleSequence:
         if isinstance(other, ReversibleSequence) and other.split_dim != self.split_dim:
             raise ValueError(f"cannot add sequences that split dimensions {self.split_dim} and {other.split_dim}")
-        if isinstance(other, ReversibleSequence) and other._grid != self._grid:
-            raise ValueError(f"cannot add sequences with exact={self._grid} and exact={other._grid}")
+        if isinstance(other, ReversibleSequence) and other.exact != self.exact:
+            raise ValueError(f"cannot add sequences with exact={self.exact} and exact={other.exact}")
         return self._with(super().__add__(other))
 
     def __mul__(self, times: int) -> ReversibleSequence:
         return self._with(super().__mul__(times))
 
     def _with(self, blocks: Iterable[nn.Module] | Mapping[str, nn.Module]) -> ReversibleSequence:
-        return ReversibleSequence(blocks, self.split_dim, guard=self._guard.mode, exact=self._grid or False)
+        return ReversibleSequence(blocks, self.split_dim, guard=self._guard.mode, exact=self.exact)
 
     def extra_repr(self) -> str:
-        exact = "" if self._grid is None else f", exact={self._grid}"
+        exact = f", exact={self.exact}" if self.exact else ""
         return f'split_dim={self.split_dim}, guard="{self._guard.mode}"{exact}'
 
     def _run(
@@ -240,9 +246,9 @@ class ReversibleSequence(nn.Sequential):
                         f"block {name} is a ReversibleSequence with hooks or a forward of its own, which would not be called: "
                         f"here it only stands for its blocks"
                     )
-                if block._grid != self._grid:
+                if block.exact != self.exact:
                     raise RuntimeError(
-                        f"block {name} is a ReversibleSequence with exact={block._grid} in one with exact={self._grid}: here it "
+                        f"block {name} is a ReversibleSequence with exact={block.exact} in one with exact={self.exact}: here it "
                         f"only stands for its blocks, so give both the same"
                     )
                 found += [(f"{name}.{inner}", b) for inner, b in block._blocks()]
@@ -274,11 +280,9 @@ def _on(grid: Grid, streams: Streams, extent: Extent | None) -> Streams:
     for stream in streams:
         if not stream.is_floating_point():
             raise TypeError(f"exact arithmetic takes streams of floating-point numbers, not of {stream.dtype}")
-    rounded = tuple([grid.round(s) for s in streams])
-    if extent is not None:
-        for stream in rounded:
+        if extent is not None:
             extent.see(None, stream)
-    return rounded
+    return tuple([grid.round(s) for s in streams])
 
 
 def _refuse_overflow(extent: Extent, blocks: list[tuple[str, nn.Module]]) -> None:

@@ -115,18 +115,19 @@ class Extent:
         ends = torch.stack([end.to(home, torch.float64) for _, _, *ends in self._seen for end in ends]).abs().tolist()
         for k, (source, dtype, _, _) in enumerate(self._seen):
             largest = max(ends[2 * k : 2 * k + 2], key=lambda end: math.inf if math.isnan(end) else end)
-            if not largest <= self._grid.limit(dtype):
+            # At the limit itself may be a sum that was rounded to it.
+            if not largest < self._grid.limit(dtype):
                 return source, self._message(dtype, largest)
         return None
 
     def _message(self, dtype: torch.dtype, largest: float) -> str:
         name, bits = str(dtype).removeprefix("torch."), self._grid.bits
         found = (
-            f"reaches {largest:.4g}; on a grid of {bits} bits {name} holds values up to {self._grid.limit(dtype):.4g}"
+            f"reaches {largest:.4g}; on a grid of {bits} bits {name} holds values below {self._grid.limit(dtype):.4g}"
         )
         if not math.isfinite(largest):
             return f"{found}. Nothing holds this: the network has diverged, or was given such values"
-        enough = _significand(dtype) - math.ceil(math.log2(largest))
+        enough = _significand(dtype) - math.frexp(largest)[1]
         if enough < 1:
             return f"{found}. Pass streams of a wider dtype, or normalise inside the conditioners"
         return (

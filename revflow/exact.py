@@ -58,15 +58,15 @@ class Grid:
         with torch.no_grad():
             rounded = torch.add(x.new_zeros(()), self._in_units(x), alpha=self.unit)
         # The difference is exact, and so is the sum; under autograd the gradient passes the rounding unchanged.
-        return x + (rounded - x).detach() if torch.is_grad_enabled() else rounded
+        return x + (rounded - x).detach() if _differentiated() else rounded
 
     def add(self, x: Tensor, d: Tensor) -> Tensor:
         """x + round(d), exact where x is on the grid and the sum within `limit`."""
-        return x + self.round(d) if torch.is_grad_enabled() else torch.add(x, self._in_units(d), alpha=self.unit)
+        return x + self.round(d) if _differentiated() else torch.add(x, self._in_units(d), alpha=self.unit)
 
     def take_back(self, y: Tensor, d: Tensor) -> Tensor:
         """y - round(d): the x of which `add` has made y."""
-        return y - self.round(d) if torch.is_grad_enabled() else torch.sub(y, self._in_units(d), alpha=self.unit)
+        return y - self.round(d) if _differentiated() else torch.sub(y, self._in_units(d), alpha=self.unit)
 
     @torch.no_grad()
     def residual(self, x: Tensor, estimate: Tensor) -> Residual:
@@ -87,6 +87,11 @@ class Grid:
 
     def _in_units(self, x: Tensor) -> Tensor:
         return x.mul(2.0**self.bits).round_()
+
+
+def _differentiated() -> bool:
+    """By reverse mode or by forward mode, which runs under no_grad too."""
+    return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
 
 
 def fingerprint(x: Tensor) -> Tensor:

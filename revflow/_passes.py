@@ -124,7 +124,7 @@ def run_plainly(block: Stepwise, passage: Passage, streams: Streams, context: Co
                 with torch.no_grad():
                     residuals.append(grid.residual(x, _changed(block, True, grid, now[k], t)))
         if passage.extent is not None:
-            passage.extent.see(block, now[k])
+            passage.extent.see(now[k])
         if log_det:
             log_dets.append(_log_det(block, inverse, t))
     now = _rotate(now, 0 if inverse else block.rotation)
@@ -149,7 +149,7 @@ def run_whole(block: nn.Module, passage: Passage, streams: Streams, context: Con
     rounded = tuple([passage.grid.round(s) for s in outputs[:count]])
     if passage.extent is not None:
         for stream in rounded:
-            passage.extent.see(block, stream)
+            passage.extent.see(stream)
     return rounded + outputs[count:]
 
 
@@ -319,7 +319,7 @@ class _Step(Replay):
         now[k] = _changed(block, self._inverse, self._grid, now[k], t)
         self._layout = [s.stride() for s in now]
         if passage.extent is not None:
-            passage.extent.see(block, now[k])
+            passage.extent.see(now[k])
         return t
 
     def keep(self, x: Tensor, y: Tensor, t: Streams) -> Streams:

@@ -103,16 +103,17 @@ class Extent:
     """Sees that the streams of one pass stay within the range of a grid."""
 
     def __init__(self, grid: Grid) -> None:
+        self.source: tuple[str, object] | None = None
+        """The block that makes the streams which are seen next, with its position; None for the input."""
         self._grid = grid
-        self._seen: list[tuple[object, torch.dtype, Tensor, Tensor]] = []
+        self._seen: list[tuple[tuple[str, object] | None, torch.dtype, Tensor, Tensor]] = []
 
-    def see(self, source: object, stream: Tensor) -> None:
-        """`source` has made this stream."""
+    def see(self, stream: Tensor) -> None:
         if stream.numel():
             stream = stream.detach()
-            self._seen.append((source, stream.dtype, stream.amin(), stream.amax()))
+            self._seen.append((self.source, stream.dtype, stream.amin(), stream.amax()))
 
-    def outgrown(self) -> tuple[object, str] | None:
+    def outgrown(self) -> tuple[tuple[str, object] | None, str] | None:
         """The first source of a stream out of range, and what to do about it. On a GPU this waits once."""
         if not self._seen or self._seen[0][2].is_meta:
             return None

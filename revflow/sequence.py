@@ -210,6 +210,8 @@ class ReversibleSequence(nn.Sequential):
         node = None
         blocks = self._blocks()
         for name, block in reversed(blocks) if inverse else blocks:
+            if extent is not None:
+                extent.source = name, block
             try:
                 outputs = through(passage, name, block, streams, node, context)
             except _NAMED as error:
@@ -225,7 +227,7 @@ class ReversibleSequence(nn.Sequential):
             node = None if tape is None else streams[0].grad_fn
         passage.draws.end()
         if extent is not None:
-            _refuse_overflow(extent, blocks)
+            _refuse_overflow(extent)
         total = _sum_of(log_dets, streams[0]) if log_det else None
         streams, total = end(tape, streams, join, total)
         return (streams if join is None else streams[0]), total
@@ -277,16 +279,18 @@ def _on(grid: Grid, streams: Streams, extent: Extent | None) -> Streams:
     rounded = tuple([grid.round(s) for s in streams])
     if extent is not None:
         for stream in rounded:
-            extent.see(None, stream)
+            extent.see(stream)
     return rounded
 
 
-def _refuse_overflow(extent: Extent, blocks: list[tuple[str, nn.Module]]) -> None:
+def _refuse_overflow(extent: Extent) -> None:
     outgrown = extent.outgrown()
     if outgrown is not None:
         source, message = outgrown
-        places = (f"the output of block {name} ({type(block).__name__})" for name, block in blocks if block is source)
-        raise OverflowError(f"{next(places, 'the input')} {message}")
+        if source is None:
+            raise OverflowError(f"the input {message}")
+        name, block = source
+        raise OverflowError(f"the output of block {name} ({type(block).__name__}) {message}")
 
 
 def _values_are_hidden(streams: Streams) -> bool:

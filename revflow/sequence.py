@@ -108,8 +108,9 @@ class ReversibleSequence(nn.Sequential):
         y, _ = self._chain(x, context, False, False, None, self._checked_exact(residuals))
         return y, residuals
 
+    @torch.no_grad()
     def inverse_with_residuals(self, y: Tensor | Streams, residuals: Sequence[Residual], **context: Any) -> Any:
-        """The x, rounded to the grid, of which `forward_with_residuals` has made `y` and these residuals."""
+        """The x, rounded to the grid, of which `forward_with_residuals` has made `y` and these residuals; without a graph."""
         return self._chain(y, context, True, False, None, self._checked_exact(list(residuals)))[0]
 
     def _checked_exact(self, residuals: list[Residual]) -> list[Residual]:

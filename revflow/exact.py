@@ -114,12 +114,16 @@ class Extent:
             self._seen.append((self.source, stream.dtype, stream.amin(), stream.amax()))
 
     def outgrown(self) -> tuple[tuple[str, object] | None, str] | None:
-        """The first source of a stream out of range, and what to do about it. On a GPU this waits once."""
-        if not self._seen or self._seen[0][2].is_meta:
+        """The first source of a stream out of range, and what to do about it. On a GPU this waits once.
+
+        What was seen is forgotten: a graph would keep it.
+        """
+        seen, self._seen = self._seen, []
+        if not seen or seen[0][2].is_meta:
             return None
-        home = self._seen[0][2].device
-        ends = torch.stack([end.to(home, torch.float64) for _, _, *ends in self._seen for end in ends]).abs().tolist()
-        for k, (source, dtype, _, _) in enumerate(self._seen):
+        home = seen[0][2].device
+        ends = torch.stack([end.to(home, torch.float64) for _, _, *ends in seen for end in ends]).abs().tolist()
+        for k, (source, dtype, _, _) in enumerate(seen):
             largest = max(ends[2 * k : 2 * k + 2], key=lambda end: math.inf if math.isnan(end) else end)
             # At the limit itself may be a sum that was rounded to it.
             if not largest < self._grid.limit(dtype):

@@ -165,7 +165,7 @@ class _Step(Replay):
         now[k] = changed(block, self._inverse, self._grid, now[k], t)
         self._layout = [s.stride() for s in now]
         if passage.extent is not None:
-            passage.extent.see(block, now[k])
+            passage.extent.see(now[k])
         return t
 
     def keep(self, x: Tensor, y: Tensor, t: Streams) -> Streams:

@@ -127,7 +127,7 @@ def run_plainly(block: Stepwise, passage: Passage, streams: Streams, context: Co
                 with torch.no_grad():
                     residuals.append(grid.residual(x, changed(block, True, grid, now[k], t)))
         if passage.extent is not None:
-            passage.extent.see(block, now[k])
+            passage.extent.see(now[k])
         if log_det:
             log_dets.append(log_det_of(block, inverse, t))
     now = rotate(now, 0 if inverse else block.rotation)
@@ -152,7 +152,7 @@ def run_whole(block: nn.Module, passage: Passage, streams: Streams, context: Con
     rounded = tuple([passage.grid.round(s) for s in outputs[:count]])
     if passage.extent is not None:
         for stream in rounded:
-            passage.extent.see(block, stream)
+            passage.extent.see(stream)
     return rounded + outputs[count:]
 
 

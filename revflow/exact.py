@@ -58,15 +58,15 @@ class Grid:
         with torch.no_grad():
             rounded = torch.add(x.new_zeros(()), self._in_units(x), alpha=self.unit)
         # The difference is exact, and so is the sum; under autograd the gradient passes the rounding unchanged.
-        return x + (rounded - x).detach() if torch.is_grad_enabled() else rounded
+        return x + (rounded - x).detach() if _differentiated() else rounded
 
     def add(self, x: Tensor, d: Tensor) -> Tensor:
         """x + round(d), exact where x is on the grid and the sum within `limit`."""
-        return x + self.round(d) if torch.is_grad_enabled() else torch.add(x, self._in_units(d), alpha=self.unit)
+        return x + self.round(d) if _differentiated() else torch.add(x, self._in_units(d), alpha=self.unit)
 
     def take_back(self, y: Tensor, d: Tensor) -> Tensor:
         """y - round(d): the x of which `add` has made y."""
-        return y - self.round(d) if torch.is_grad_enabled() else torch.sub(y, self._in_units(d), alpha=self.unit)
+        return y - self.round(d) if _differentiated() else torch.sub(y, self._in_units(d), alpha=self.unit)
 
     @torch.no_grad()
     def residual(self, x: Tensor, estimate: Tensor) -> Residual:
@@ -89,6 +89,11 @@ class Grid:
         return x.mul(2.0**self.bits).round_()
 
 
+def _differentiated() -> bool:
+    """By reverse mode or by forward mode, which runs under no_grad too."""
+    return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
+
+
 def fingerprint(x: Tensor) -> Tensor:
     """The sum of all values' bits, read as whole numbers: an int64 that changes with any single bit."""
     return x.view(_INTEGERS[x.element_size()]).sum(dtype=torch.int64)
@@ -98,17 +103,21 @@ class Extent:
     """Sees that the streams of one pass stay within the range of a grid."""
 
     def __init__(self, grid: Grid) -> None:
+        self.source: tuple[str, object] | None = None
+        """The block that makes the streams which are seen next, with its position; None for the input."""
         self._grid = grid
-        self._seen: list[tuple[object, torch.dtype, Tensor, Tensor]] = []
+        self._seen: list[tuple[tuple[str, object] | None, torch.dtype, Tensor, Tensor]] = []
 
-    def see(self, source: object, stream: Tensor) -> None:
-        """`source` has made this stream."""
+    def see(self, stream: Tensor) -> None:
         if stream.numel():
             stream = stream.detach()
-            self._seen.append((source, stream.dtype, stream.amin(), stream.amax()))
+            self._seen.append((self.source, stream.dtype, stream.amin(), stream.amax()))
 
-    def outgrown(self) -> tuple[object, str] | None:
-        """The first source of a stream out of range, and what to do about it; forgets all. On a GPU this waits once."""
+    def outgrown(self) -> tuple[tuple[str, object] | None, str] | None:
+        """The first source of a stream out of range, and what to do about it. On a GPU this waits once.
+
+        What was seen is forgotten: a graph would keep it.
+        """
         seen, self._seen = self._seen, []
         if not seen or seen[0][2].is_meta:
             return None
@@ -116,21 +125,22 @@ class Extent:
         ends = torch.stack([end.to(home, torch.float64) for _, _, *ends in seen for end in ends]).abs().tolist()
         for k, (source, dtype, _, _) in enumerate(seen):
             largest = max(ends[2 * k : 2 * k + 2], key=lambda end: math.inf if math.isnan(end) else end)
-            if not largest <= self._grid.limit(dtype):
+            # At the limit itself may be a sum that was rounded to it.
+            if not largest < self._grid.limit(dtype):
                 return source, self._message(dtype, largest)
         return None
 
     def _message(self, dtype: torch.dtype, largest: float) -> str:
         name, bits = str(dtype).removeprefix("torch."), self._grid.bits
         found = (
-            f"reaches {largest:.4g}; on a grid of {bits} bits {name} holds values up to {self._grid.limit(dtype):.4g}"
+            f"reaches {largest:.4g}; on a grid of {bits} bits {name} holds values below {self._grid.limit(dtype):.4g}"
         )
         if not math.isfinite(largest):
             return (
                 f"{found}. Nothing holds this: the network has diverged, or was given such values, or its streams are of too "
                 f"narrow a dtype"
             )
-        enough = _significand(dtype) - math.ceil(math.log2(largest))
+        enough = _significand(dtype) - math.frexp(largest)[1]
         if enough < 1:
             return f"{found}. Pass streams of a wider dtype, or normalise inside the conditioners"
         return (

@@ -114,8 +114,9 @@ class ReversibleSequence(nn.Sequential):
         y, _ = self._chain(x, context, False, False, None, self._checked_exact(residuals))
         return y, residuals
 
+    @torch.no_grad()
     def inverse_with_residuals(self, y: Tensor | Streams, residuals: Sequence[Residual], **context: Any) -> Any:
-        """The x, rounded to the grid, of which `forward_with_residuals` has made `y` and these residuals."""
+        """The x, rounded to the grid, of which `forward_with_residuals` has made `y` and these residuals; without a graph."""
         return self._chain(y, context, True, False, None, self._checked_exact(list(residuals)))[0]
 
     def _checked_exact(self, residuals: list[Residual]) -> list[Residual]:
@@ -216,6 +217,8 @@ class ReversibleSequence(nn.Sequential):
         node = None
         blocks = self._blocks()
         for name, block in reversed(blocks) if inverse else blocks:
+            if extent is not None:
+                extent.source = name, block
             try:
                 outputs = through(passage, name, block, streams, node, context)
             except _NAMED as error:
@@ -231,7 +234,7 @@ class ReversibleSequence(nn.Sequential):
             node = None if tape is None else streams[0].grad_fn
         passage.draws.end()
         if extent is not None:
-            _refuse_overflow(extent, blocks)
+            _refuse_overflow(extent)
         total = _sum_of(log_dets, streams[0]) if log_det else None
         streams, total = end(tape, streams, join, total)
         return (streams if join is None else streams[0]), total
@@ -281,16 +284,18 @@ def _on(grid: Grid, streams: Streams, extent: Extent | None) -> Streams:
         if not stream.is_floating_point():
             raise TypeError(f"exact arithmetic takes streams of floating-point numbers, not of {stream.dtype}")
         if extent is not None:
-            extent.see(None, stream)
+            extent.see(stream)
     return tuple([grid.round(s) for s in streams])
 
 
-def _refuse_overflow(extent: Extent, blocks: list[tuple[str, nn.Module]]) -> None:
+def _refuse_overflow(extent: Extent) -> None:
     outgrown = extent.outgrown()
     if outgrown is not None:
         source, message = outgrown
-        places = (f"the output of block {name} ({type(block).__name__})" for name, block in blocks if block is source)
-        raise OverflowError(f"{next(places, 'the input')} {message}")
+        if source is None:
+            raise OverflowError(f"the input {message}")
+        name, block = source
+        raise OverflowError(f"the output of block {name} ({type(block).__name__}) {message}")
 
 
 def _values_are_hidden(streams: Streams) -> bool:

@@ -89,7 +89,7 @@ def test_residuals_are_kept_for_equation_5_alone():
 
 
 def test_frames_beyond_the_grid_s_range_are_refused():
-    with pytest.raises(OverflowError, match=r"the input reaches 300; .* up to 256\. exact=revflow\.Grid\(bits=15\)"):
+    with pytest.raises(OverflowError, match=r"the input reaches 300; .* below 256\. exact=revflow\.Grid\(bits=15\)"):
         network()(torch.full((1, 2, 3, 24, 20), 300.0), uniform(1, 1, 24, 20))
 
 

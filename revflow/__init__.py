@@ -13,6 +13,9 @@ from revflow.exact import Grid as Grid
 from revflow.exact import Residual as Residual
 from revflow.memory import MemoryReport as MemoryReport
 from revflow.memory import measure_memory as measure_memory
+from revflow.recurrence import RecurrentCell as RecurrentCell
+from revflow.recurrence import RecurrentState as RecurrentState
+from revflow.recurrence import ReversibleRecurrence as ReversibleRecurrence
 from revflow.sequence import ReversibleSequence as ReversibleSequence
 from revflow.verify import Verification as Verification
 from revflow.verify import verify as verify

@@ -181,7 +181,7 @@ class _Step(Replay):
         k, block = self.target, self._block
         y, y_grad = now[k], grads[k]
         others = [*range(k), *range(k + 1, len(now))]
-        inputs = [_leaf(now[j], self._layout[j], given.needs[j]) for j in others]
+        inputs = [leaf(now[j], self._layout[j], given.needs[j]) for j in others]
         wanted = (*inputs, *given.leaves, *given.own)
         t = self.again(given.own, block.evaluate, self._conditioner, y, inputs, context)
         if given.seen is not None:
@@ -193,7 +193,7 @@ class _Step(Replay):
         if block.translates:
             if self._inverse and y_grad is not None:
                 y_grad = -y_grad
-            found = _gradients((*t, *inputs), wanted, (y_grad, *other_grads))
+            found = gradients((*t, *inputs), wanted, (y_grad, *other_grads))
         else:
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
@@ -202,7 +202,7 @@ class _Step(Replay):
                     again = (*again, self.log_det(t))
             if self.keeps_target and given.seen is not None:
                 given.seen.output(y, again[0])
-            grads[k], *found = _gradients((*again, *inputs), (x, *wanted), (y_grad, *given.grads, *other_grads))
+            grads[k], *found = gradients((*again, *inputs), (x, *wanted), (y_grad, *given.grads, *other_grads))
         for i, j in enumerate(others):
             grads[j] = found[i]
         return found[len(others) :]
@@ -251,13 +251,13 @@ class Whole(Call):
                 f"block {self.position} ({self.block_type}): {'forward' if passage.inverse else 'inverse'} returned streams of "
                 f"shapes {_shapes(streams)}, to undo a pass that was given {_shapes(self._shapes)}"
             )
-        inputs = tuple(map(_leaf, streams, self._strides, given.needs))
+        inputs = tuple(map(leaf, streams, self._strides, given.needs))
         wanted = (*inputs, *given.leaves, *own)
         # Off the grid: rounding has a derivative of 1.
         again = self._replay.again(own, run_whole, self._block, passage._replace(grid=None), inputs, context)
         if given.seen is not None:
             given.seen.graph(0, again, wanted)
-        return streams, [*_gradients(again, wanted, given.grads)]
+        return streams, [*gradients(again, wanted, given.grads)]
 
 
 def _shapes(streams: Sequence[Tensor | torch.Size]) -> str:
@@ -273,7 +273,7 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _leaf(tensor: Tensor, strides: tuple[int, ...], needs_grad: bool) -> Tensor:
+def leaf(tensor: Tensor, strides: tuple[int, ...], needs_grad: bool) -> Tensor:
     """A leaf of a new graph, of the tensor's values, with the strides of the first run."""
     return _laid_out(tensor, strides).detach().requires_grad_(needs_grad)
 
@@ -285,7 +285,7 @@ def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def _gradients(outputs: Streams, inputs: Streams, grads: Gradients) -> Gradients:
+def gradients(outputs: Streams, inputs: Streams, grads: Gradients) -> Gradients:
     """The gradients of `inputs`; None for those that want none or that the outputs do not depend on.
 
     This is torch.autograd.grad without its checks of the arguments, which for small conditioners take as long as it does.

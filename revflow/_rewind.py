@@ -189,7 +189,7 @@ class _Rewind(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         if torch.is_grad_enabled():
-            return _once(_rewind, ctx, grads, [g for g in grads if g is not None])
+            return once(_rewind, ctx, grads, [g for g in grads if g is not None])
         return _rewind(ctx, grads)
 
 
@@ -204,11 +204,8 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     begin, end, count = ctx.ends
     saved: Streams = ctx.saved_tensors
     # An alias a place: a tensor may stand in the context twice, or be a parameter too.
-    leaves = [_alias_of(t) for t in saved[: end - begin]]
-    # Where the user has hooks an alias takes their place: they see the whole gradient, when the Function returns it.
-    own = [
-        t if t.grad_fn is None and not t._backward_hooks else _alias_of(t) for t in saved[end - begin : count - begin]
-    ]
+    leaves = [alias_of(t) for t in saved[: end - begin]]
+    own = own_of(saved[end - begin : count - begin])
     needs = ctx.needs_input_grad[1:]
     seen = None if evidence is None else tape.witness.watch(evidence, call)  # type: ignore[union-attr]
     streams, found = call.rewind(outputs, Given(grads, needs, leaves, own, saved[count - begin :], seen))
@@ -221,7 +218,13 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     return (None, *found)
 
 
-def _alias_of(tensor: Tensor) -> Tensor:
+def own_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The parameters to evaluate with: where the user has hooks an alias takes their place. They see the whole gradient, when
+    the Function returns it."""
+    return [p if p.grad_fn is None and not p._backward_hooks else alias_of(p) for p in parameters]
+
+
+def alias_of(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
@@ -241,7 +244,7 @@ class _Anchor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         if torch.is_grad_enabled():
-            return _once(_begin, ctx, grads, ctx.saved_tensors)
+            return once(_begin, ctx, grads, ctx.saved_tensors)
         return _begin(ctx, grads)
 
 
@@ -256,7 +259,7 @@ def _begin(ctx: Any, grads: Gradients) -> Gradients:
     return (None, None, None, *grads)
 
 
-def _once(
+def once(
     backward: Callable[[Any, Gradients], Gradients], ctx: Any, grads: Gradients, connected: Sequence[Tensor]
 ) -> Gradients:
     """Call `backward`, where a graph is asked for, without one: its gradients can be used, but not differentiated.

@@ -189,7 +189,7 @@ class ReversibleSequence(nn.Sequential):
     def _run(
         self, x: Tensor | Streams, context: dict[str, Any], inverse: bool = False, log_det: bool = False
     ) -> tuple[Any, Any]:
-        if _engine_applies():
+        if engine_applies():
             return self._on_a_tape(x, context, inverse, log_det)  # type: ignore[no-any-return]
         return self._chain(x, context, inverse, log_det, None)
 
@@ -336,7 +336,7 @@ def _sum_of(log_dets: list[Tensor], stream: Tensor) -> Tensor:
     return sum(log_dets[1:], log_dets[0]) if log_dets else stream.new_zeros(len(stream))
 
 
-def _engine_applies() -> bool:
+def engine_applies() -> bool:
     """Whether to rebuild activations in the backward pass, or to run the blocks as ordinary modules: without gradients, as
     part of another chain's rerun, and under forward-mode differentiation and torch.func's transforms, which need graphs."""
     if torch.compiler.is_compiling():

@@ -24,7 +24,8 @@ class CrevNet(nn.Module):
     """Predicts the next frames of a video, at any frame size.
 
     `forward` gives the one-step predictions that it is trained on, `generate` the frames after the past ones, `loss` the
-    training loss. Encoder and decoder store no activations (revflow); the predictor trains under ordinary autograd.
+    training loss. In training nothing is stored of a time step but its latent, its predicted frame and the predictor's
+    states (revflow): not within a frame, and not from module to module.
     """
 
     def __init__(self, config: CrevNetConfig) -> None:
@@ -124,16 +125,15 @@ class CrevNet(nn.Module):
     def _predictions(self, inputs: Tensor, steps: int) -> Tensor:
         """(B, T, Ci, Hp, Wp) -> (B, steps, Ci, Hp, Wp): the frames that follow each of the inputs, and, from the predicted
         latents, those that follow the last of them."""
-        batch, seen = inputs.shape[:2]
-        z1, z2 = (z.unflatten(0, (batch, seen)) for z in self.autoencoder.encode(inputs.flatten(0, 1)))
-        latent: Latent = z1[:, 0], z2[:, 0]
-        state = self.predictor.initial_state(latent)
-        outputs: list[Latent] = []
+        frames: list[Tensor] = []
+        state = None
         for t in range(steps):
-            latent, state = self.predictor((z1[:, t], z2[:, t]) if t < seen else latent, state)
-            outputs.append(latent)
-        z1, z2 = (torch.stack(stream, 1).flatten(0, 1) for stream in zip(*outputs, strict=True))
-        return self.autoencoder.decode((z1, z2)).unflatten(0, (batch, steps))
+            if t < inputs.shape[1]:
+                latent: Latent = self.autoencoder.encode(inputs[:, t])
+            state = self.predictor.initial_state(latent) if state is None else state
+            latent, state = self.predictor(latent, state)
+            frames.append(self.autoencoder.decode(latent))
+        return torch.stack(frames, 1)
 
     def _crop(self, frames: Tensor, like: Tensor) -> Tensor:
         """(..., Ci, Hp, Wp) -> (..., C, H, W), the data channels inside the frame."""

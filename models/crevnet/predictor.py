@@ -5,7 +5,8 @@ Shapes: streams, states and memories are all (B, N, H, W), with N the channels o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,9 @@ class PredictorState(NamedTuple):
     """What every module's inverse needs in exact arithmetic, if it was to be kept."""
 
 
-class ReversiblePredictiveModule(nn.Module):
-    """(x1, x2) -> ((1 - g) x2 + g h, x1), with h = ConvRNN(x1) and g = sigmoid(attention(h)).
+class ReversiblePredictiveModule(revflow.RecurrentCell):
+    """(x1, x2) -> ((1 - g) x2 + g h, x1), with h = ConvRNN(x1) and g = sigmoid(attention(h)). Its state is (h, c); its memory
+    the m of an ST-LSTM, and nothing of a ConvLSTM.
 
     The gates are computed in float32, and 1 - g as the sigmoid of the negated logit. On a grid the sum is rounded to it.
     """
@@ -47,13 +49,17 @@ class ReversiblePredictiveModule(nn.Module):
             nn.Conv2d(channels, channels, 1),
         )
 
-    def forward(
-        self, streams: Latent, state: CellState, memory: Tensor | None
-    ) -> tuple[Latent, CellState, Tensor | None]:
+    def update(
+        self, streams: Latent, state: tuple[Tensor, ...], memory: tuple[Tensor, ...], context: dict[str, Any]
+    ) -> tuple[CellState, tuple[Tensor, ...]]:
+        new, left = self.cell(streams[0], CellState(*state), memory[0] if memory else None)
+        return new, () if left is None else (left,)
+
+    def mix(self, streams: Latent, state: tuple[Tensor, ...], context: dict[str, Any]) -> Latent:
         x1, x2 = streams
-        state, memory = self.cell(x1, state, memory)
-        mixed = revflow.GatedCoupling.combine(x2, self.attention(state.h), state.h)
-        return (mixed if self._grid is None else self._grid.round(mixed), x1), state, memory
+        h = state[0]
+        mixed = revflow.GatedCoupling.combine(x2, self.attention(h), h)
+        return (mixed if self._grid is None else self._grid.round(mixed)), x1
 
     def inverse(
         self, streams: Latent, state: CellState, memory: Tensor | None, residual: revflow.Residual | None = None
@@ -84,7 +90,7 @@ class Predictor(nn.Module):
     def __init__(self, config: CrevNetConfig) -> None:
         super().__init__()
         width = config.widths[-1]
-        self.stack = nn.ModuleList(
+        self.stack = revflow.ReversibleRecurrence(
             ReversiblePredictiveModule(width, config.cell, config.grid) for _ in range(config.modules)
         )
         self.has_memory = CELLS[config.cell].has_memory
@@ -99,16 +105,19 @@ class Predictor(nn.Module):
         self, latent: Latent, state: PredictorState, keep_residuals: bool = False
     ) -> tuple[Latent, PredictorState]:
         """The next frame's latent, and the state for the next step; in exact arithmetic with residuals, if wanted."""
-        memory = state.memories[-1] if self.has_memory else None
-        cells, memories, residuals = [], [], []
-        for module, cell in zip(self.stack, state.cells, strict=True):
-            outputs, cell, memory = module(latent, cell, memory)
-            if keep_residuals:
-                residuals.append(module.residual(latent, outputs, cell.h))
+        memories = tuple((m,) for m in state.memories) or ((),) * len(self.stack)
+        outputs, (cells, left) = self.stack.step(latent, revflow.RecurrentState(state.cells, memories))
+        residuals = tuple(self._residuals(latent, cells)) if keep_residuals else ()
+        return outputs, PredictorState(
+            tuple(CellState(*c) for c in cells), tuple(m for ms in left for m in ms), residuals
+        )
+
+    def _residuals(self, latent: Latent, cells: Iterable[CellState]) -> Iterator[revflow.Residual]:
+        """Those of each module, by its new state."""
+        for module, (h, c) in zip(self.stack, cells, strict=True):
+            outputs = module.mix(latent, (h, c), {})
+            yield module.residual(latent, outputs, h)
             latent = outputs
-            cells.append(cell)
-            memories.append(memory)
-        return latent, PredictorState(tuple(cells), tuple(memories) if self.has_memory else (), tuple(residuals))
 
     def inverse(self, latent: Latent, before: PredictorState, after: PredictorState) -> Latent:
         """P⁻¹ of eq. 5: the step's input from its output, the state before it and, of the state after it, the memories that

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import revflow.recurrence
 import revflow.sequence
 from crevnet import CrevNet, CrevNetConfig
 from crevnet.config import PRESETS
@@ -35,7 +36,8 @@ def test_loss_predictions_and_gradients_over_12_steps(cell, over, autocast, monk
     results = []
     for stored in (False, True):
         if stored:
-            monkeypatch.setattr(revflow.sequence, "_engine_applies", lambda: False)
+            for module in (revflow.sequence, revflow.recurrence):
+                monkeypatch.setattr(module, "engine_applies", lambda: False)
         net.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
             predictions, loss = net(frames, roads), net.loss(frames, roads, over)

@@ -1,0 +1,107 @@
+"""ReversibleRecurrence: a stack of recurrent cells that trains through time without storing what happens inside of a step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from revflow import _steps
+from revflow._passage import Streams
+from revflow.sequence import engine_applies
+
+Tensors = tuple[Tensor, ...]
+
+
+class RecurrentState(NamedTuple):
+    """What a step leaves for the next one."""
+
+    cells: tuple[Tensors, ...]
+    """The state of every cell."""
+    memories: tuple[Tensors, ...]
+    """The memory that left every cell; the last one enters the first cell in the next step."""
+
+
+class RecurrentCell(nn.Module, ABC):
+    """A module of a `ReversibleRecurrence`: streams go in and out, and a state goes from step to step.
+
+    All its cost should be in `update`: it runs twice a training step, `mix` three times. A memory is whatever passes from
+    each cell to the next one, and from the last one to the first of the next step; it may be empty.
+    """
+
+    @abstractmethod
+    def update(
+        self, streams: Streams, state: Tensors, memory: Tensors, context: dict[str, Any]
+    ) -> tuple[Tensors, Tensors]:
+        """The new state and the new memory, tensor by tensor of the shapes of the old ones."""
+
+    @abstractmethod
+    def mix(self, streams: Streams, state: Tensors, context: dict[str, Any]) -> Streams:
+        """The output streams, from the input streams and the new state."""
+
+    def forward(
+        self, streams: Streams, state: Tensors, memory: Tensors = (), **context: Any
+    ) -> tuple[Streams, Tensors, Tensors]:
+        """One step of this cell alone, under ordinary autograd: streams, state and memory."""
+        state, memory = self.update(streams, state, memory, context)
+        return self.mix(streams, state, context), state, memory
+
+
+class ReversibleRecurrence(nn.ModuleList):
+    """Recurrent cells, one upon the other, over time.
+
+    In training a step stores its input streams and the new states and memories, which the next step needs anyway. The
+    backward pass rebuilds everything else, cell by cell: it evaluates every `update` twice in all, every `mix` three times.
+    Gradients are those of ordinary autograd.
+
+    Args:
+        cells: the cells, the first one at the bottom.
+
+    Under `no_grad`, forward-mode differentiation, `torch.func`'s transforms and `torch.export` it runs as ordinary modules do.
+    """
+
+    def __init__(self, cells: Iterable[RecurrentCell]) -> None:
+        super().__init__(cells)
+
+    def forward(
+        self, inputs: Sequence[Streams | None], state: RecurrentState, **context: Any
+    ) -> tuple[list[Streams], RecurrentState]:
+        """The streams that leave each step, and the last step's state.
+
+        Args:
+            inputs: the streams of each step; None where the last step's output is fed back.
+            state: before the first step.
+        """
+        outputs: list[Streams] = []
+        for t, streams in enumerate(inputs):
+            if streams is None and not outputs:
+                raise ValueError("inputs[0] is None: there is no output yet that could be fed back")
+            output, state = self.step(outputs[t - 1] if streams is None else streams, state, **context)
+            outputs.append(output)
+        return outputs, state
+
+    def step(self, streams: Streams, state: RecurrentState, **context: Any) -> tuple[Streams, RecurrentState]:
+        """One step: the streams that leave the last cell, and the new state."""
+        if not engine_applies():
+            return self.plain_step(streams, state, **context)
+        return self._kept_step(streams, state, context)  # type: ignore[no-any-return]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _kept_step(
+        self, streams: Streams, state: RecurrentState, context: dict[str, Any]
+    ) -> tuple[Streams, RecurrentState]:
+        streams, cells, memories = _steps.run(list(self), streams, state.cells, state.memories[-1], context)  # type: ignore[arg-type]
+        return streams, RecurrentState(tuple(cells), tuple(memories))
+
+    def plain_step(self, streams: Streams, state: RecurrentState, **context: Any) -> tuple[Streams, RecurrentState]:
+        """`step` under ordinary autograd, which stores every activation."""
+        memory = state.memories[-1]
+        cells, memories = [], []
+        for cell, its_state in zip(self, state.cells, strict=True):
+            streams, its_state, memory = cell(streams, its_state, memory, **context)
+            cells.append(its_state)
+            memories.append(memory)
+        return streams, RecurrentState(tuple(cells), tuple(memories))

@@ -24,6 +24,7 @@ from engine.exactly import (
     tokens,
 )
 from engine.nets import (
+    Scale,
     additive,
     additive_two,
     affine,
@@ -93,6 +94,13 @@ def test_log_det(stack):
     with torch.no_grad():
         assert_equal(net.forward_with_log_det(x), plain(x))
     assert_equal(run(net, net.forward_with_log_det, [x]), run(net, plain, [x]))
+
+
+def test_log_det_is_not_rounded():
+    net, x = network(lambda: [Scale()]), frames()
+    for function in (net.forward_with_log_det, torch.no_grad()(net.forward_with_log_det)):
+        assert_equal([function(x)[1]], [net[0].log_det(x)])
+    assert not torch.equal(GRID.round(net[0].log_det(x)), net[0].log_det(x))
 
 
 @stacks

@@ -122,6 +122,8 @@ def run_plainly(block: Stepwise, passage: Passage, streams: Streams, context: Co
         now[k] = changed(block, inverse, grid, x, t)
         if grid is not None and residuals is not None and not block.translates:
             if inverse:
+                if not residuals:
+                    raise ValueError(_OTHER_RESIDUALS)
                 now[k] = grid.restore(now[k], residuals.pop())
             else:
                 with torch.no_grad():
@@ -195,3 +197,6 @@ def log_det_of(block: Stepwise, inverse: bool, t: Streams) -> Tensor:
 
 def total(log_dets: list[Tensor]) -> Tensor:
     return log_dets[0] if len(log_dets) == 1 else torch.stack(log_dets).sum(0)
+
+
+_OTHER_RESIDUALS = "there is no residual left for this block: they are of another sequence"

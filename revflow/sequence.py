@@ -44,7 +44,8 @@ class ReversibleSequence(nn.Sequential):
             sequence, and raise `ReconstructionError` from a second one (1e-2, 1e-1); "raise" from the first; or "off". With
             `exact`, any bit that differs is an error.
         exact: whether the streams live on a grid, so that what is rebuilt, and every gradient, is what stored activations
-            would give, to the last bit; True, or a `Grid` (True is one of 16 bits). The input, and whatever a conditioner
+            would give, to the last bit; True, or a `Grid` (True is one of 16 bits). (Of a tensor that is used several times
+            within a block and in other blocks too, gradients are summed in another order.) The input, and whatever a conditioner
             adds, is rounded to the grid, here as in `plain` and in inference, with the gradient passing straight through.
             Couplings that do more than add keep one byte a value, and four more of those that are all but overwritten (gates
             above 0.996). OverflowError names the block whose output outgrows the
@@ -117,7 +118,13 @@ class ReversibleSequence(nn.Sequential):
     @torch.no_grad()
     def inverse_with_residuals(self, y: Tensor | Streams, residuals: Sequence[Residual], **context: Any) -> Any:
         """The x, rounded to the grid, of which `forward_with_residuals` has made `y` and these residuals; without a graph."""
-        return self._chain(y, context, True, False, None, self._checked_exact(list(residuals)))[0]
+        left = self._checked_exact(list(residuals))
+        x, _ = self._chain(y, context, True, False, None, left)
+        if left:
+            raise ValueError(
+                f"{len(residuals)} residuals were given, and {len(left)} not used: they are of another sequence"
+            )
+        return x
 
     def _checked_exact(self, residuals: list[Residual]) -> list[Residual]:
         if self._grid is None:

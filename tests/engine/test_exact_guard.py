@@ -296,6 +296,12 @@ def test_a_fault_in_large_streams():
             chain(fault)(frames(1, 4, 40, 50)).square().mean().backward()
 
 
+def test_small_values_in_other_places():
+    """Which the sum of all bits does not tell: the few values are compared bit by bit too."""
+    with failure("warn", 0):
+        chain(Permuted())((0.01 * frames()).requires_grad_()).square().mean().backward()
+
+
 def test_what_saved_tensors_hooks_change_is_found():
     net = around(additive())
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t + (GRID.unit if t.dim() == 4 else 0)):

@@ -24,6 +24,7 @@ from engine.exactly import (
     tokens,
 )
 from engine.nets import (
+    Scale,
     additive,
     additive_two,
     affine,
@@ -32,6 +33,7 @@ from engine.nets import (
     evaluations,
     gated,
     gated_two,
+    image,
     of_one,
     weighted,
 )
@@ -93,6 +95,13 @@ def test_log_det(stack):
     with torch.no_grad():
         assert_equal(net.forward_with_log_det(x), plain(x))
     assert_equal(run(net, net.forward_with_log_det, [x]), run(net, plain, [x]))
+
+
+def test_log_det_is_not_rounded():
+    net, x = network(lambda: [Scale()]), frames()
+    for function in (net.forward_with_log_det, torch.no_grad()(net.forward_with_log_det)):
+        assert_equal([function(x)[1]], [net[0].log_det(x)])
+    assert not torch.equal(GRID.round(net[0].log_det(x)), net[0].log_det(x))
 
 
 @stacks
@@ -236,3 +245,14 @@ def test_other_values_of_exact_are_refused(exact):
 def test_streams_that_have_no_grid_are_refused(dtype):
     with pytest.raises(TypeError, match=f"streams of floating-point numbers, not of {dtype}"):
         network(of_one(additive))((frames(2, 4, 6, 4), torch.ones(2, 4, 6, 4, dtype=dtype)))
+
+
+def test_residuals_of_another_sequence_are_refused():
+    torch.manual_seed(0)
+    short, long = (revflow.ReversibleSequence([gated(4) for _ in range(n)], exact=True) for n in (2, 3))
+    x = image(dtype=torch.float32)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"block 0 .*there is no residual left for this block"):
+            long.inverse_with_residuals(x, short.forward_with_residuals(x)[1])
+        with pytest.raises(ValueError, match="3 residuals were given, and 1 not used"):
+            short.inverse_with_residuals(x, long.forward_with_residuals(x)[1])

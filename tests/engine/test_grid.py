@@ -30,7 +30,7 @@ modes = pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
 deterministic = settings(
     derandomize=True,
     deadline=None,
-    max_examples=40,
+    max_examples=25,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )
 

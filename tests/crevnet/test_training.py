@@ -95,11 +95,11 @@ def test_best_checkpoint_has_the_validation_score_that_is_returned(settings, poi
 
 
 def test_last_checkpoint_is_the_last_even_if_no_better(one_window, tmp_path):
-    training = replace(one_window.training, epochs=5, learning_rate=0.3)
+    training = replace(one_window.training, epochs=3, learning_rate=0.3)
     found = train(replace(one_window, training=training), tmp_path)
     values = scalars(tmp_path, "val/mse")
-    assert len(values) == 5 and found == pytest.approx(min(values), rel=1e-6) and values[-1] > min(values)
-    assert checkpoint(tmp_path, "last")["global_step"] == 5
+    assert len(values) == 3 and found == pytest.approx(min(values), rel=1e-6) and values[-1] > min(values)
+    assert checkpoint(tmp_path, "last")["global_step"] == 3
     assert checkpoint(tmp_path, "best")["global_step"] == 1 + values.index(min(values))
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from revflow import _steps
+from revflow._mode import engine_applies
 from revflow._passage import Streams
-from revflow.sequence import engine_applies
 
 Tensors = tuple[Tensor, ...]
 
@@ -60,7 +60,8 @@ class ReversibleRecurrence(nn.ModuleList):
     Args:
         cells: the cells, the first one at the bottom.
 
-    Under `no_grad`, forward-mode differentiation, `torch.func`'s transforms and `torch.export` it runs as ordinary modules do.
+    Under `revflow.ordinary_autograd`, `no_grad`, forward-mode differentiation, `torch.func`'s transforms and `torch.export` it
+    runs as ordinary modules do. Second derivatives are refused. The guard does not watch recurrences yet.
     """
 
     def __init__(self, cells: Iterable[RecurrentCell]) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from revflow._guard import Guard, Mode
+from revflow._mode import engine_applies, is_transformed
 from revflow._passage import Arguments, Passage, Stepwise, Streams
-from revflow._replay import Draws, is_recomputing
+from revflow._replay import Draws
 from revflow._rewind import Tape, end, through
 from revflow.exact import Extent, Grid, Residual
 
@@ -24,8 +25,6 @@ _REASON = {
 }
 if "reason" not in inspect.signature(torch.compiler.disable).parameters:
     _REASON = {}
-# PyTorch 2.6 cannot tell: there, export under no_grad.
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class ReversibleSequence(nn.Sequential):
@@ -307,11 +306,7 @@ def _refuse_overflow(extent: Extent) -> None:
 
 def _values_are_hidden(streams: Streams) -> bool:
     """Whether they cannot be looked at: in a graph that is being captured, under torch.func's transforms, or fake."""
-    return torch.compiler.is_compiling() or _is_transformed() or any(isinstance(s, FakeTensor) for s in streams)
-
-
-def _is_transformed() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return torch.compiler.is_compiling() or is_transformed() or any(isinstance(s, FakeTensor) for s in streams)
 
 
 def _checked(name: str | int, block: object) -> nn.Module:
@@ -341,12 +336,3 @@ def _call_of(module: nn.Module) -> Callable[..., Any]:
 
 def _sum_of(log_dets: list[Tensor], stream: Tensor) -> Tensor:
     return sum(log_dets[1:], log_dets[0]) if log_dets else stream.new_zeros(len(stream))
-
-
-def engine_applies() -> bool:
-    """Whether to rebuild activations in the backward pass, or to run the blocks as ordinary modules: without gradients, as
-    part of another chain's rerun, and under forward-mode differentiation and torch.func's transforms, which need graphs."""
-    if torch.compiler.is_compiling():
-        return torch.is_grad_enabled() and not _is_exporting()
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return torch.is_grad_enabled() and not (is_recomputing() or _is_transformed() or forward_mode)

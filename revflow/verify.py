@@ -6,7 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revflow._guard import LOW_PRECISION, TOLERANCES, Guard, Tolerance, tf32
+from revflow._mode import ordinary_autograd
 from revflow._passage import Stepwise
 from revflow.exact import Grid
 from revflow.memory import measure_memory
@@ -97,6 +98,10 @@ def verify(net: nn.Module, *inputs: Any, **context: Any) -> Verification:
     return _Trial(net, inputs, context).report()
 
 
+_WAYS = (nullcontext, ordinary_autograd)
+"""With the engine, and without."""
+
+
 class _Trial:
     def __init__(self, net: nn.Module, inputs: tuple[Any, ...], context: dict[str, Any]) -> None:
         self._net, self._arguments = net, (inputs, context)
@@ -125,7 +130,8 @@ class _Trial:
         )
 
     def _compare_gradients(self, evaluations: dict[str, int]) -> Worst | None:
-        plain = self._gradients(_plainly(copy.deepcopy(self._net)))
+        with ordinary_autograd():
+            plain = self._gradients(copy.deepcopy(self._net))
         net = copy.deepcopy(self._net)
         with _counted(net, evaluations):
             try:
@@ -164,10 +170,10 @@ class _Trial:
     def _memory(self) -> tuple[Both, Both]:
         """Alive after a forward pass, and at most in a forward and a backward pass."""
         kept, peak = [], []
-        for prepare in (_unguarded, _plainly):
-            net = prepare(copy.deepcopy(self._net))
+        for way in _WAYS:
+            net = _unguarded(copy.deepcopy(self._net))
             (inputs, context), _ = _with_leaves(self._arguments)
-            with _seeded(self._device):
+            with _seeded(self._device), way():
                 forward = measure_memory(partial(net, *inputs, **context), device=self._device)
                 step = measure_memory(partial(self._step, net), device=self._device)
             kept.append(forward.kept)
@@ -181,21 +187,22 @@ class _Trial:
 
     def _time(self) -> float:
         """Median of three pairs, after one of each."""
-        nets = [prepare(copy.deepcopy(self._net)) for prepare in (_unguarded, _plainly)]
+        net = _unguarded(copy.deepcopy(self._net))
         with _seeded(self._device):
-            pairs = [[self._seconds(net) for net in nets] for _ in range(4)]
+            pairs = [[self._seconds(net, way) for way in _WAYS] for _ in range(4)]
         return statistics.median(engine / plain for engine, plain in pairs[1:])
 
-    def _seconds(self, net: nn.Module) -> float:
+    def _seconds(self, net: nn.Module, way: Callable[[], AbstractContextManager[None]]) -> float:
         begin = time.perf_counter()
-        self._step(net)
+        with way():
+            self._step(net)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter() - begin
 
     def _look_at_blocks(self) -> Worst:
         """Look at each block by itself, with the streams that it is given in the network; returns the worst inverse."""
-        net = _plainly(copy.deepcopy(self._net))
+        net = copy.deepcopy(self._net)  # without gradients, so under ordinary autograd
         calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
         def keep(block: nn.Module, streams: tuple[Any, ...], context: dict[str, Any]) -> None:
@@ -287,19 +294,6 @@ def _named_blocks(net: nn.Module) -> Iterator[tuple[str, nn.Module, Grid | None]
         if isinstance(sequence, ReversibleSequence):
             for index, block in enumerate(sequence):
                 yield f"block {name + '.' if name else ''}{index} ({type(block).__name__})", block, sequence._grid
-
-
-def _plainly(net: nn.Module) -> nn.Module:
-    """With every sequence in it under ordinary autograd."""
-    for sequence in _sequences(net):
-        sequence._run = partial(_chain_plainly, sequence)  # type: ignore[method-assign]
-    return net
-
-
-def _chain_plainly(
-    sequence: ReversibleSequence, x: Any, context: dict[str, Any], inverse: bool = False, log_det: bool = False
-) -> tuple[Any, Any]:
-    return sequence._chain(x, context, inverse, log_det, tape=None)
 
 
 def _unguarded(net: nn.Module) -> nn.Module:

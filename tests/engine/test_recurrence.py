@@ -148,17 +148,23 @@ def test_a_step_keeps_its_input_and_its_states(memory):
     assert kept(9) - kept(4) == 5 * stream * (2 + CELLS * (3 if memory else 2))
 
 
+def alive():
+    """Steps that somebody still refers to."""
+    return [o for o in gc.get_objects() if type(o) is revflow._steps._Step]
+
+
 def test_nothing_stays_behind():
+    gc.collect()
     net, (inputs, state) = recurrence(), given()
     loss = loss_of(net(inputs, state))
     gc.disable()
     try:
         for parameter in net[1].parameters():
             torch.autograd.grad(loss, parameter, retain_graph=True)
-        steps = [o for o in gc.get_objects() if type(o).__name__ == "_Step"]
+        steps = alive()
         assert len(steps) == STEPS and not any(step._inputs for step in steps)
         del loss, steps
-        assert not [o for o in gc.get_objects() if type(o).__name__ == "_Step"]
+        assert not alive()
     finally:
         gc.enable()
 

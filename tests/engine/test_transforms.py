@@ -259,3 +259,15 @@ def test_errors_in_a_sequence_of_sequences_name_the_block():
     inner.register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match="block 1 is a ReversibleSequence with hooks"):
         revflow.ReversibleSequence([additive(4), inner])(torch.zeros(1, 8, 4, 4))
+
+
+@stacks
+def test_ordinary_autograd_is_the_plain_path(stack):
+    net, x = network(stack), image()
+    with revflow.ordinary_autograd():
+        (found,) = torch.autograd.grad(net(x).sum(), next(net.parameters()), create_graph=True)
+        with revflow.ordinary_autograd():
+            pass
+        assert revflow.measure_memory(lambda: net(x)).kept == revflow.measure_memory(lambda: net.plain(x)).kept
+    found.sum().backward()  # a second derivative, which the engine refuses
+    assert revflow.measure_memory(lambda: net(x)).kept < revflow.measure_memory(lambda: net.plain(x)).kept

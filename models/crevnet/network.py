@@ -56,9 +56,9 @@ class CrevNet(nn.Module):
         seen = inputs[:, : self.config.past] if over == "generated" else inputs[:, :-1]
         predictions, truth = self._predictions(seen, inputs.shape[1] - 1), inputs[:, 1:]
         if over == "padded":
-            return F.mse_loss(predictions, truth)
+            return _mean_squared_error(predictions, truth)
         first = -self.config.horizon if over == "future" else 0
-        return F.mse_loss(self._crop(predictions, frames)[:, first:], frames[:, 1:][:, first:])
+        return _mean_squared_error(self._crop(predictions, frames)[:, first:], frames[:, 1:][:, first:])
 
     @torch.no_grad()
     def generate(
@@ -138,3 +138,8 @@ class CrevNet(nn.Module):
     def _crop(self, frames: Tensor, like: Tensor) -> Tensor:
         """(..., Ci, Hp, Wp) -> (..., C, H, W), the data channels inside the frame."""
         return frames[..., : self.config.channels, : like.shape[-2], : like.shape[-1]]
+
+
+def _mean_squared_error(predictions: Tensor, truth: Tensor) -> Tensor:
+    # PyTorch's result is a scalar in a buffer that is as large as the predictions; a copy is not.
+    return F.mse_loss(predictions, truth).clone()

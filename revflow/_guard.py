@@ -112,13 +112,11 @@ class Seen:
         looked_at = self._witness.guard.looked_at
         if position not in looked_at:
             looked_at.add(position)
-            stranger = _stranger(outputs, inputs)
+            stranger = stranger_among(outputs, inputs)
             if stranger is not None:
                 looked_at.discard(position)
                 raise RuntimeError(
-                    f"block {self.call.position} ({self.call.block_type}): a conditioner uses a tensor of shape "
-                    f"{tuple(stranger.shape)} that needs a gradient and is neither its parameter nor an argument: it would get "
-                    f"none. Register it, or pass it as a keyword argument of the sequence's call"
+                    f"block {self.call.position} ({self.call.block_type}): a conditioner uses {no_gradient_for(stranger)}"
                 )
 
     def inputs(self, rebuilt: Streams) -> None:
@@ -234,7 +232,7 @@ class Witness:
         return places
 
 
-def _stranger(outputs: Streams, inputs: Sequence[Tensor]) -> Tensor | None:
+def stranger_among(outputs: Streams, inputs: Sequence[Tensor]) -> Tensor | None:
     """A leaf in the graph of `outputs` that is none of `inputs`."""
     # By their nodes: under saved_tensors_hooks, other tensors come back in the place of parameters.
     known = {get_gradient_edge(i).node for i in inputs if i.requires_grad}
@@ -249,6 +247,13 @@ def _stranger(outputs: Streams, inputs: Sequence[Tensor]) -> Tensor | None:
                 seen.add(child)
                 nodes.append(child)
     return None
+
+
+def no_gradient_for(stranger: Tensor) -> str:
+    return (
+        f"a tensor of shape {tuple(stranger.shape)} that needs a gradient and is neither its parameter nor an argument: it would "
+        f"get none. Register it, or pass it as a keyword argument of the call"
+    )
 
 
 def _counts(stream: Tensor) -> bool:

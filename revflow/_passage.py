@@ -186,6 +186,18 @@ def _described(value: object) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
+NAMED = (RuntimeError, TypeError, ValueError, NotImplementedError)
+"""Errors of a block that are raised again with its place and what it was given."""
+
+
+def named(error: Exception, place: str, module: nn.Module, streams: Streams) -> Exception:
+    """The same error, with the place where it arose; one of another type (out of memory, say) as it is."""
+    if type(error) not in NAMED:
+        return error
+    shapes = ", ".join(str(tuple(s.shape)) for s in streams)
+    return type(error)(f"{place} ({type(module).__name__}), given streams of shapes {shapes}: {error}")
+
+
 def rotate(items: list[T], by: int) -> list[T]:
     return items[by:] + items[:by] if by else items
 

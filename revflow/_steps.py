@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from revflow._calls import gradients, leaf
-from revflow._passage import Arguments, Context, Gradients, Streams
+from revflow._guard import no_gradient_for, stranger_among
+from revflow._passage import NAMED, Arguments, Context, Gradients, Streams, named
 from revflow._replay import Draws, Replay
 from revflow._rewind import alias_of, once, own_of
 
@@ -50,9 +51,15 @@ class _Cell:
         self.parameters = self.update.parameters
 
     def first(self, draws: Draws, streams: Streams, state: Tensors, memory: Tensors, context: Context) -> Evaluated:
-        state, memory = self.update.first(draws, self.module.update, streams, state, memory, context)
-        streams = self.mix.first(draws, self.module.mix, streams, state, context)
-        return Evaluated(streams, state, memory)
+        versions = [s._version for s in streams]
+        new_state, new_memory = self.update.first(draws, self.module.update, streams, state, memory, context)
+        _check("update", "state", new_state, state)
+        _check("update", "memory", new_memory, memory)
+        mixed = self.mix.first(draws, self.module.mix, streams, new_state, context)
+        _check("mix", "streams", mixed, streams)
+        if [s._version for s in streams] != versions:
+            raise RuntimeError("its streams were changed in place, which cannot be undone; let it work on a copy")
+        return Evaluated(mixed, new_state, new_memory)
 
     def again(
         self, own: list[Tensor], streams: Streams, state: Tensors, memory: Tensors, context: Context
@@ -67,10 +74,22 @@ class _Cell:
         return self.mix.again(self.parameters, torch.no_grad()(self.module.mix), streams, state, context)
 
 
+def _check(method: str, what: str, new: object, old: Tensors) -> None:
+    # Not their dtypes: under autocast a state may become narrower.
+    if not isinstance(new, tuple) or [getattr(t, "shape", None) for t in new] != [t.shape for t in old]:
+        found = [tuple(getattr(t, "shape", "?")) for t in new] if isinstance(new, tuple) else type(new).__name__
+        expected = [tuple(t.shape) for t in old]
+        raise ValueError(f"{method} has to return {what} as a tuple of tensors of shapes {expected}; got {found}")
+
+
 class _Step:
     """What the Functions of one step share."""
 
-    def __init__(self, cells: Sequence[RecurrentCell], context: Context, device: torch.device) -> None:
+    def __init__(
+        self, cells: Sequence[RecurrentCell], context: Context, device: torch.device, looked_at: set[int]
+    ) -> None:
+        self.looked_at = looked_at
+        """The cells whose graphs were searched for tensors that would get no gradient."""
         self.cells = [_Cell(cell, device) for cell in cells]
         self.arguments = Arguments(context)
         self.draws = Draws()
@@ -107,19 +126,27 @@ class _Call(NamedTuple):
 
 
 def run(
-    cells: Sequence[RecurrentCell], streams: Streams, states: Sequence[Tensors], memory: Tensors, context: Context
+    cells: Sequence[RecurrentCell],
+    streams: Streams,
+    states: Sequence[Tensors],
+    memory: Tensors,
+    context: Context,
+    looked_at: set[int],
 ) -> tuple[Streams, list[Tensors], list[Tensors]]:
     """Run a step: its output streams, and the new state and memory of every cell."""
-    step = _Step(cells, context, streams[0].device)
+    step = _Step(cells, context, streams[0].device, looked_at)
     anchor = tuple([s.detach() for s in streams])
     calls: list[_Call] = []
     results: list[Tensor] = []
     nodes: list[Any] = []
     for k, (cell, state) in enumerate(zip(step.cells, states, strict=True)):
         calls.append(_Call(step, k, len(streams), len(state), len(memory)))
-        outputs: Tensors = _Update.apply(  # type: ignore[no-untyped-call]
-            calls[k], *streams, *state, *memory, *step.arguments.tensors, *cell.parameters
-        )
+        try:
+            outputs: Tensors = _Update.apply(  # type: ignore[no-untyped-call]
+                calls[k], *streams, *state, *memory, *step.arguments.tensors, *cell.parameters
+            )
+        except NAMED as error:
+            raise named(error, f"cell {k}", cell.module, streams) from error
         nodes.append(next((o.grad_fn for o in outputs if o.grad_fn is not None), None))
         streams, new_state, memory = calls[k].parted(outputs)
         results += [*new_state, *memory]
@@ -171,7 +198,13 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     given = call.parted(inputs)
     count = call.streams + call.state + call.memory
     again = cell.again(own, *given, step.arguments.filled(inputs[count:]))
-    return (None, *gradients(tuple(itertools.chain(*again)), (*inputs, *own), grads))
+    outputs = tuple(itertools.chain(*again))
+    if call.k not in step.looked_at:
+        stranger = stranger_among(outputs, (*inputs, *own))
+        if stranger is not None:
+            raise RuntimeError(f"cell {call.k} ({type(cell.module).__name__}) uses {no_gradient_for(stranger)}")
+        step.looked_at.add(call.k)
+    return (None, *gradients(outputs, (*inputs, *own), grads))
 
 
 class _End(torch.autograd.Function):

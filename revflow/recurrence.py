@@ -65,7 +65,12 @@ class ReversibleRecurrence(nn.ModuleList):
     """
 
     def __init__(self, cells: Iterable[RecurrentCell]) -> None:
-        super().__init__(cells)
+        super().__init__()
+        self._looked_at: set[int] = set()
+        for k, cell in enumerate(cells):
+            if not isinstance(cell, RecurrentCell):
+                raise TypeError(f"cell {k} has to be a revflow.RecurrentCell; got a {type(cell).__name__}")
+            self.append(cell)
 
     def forward(
         self, inputs: Sequence[Streams | None], state: RecurrentState, **context: Any
@@ -86,6 +91,11 @@ class ReversibleRecurrence(nn.ModuleList):
 
     def step(self, streams: Streams, state: RecurrentState, **context: Any) -> tuple[Streams, RecurrentState]:
         """One step: the streams that leave the last cell, and the new state."""
+        if len(state.cells) != len(self) or len(state.memories) != len(self):
+            raise ValueError(
+                f"state has to hold the states and the memories of {len(self)} cells; it holds {len(state.cells)} states and "
+                f"{len(state.memories)} memories"
+            )
         if not engine_applies():
             return self.plain_step(streams, state, **context)
         return self._kept_step(streams, state, context)  # type: ignore[no-any-return]
@@ -94,8 +104,11 @@ class ReversibleRecurrence(nn.ModuleList):
     def _kept_step(
         self, streams: Streams, state: RecurrentState, context: dict[str, Any]
     ) -> tuple[Streams, RecurrentState]:
-        streams, cells, memories = _steps.run(list(self), streams, state.cells, state.memories[-1], context)  # type: ignore[arg-type]
-        return streams, RecurrentState(tuple(cells), tuple(memories))
+        cells: list[RecurrentCell] = list(self)  # type: ignore[arg-type]
+        streams, states, memories = _steps.run(
+            cells, streams, state.cells, state.memories[-1], context, self._looked_at
+        )
+        return streams, RecurrentState(tuple(states), tuple(memories))
 
     def plain_step(self, streams: Streams, state: RecurrentState, **context: Any) -> tuple[Streams, RecurrentState]:
         """`step` under ordinary autograd, which stores every activation."""

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from revflow._guard import Guard, Mode
 from revflow._mode import engine_applies, is_transformed
-from revflow._passage import Arguments, Passage, Stepwise, Streams
+from revflow._passage import NAMED, Arguments, Passage, Stepwise, Streams, named
 from revflow._replay import Draws
 from revflow._rewind import Tape, end, through
 from revflow.exact import Extent, Grid, Residual
@@ -227,12 +227,8 @@ class ReversibleSequence(nn.Sequential):
                 extent.source = name, block
             try:
                 outputs = through(passage, name, block, streams, node, context)
-            except _NAMED as error:
-                if type(error) not in _NAMED:  # out of memory, say: its type is its meaning
-                    raise
-                shapes = ", ".join(str(tuple(s.shape)) for s in streams)
-                where = f"block {name} ({type(block).__name__}), given streams of shapes {shapes}"
-                raise type(error)(f"{where}: {error}") from error
+            except NAMED as error:
+                raise named(error, f"block {name}", block, streams) from error
             if log_det:
                 log_dets.append(outputs[-1])
                 outputs = outputs[:-1]
@@ -320,10 +316,6 @@ def _checked(name: str | int, block: object) -> nn.Module:
 
 def _hooks(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
-
-
-_NAMED = (RuntimeError, TypeError, ValueError, NotImplementedError)
-"""Errors of a block that are raised again with its index and what it was given."""
 
 
 def _call_of(module: nn.Module) -> Callable[..., Any]:

@@ -244,3 +244,39 @@ def test_copies_and_keys():
 def test_nothing_to_feed_back():
     with pytest.raises(ValueError, match=r"inputs\[0\] is None"):
         recurrence()([None], given()[1])
+
+
+def test_a_tensor_that_would_get_no_gradient_is_refused():
+    net, outsider = recurrence(), torch.ones((), dtype=torch.float64, requires_grad=True)
+    mix = net[1].mix
+    net[1].mix = lambda *given: tuple(s * outsider for s in mix(*given))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"cell 1 \(Cell\) uses a tensor of shape \(\) that needs a gradient"):
+            loss_of(net(*given())).backward()
+
+
+def test_streams_changed_in_place_are_refused():
+    net = recurrence()
+    update = net[2].update
+    net[2].update = lambda streams, *rest: update((streams[0].mul_(2), streams[1]), *rest)
+    with pytest.raises(RuntimeError, match=r"cell 2 \(Cell\), .* changed in place"):
+        net(*given())
+
+
+def test_what_a_cell_returns_is_checked():
+    net = recurrence()
+    update, mix = net[1].update, net[1].mix
+    net[1].update = lambda *a: (update(*a)[0][:1], update(*a)[1])
+    with pytest.raises(ValueError, match=r"cell 1 \(Cell\), .*update has to return state as a tuple of tensors"):
+        net(*given())
+    net[1].update, net[1].mix = update, lambda *a: [*mix(*a)]
+    with pytest.raises(ValueError, match=r"cell 1 .*mix has to return streams as a tuple .* got list"):
+        net(*given())
+
+
+def test_cells_and_states_that_do_not_fit():
+    with pytest.raises(TypeError, match=r"cell 0 has to be a revflow\.RecurrentCell; got a Linear"):
+        revflow.ReversibleRecurrence([nn.Linear(2, 2)])
+    inputs, state = given()
+    with pytest.raises(ValueError, match="of 3 cells; it holds 2 states and 3 memories"):
+        recurrence()(inputs, state._replace(cells=state.cells[:2]))

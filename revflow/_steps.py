@@ -109,6 +109,11 @@ class _Step:
     def take(self, k: int) -> Streams:
         return self._inputs.pop((torch._C._current_graph_task_id(), k))
 
+    def forget(self) -> None:
+        """Drop what was left for cells that the running backward will not come to, since one before them has failed."""
+        task = torch._C._current_graph_task_id()
+        self._inputs = {key: streams for key, streams in self._inputs.items() if key[0] != task}
+
 
 class _Call(NamedTuple):
     """Cell k in one step, and how many tensors of each kind it takes and returns."""
@@ -187,24 +192,30 @@ class _Update(torch.autograd.Function):
 
 def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     call: _Call = ctx.call
+    streams = call.step.take(call.k)
+    try:
+        return (None, *_evaluated_again(call, ctx, streams, grads))
+    except BaseException:
+        call.step.forget()
+        raise
+
+
+def _evaluated_again(call: _Call, ctx: Any, streams: Streams, grads: Gradients) -> Gradients:
+    """The gradients of all that the cell was given, its parameters included."""
     step, cell = call.step, call.step.cells[call.k]
-    streams = step.take(call.k)
     saved: Tensors = ctx.saved_tensors
     begin = len(saved) - len(cell.parameters)
-    needs = ctx.needs_input_grad[1:]
-    inputs = [*map(leaf, streams, ctx.layout, needs)]
+    inputs = [*map(leaf, streams, ctx.layout, ctx.needs_input_grad[1:])]
     inputs += [alias_of(t) for t in saved[:begin]]
     own = own_of(saved[begin:])
-    given = call.parted(inputs)
-    count = call.streams + call.state + call.memory
-    again = cell.again(own, *given, step.arguments.filled(inputs[count:]))
-    outputs = tuple(itertools.chain(*again))
+    context = step.arguments.filled(inputs[call.streams + call.state + call.memory :])
+    outputs = tuple(itertools.chain(*cell.again(own, *call.parted(inputs), context)))
     if call.k not in step.looked_at:
         stranger = stranger_among(outputs, (*inputs, *own))
         if stranger is not None:
             raise RuntimeError(f"cell {call.k} ({type(cell.module).__name__}) uses {no_gradient_for(stranger)}")
         step.looked_at.add(call.k)
-    return (None, *gradients(outputs, (*inputs, *own), grads))
+    return gradients(outputs, (*inputs, *own), grads)
 
 
 class _End(torch.autograd.Function):

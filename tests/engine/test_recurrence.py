@@ -179,12 +179,14 @@ def test_two_backwards_over_one_graph():
 
 
 def test_an_exception_in_the_rerun_and_a_retry():
+    gc.collect()
     net, (inputs, state) = recurrence(), given()
     loss = loss_of(net(inputs, state))
     update = net[1].update
     net[1].update = lambda *a: 1 / 0
     with pytest.raises(ZeroDivisionError):
         loss.backward(retain_graph=True)
+    assert len(alive()) == STEPS and not any(step._inputs for step in alive())
     net[1].update = update
     net.zero_grad()
     found = torch.autograd.grad(loss, list(net.parameters()))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import revflow
 from engine.nets import assert_close
 
-STEPS, CELLS, SHAPE = 5, 3, (2, 3, 4, 4)
+STEPS, CELLS, SHAPE = 12, 3, (2, 3, 4, 4)
 
 
 class Cell(revflow.RecurrentCell):
@@ -98,7 +98,7 @@ memories = pytest.mark.parametrize("memory", [False, True], ids=["", "memory"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradients(memory, fed_back, dropout):
     inputs, state = given(memory)
-    inputs[3:] = [None, None] if fed_back else inputs[3:]
+    inputs[6:] = [None] * 6 if fed_back else inputs[6:]
     factor = torch.tensor([0.9], dtype=torch.float64, requires_grad=True)
     assert_close(*both(recurrence(memory, dropout), inputs, state, factor=factor))
 

@@ -1,0 +1,62 @@
+"""Two chains' training steps, timed in pairs: what `bench/guard.py` and `bench/exact.py` have in common."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import random
+import statistics
+import time
+
+import torch
+from torch import Tensor, nn
+
+
+def options(description: str | None) -> argparse.Namespace:
+    """The chain's size and the number of rounds; sets one thread, and prints what is measured, on what."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--channels", type=int, default=64, help="of each of the two streams")
+    parser.add_argument("--size", type=int, default=32, help="height and width")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=40)
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(f"{a.blocks} blocks, streams of {a.batch} x {a.channels} x {a.size} x {a.size}, float32, {a.rounds} rounds")
+    print(f"{platform.machine()}, 1 thread, Python {platform.python_version()}, torch {torch.__version__}")
+    return a
+
+
+def compare(base: nn.Module, other: nn.Module, x: Tensor, rounds: int) -> str:
+    """By how much a step of `other` takes longer: the median of the rounds' ratios, its error, and the quartiles.
+
+    Both run once a round, in random order. Times are the process's own: what other processes use does not count.
+    """
+    for net in (base, other) * 2:
+        _seconds(net, x)
+    order = random.Random(0)
+    ratios = []
+    for _ in range(rounds):
+        times = {name: _seconds(net, x) for name, net in order.sample([("base", base), ("other", other)], 2)}
+        ratios.append(times["other"] / times["base"])
+    low, middle, high = (100 * (q - 1) for q in statistics.quantiles(ratios, n=4))
+    error = 125.33 * statistics.stdev(ratios) / rounds**0.5  # of a median of values that scatter normally
+    return f"{middle:+.2f} % +- {error:.2f} (quartiles {low:+.2f}, {high:+.2f})"
+
+
+def conditioner(channels: int, outputs: int = 1) -> nn.Sequential:
+    """conv3x3, GroupNorm, SiLU, conv3x3."""
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1),
+        nn.GroupNorm(8, channels),
+        nn.SiLU(),
+        nn.Conv2d(channels, outputs * channels, 3, padding=1),
+    )
+
+
+def _seconds(net: nn.Module, x: Tensor) -> float:
+    net.zero_grad(set_to_none=True)
+    began = time.process_time()
+    net(x).square().mean().backward()
+    return time.process_time() - began

@@ -67,6 +67,10 @@ def main() -> None:
     parser.add_argument("--networks", type=int, default=3, help="the largest error of so many is reported")
     parser.add_argument("--out", type=Path, help="a PNG to draw")
     a = parser.parse_args()
+    if min(*a.depths, a.channels, a.size, a.networks) < 1:
+        parser.error("--depths, --channels, --size and --networks have to be 1 at least")
+    if a.out is not None and not a.out.parent.is_dir():
+        parser.error(f"--out {a.out}: there is no folder {a.out.parent}")
     torch.set_num_threads(1)
     print(f"{platform.machine()}, 1 thread, Python {platform.python_version()}, torch {torch.__version__}")
     print(f"streams of 1 x {a.channels} x {a.size} x {a.size}, largest of {a.networks} networks")

@@ -73,6 +73,8 @@ def main() -> None:
     a = parser.parse_args()
     if a.how == "cuda" and not gpu:
         parser.error("--how cuda: there is no CUDA device here; predicted figures need none")
+    if a.json and not a.json.parent.is_dir():
+        parser.error(f"--json {a.json}: there is no folder {a.json.parent}")
     rows = []
     for preset, schedule, batch, steps in product(a.preset, a.schedule, a.batch, a.steps):
         rows.append(measure(preset, schedule, batch, steps, a.height, a.width, a.how))

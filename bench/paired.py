@@ -15,12 +15,14 @@ from torch import Tensor, nn
 def options(description: str | None) -> argparse.Namespace:
     """The chain's size and the number of rounds; sets one thread, and prints what is measured, on what."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--channels", type=int, default=64, help="of each of the two streams")
+    parser.add_argument("--channels", type=int, default=64, help="of each of the two streams, a multiple of 8")
     parser.add_argument("--size", type=int, default=32, help="height and width")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--blocks", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=40, help="2 at least")
     a = parser.parse_args()
+    if min(a.size, a.batch, a.blocks) < 1 or a.rounds < 2 or a.channels < 8 or a.channels % 8:
+        parser.error("sizes have to be 1 at least, --rounds 2, and --channels a multiple of 8")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"{a.blocks} blocks, streams of {a.batch} x {a.channels} x {a.size} x {a.size}, float32, {a.rounds} rounds")

@@ -70,7 +70,9 @@ def test_a_row_and_what_is_printed(rows):
     assert "tracked" in text and "reversible" in text
 
 
-@pytest.mark.parametrize("options", [["--steps", "0"], ["--preset", "huge"], ["--batch", "many"]])
+@pytest.mark.parametrize(
+    "options", [["--steps", "0"], ["--preset", "huge"], ["--batch", "many"], ["--schedule", "none"]]
+)
 def test_wrong_options_end_in_a_line(rows, options, capsys):
     with pytest.raises(SystemExit) as error:
         rows(*options)

@@ -31,6 +31,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from revflow._calls import Call
 from revflow._passage import Streams
+from revflow._replay import Replay
 from revflow.exact import fingerprint
 
 Mode = Literal["warn", "raise", "off"]
@@ -89,7 +90,7 @@ class Guard:
             raise ReconstructionError(message)
         if not self._warned:
             self._warned = True
-            warnings.warn(f"{message} (This is said once for a sequence.)", ReconstructionWarning, stacklevel=2)
+            warnings.warn(f"{message} (This is said once.)", ReconstructionWarning, stacklevel=2)
 
 
 class Seen:
@@ -283,13 +284,18 @@ def _of_streams(block: Seen) -> Tolerance:
 
 
 def _tolerance(block: Seen) -> Tolerance:
-    """By the least precise of what the block computes with."""
-    if any(enabled for replay in block.call.replays for _, enabled, _ in replay.autocast) or (
-        any(s.is_cuda and s.dtype == torch.float32 for s in block.again) and tf32()
+    return tolerance_of(block.again, block.call.replays)
+
+
+def tolerance_of(results: Sequence[Tensor], replays: Sequence[Replay]) -> Tolerance:
+    """By the least precise of what the `replays` compute their `results` with."""
+    if any(enabled for replay in replays for _, enabled, _ in replay.autocast) or (
+        any(s.is_cuda and s.dtype == torch.float32 for s in results) and tf32()
     ):
         return LOW_PRECISION
-    floats = [p.dtype.to_real() for p in block.call.parameters if p.is_floating_point() or p.is_complex()]
-    return max([_of_streams(block), *(TOLERANCES.get(dtype, LOW_PRECISION) for dtype in floats)])
+    tensors = [*results, *(p for replay in replays for p in replay.parameters)]
+    floats = [t.dtype.to_real() for t in tensors if t.is_floating_point() or t.is_complex()]
+    return max([TOLERANCES.get(dtype, LOW_PRECISION) for dtype in floats], default=LOW_PRECISION)
 
 
 def tf32() -> bool:

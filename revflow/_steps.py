@@ -2,31 +2,34 @@
 
 A step passes its streams through K cells. Each of them has two parts: `update`, which is expensive, makes the cell's new
 state; `mix`, which is cheap, makes the cell's output streams of its input streams and that state. A step keeps the streams
-that it was given (the anchor), and the new states. Its backward pass first replays the mixes from the anchor, which gives
-the input of every cell; then each cell, from the last to the first, is evaluated once more, with a graph. So an update runs
-exactly twice a training step, a mix three times.
+that it was given (the anchor), and its results, the new states and memories, as `_states` says. Its backward pass first
+replays the mixes from the anchor, which gives the input of every cell; then each cell, from the last to the first, is
+evaluated once more, with a graph. So an update runs exactly twice a training step, a mix three times. Where the results of
+a step were not kept they are computed again, from the last ones that were: both run once more.
 
 One autograd Function a cell, so that a cell's gradients go on while those of the cells before it are still to come; and one
-that ends the step (`_End`). Whatever leads to a cell leads through the end of its step, which replays. The rules of the
-tape in `_rewind` hold here too: a replay leaves streams only for cells that this backward is going to run, and each cell
-takes its own off before it does anything else.
+that ends the step (`_End`). Whatever leads to a cell leads through the end of its step, which replays. The states that a
+step begins with are, in most cases, the results of the step before: they are found by the tensors' `grad_fn`, which is that
+step's end, and are not saved twice. What a backward pass lays aside is in its `_backward.Pass`, and gone with it.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from itertools import islice
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from revflow._backward import Pass, running
 from revflow._calls import gradients, leaf
-from revflow._guard import no_gradient_for, stranger_among
+from revflow._guard import Guard
 from revflow._passage import NAMED, Arguments, Context, Gradients, Streams, named
 from revflow._replay import Draws, Replay
 from revflow._rewind import alias_of, once, own_of
+from revflow._states import Kept, Like, Unpacked
+from revflow._watch import Watch
 
 if TYPE_CHECKING:
     from revflow.recurrence import RecurrentCell
@@ -35,7 +38,7 @@ Tensors = tuple[Tensor, ...]
 
 
 class Evaluated(NamedTuple):
-    """What a cell returns."""
+    """What a cell is given, or returns."""
 
     streams: Streams
     state: Tensors
@@ -45,33 +48,47 @@ class Evaluated(NamedTuple):
 class _Cell:
     """A cell's evaluation in one step."""
 
-    def __init__(self, cell: RecurrentCell, device: torch.device) -> None:
+    def __init__(self, cell: RecurrentCell, state: Tensors, device: torch.device) -> None:
         self.module = cell
+        self.state_size = len(state)
         self.update, self.mix = Replay(cell, device), Replay(cell, device)
         self.parameters = self.update.parameters
+        self._versions = [p._version for p in self.parameters]
 
-    def first(self, draws: Draws, streams: Streams, state: Tensors, memory: Tensors, context: Context) -> Evaluated:
-        versions = [s._version for s in streams]
-        new_state, new_memory = self.update.first(draws, self.module.update, streams, state, memory, context)
-        _check("update", "state", new_state, state)
-        _check("update", "memory", new_memory, memory)
-        mixed = self.mix.first(draws, self.module.mix, streams, new_state, context)
-        _check("mix", "streams", mixed, streams)
-        if [s._version for s in streams] != versions:
+    def first(self, step: Step, given: Evaluated, context: Context) -> Evaluated:
+        versions = [s._version for s in given.streams]
+        state, memory = self.update.first(step.draws, self.module.update, *given, context)
+        _check("update", "state", state, given.state)
+        _check("update", "memory", memory, given.memory)
+        state, memory = step.settled(state), step.settled(memory)
+        streams = self.mix.first(step.draws, self.module.mix, given.streams, state, context)
+        _check("mix", "streams", streams, given.streams)
+        if [s._version for s in given.streams] != versions:
             raise RuntimeError("its streams were changed in place, which cannot be undone; let it work on a copy")
-        return Evaluated(mixed, new_state, new_memory)
-
-    def again(
-        self, own: list[Tensor], streams: Streams, state: Tensors, memory: Tensors, context: Context
-    ) -> Evaluated:
-        """The same, with a graph."""
-        state, memory = self.update.again(own, self.module.update, streams, state, memory, context)
-        streams = self.mix.again(own, self.module.mix, streams, state, context)
         return Evaluated(streams, state, memory)
 
+    def again(self, own: list[Tensor], step: Step, given: Evaluated, context: Context) -> Evaluated:
+        """The same, with a graph."""
+        state, memory = self.update.again(own, self.module.update, *given, context)
+        with torch.enable_grad():
+            state, memory = step.settled(state), step.settled(memory)
+        return Evaluated(self.mix.again(own, self.module.mix, given.streams, state, context), state, memory)
+
+    def results(self, step: Step, given: Evaluated, context: Context) -> tuple[Tensors, Tensors]:
+        """The new state and memory; without a graph."""
+        state, memory = self.update.again(self.parameters, torch.no_grad()(self.module.update), *given, context)
+        return step.settled(state), step.settled(memory)
+
     def mixed(self, streams: Streams, state: Tensors, context: Context) -> Streams:
-        """The output streams alone, of the new state; without a graph."""
+        """The output streams, of the new state; without a graph."""
         return self.mix.again(self.parameters, torch.no_grad()(self.module.mix), streams, state, context)
+
+    def refuse_changes(self) -> None:
+        if [p._version for p in self.parameters] != self._versions:
+            raise RuntimeError(
+                f"a parameter of a {type(self.module).__name__} was modified by an inplace operation between the forward and "
+                f"the backward pass of its step: the step can no longer be rebuilt"
+            )
 
 
 def _check(method: str, what: str, new: object, old: Tensors) -> None:
@@ -82,106 +99,153 @@ def _check(method: str, what: str, new: object, old: Tensors) -> None:
         raise ValueError(f"{method} has to return {what} as a tuple of tensors of shapes {expected}; got {found}")
 
 
-class _Step:
+class Begin(NamedTuple):
+    """The states, and the memory that enters the first cell, before a step."""
+
+    end: Any
+    """The `_End` of the step before; None if nothing comes from there."""
+    places: list[int | None]
+    """Of each tensor the place among that step's results; None for those that the step has to save itself."""
+
+
+def _begin_with(tensors: Sequence[Tensor]) -> Begin:
+    ends: list[Any] = [t.grad_fn if isinstance(t.grad_fn, _End._backward_cls) else None for t in tensors]
+    end = next(filter(None, ends), None)
+    places = [
+        t.output_nr - end.step.width if end and its is end else None for t, its in zip(tensors, ends, strict=True)
+    ]
+    return Begin(end, places)
+
+
+class Step:
     """What the Functions of one step share."""
 
     def __init__(
-        self, cells: Sequence[RecurrentCell], context: Context, device: torch.device, looked_at: set[int]
+        self,
+        cells: Sequence[RecurrentCell],
+        streams: Streams,
+        states: Sequence[Tensors],
+        memory: Tensors,
+        context: Context,
+        keeping: Kept,
+        guard: Guard,
     ) -> None:
-        self.looked_at = looked_at
-        """The cells whose graphs were searched for tensors that would get no gradient."""
-        self.cells = [_Cell(cell, device) for cell in cells]
-        self.arguments = Arguments(context)
-        self.draws = Draws()
-        self._inputs: dict[tuple[int, int], Streams] = {}
+        self.cells = [_Cell(cell, state, streams[0].device) for cell, state in zip(cells, states, strict=True)]
+        self.width, self.memory_size = len(streams), len(memory)
+        self.arguments, self.draws = Arguments(context), Draws()
+        self.keeping, self.watch = keeping, Watch(guard, keeping.rounds)
+        self.begin = _begin_with([*chain(*states), *memory])
+        before = self.begin.end
+        self.number: int = before.step.number + 1 if before is not None and before.step.keeping is keeping else 0
+        """How many steps were run before this one without a break."""
+        self.keeps = keeping.keeps(self.number)
+        self.like: list[Like] = []
+        """Of its results."""
+        self._context_versions = [t._version for t in self.arguments.tensors]
 
-    def replay(self, anchor: Streams, states: Sequence[Tensors], nodes: Sequence[Any]) -> None:
-        """Leave the input streams of every cell that the running backward is going to run; `nodes` are the cells' own."""
-        task, context = torch._C._current_graph_task_id(), self.arguments.filled(self.arguments.tensors)
-        running = [node is not None and torch._C._will_engine_execute_node(node) for node in nodes]
+    def settled(self, tensors: Tensors) -> Tensors:
+        return tuple(map(self.keeping.settled, tensors))
+
+    def parted(self, tensors: Sequence[Tensor], k: int) -> Evaluated:
+        """Of the tensors that cell k takes or returns, the first ones."""
+        a, b = self.width, self.width + self.cells[k].state_size
+        return Evaluated(tuple(tensors[:a]), tuple(tensors[a:b]), tuple(tensors[b : b + self.memory_size]))
+
+    def by_cell(self, results: Sequence[Tensor]) -> list[tuple[Tensors, Tensors]]:
+        """Every cell's new state and memory."""
+        parted = []
+        for cell in self.cells:
+            a, b = cell.state_size, cell.state_size + self.memory_size
+            parted.append((tuple(results[:a]), tuple(results[a:b])))
+            results = results[b:]
+        return parted
+
+    def before_cells(self, before: Sequence[Tensor]) -> tuple[list[Tensors], Tensors]:
+        """Every cell's state before the step, and the memory that enters the first cell."""
+        states = []
+        for cell in self.cells:
+            states.append(tuple(before[: cell.state_size]))
+            before = before[cell.state_size :]
+        return states, tuple(before)
+
+    def again(self, anchor: Streams, before: Sequence[Tensor]) -> Tensors:
+        """The step's results, computed once more."""
+        context = self.arguments.filled(self.arguments.tensors)
+        self._refuse_changes()
+        states, memory = self.before_cells(before)
+        streams, results = anchor, []
+        for k, (cell, state) in enumerate(zip(self.cells, states, strict=True)):
+            new, memory = cell.results(self, Evaluated(streams, state, memory), context)
+            results += [*new, *memory]
+            if k + 1 < len(self.cells):
+                streams = cell.mixed(streams, new, context)
+        return tuple(results)
+
+    def replay(
+        self, now: Pass, anchor: Streams, before: Sequence[Tensor], after: Sequence[Tensor], nodes: Sequence[Any]
+    ) -> None:
+        """Lay aside, for every cell that this backward pass is going to run, what it was given and what it returned; `nodes`
+        are the cells' own."""
+        context = self.arguments.filled(self.arguments.tensors)
+        self._refuse_changes()
+        runs = [node is not None and torch._C._will_engine_execute_node(node) for node in nodes]
+        states, memory = self.before_cells(before)
         streams = anchor
-        for k, cell in enumerate(self.cells):
-            if running[k]:
-                self._inputs[task, k] = streams
-            if any(running[k + 1 :]):
-                streams = cell.mixed(streams, states[k], context)
+        for k, (cell, state, (new, left)) in enumerate(zip(self.cells, states, self.by_cell(after), strict=True)):
+            if runs[k]:
+                now.given[self, k] = Evaluated(streams, state, memory), (*new, *left)
+            if any(runs[k + 1 :]):
+                streams = cell.mixed(streams, new, context)
+            memory = left
 
-    def take(self, k: int) -> Streams:
-        return self._inputs.pop((torch._C._current_graph_task_id(), k))
-
-    def forget(self) -> None:
-        """Drop what was left for cells that the running backward will not come to, since one before them has failed."""
-        task = torch._C._current_graph_task_id()
-        self._inputs = {key: streams for key, streams in self._inputs.items() if key[0] != task}
-
-
-class _Call(NamedTuple):
-    """Cell k in one step, and how many tensors of each kind it takes and returns."""
-
-    step: _Step
-    k: int
-    streams: int
-    state: int
-    memory: int
-
-    def parted(self, tensors: Sequence[Tensor]) -> Evaluated:
-        """The first of them as streams, state and memory."""
-        a, b = self.streams, self.streams + self.state
-        return Evaluated(tuple(tensors[:a]), tuple(tensors[a:b]), tuple(tensors[b : b + self.memory]))
+    def _refuse_changes(self) -> None:
+        for cell in self.cells:
+            cell.refuse_changes()
+        if [t._version for t in self.arguments.tensors] != self._context_versions:
+            raise RuntimeError(
+                "a keyword argument of a step was modified by an inplace operation between its forward and its backward pass"
+            )
 
 
-def run(
-    cells: Sequence[RecurrentCell],
-    streams: Streams,
-    states: Sequence[Tensors],
-    memory: Tensors,
-    context: Context,
-    looked_at: set[int],
-) -> tuple[Streams, list[Tensors], list[Tensors]]:
+def run(step: Step, streams: Streams, states: Sequence[Tensors], memory: Tensors) -> tuple[Streams, list[Any]]:
     """Run a step: its output streams, and the new state and memory of every cell."""
-    step = _Step(cells, context, streams[0].device, looked_at)
     anchor = tuple([s.detach() for s in streams])
-    calls: list[_Call] = []
+    own = [t.detach() for t, p in zip((*chain(*states), *memory), step.begin.places, strict=True) if p is None]
     results: list[Tensor] = []
     nodes: list[Any] = []
     for k, (cell, state) in enumerate(zip(step.cells, states, strict=True)):
-        calls.append(_Call(step, k, len(streams), len(state), len(memory)))
         try:
             outputs: Tensors = _Update.apply(  # type: ignore[no-untyped-call]
-                calls[k], *streams, *state, *memory, *step.arguments.tensors, *cell.parameters
+                step, k, *streams, *state, *memory, *step.arguments.tensors, *cell.parameters
             )
         except NAMED as error:
             raise named(error, f"cell {k}", cell.module, streams) from error
         nodes.append(next((o.grad_fn for o in outputs if o.grad_fn is not None), None))
-        streams, new_state, memory = calls[k].parted(outputs)
-        results += [*new_state, *memory]
+        streams, state, memory = step.parted(outputs, k)
+        results += [*state, *memory]
     step.draws.end()
     if any(nodes):
-        ended: Tensors = _End.apply(step, anchor, calls, nodes, *streams, *results)  # type: ignore[no-untyped-call]
+        step.like = [(t.dtype, t.device) for t in results]
+        ended: Tensors = _End.apply(step, nodes, (*anchor, *own), *streams, *results)  # type: ignore[no-untyped-call]
         streams, results = ended[: len(streams)], [*ended[len(streams) :]]
-    parted = _parted(calls, results)
-    return streams, [state for state, _ in parted], [memory for _, memory in parted]
-
-
-def _parted(calls: Sequence[_Call], results: Sequence[Tensor]) -> list[tuple[Tensors, Tensors]]:
-    """Every cell's state and memory."""
-    rest = iter(results)
-    return [(tuple(islice(rest, call.state)), tuple(islice(rest, call.memory))) for call in calls]
+    return streams, step.by_cell(results)
 
 
 class _Update(torch.autograd.Function):
     """A cell in one step."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Tensors:
-        step, cell = call.step, call.step.cells[call.k]
-        streams, state, memory = call.parted(tensors)
-        count = call.streams + call.state + call.memory
-        context = step.arguments.filled(tensors[count : len(tensors) - len(cell.parameters)])
-        ctx.call, ctx.layout = call, [s.stride() for s in streams]
+    def forward(ctx: Any, step: Step, k: int, *tensors: Tensor) -> Tensors:
+        cell, given = step.cells[k], step.parted(tensors, k)
+        inputs = [*chain(*given)]
+        context = step.arguments.filled(tensors[len(inputs) : len(tensors) - len(cell.parameters)])
+        ctx.step, ctx.k, ctx.layout = step, k, [t.stride() for t in inputs]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[call.streams :])  # all but the streams
-        return tuple(itertools.chain(*cell.first(step.draws, streams, state, memory, context)))
+        ctx.save_for_backward(*tensors[len(inputs) :])
+        returned = cell.first(step, given, context)
+        if k + 1 == len(step.cells):
+            step.watch.see(returned.streams)
+        return tuple(chain(*returned))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
@@ -191,56 +255,78 @@ class _Update(torch.autograd.Function):
 
 
 def _rewind(ctx: Any, grads: Gradients) -> Gradients:
-    call: _Call = ctx.call
-    streams = call.step.take(call.k)
-    try:
-        return (None, *_evaluated_again(call, ctx, streams, grads))
-    except BaseException:
-        call.step.forget()
-        raise
-
-
-def _evaluated_again(call: _Call, ctx: Any, streams: Streams, grads: Gradients) -> Gradients:
     """The gradients of all that the cell was given, its parameters included."""
-    step, cell = call.step, call.step.cells[call.k]
-    saved: Tensors = ctx.saved_tensors
+    step, k = ctx.step, ctx.k
+    cell, now, saved = step.cells[k], running(), ctx.saved_tensors
+    given, expected = now.given.pop((step, k))
     begin = len(saved) - len(cell.parameters)
-    inputs = [*map(leaf, streams, ctx.layout, ctx.needs_input_grad[1:])]
-    inputs += [alias_of(t) for t in saved[:begin]]
-    own = own_of(saved[begin:])
-    context = step.arguments.filled(inputs[call.streams + call.state + call.memory :])
-    outputs = tuple(itertools.chain(*cell.again(own, *call.parted(inputs), context)))
-    if call.k not in step.looked_at:
-        stranger = stranger_among(outputs, (*inputs, *own))
-        if stranger is not None:
-            raise RuntimeError(f"cell {call.k} ({type(cell.module).__name__}) uses {no_gradient_for(stranger)}")
-        step.looked_at.add(call.k)
-    return gradients(outputs, (*inputs, *own), grads)
+    inputs = [*map(leaf, chain(*given), ctx.layout, ctx.needs_input_grad[2:])]
+    own, leaves = own_of(saved[begin:]), [*map(alias_of, saved[:begin])]
+    returned = cell.again(own, step, step.parted(inputs, k), step.arguments.filled(leaves))
+    outputs, wanted = tuple(chain(*returned)), (*inputs, *leaves, *own)
+    name, is_last = f"cell {k} ({type(cell.module).__name__})", k + 1 == len(step.cells)
+    step.watch.look(now, name, cell.update, expected, outputs[step.width :], returned.streams if is_last else None)
+    step.watch.graph(name, outputs, wanted)
+    return (None, None, *gradients(outputs, wanted, grads))
 
 
 class _End(torch.autograd.Function):
-    """The end of a step: keeps its anchor and its new states, and replays its mixes when the backward pass comes to it."""
+    """The end of a step: keeps its anchor and its results, and replays its mixes when the backward pass comes to it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, step: _Step, anchor: Streams, calls: Sequence[_Call], nodes: Sequence[Any], *tensors: Tensor
-    ) -> Tensors:
-        ctx.step, ctx.calls, ctx.nodes = step, calls, nodes
+    def forward(ctx: Any, step: Step, nodes: Sequence[Any], saved: Tensors, *tensors: Tensor) -> Tensors:
+        ctx.step, ctx.nodes = step, nodes
         ctx.set_materialize_grads(False)
         outputs = tuple([t.view_as(t) for t in tensors])
-        ctx.save_for_backward(*anchor, *outputs[len(anchor) :])
+        packed = step.keeping.pack(outputs[step.width :]) if step.keeps else ()
+        ctx.save_for_backward(*saved, *packed)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         if torch.is_grad_enabled():
-            return once(_begin, ctx, grads, ctx.saved_tensors)
-        return _begin(ctx, grads)
+            return once(_replay, ctx, grads, ctx.saved_tensors)
+        return _replay(ctx, grads)
 
 
-def _begin(ctx: Any, grads: Gradients) -> Gradients:
-    saved: Tensors = ctx.saved_tensors
-    count = ctx.calls[0].streams
-    states = [state for state, _ in _parted(ctx.calls, saved[count:])]
-    ctx.step.replay(saved[:count], states, ctx.nodes)
-    return (None,) * 4 + tuple(grads)
+def _replay(end: Any, grads: Gradients) -> Gradients:
+    now, step = running(), end.step
+    after = _results(end, now)
+    del now.results[step]
+    step.replay(now, end.saved_tensors[: step.width], _before(end, now), after, end.nodes)
+    previous = step.begin.end
+    if previous is not None and previous.step.keeping.prefetches and previous.step.begin.end is not None:
+        _unpacked(previous.step.begin.end, now)
+    return (None,) * 3 + tuple(grads)
+
+
+def _before(end: Any, now: Pass) -> list[Tensor]:
+    """The states and the memory before the step that `end` ends."""
+    begin: Begin = end.step.begin
+    own = iter(end.saved_tensors[end.step.width :])
+    if begin.end is None:
+        return [next(own) for _ in begin.places]
+    results = _results(begin.end, now)
+    return [next(own) if place is None else results[place] for place in begin.places]
+
+
+def _results(end: Any, now: Pass) -> Tensors:
+    """The states and memories after the step that `end` ends; computed again where they were not kept."""
+    missing = []
+    node = end
+    while node is not None and not node.step.keeps and node.step not in now.results:
+        missing.append(node)
+        node = node.step.begin.end
+    for node in reversed(missing):
+        again = node.step.again(node.saved_tensors[: node.step.width], _before(node, now))
+        now.results[node.step] = Unpacked(again)
+    return _unpacked(end, now).tensors()
+
+
+def _unpacked(end: Any, now: Pass) -> Unpacked:
+    """Laid aside until this backward pass comes to `end` itself."""
+    step = end.step
+    if step not in now.results:
+        packed = end.saved_tensors[-len(step.like) :]
+        now.results[step] = step.keeping.unpack(packed, step.like)
+    return now.results[step]

@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from revflow._states import is_in_host_memory
+
 
 @dataclass(frozen=True)
 class MemoryReport:
@@ -105,7 +107,7 @@ class _LiveStorages(TorchDispatchMode):
         if key in self._sizes:
             self._add(size - self._sizes[key])  # an operator may resize what it was given
             self._sizes[key] = size
-        elif key not in given:
+        elif key not in given and not is_in_host_memory():
             self._sizes[key] = size
             self._add(size)
             weakref.finalize(storage, self._free, key).atexit = False

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from revflow import _steps
+from revflow._guard import Guard, Mode
 from revflow._mode import engine_applies
 from revflow._passage import Streams
+from revflow._states import States, keeping
 
 Tensors = tuple[Tensor, ...]
 
@@ -59,14 +61,26 @@ class ReversibleRecurrence(nn.ModuleList):
 
     Args:
         cells: the cells, the first one at the bottom.
+        states: how new states and memories are kept for the backward pass.
+            "kept": on the device, as they are.
+            "bfloat16": on the device, rounded to bfloat16; whatever follows sees the rounded values, so that gradients are
+                those of what was computed.
+            "offloaded": in the CPU's memory; on CUDA pinned, and copied beside the computation.
+            n, a number: those of every n-th step, as they are; the others are computed again. Memory falls by about n, `update`
+                runs 3 - 1 / n times in all.
+        guard: as for a ReversibleSequence. The guard compares what each cell returns in its second evaluation with the states
+            that the forward pass left.
+
+    States are found in the step that made them if they are passed on as they came, in the dtype that they had; what was done
+    to them between two steps (a mask, say) is kept besides, on the device.
 
     Under `revflow.ordinary_autograd`, `no_grad`, forward-mode differentiation, `torch.func`'s transforms and `torch.export` it
-    runs as ordinary modules do. Second derivatives are refused. The guard does not watch recurrences yet.
+    runs as ordinary modules do. Second derivatives are refused.
     """
 
-    def __init__(self, cells: Iterable[RecurrentCell]) -> None:
+    def __init__(self, cells: Iterable[RecurrentCell], *, states: States = "kept", guard: Mode = "warn") -> None:
         super().__init__()
-        self._looked_at: set[int] = set()
+        self._keeping, self._guard = keeping(states), Guard(guard)
         for k, cell in enumerate(cells):
             if not isinstance(cell, RecurrentCell):
                 raise TypeError(f"cell {k} has to be a revflow.RecurrentCell; got a {type(cell).__name__}")
@@ -98,24 +112,28 @@ class ReversibleRecurrence(nn.ModuleList):
             )
         if not engine_applies():
             return self.plain_step(streams, state, **context)
-        return self._kept_step(streams, state, context)  # type: ignore[no-any-return]
+        return self._rebuilt_step(streams, state, context)  # type: ignore[no-any-return]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _kept_step(
+    def _rebuilt_step(
         self, streams: Streams, state: RecurrentState, context: dict[str, Any]
     ) -> tuple[Streams, RecurrentState]:
-        cells: list[RecurrentCell] = list(self)  # type: ignore[arg-type]
-        streams, states, memories = _steps.run(
-            cells, streams, state.cells, state.memories[-1], context, self._looked_at
-        )
-        return streams, RecurrentState(tuple(states), tuple(memories))
+        before = streams, state.cells, state.memories[-1]
+        step = _steps.Step(self._cells(), *before, context, self._keeping, self._guard)
+        streams, results = _steps.run(step, *before)
+        return streams, RecurrentState(tuple(new for new, _ in results), tuple(left for _, left in results))
 
     def plain_step(self, streams: Streams, state: RecurrentState, **context: Any) -> tuple[Streams, RecurrentState]:
         """`step` under ordinary autograd, which stores every activation."""
         memory = state.memories[-1]
         cells, memories = [], []
-        for cell, its_state in zip(self, state.cells, strict=True):
-            streams, its_state, memory = cell(streams, its_state, memory, **context)
+        for cell, its_state in zip(self._cells(), state.cells, strict=True):
+            new, left = cell.update(streams, its_state, memory, context)
+            its_state, memory = (tuple(map(self._keeping.settled, tensors)) for tensors in (new, left))
+            streams = cell.mix(streams, its_state, context)
             cells.append(its_state)
             memories.append(memory)
         return streams, RecurrentState(tuple(cells), tuple(memories))
+
+    def _cells(self) -> list[RecurrentCell]:
+        return list(self)  # type: ignore[arg-type]

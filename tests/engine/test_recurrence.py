@@ -40,9 +40,11 @@ class Cell(revflow.RecurrentCell):
         return revflow.GatedCoupling.combine(x2, self.dropout(self.attention(state[0])), state[0]), x1
 
 
-def recurrence(memory: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.float64, gate: float = 0.0):
+def recurrence(
+    memory: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.float64, gate: float = 0.0, **options
+):
     torch.manual_seed(0)
-    net = revflow.ReversibleRecurrence(Cell(memory, dropout) for _ in range(CELLS)).to(dtype)
+    net = revflow.ReversibleRecurrence((Cell(memory, dropout) for _ in range(CELLS)), **options).to(dtype)
     for cell in net:
         nn.init.constant_(cell.attention.bias, gate)
     return net
@@ -96,11 +98,12 @@ memories = pytest.mark.parametrize("memory", [False, True], ids=["", "memory"])
 @memories
 @pytest.mark.parametrize("fed_back", [False, True], ids=["taught", "fed-back"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradients(memory, fed_back, dropout):
+@pytest.mark.parametrize("states", ["kept", "bfloat16", "offloaded", 1, 3, 5, 100])
+def test_gradients(memory, fed_back, dropout, states):
     inputs, state = given(memory)
     inputs[6:] = [None] * 6 if fed_back else inputs[6:]
     factor = torch.tensor([0.9], dtype=torch.float64, requires_grad=True)
-    assert_close(*both(recurrence(memory, dropout), inputs, state, factor=factor))
+    assert_close(*both(recurrence(memory, dropout, states=states), inputs, state, factor=factor))
 
 
 @memories
@@ -142,7 +145,7 @@ def test_a_step_keeps_its_input_and_its_states(memory):
         fed = [inputs[0], *[None] * (steps - 1)]
         return revflow.measure_memory(lambda: net(fed, state)).kept
 
-    net = recurrence(memory)
+    net = recurrence(memory, guard="off")
     stream = values(0).nbytes
     # x1 passes a cell as it is: of the two streams that are fed back, both are new after three cells.
     assert kept(9) - kept(4) == 5 * stream * (2 + CELLS * (3 if memory else 2))
@@ -150,7 +153,12 @@ def test_a_step_keeps_its_input_and_its_states(memory):
 
 def alive():
     """Steps that somebody still refers to."""
-    return [o for o in gc.get_objects() if type(o) is revflow._steps._Step]
+    return [o for o in gc.get_objects() if type(o) is revflow._steps.Step]
+
+
+def passes():
+    """What backward passes have laid aside, and somebody still holds."""
+    return [o for o in gc.get_objects() if type(o) is revflow._backward.Pass]
 
 
 def test_nothing_stays_behind():
@@ -162,7 +170,7 @@ def test_nothing_stays_behind():
         for parameter in net[1].parameters():
             torch.autograd.grad(loss, parameter, retain_graph=True)
         steps = alive()
-        assert len(steps) == STEPS and not any(step._inputs for step in steps)
+        assert len(steps) == STEPS and not passes()
         del loss, steps
         assert not alive()
     finally:
@@ -186,7 +194,7 @@ def test_an_exception_in_the_rerun_and_a_retry():
     net[1].update = lambda *a: 1 / 0
     with pytest.raises(ZeroDivisionError):
         loss.backward(retain_graph=True)
-    assert len(alive()) == STEPS and not any(step._inputs for step in alive())
+    assert len(alive()) == STEPS and not passes()
     net[1].update = update
     net.zero_grad()
     found = torch.autograd.grad(loss, list(net.parameters()))

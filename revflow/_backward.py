@@ -1,0 +1,46 @@
+"""What a running backward pass lays aside for the nodes that it is still to come to."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from revflow._watch import Found, judge
+
+if TYPE_CHECKING:
+    from revflow._guard import Guard
+    from revflow._states import Unpacked
+    from revflow._steps import Evaluated, Step
+
+
+class Pass:
+    """One backward pass. It lives until the pass is through, or has failed: nothing is left behind then."""
+
+    def __init__(self) -> None:
+        self.given: dict[tuple[Step, int], tuple[Evaluated, tuple[Tensor, ...]]] = {}
+        """By step and cell: what the cell was given, and the state and memory that it returned."""
+        self.results: dict[Step, Unpacked] = {}
+        """The states and memories after a step."""
+        self.found: dict[Guard, list[Found]] = {}
+        """What each guard is to compare at the end."""
+
+    def end(self) -> None:
+        for guard, found in self.found.items():
+            judge(guard, found)
+
+
+_passes: weakref.WeakValueDictionary[int, Pass] = weakref.WeakValueDictionary()
+
+
+def running() -> Pass:
+    """The backward pass that is now running."""
+    task = torch._C._current_graph_task_id()
+    now = _passes.get(task)
+    if now is None:
+        now = _passes[task] = Pass()
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(now.end)  # which holds it until then; nothing else does
+    return now

@@ -1,0 +1,108 @@
+"""Does a cell of a recurrence return the same when the backward pass evaluates it again?
+
+The states that the forward pass left are there in the backward pass, so they are compared with what the second evaluation
+makes of them; of the streams that leave a step a few values are kept. All is compared once, when the backward pass is
+through. What a cell's `mix` does to the streams within a step shows in the states of the cells above it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from revflow._guard import LOW_PRECISION, Guard, Tolerance, no_gradient_for, stranger_among, tolerance_of
+from revflow._replay import Replay
+
+if TYPE_CHECKING:
+    from revflow._backward import Pass
+
+Tensors = tuple[Tensor, ...]
+
+
+class Found(NamedTuple):
+    """Values that a cell returned in the forward pass, and in its second evaluation."""
+
+    cell: str
+    before: Tensors
+    again: Tensors
+    tolerance: Tolerance
+
+
+class Watch:
+    """Watches one step.
+
+    Args:
+        rounded: whether states are kept with fewer digits than they are computed with.
+    """
+
+    def __init__(self, guard: Guard, rounded: bool) -> None:
+        self._guard, self._rounded = guard, rounded
+        self._witness = guard.witness()
+        self._leaving: Tensors = ()
+        """Of the streams that left the step."""
+
+    def see(self, streams: Tensors) -> None:
+        """The streams that leave the step, in the forward pass."""
+        if self._witness is not None:
+            self._leaving = self._witness.samples(streams)
+
+    def look(
+        self, now: Pass, cell: str, replay: Replay, before: Tensors, again: Tensors, leaving: Tensors | None
+    ) -> None:
+        """At the state and memory that a cell returned `before`, and `again` in its second evaluation, and at the streams that
+        leave the step now, if this is the last cell."""
+        if self._witness is None:
+            return
+        first, second = self._witness.samples(before), self._witness.samples(again)
+        if leaving is not None:
+            first, second = first + self._leaving, second + self._witness.samples(leaving)
+        tolerance = LOW_PRECISION if self._rounded else tolerance_of(again, (replay,))
+        now.found.setdefault(self._guard, []).append(Found(cell, first, second, tolerance))
+
+    def graph(self, cell: str, outputs: Tensors, inputs: Sequence[Tensor]) -> None:
+        """Refuse, the first time, a cell whose outputs depend on what the engine does not know of."""
+        looked_at = self._guard.looked_at
+        if self._witness is None or cell in looked_at:
+            return
+        stranger = stranger_among(outputs, inputs)
+        if stranger is not None:
+            raise RuntimeError(f"{cell} uses {no_gradient_for(stranger)}")
+        looked_at.add(cell)
+
+
+def judge(guard: Guard, found: list[Found]) -> None:
+    """Compare, once the pass is through. Errors are relative to the largest value that was seen in the forward pass."""
+    before = [sample for cell in found for sample in cell.before]
+    again = [sample for cell in found for sample in cell.again]
+    if not before or isinstance(before[0], FakeTensor) or before[0].is_meta:
+        return
+    home = before[0].device
+    a, b = (torch.stack([s.to(home) for s in samples]) for samples in (before, again))
+    errors, sizes = torch.stack(((b - a).abs().amax(1), a.abs().amax(1))).tolist()
+    largest = max(sizes) or 1.0
+    if not all(map(math.isfinite, sizes)):
+        return  # ordinary autograd has no gradients then either
+    message = ""
+    for cell in found:
+        worst = max(e if math.isfinite(e) else math.inf for e in [*errors[: len(cell.before)], 0.0]) / largest
+        del errors[: len(cell.before)]
+        if worst > cell.tolerance.error:
+            guard.report(_message(cell, worst), True)
+        if worst > cell.tolerance.warn and not message:
+            message = _message(cell, worst)
+    if message:
+        guard.report(message, False)
+
+
+def _message(cell: Found, error: float) -> str:
+    return (
+        f"{cell.cell}: the backward pass evaluated it again and found another result than the forward pass, with an error of "
+        f"{error:.1e} relative to the largest state; the guard warns from {cell.tolerance.warn:.0e} and raises from "
+        f"{cell.tolerance.error:.0e}. It uses random numbers from elsewhere than torch, state outside of parameters and buffers, "
+        f"or an operation that does not repeat (try torch.use_deterministic_algorithms(True))."
+    )

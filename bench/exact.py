@@ -11,10 +11,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from paired import compare, conditioner, options
 from torch import Tensor, nn
 
 import revflow
+from paired import compare, conditioner, options
 
 
 def main() -> None:

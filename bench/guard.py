@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from paired import compare, conditioner, options
 
 import revflow
+from paired import compare, conditioner, options
 
 
 def main() -> None:

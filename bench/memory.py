@@ -1,14 +1,15 @@
-"""What a training step of CrevNet takes in memory: with stored activations (plain), and rebuilt ones (reversible).
+"""What a training step of CrevNet takes in memory, under each schedule: see bench/schedules.py.
 
     python bench/memory.py --only crevnet --preset paper --steps 3 7 11 --json memory.json
 
-A step is forward, backward and Adam, with Adam's state there from the step before. Rows say how they were measured: "cuda" by
-the allocator's counters; "tracked" by the live tensors of a real step on the CPU; "predicted" by the same count under fake
-tensors, which have shapes and no data: any size, nothing allocated. Without a GPU figures are predicted, unless --how says
-otherwise. Predicted and tracked bytes are equal.
+A step is forward, backward and fused Adam, with Adam's state there from the step before. Rows say how they were measured:
+"cuda" by the allocator's counters; "tracked" by the live tensors of a real step on the CPU; "predicted" by the same count
+under fake tensors, which have shapes and no data: any size, nothing allocated. Without a GPU figures are predicted, unless
+--how says otherwise. Predicted and tracked bytes are equal.
 
 Activations are what the forward pass keeps, the window of frames not counted; gradients are counted as one more set of
-parameters, Adam's state as two; transient is what the peak holds beyond all of these.
+parameters, Adam's state as two; transient is what the peak holds beyond all of these. States that are offloaded are not on
+the device, and not counted.
 """
 
 from __future__ import annotations
@@ -16,24 +17,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 import revflow
-from crevnet import PRESETS, CrevNet
-
-SCHEDULES: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "plain": revflow.ordinary_autograd,
-    "reversible": nullcontext,
-}
+from crevnet import PRESETS
+from schedules import SCHEDULES, Precision, Training
 
 
 @dataclass(frozen=True)
@@ -43,10 +38,10 @@ class Row:
     model: str
     preset: str
     schedule: str
+    precision: str
     patch: int
     batch: int
     steps: int
-    """Time steps: frames that are predicted from the frame before."""
     height: int
     width: int
     how: str
@@ -64,6 +59,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=["crevnet"], default=["crevnet"], help="models")
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["paper"])
     parser.add_argument("--schedule", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
+    parser.add_argument("--precision", choices=get_args(Precision), default="32-true")
     parser.add_argument("--steps", nargs="+", type=positive, default=[3, 7, 11], help="time steps")
     parser.add_argument("--batch", nargs="+", type=positive, default=[1])
     parser.add_argument("--height", type=positive, default=495)
@@ -76,8 +72,9 @@ def main() -> None:
     if a.json and not a.json.parent.is_dir():
         parser.error(f"--json {a.json}: there is no folder {a.json.parent}")
     rows = []
+    device = torch.device("cuda" if a.how == "cuda" else "cpu")
     for preset, schedule, batch, steps in product(a.preset, a.schedule, a.batch, a.steps):
-        rows.append(measure(preset, schedule, batch, steps, a.height, a.width, a.how))
+        rows.append(measure(Training(preset, schedule, a.precision, batch, steps, a.height, a.width, device), a.how))
     Console(width=max(Console().width, 150)).print(table(rows))
     for line in slopes(rows):
         print(line)
@@ -92,49 +89,29 @@ def positive(text: str) -> int:
     return value
 
 
-def measure(preset: str, schedule: str, batch: int, steps: int, height: int, width: int, how: str) -> Row:
-    device = torch.device("cuda" if how == "cuda" else "cpu")
-
-    def trainee() -> tuple[CrevNet, list[Tensor]]:
-        config = PRESETS[preset]
-        roads = [torch.zeros(batch, 1, height, width, device=device)] if config.road_map else []
-        frames = torch.zeros(batch, steps + 1, config.channels, height, width, device=device)
-        with device:
-            return CrevNet(config), [frames, *roads]
-
-    def forward() -> Any:
-        model, inputs = trainee()
-        return model, inputs, model.loss(*inputs)
-
-    def train() -> None:
-        model, inputs = trainee()
-        optimizer = torch.optim.Adam(model.parameters())
-        for _ in range(2):  # the first makes Adam's state
-            optimizer.zero_grad()
-            model.loss(*inputs).backward()
-            optimizer.step()
+def measure(training: Training, how: str) -> Row:
+    t = training
 
     def memory(step: Callable[[], object]) -> revflow.MemoryReport:
-        with SCHEDULES[schedule]():
-            return revflow.measure_memory(step, device=device, predict=how == "predicted")
+        return revflow.measure_memory(step, device=t.device, predict=how == "predicted")
 
-    before, after, peak = memory(trainee).kept, memory(forward).kept, memory(train).peak
-    with torch.device("meta"):
-        parameters = sum(p.nbytes for p in CrevNet(PRESETS[preset]).parameters())
+    before, after = memory(t.trainee).kept, memory(t.forward).kept
+    peak = memory(lambda: list(islice(t.train(), 2))).peak
+    parameters = t.parameters()
     counted = 4 * parameters + after - before
     sizes = (parameters, parameters, 2 * parameters, after - before, max(peak - counted, 0), peak)
-    return Row("crevnet", preset, schedule, 1, batch, steps, height, width, how, *sizes)
+    return Row("crevnet", t.preset, t.schedule, t.precision, 1, t.batch, t.steps, t.height, t.width, how, *sizes)
 
 
 def table(rows: list[Row]) -> Table:
     what = ("parameters", "gradients", "optimizer", "activations", "transient", "peak")
-    found = Table(title="MiB of a training step, float32")
-    for name in ("model", "preset", "schedule", "batch", "steps", "frame", *what, "how"):
+    found = Table(title="MiB of a training step")
+    for name in ("model", "preset", "schedule", "precision", "batch", "steps", "frame", *what, "how"):
         found.add_column(name, justify="right" if name in (*what, "batch", "steps") else "left")
     for r in rows:
         sizes = [f"{getattr(r, name) / 2**20:,.1f}" for name in what]
         frame = f"{r.height} x {r.width}"
-        found.add_row(r.model, r.preset, r.schedule, str(r.batch), str(r.steps), frame, *sizes, r.how)
+        found.add_row(r.model, r.preset, r.schedule, r.precision, str(r.batch), str(r.steps), frame, *sizes, r.how)
     return found
 
 

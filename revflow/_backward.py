@@ -24,6 +24,10 @@ class Pass:
         """By step and cell: what the cell was given, and the state and memory that it returned."""
         self.results: dict[Step, Unpacked] = {}
         """The states and memories after a step."""
+        self.sums: dict[tuple[Step, int], list[Tensor | None]] = {}
+        """By step and cell: the gradients of its parameters from later steps."""
+        self.done: set[tuple[Step, int]] = set()
+        """The cells that were evaluated."""
         self.found: dict[Guard, list[Found]] = {}
         """What each guard is to compare at the end."""
 

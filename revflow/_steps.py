@@ -17,17 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from revflow._backward import Pass, running
-from revflow._calls import gradients, leaf
+from revflow._calls import leaf
 from revflow._guard import Guard
 from revflow._passage import NAMED, Arguments, Context, Gradients, Streams, named
 from revflow._replay import Draws, Replay
-from revflow._rewind import alias_of, once, own_of
+from revflow._rewind import alias_of, once
 from revflow._states import Kept, Like, Unpacked
 from revflow._watch import Watch
 
@@ -82,6 +83,9 @@ class _Cell:
     def mixed(self, streams: Streams, state: Tensors, context: Context) -> Streams:
         """The output streams, of the new state; without a graph."""
         return self.mix.again(self.parameters, torch.no_grad()(self.module.mix), streams, state, context)
+
+    def has_parameters_of(self, other: _Cell) -> bool:
+        return len(self.parameters) == len(other.parameters) and all(map(is_, self.parameters, other.parameters))
 
     def refuse_changes(self) -> None:
         if [p._version for p in self.parameters] != self._versions:
@@ -260,14 +264,54 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     cell, now, saved = step.cells[k], running(), ctx.saved_tensors
     given, expected = now.given.pop((step, k))
     begin = len(saved) - len(cell.parameters)
-    inputs = [*map(leaf, chain(*given), ctx.layout, ctx.needs_input_grad[2:])]
-    own, leaves = own_of(saved[begin:]), [*map(alias_of, saved[:begin])]
-    returned = cell.again(own, step, step.parted(inputs, k), step.arguments.filled(leaves))
-    outputs, wanted = tuple(chain(*returned)), (*inputs, *leaves, *own)
+    inputs = [*map(leaf, chain(*given), ctx.layout, ctx.needs_input_grad[2:]), *map(alias_of, saved[:begin])]
+    own = [*map(alias_of, saved[begin:])]
+    context = step.arguments.filled(inputs[len(ctx.layout) :])
+    returned = cell.again(own, step, step.parted(inputs, k), context)
+    outputs = tuple(chain(*returned))
     name, is_last = f"cell {k} ({type(cell.module).__name__})", k + 1 == len(step.cells)
     step.watch.look(now, name, cell.update, expected, outputs[step.width :], returned.streams if is_last else None)
-    step.watch.graph(name, outputs, wanted)
-    return (None, None, *gradients(outputs, wanted, grads))
+    step.watch.graph(name, outputs, (*inputs, *own))
+    del returned
+    _add_gradients(outputs, [*inputs, *own], grads, now.sums.pop((step, k), None))
+    own_grads = [p.grad for p in own]
+    heir = _heir(step, k, now)
+    now.done.add((step, k))
+    if heir is not None:
+        now.sums[heir, k], own_grads = own_grads, [None] * len(own)
+    return (None, None, *[t.grad for t in inputs], *own_grads)
+
+
+def _add_gradients(outputs: Tensors, leaves: list[Tensor], grads: Gradients, sums: list[Tensor | None] | None) -> None:
+    """Leave each leaf's gradient in its `grad`; those of the last leaves, the parameters, added to `sums`.
+
+    One operation after the other, each to its sum: there are never a whole cell's gradients beside the sums.
+    """
+    if sums is not None:
+        for parameter, its_sum in zip(leaves[-len(sums) :], sums, strict=True):
+            parameter.grad = its_sum
+    known = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+    wanted = [t for t in leaves if t.requires_grad]
+    if known and wanted:
+        torch.autograd.backward([o for o, _ in known], [g for _, g in known], inputs=wanted)
+
+
+def _heir(step: Step, k: int, now: Pass) -> Step | None:
+    """The step before this one whose evaluation of the same cell is still to come in this backward pass: its parameters'
+    gradients take this step's in. None if this is the last."""
+    cell, end = step.cells[k], step.begin.end
+    while end is not None:
+        earlier: Step = end.step
+        if (
+            k < len(earlier.cells)
+            and earlier.cells[k].has_parameters_of(cell)
+            and (earlier, k) not in now.done
+            and end.nodes[k] is not None
+            and torch._C._will_engine_execute_node(end.nodes[k])
+        ):
+            return earlier
+        end = earlier.begin.end
+    return None
 
 
 class _End(torch.autograd.Function):

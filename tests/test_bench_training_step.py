@@ -1,27 +1,17 @@
 """bench/training_step.py on the smallest preset: its report against the same step written out."""
 
-import importlib.util
 import re
 import sys
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
 
+import training_step
 from crevnet import PRESETS, CrevNet
 
-SCRIPT = Path(__file__).parents[1] / "bench" / "training_step.py"
 START, SEED = 2, 3
-
-
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("bench_training_step", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +28,8 @@ def day(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def report(bench, day):
-    return bench.run("tiny", day[0], "Here", START, SEED)
+def report(day):
+    return training_step.run("tiny", day[0], "Here", START, SEED)
 
 
 def value(report, name):
@@ -66,27 +56,27 @@ def test_report_says_what_was_run(report):
     assert f"torch {torch.__version__}" in value(report, "versions")
 
 
-def test_peak_counts_parameters_gradients_and_optimizer(bench, report, day, monkeypatch):
+def test_peak_counts_parameters_gradients_and_optimizer(report, day, monkeypatch):
     """Weights, gradients and Adam's two moments are four copies of the parameters; what else there is, is more."""
     seen = []
-    measure = bench.revflow.measure_memory
+    measure = training_step.revflow.measure_memory
 
     def record(step):
         seen.append(measure(step))
         return seen[-1]
 
-    monkeypatch.setattr(bench.revflow, "measure_memory", record)
-    again = bench.run("tiny", day[0], "Here", START, SEED)
+    monkeypatch.setattr(training_step.revflow, "measure_memory", record)
+    again = training_step.run("tiny", day[0], "Here", START, SEED)
     copies = 4 * sum(p.numel() for p in CrevNet(PRESETS["tiny"]).parameters()) * 4
     assert copies < seen[0].peak < 3 * copies
     assert value(again, "peak of live tensors").startswith(f"{seen[0].peak / 2**30:.2f} GiB")
     assert value(again, "loss") == value(report, "loss")
 
 
-def test_command_prints_and_writes_the_report(bench, day, tmp_path, monkeypatch, capsys):
+def test_command_prints_and_writes_the_report(day, tmp_path, monkeypatch, capsys):
     out = tmp_path / "report.md"
     options = ["--preset", "tiny", "--data", str(day[0]), "--city", "Here", "--start", "2", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["bench/training_step.py", *options])
-    bench.main()
+    training_step.main()
     assert capsys.readouterr().out == out.read_text()
     assert value(out.read_text(), "command") == " ".join(["python", "bench/training_step.py", *options])

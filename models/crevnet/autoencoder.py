@@ -24,12 +24,11 @@ class TwoWayAutoencoder(nn.Module):
 
     def __init__(self, config: CrevNetConfig) -> None:
         super().__init__()
-        self._unshuffle = revflow.PixelUnshuffle(2)
-        blocks: list[nn.Module] = []
+        blocks: list[nn.Module] = [_Rows()]
         width = 2 * config.input_channels
         for count, stride in zip(config.blocks, config.strides, strict=True):
             for k in range(count):
-                first, step = not blocks, stride if k == 0 else 1
+                first, step = len(blocks) == 1, stride if k == 0 else 1
                 if step > 1:
                     blocks.append(revflow.PixelUnshuffle(step))
                 blocks.append(revflow.AdditiveCoupling(_residual(width, step, config.bottleneck, first)))
@@ -38,16 +37,33 @@ class TwoWayAutoencoder(nn.Module):
 
     def encode(self, frames: Tensor) -> Latent:
         """E of the paper's eq. 1."""
-        (cells,) = self._unshuffle(frames)
-        even, odd = cells.chunk(2, 1)
-        z1, z2 = self.blocks((even, odd))
+        z1, z2 = self.blocks((frames,))
         return z1, z2
 
     def decode(self, latent: Latent) -> Tensor:
         """E⁻¹ of the paper's eq. 4: the frames whose encoding `latent` is."""
-        even_odd = self.blocks.inverse(latent)
-        (frames,) = self._unshuffle.inverse(torch.cat(even_odd, 1))
+        (frames,) = self.blocks.inverse(latent)
         return frames
+
+
+class _Rows(revflow.Bijection):
+    """A frame's even and odd rows, unshuffled: (C, H, W) -> two streams of (2 C, H / 2, W / 2).
+
+    A block of the chain, so that of a decoded frame the chain and whatever follows keep the same tensor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._unshuffle = revflow.PixelUnshuffle(2)
+
+    def forward(self, frames: Tensor) -> Latent:
+        (cells,) = self._unshuffle(frames)
+        even, odd = cells.chunk(2, 1)
+        return even.contiguous(), odd.contiguous()
+
+    def inverse(self, even: Tensor, odd: Tensor) -> tuple[Tensor]:
+        (frames,) = self._unshuffle.inverse(torch.cat((even, odd), 1))
+        return (frames,)
 
 
 class _Shuffle(nn.Module):

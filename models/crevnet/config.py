@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import revflow
+from revflow.recurrence import States
 
 Cell = Literal["st-lstm", "convlstm"]
 
@@ -26,6 +27,9 @@ class CrevNetConfig:
         horizon: frames predicted.
         exact_bits: compute on a grid of multiples of 2^-exact_bits (revflow.Grid), so that what is rebuilt is equal to the
             last bit; in ordinary floating point if not given. 16 bits hold values up to 256 in float32.
+        states: how training keeps the modules' states h, c and m for its backward pass: kept; bfloat16, rounded, which
+            takes half the memory; offloaded to the CPU's; or a number n, those of every n-th time step, the others being
+            computed again (revflow.ReversibleRecurrence).
     """
 
     channels: int = 3
@@ -38,6 +42,7 @@ class CrevNetConfig:
     past: int = 9
     horizon: int = 3
     exact_bits: int | None = None
+    states: States = "kept"
 
     def __post_init__(self) -> None:
         for name in ("channels", "bottleneck", "modules", "past", "horizon"):
@@ -53,6 +58,10 @@ class CrevNetConfig:
             raise ValueError(f"cell has to be st-lstm or convlstm, not {self.cell!r}")
         if self.exact_bits is not None and not 1 <= self.exact_bits <= 52:
             raise ValueError(f"exact_bits has to be from 1 to 52, or none, not {self.exact_bits}")
+        if self.states not in ("kept", "bfloat16", "offloaded") and not (
+            isinstance(self.states, int) and self.states >= 1
+        ):
+            raise ValueError(f"states has to be kept, bfloat16, offloaded, or a number from 1 on, not {self.states!r}")
 
     @property
     def input_channels(self) -> int:

@@ -6,6 +6,7 @@ the road map as one more channel, and padded at the bottom and the right to mult
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -43,7 +44,9 @@ class CrevNet(nn.Module):
 
         Returns (B, T, C, H, W).
         """
-        return self._crop(self._predictions(self.padded(frames, road_map), frames.shape[1]), frames)
+        self._check(frames, road_map)
+        latents = self._latents(frames, road_map, frames.shape[1])
+        return torch.stack([self._crop(self.autoencoder.decode(latent), frames) for latent in latents], 1)
 
     def loss(self, frames: Tensor, road_map: Tensor | None = None, over: Loss = "all") -> Tensor:
         """Mean squared error of the one-step predictions within a window of past and future frames (B, T, C, H, W).
@@ -52,13 +55,21 @@ class CrevNet(nn.Module):
             "padded": all of them with the padding and the road map, as in the authors' code (which sums over the steps);
             "generated": as "all", with the frames after the first future one generated as `generate` does, in latent space.
         """
-        inputs = self.padded(frames, road_map)
-        seen = inputs[:, : self.config.past] if over == "generated" else inputs[:, :-1]
-        predictions, truth = self._predictions(seen, inputs.shape[1] - 1), inputs[:, 1:]
-        if over == "padded":
-            return _mean_squared_error(predictions, truth)
-        first = -self.config.horizon if over == "future" else 0
-        return _mean_squared_error(self._crop(predictions, frames)[:, first:], frames[:, 1:][:, first:])
+        self._check(frames, road_map)
+        count = frames.shape[1] - 1
+        seen = frames[:, : self.config.past] if over == "generated" else frames[:, :-1]
+        first = count - self.config.horizon if over == "future" else 0
+        # Step by step: a stack of all predictions, its gradient and a padded window would each take a frame a step more.
+        errors = []
+        for t, latent in enumerate(self._latents(seen, road_map, count)):
+            if t >= first:
+                prediction, truth = self.autoencoder.decode(latent), frames[:, t + 1]
+                if over == "padded":
+                    truth = self._pad(truth, road_map)
+                else:
+                    prediction = self._crop(prediction, frames)
+                errors.append(_mean_squared_error(prediction, truth))
+        return torch.stack(errors).mean()
 
     @torch.no_grad()
     def generate(
@@ -69,21 +80,28 @@ class CrevNet(nn.Module):
         feedback: "latent" feeds the predicted latent to the next step, never encoding again (the paper's section 2.1);
             "frame" decodes the prediction, puts the road map and the padding back, and encodes it (the authors' code).
         """
-        inputs = self.padded(past, road_map)
-        latent: Latent = self.autoencoder.encode(inputs[:, 0])
-        state = self.predictor.initial_state(latent)
-        for t in range(inputs.shape[1]):
-            latent, state = self.predictor(self.autoencoder.encode(inputs[:, t]), state)
+        self._check(past, road_map)
+        state = None
+        for frame in past.unbind(1):
+            latent: Latent = self.autoencoder.encode(self._pad(frame, road_map))
+            state = self.predictor.initial_state(latent) if state is None else state
+            latent, state = self.predictor(latent, state)
         frames = [self._crop(self.autoencoder.decode(latent), past)]
         while len(frames) < (self.config.horizon if horizon is None else horizon):
             if feedback == "frame":
-                latent = self.autoencoder.encode(self.padded(frames[-1][:, None], road_map)[:, 0])
+                latent = self.autoencoder.encode(self._pad(frames[-1], road_map))
             latent, state = self.predictor(latent, state)
             frames.append(self._crop(self.autoencoder.decode(latent), past))
         return torch.stack(frames, 1)
 
     def padded(self, frames: Tensor, road_map: Tensor | None) -> Tensor:
         """Frames as the network sees them, (B, T, C, H, W) -> (B, T, Ci, Hp, Wp): the road map added, padded with zeros."""
+        self._check(frames, road_map)
+        return self._pad(
+            frames, None if road_map is None else road_map[:, None].expand(-1, frames.shape[1], -1, -1, -1)
+        )
+
+    def _check(self, frames: Tensor, road_map: Tensor | None) -> None:
         if frames.dim() != 5 or frames.shape[2] != self.config.channels:
             raise ValueError(
                 f"frames have to be (batch, time, {self.config.channels} channels, height, width); got {tuple(frames.shape)}"
@@ -94,11 +112,14 @@ class CrevNet(nn.Module):
                 if self.config.road_map
                 else "this model takes no road map"
             )
+        expected = (frames.shape[0], 1, *frames.shape[-2:])
+        if road_map is not None and road_map.shape != expected:
+            raise ValueError(f"road_map has to be {expected} for these frames; got {tuple(road_map.shape)}")
+
+    def _pad(self, frames: Tensor, road_map: Tensor | None) -> Tensor:
+        """(..., C, H, W), (..., 1, H, W) -> (..., Ci, Hp, Wp)."""
         if road_map is not None:
-            expected = (frames.shape[0], 1, *frames.shape[-2:])
-            if road_map.shape != expected:
-                raise ValueError(f"road_map has to be {expected} for these frames; got {tuple(road_map.shape)}")
-            frames = torch.cat((frames, road_map[:, None].expand(-1, frames.shape[1], -1, -1, -1)), 2)
+            frames = torch.cat((frames, road_map), -3)
         height, width = frames.shape[-2:]
         d = self.config.downsampling
         return F.pad(frames, (0, -width % d, 0, -height % d))
@@ -122,18 +143,16 @@ class CrevNet(nn.Module):
         """
         return self.autoencoder.decode(self.predictor.inverse(self.autoencoder.encode(prediction), before, after))
 
-    def _predictions(self, inputs: Tensor, steps: int) -> Tensor:
-        """(B, T, Ci, Hp, Wp) -> (B, steps, Ci, Hp, Wp): the frames that follow each of the inputs, and, from the predicted
-        latents, those that follow the last of them."""
-        frames: list[Tensor] = []
+    def _latents(self, frames: Tensor, road_map: Tensor | None, steps: int) -> Iterator[Latent]:
+        """The latents of the frames that follow each of `frames` (B, T, C, H, W), and, from the predicted latents, of those
+        that follow the last of them."""
         state = None
         for t in range(steps):
-            if t < inputs.shape[1]:
-                latent: Latent = self.autoencoder.encode(inputs[:, t])
+            if t < frames.shape[1]:
+                latent: Latent = self.autoencoder.encode(self._pad(frames[:, t], road_map))
             state = self.predictor.initial_state(latent) if state is None else state
             latent, state = self.predictor(latent, state)
-            frames.append(self.autoencoder.decode(latent))
-        return torch.stack(frames, 1)
+            yield latent
 
     def _crop(self, frames: Tensor, like: Tensor) -> Tensor:
         """(..., Ci, Hp, Wp) -> (..., C, H, W), the data channels inside the frame."""

@@ -91,7 +91,8 @@ class Predictor(nn.Module):
         super().__init__()
         width = config.widths[-1]
         self.stack = revflow.ReversibleRecurrence(
-            ReversiblePredictiveModule(width, config.cell, config.grid) for _ in range(config.modules)
+            (ReversiblePredictiveModule(width, config.cell, config.grid) for _ in range(config.modules)),
+            states=config.states,
         )
         self.has_memory = CELLS[config.cell].has_memory
 

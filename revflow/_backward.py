@@ -22,6 +22,8 @@ class Pass:
     def __init__(self) -> None:
         self.given: dict[tuple[Step, int], tuple[Evaluated, tuple[Tensor, ...]]] = {}
         """By step and cell: what the cell was given, and the state and memory that it returned."""
+        self.saved: dict[Step, tuple[Tensor, ...]] = {}
+        """What the end of a step has saved."""
         self.results: dict[Step, Unpacked] = {}
         """The states and memories after a step."""
         self.sums: dict[tuple[Step, int], list[Tensor | None]] = {}

@@ -282,7 +282,10 @@ def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     """The tensor with these strides (rule 5 of _rewind)."""
     if tensor.stride() == strides:
         return tensor
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    laid = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+    own = tuple([slice(None if stride else 1) for stride in strides])  # an expanded dimension holds one value
+    laid[own].copy_(tensor[own])
+    return laid
 
 
 def gradients(outputs: Streams, inputs: Streams, grads: Gradients) -> Gradients:

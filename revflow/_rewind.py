@@ -281,6 +281,6 @@ class _SecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         raise RuntimeError(
-            "a ReversibleSequence cannot be differentiated twice: it keeps no graph. net.plain(x) is the same function under "
-            "ordinary autograd, and can"
+            "a ReversibleSequence or ReversibleRecurrence cannot be differentiated twice: it keeps no graph. net.plain(x), or "
+            "net.plain_step, is the same function under ordinary autograd, and can"
         )

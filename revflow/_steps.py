@@ -57,15 +57,20 @@ class _Cell:
         self._versions = [p._version for p in self.parameters]
 
     def first(self, step: Step, given: Evaluated, context: Context) -> Evaluated:
-        versions = [s._version for s in given.streams]
+        taken = [*chain(*given)]
+        versions = [t._version for t in taken]
         state, memory = self.update.first(step.draws, self.module.update, *given, context)
         _check("update", "state", state, given.state)
         _check("update", "memory", memory, given.memory)
         state, memory = step.settled(state), step.settled(memory)
+        taken += state  # which mix is given
+        versions += [t._version for t in state]
         streams = self.mix.first(step.draws, self.module.mix, given.streams, state, context)
         _check("mix", "streams", streams, given.streams)
-        if [s._version for s in given.streams] != versions:
-            raise RuntimeError("its streams were changed in place, which cannot be undone; let it work on a copy")
+        if [t._version for t in taken] != versions:
+            raise RuntimeError(
+                "its streams, its state or its memory were changed in place, which cannot be undone; let it work on a copy"
+            )
         return Evaluated(streams, state, memory)
 
     def again(self, own: list[Tensor], step: Step, given: Evaluated, context: Context) -> Evaluated:
@@ -113,12 +118,19 @@ class Begin(NamedTuple):
 
 
 def _begin_with(tensors: Sequence[Tensor]) -> Begin:
-    ends: list[Any] = [t.grad_fn if isinstance(t.grad_fn, _End._backward_cls) else None for t in tensors]
+    ends = [_end_of(t) for t in tensors]
     end = next(filter(None, ends), None)
     places = [
         t.output_nr - end.step.width if end and its is end else None for t, its in zip(tensors, ends, strict=True)
     ]
     return Begin(end, places)
+
+
+def _end_of(tensor: Tensor) -> Any:
+    """The `_End` that this is a result of; None for anything else, the streams that left a step too."""
+    node: Any = tensor.grad_fn
+    is_end: bool = isinstance(node, _End._backward_cls)
+    return node if is_end and tensor.output_nr >= node.step.width else None
 
 
 class Step:
@@ -231,7 +243,7 @@ def run(step: Step, streams: Streams, states: Sequence[Tensors], memory: Tensors
     if any(nodes):
         step.like = [(t.dtype, t.device) for t in results]
         ended: Tensors = _End.apply(step, nodes, (*anchor, *own), *streams, *results)  # type: ignore[no-untyped-call]
-        streams, results = ended[: len(streams)], [*ended[len(streams) :]]
+        streams, results = ended[: len(streams)], [*ended[len(streams) : -1]]
     return streams, step.by_cell(results)
 
 
@@ -323,31 +335,44 @@ class _End(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         outputs = tuple([t.view_as(t) for t in tensors])
         packed = step.keeping.pack(outputs[step.width :]) if step.keeps else ()
-        ctx.save_for_backward(*saved, *packed)
-        return outputs
+        connected = tensors[0].new_empty(0, dtype=torch.float32)  # for `once`: an output that costs nothing to save
+        ctx.save_for_backward(*saved, *packed, connected)
+        return (*outputs, connected)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         if torch.is_grad_enabled():
-            return once(_replay, ctx, grads, ctx.saved_tensors)
+            return once(_replay, ctx, grads, _saved(ctx, running())[-1:])
         return _replay(ctx, grads)
 
 
 def _replay(end: Any, grads: Gradients) -> Gradients:
     now, step = running(), end.step
     after = _results(end, now)
-    del now.results[step]
-    step.replay(now, end.saved_tensors[: step.width], _before(end, now), after, end.nodes)
+    step.replay(now, _saved(end, now)[: step.width], _before(end, now), after, end.nodes)
+    del now.results[step], now.saved[step]
     previous = step.begin.end
-    if previous is not None and previous.step.keeping.prefetches and previous.step.begin.end is not None:
-        _unpacked(previous.step.begin.end, now)
-    return (None,) * 3 + tuple(grads)
+    if previous is not None and torch._C._will_engine_execute_node(previous):
+        earlier = previous.step.begin.end
+        if earlier is not None and earlier.step.keeping.prefetches:
+            _unpacked(earlier, now)
+    return (None,) * 3 + tuple(grads[:-1])
+
+
+def _saved(end: Any, now: Pass) -> Tensors:
+    """What `end` has saved: its anchor, the states and the memory that are its own, its packed results, and `connected`.
+
+    Taken once in a pass, as `torch.utils.checkpoint` demands.
+    """
+    if end.step not in now.saved:
+        now.saved[end.step] = end.saved_tensors
+    return now.saved[end.step]
 
 
 def _before(end: Any, now: Pass) -> list[Tensor]:
     """The states and the memory before the step that `end` ends."""
     begin: Begin = end.step.begin
-    own = iter(end.saved_tensors[end.step.width :])
+    own = iter(_saved(end, now)[end.step.width :])
     if begin.end is None:
         return [next(own) for _ in begin.places]
     results = _results(begin.end, now)
@@ -362,7 +387,7 @@ def _results(end: Any, now: Pass) -> Tensors:
         missing.append(node)
         node = node.step.begin.end
     for node in reversed(missing):
-        again = node.step.again(node.saved_tensors[: node.step.width], _before(node, now))
+        again = node.step.again(_saved(node, now)[: node.step.width], _before(node, now))
         now.results[node.step] = Unpacked(again)
     return _unpacked(end, now).tensors()
 
@@ -371,6 +396,6 @@ def _unpacked(end: Any, now: Pass) -> Unpacked:
     """Laid aside until this backward pass comes to `end` itself."""
     step = end.step
     if step not in now.results:
-        packed = end.saved_tensors[-len(step.like) :]
+        packed = _saved(end, now)[-1 - len(step.like) : -1]
         now.results[step] = step.keeping.unpack(packed, step.like)
     return now.results[step]

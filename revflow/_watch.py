@@ -76,7 +76,11 @@ class Watch:
 
 
 def judge(guard: Guard, found: list[Found]) -> None:
-    """Compare, once the pass is through. Errors are relative to the largest value that was seen in the forward pass."""
+    """Compare, once the pass is through. Errors are relative to the largest value that was seen in the forward pass.
+
+    Of several errors the first one in the order of the forward pass is named: it may have led to the others.
+    """
+    found = found[::-1]
     before = [sample for cell in found for sample in cell.before]
     again = [sample for cell in found for sample in cell.again]
     if not before or isinstance(before[0], FakeTensor) or before[0].is_meta:

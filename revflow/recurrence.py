@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,8 @@ class ReversibleRecurrence(nn.ModuleList):
 
     In training a step stores its input streams and the new states and memories, which the next step needs anyway. The
     backward pass rebuilds everything else, cell by cell: it evaluates every `update` twice in all, every `mix` three times.
-    Gradients are those of ordinary autograd.
+    Gradients are those of ordinary autograd; that of a state or a stream which a step returned is what comes to it from behind
+    that step.
 
     Args:
         cells: the cells, the first one at the bottom.
@@ -80,11 +81,20 @@ class ReversibleRecurrence(nn.ModuleList):
 
     def __init__(self, cells: Iterable[RecurrentCell], *, states: States = "kept", guard: Mode = "warn") -> None:
         super().__init__()
-        self._keeping, self._guard = keeping(states), Guard(guard)
+        self._keeping, self._guard, self._states = keeping(states), Guard(guard), states
         for k, cell in enumerate(cells):
             if not isinstance(cell, RecurrentCell):
                 raise TypeError(f"cell {k} has to be a revflow.RecurrentCell; got a {type(cell).__name__}")
             self.append(cell)
+
+    @overload
+    def __getitem__(self, index: slice) -> ReversibleRecurrence: ...
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+    def __getitem__(self, index: slice | int) -> nn.Module:
+        if isinstance(index, slice):
+            return ReversibleRecurrence(self._cells()[index], states=self._states, guard=self._guard.mode)
+        return super().__getitem__(index)
 
     def forward(
         self, inputs: Sequence[Streams | None], state: RecurrentState, **context: Any

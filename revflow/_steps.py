@@ -89,9 +89,6 @@ class _Cell:
         """The output streams, of the new state; without a graph."""
         return self.mix.again(self.parameters, torch.no_grad()(self.module.mix), streams, state, context)
 
-    def has_parameters_of(self, other: _Cell) -> bool:
-        return len(self.parameters) == len(other.parameters) and all(map(is_, self.parameters, other.parameters))
-
     def refuse_changes(self) -> None:
         if [p._version for p in self.parameters] != self._versions:
             raise RuntimeError(
@@ -287,7 +284,7 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     del returned
     _add_gradients(outputs, [*inputs, *own], grads, now.sums.pop((step, k), None))
     own_grads = [p.grad for p in own]
-    heir = _heir(step, k, now)
+    heir = _heir(ctx, now)
     now.done.add((step, k))
     if heir is not None:
         now.sums[heir, k], own_grads = own_grads, [None] * len(own)
@@ -308,22 +305,32 @@ def _add_gradients(outputs: Tensors, leaves: list[Tensor], grads: Gradients, sum
         torch.autograd.backward([o for o, _ in known], [g for _, g in known], inputs=wanted)
 
 
-def _heir(step: Step, k: int, now: Pass) -> Step | None:
+def _heir(ctx: Any, now: Pass) -> Step | None:
     """The step before this one whose evaluation of the same cell is still to come in this backward pass: its parameters'
     gradients take this step's in. None if this is the last."""
-    cell, end = step.cells[k], step.begin.end
+    k, end = ctx.k, ctx.step.begin.end
     while end is not None:
-        earlier: Step = end.step
+        node = end.nodes[k] if k < len(end.nodes) else None
         if (
-            k < len(earlier.cells)
-            and earlier.cells[k].has_parameters_of(cell)
-            and (earlier, k) not in now.done
-            and end.nodes[k] is not None
-            and torch._C._will_engine_execute_node(end.nodes[k])
+            node is not None
+            and _has_parameters_of(node, ctx)
+            and (end.step, k) not in now.done
+            and torch._C._will_engine_execute_node(node)
         ):
-            return earlier
-        end = earlier.begin.end
+            return end.step  # type: ignore[no-any-return]
+        end = end.step.begin.end
     return None
+
+
+def _has_parameters_of(node: Any, other: Any) -> bool:
+    """Whether two evaluations of a cell have the same parameters, and want gradients of the same ones."""
+    own, others = node.step.cells[node.k].parameters, other.step.cells[other.k].parameters
+    count = len(own)
+    return (
+        count == len(others)
+        and all(map(is_, own, others))
+        and node.needs_input_grad[-count:] == other.needs_input_grad[-count:]
+    )
 
 
 class _End(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
     python bench/memory.py --only crevnet --preset paper --steps 3 7 11 --json memory.json
 
-A step is forward, backward and fused Adam, with Adam's state there from the step before. Rows say how they were measured:
+A step is forward, backward and fused Adam, with Adam's state there before it. Rows say how they were measured:
 "cuda" by the allocator's counters; "tracked" by the live tensors of a real step on the CPU; "predicted" by the same count
 under fake tensors, which have shapes and no data: any size, nothing allocated. Without a GPU figures are predicted, unless
 --how says otherwise. Predicted and tracked bytes are equal.
@@ -18,7 +18,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -96,7 +96,7 @@ def measure(training: Training, how: str) -> Row:
         return revflow.measure_memory(step, device=t.device, predict=how == "predicted")
 
     before, after = memory(t.trainee).kept, memory(t.forward).kept
-    peak = memory(lambda: list(islice(t.train(), 2))).peak
+    peak = memory(lambda: next(t.train())).peak
     parameters = t.parameters()
     counted = 4 * parameters + after - before
     sizes = (parameters, parameters, 2 * parameters, after - before, max(peak - counted, 0), peak)

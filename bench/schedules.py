@@ -83,9 +83,12 @@ class Training:
         return network, inputs, self.loss(network, inputs)
 
     def train(self) -> Iterator[None]:
-        """Training steps, with fused Adam; the first makes its state."""
+        """Training steps, with fused Adam, whose state is there before the first."""
         network, inputs = self.trainee()
         optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, fused=True)
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # makes the state, and changes nothing
         while True:
             optimizer.zero_grad()
             self.loss(network, inputs).backward()
@@ -93,7 +96,7 @@ class Training:
             yield
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.float16, enabled=self.precision == "16-mixed")
+        return torch.autocast(self.device.type, torch.float16) if self.precision == "16-mixed" else nullcontext()
 
 
 def _checkpoint_blocks(network: CrevNet) -> None:

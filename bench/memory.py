@@ -7,7 +7,7 @@ A step is forward, backward and fused Adam, with Adam's state there before it. R
 under fake tensors, which have shapes and no data: any size, nothing allocated. Without a GPU figures are predicted, unless
 --how says otherwise. Predicted and tracked bytes are equal.
 
-Activations are what the forward pass keeps, the window of frames not counted; gradients are counted as one more set of
+Activations are what the forward pass keeps, beside the window of frames; gradients are counted as one more set of
 parameters, Adam's state as two; transient is what the peak holds beyond all of these. States that are offloaded are not on
 the device, and not counted.
 """
@@ -25,6 +25,7 @@ from typing import get_args
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import revflow
 from crevnet import PRESETS
@@ -90,16 +91,16 @@ def positive(text: str) -> int:
 
 
 def measure(training: Training, how: str) -> Row:
-    t = training
+    t, kept = training, []
 
-    def memory(step: Callable[[], object]) -> revflow.MemoryReport:
-        return revflow.measure_memory(step, device=t.device, predict=how == "predicted")
+    def watch(forward: Callable[[], Tensor]) -> Tensor:
+        losses: list[Tensor] = []
+        kept.append(revflow.measure_memory(lambda: losses.append(forward()), device=t.device).kept)
+        return losses[0]
 
-    before, after = memory(t.trainee).kept, memory(t.forward).kept
-    peak = memory(lambda: next(t.train())).peak
+    peak = revflow.measure_memory(lambda: next(t.train(watch)), device=t.device, predict=how == "predicted").peak
     parameters = t.parameters()
-    counted = 4 * parameters + after - before
-    sizes = (parameters, parameters, 2 * parameters, after - before, max(peak - counted, 0), peak)
+    sizes = (parameters, parameters, 2 * parameters, kept[0], max(peak - 4 * parameters - kept[0], 0), peak)
     return Row("crevnet", t.preset, t.schedule, t.precision, 1, t.batch, t.steps, t.height, t.width, how, *sizes)
 
 

@@ -77,13 +77,8 @@ class Training:
         with SCHEDULES[self.schedule].context(), self._autocast():
             return network.loss(*inputs)
 
-    def forward(self) -> Any:
-        """A forward pass, and all that it leaves."""
-        network, inputs = self.trainee()
-        return network, inputs, self.loss(network, inputs)
-
-    def train(self) -> Iterator[None]:
-        """Training steps, with fused Adam, whose state is there before the first."""
+    def train(self, watch: Callable[[Callable[[], Tensor]], Tensor] = lambda forward: forward()) -> Iterator[None]:
+        """Training steps, with fused Adam, whose state is there before the first; `watch` is to call each forward pass."""
         network, inputs = self.trainee()
         optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, fused=True)
         for parameter in network.parameters():
@@ -91,7 +86,7 @@ class Training:
         optimizer.step()  # makes the state, and changes nothing
         while True:
             optimizer.zero_grad()
-            self.loss(network, inputs).backward()
+            watch(lambda: self.loss(network, inputs)).backward()
             optimizer.step()
             yield
 

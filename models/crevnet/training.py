@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,26 @@ class CrevNetTask(lightning.LightningModule):
         self.log("val/mse", mse, prog_bar=True, sync_dist=True, batch_size=len(batch["frames"]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.network.parameters(), lr=self.training_settings.learning_rate)
+        return FusedAdam(self.network.parameters(), self.training_settings.learning_rate)
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        super().optimizer_step(*arguments, **options)
+        self.zero_grad()  # Lightning would let them live on, through the next forward pass
 
     def _roads(self, batch: dict[str, Any]) -> Tensor | None:
         return batch["road_map"] if self.network.config.road_map else None
+
+
+class FusedAdam(torch.optim.Adam):
+    """Adam in one kernel, without temporaries: other implementations hold some as large as the parameters."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> None:
+        super().__init__(parameters, learning_rate, fused=True)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A state that any Adam has saved: it says which one, and would make this one that again."""
+        groups = [{**group, "fused": True} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
 
 class _ProgressBar(RichProgressBar):

@@ -1,17 +1,21 @@
 """Training on small day files: what it leaves behind, against training loops written out."""
 
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import lightning
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crevnet import PRESETS, CrevNet, CrevNetConfig
 from crevnet.data import DataError
 from crevnet.settings import DataSettings, RunSettings, SettingsError, TrainingSettings, load_settings
-from crevnet.training import CityData, load_network, train
+from crevnet.training import CityData, CrevNetTask, load_network, train
 
 WINDOW = 5
 
@@ -184,6 +188,53 @@ def test_resumed_run_is_the_uninterrupted_run(one_window, tmp_path, monkeypatch)
         assert moments[0][k]["step"] == moments[1][k]["step"] == 4
         torch.testing.assert_close(moments[0][k]["exp_avg_sq"], moments[1][k]["exp_avg_sq"], rtol=1e-3, atol=1e-9)
     assert load_settings(tmp_path / "parts").training.epochs == 4
+
+
+@pytest.mark.parametrize("change", [{}, {"precision": "64-true"}, {"precision": "16-mixed"}])
+def test_what_another_adam_has_saved_is_resumed(one_window, tmp_path, monkeypatch, change):
+    """As that one itself goes on with it, in another precision too."""
+
+    def unfused(task):
+        return torch.optim.Adam(task.network.parameters(), task.training_settings.learning_rate)
+
+    def scaled(trainer, precision, **options):
+        """Lightning's mixed precision, which it only has for GPUs, on the CPU."""
+        plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+        return trainer(plugins=[plugin], **options)
+
+    if change == {"precision": "16-mixed"}:
+        monkeypatch.setattr(lightning, "Trainer", partial(scaled, lightning.Trainer))
+    found, expected = tmp_path / "found", tmp_path / "expected"
+    more = replace(one_window, training=replace(one_window.training, epochs=4, **change))
+    with monkeypatch.context() as patch:
+        patch.setattr(CrevNetTask, "configure_optimizers", unfused)
+        train(replace(one_window, training=replace(one_window.training, epochs=2)), expected)
+        shutil.copytree(expected, found)
+        before = weights(expected)
+        train(more, expected, resume=True)
+    train(more, found, resume=True)
+    assert_same_weights(weights(found), weights(expected))
+    assert any((weights(found)[k] - v).abs().max() > 1e-4 for k, v in before.items())
+
+
+def test_adam_is_fused(run):
+    assert checkpoint(run)["optimizer_states"][0]["param_groups"][0]["fused"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_no_gradient_outlives_its_step(one_window, tmp_path, monkeypatch, accumulate):
+    """The forward pass, whose activations are alive beside them, sees those gradients alone that are added up."""
+    data = replace(one_window.data, training_slots=(2, 2 + WINDOW + 1), batch_size=1)
+    training = replace(one_window.training, epochs=2, accumulate=accumulate)
+    alive, loss = [], CrevNet.loss
+
+    def watched(network, *arguments):
+        alive.append(any(p.grad is not None for p in network.parameters()))
+        return loss(network, *arguments)
+
+    monkeypatch.setattr(CrevNet, "loss", watched)
+    train(replace(one_window, data=data, training=training), tmp_path)
+    assert alive == [False, accumulate == 2] * 2
 
 
 def test_same_seed_same_weights_another_seed_others(settings, run, tmp_path):

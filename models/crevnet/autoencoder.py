@@ -38,6 +38,8 @@ class TwoWayAutoencoder(nn.Module):
 
     def encode(self, frames: Tensor) -> Latent:
         """E of the paper's eq. 1."""
+        if not next(self.parameters()).is_contiguous():  # channels_last: so shall streams be, from here to the states
+            frames = frames.contiguous(memory_format=torch.channels_last)
         (cells,) = self._unshuffle(frames)
         even, odd = cells.chunk(2, 1)
         z1, z2 = self.blocks((even, odd))

@@ -75,6 +75,7 @@ class TrainingSettings:
         accelerator: Lightning's name for it: auto, cpu, gpu.
         devices: number of devices to train on.
         seed: of the initial weights and the order of the windows.
+        channels_last: convolutions in the layout that tensor cores work in; the same values up to rounding.
     """
 
     epochs: int = 100
@@ -88,6 +89,7 @@ class TrainingSettings:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
     seed: int = 0
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batches", "validation_batches", "accumulate", "devices"):

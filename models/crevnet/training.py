@@ -31,6 +31,8 @@ class CrevNetTask(lightning.LightningModule):
         super().__init__()
         self.network = CrevNet(model)
         self.training_settings = training
+        if training.channels_last:
+            self.network.to(memory_format=torch.channels_last)
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
         loss = self.network.loss(batch["frames"], self._roads(batch), self.training_settings.loss)
@@ -64,6 +66,9 @@ class FusedAdam(torch.optim.Adam):
         """A state that any Adam has saved: it says which one, and would make this one that again."""
         groups = [{**group, "fused": True} for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
+        for parameter, state in self.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # the kernel walks through memory, so their layout has to be one
+                state[name] = torch.empty_like(parameter).copy_(state[name])
 
 
 class _ProgressBar(RichProgressBar):

@@ -190,9 +190,9 @@ def test_resumed_run_is_the_uninterrupted_run(one_window, tmp_path, monkeypatch)
     assert load_settings(tmp_path / "parts").training.epochs == 4
 
 
-@pytest.mark.parametrize("change", [{}, {"precision": "64-true"}, {"precision": "16-mixed"}])
+@pytest.mark.parametrize("change", [{}, {"precision": "64-true"}, {"channels_last": True}, {"precision": "16-mixed"}])
 def test_what_another_adam_has_saved_is_resumed(one_window, tmp_path, monkeypatch, change):
-    """As that one itself goes on with it, in another precision too."""
+    """As that one itself goes on with it, in another precision or layout too."""
 
     def unfused(task):
         return torch.optim.Adam(task.network.parameters(), task.training_settings.learning_rate)
@@ -235,6 +235,42 @@ def test_no_gradient_outlives_its_step(one_window, tmp_path, monkeypatch, accumu
     monkeypatch.setattr(CrevNet, "loss", watched)
     train(replace(one_window, data=data, training=training), tmp_path)
     assert alive == [False, accumulate == 2] * 2
+
+
+def task_like(task, **options):
+    """Of the same weights, with other training settings."""
+    other = CrevNetTask(task.network.config, replace(task.training_settings, **options))
+    other.load_state_dict(task.state_dict())
+    return other
+
+
+def gradients_of(network, frames, roads):
+    network.zero_grad()
+    loss = network.loss(frames, roads if network.config.road_map else None)
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in network.named_parameters()}
+
+
+def assert_same_gradients(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert (found[name] - expected[name]).abs().max() <= tolerance * expected[name].abs().max(), name
+
+
+@pytest.mark.parametrize("cell", ["st-lstm", "convlstm"])
+def test_channels_last_from_the_frame_to_the_states_with_the_same_gradients(settings, window, cell):
+    frames, roads = (x.double().repeat(2, *[1] * (x.dim() - 1)) for x in window)
+    frames[1] = frames[1].flip(-1)
+    plain = CrevNetTask(replace(settings.model, cell=cell), settings.training).double()
+    task = task_like(plain, channels_last=True).double()
+    seen = []
+    for module in task.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
+    found = gradients_of(task.network, frames, roads)
+    assert seen and all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    assert not all(x.is_contiguous() for x in seen)
+    assert_same_gradients(found, gradients_of(plain.network, frames, roads), 1e-10)
 
 
 def test_same_seed_same_weights_another_seed_others(settings, run, tmp_path):
@@ -298,7 +334,7 @@ def test_no_data_folder(settings):
                 batch_size=5,
                 workers=2,
             ),
-            TrainingSettings(7, 11, 13, 1e-5, "padded", 4, "bf16-mixed", 0.5, "gpu", 2, 99),
+            TrainingSettings(7, 11, 13, 1e-5, "padded", 4, "bf16-mixed", 0.5, "gpu", 2, 99, True),
         ),
     ],
 )

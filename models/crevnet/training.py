@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import lightning
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Sampler
 from crevnet.config import CrevNetConfig
 from crevnet.data import DataError, DayFile, Traffic4cast, check_frame_sizes, open_days, road_maps
 from crevnet.network import CrevNet
+from crevnet.predictor import ReversiblePredictiveModule
 from crevnet.settings import DataSettings, RunSettings, TrainingSettings
 
 
@@ -33,6 +35,8 @@ class CrevNetTask(lightning.LightningModule):
         self.training_settings = training
         if training.channels_last:
             self.network.to(memory_format=torch.channels_last)
+        if training.compile:
+            compile_network(self.network)
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
         loss = self.network.loss(batch["frames"], self._roads(batch), self.training_settings.loss)
@@ -69,6 +73,23 @@ class FusedAdam(torch.optim.Adam):
         for parameter, state in self.state.items():
             for name in ("exp_avg", "exp_avg_sq"):  # the kernel walks through memory, so their layout has to be one
                 state[name] = torch.empty_like(parameter).copy_(state[name])
+
+
+def compile_network(network: CrevNet, **options: Any) -> None:
+    """Compile what takes the time, in place, by `torch.compile(..., **options)`: the autoencoder's conditioners, and the two
+    parts of a predictive module, as the engine runs them by themselves. The keys of the network's state stay.
+    """
+    network.autoencoder.blocks.compile_conditioners(**options)
+    # Up to 19 graphs of a part: with gradients and without; in training and validation; in the first steps, where states are
+    # one tensor of zeros, and later ones; for batches of one size and of any. At its limit (8) PyTorch goes on uncompiled.
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name in PyTorch 2.6
+    setattr(config, limit, max(getattr(config, limit), 32))
+    update, mix = (
+        torch.compile(part, **options) for part in (ReversiblePredictiveModule.update, ReversiblePredictiveModule.mix)
+    )
+    for module in network.predictor.stack:
+        module.update, module.mix = MethodType(update, module), MethodType(mix, module)
 
 
 class _ProgressBar(RichProgressBar):

@@ -37,6 +37,8 @@ class TwoWayAutoencoder(nn.Module):
 
     def encode(self, frames: Tensor) -> Latent:
         """E of the paper's eq. 1."""
+        if not next(self.parameters()).is_contiguous():  # channels_last: so shall streams be, from here to the states
+            frames = frames.contiguous(memory_format=torch.channels_last)
         z1, z2 = self.blocks((frames,))
         return z1, z2
 
@@ -58,8 +60,8 @@ class _Rows(revflow.Bijection):
 
     def forward(self, frames: Tensor) -> Latent:
         (cells,) = self._unshuffle(frames)
-        even, odd = cells.chunk(2, 1)
-        return even.contiguous(), odd.contiguous()
+        even, odd = (half if half.is_contiguous() else half.clone() for half in cells.chunk(2, 1))  # clone keeps channels_last
+        return even, odd
 
     def inverse(self, even: Tensor, odd: Tensor) -> tuple[Tensor]:
         (frames,) = self._unshuffle.inverse(torch.cat((even, odd), 1))

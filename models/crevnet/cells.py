@@ -1,11 +1,14 @@
 """Recurrent cells: states are values that come in and go out, never kept on a module.
 
 Shapes: x, h, c, m are all (B, N, H, W), with N the channels of one latent stream. Gates are 3x3 convolutions with bias.
+Gates of one input are one convolution, with the gates' channels one after the other. State dicts in which each gate is a
+convolution of its own, `temporal.i.weight` say, load too.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,7 @@ class ConvLSTMCell(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.gates = nn.Conv2d(2 * channels, 4 * channels, 3, padding=1)
+        self.register_load_state_dict_pre_hook(partial(_join, {"gates": "ifgo"}))
 
     def forward(self, x: Tensor, state: CellState, memory: Tensor | None) -> tuple[CellState, Tensor | None]:
         i, f, g, o = self.gates(torch.cat((x, state.h), 1)).chunk(4, 1)
@@ -48,6 +52,7 @@ class STLSTMCell(nn.Module):
         self.spatial = nn.Conv2d(3 * channels, 3 * channels, 3, padding=1)
         self.output = nn.Conv2d(4 * channels, channels, 3, padding=1)
         self.merge = nn.Conv2d(2 * channels, channels, 1)
+        self.register_load_state_dict_pre_hook(partial(_join, {"temporal": "ifg", "spatial": "ifg"}))
 
     def forward(self, x: Tensor, state: CellState, memory: Tensor | None) -> tuple[CellState, Tensor | None]:
         assert memory is not None
@@ -64,3 +69,12 @@ CELLS: dict[str, type[ConvLSTMCell] | type[STLSTMCell]] = {"convlstm": ConvLSTMC
 def _gated(gates: Tensor, old: Tensor) -> Tensor:
     i, f, g = gates.chunk(3, 1)
     return torch.sigmoid(f) * old + torch.sigmoid(i) * torch.tanh(g)
+
+
+def _join(convolutions: dict[str, str], cell: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Replace the gates of each convolution by the convolution, in a cell's state dict that has all of them."""
+    for name, gates in convolutions.items():
+        for kind in ("weight", "bias"):
+            joined, parts = f"{prefix}{name}.{kind}", [f"{prefix}{name}.{gate}.{kind}" for gate in gates]
+            if joined not in state_dict and all(part in state_dict for part in parts):
+                state_dict[joined] = torch.cat([state_dict.pop(part) for part in parts])

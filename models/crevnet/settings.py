@@ -75,6 +75,9 @@ class TrainingSettings:
         accelerator: Lightning's name for it: auto, cpu, gpu.
         devices: number of devices to train on.
         seed: of the initial weights and the order of the windows.
+        channels_last: convolutions in the layout that tensor cores work in; the same values up to rounding.
+        compile: run the network's parts by torch.compile, which takes minutes in the first steps; the same values up to
+            rounding. Not with exact_bits.
     """
 
     epochs: int = 100
@@ -88,6 +91,8 @@ class TrainingSettings:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
     seed: int = 0
+    channels_last: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batches", "validation_batches", "accumulate", "devices"):
@@ -109,6 +114,13 @@ class RunSettings:
     model: CrevNetConfig = field(default_factory=CrevNetConfig)
     data: DataSettings = field(default_factory=DataSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    def __post_init__(self) -> None:
+        if self.training.compile and self.model.exact_bits is not None:
+            raise SettingsError(
+                "training.compile rounds otherwise in the backward pass than in the forward pass, and model.exact_bits is there "
+                "to have no such difference: choose one of them"
+            )
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,9 +154,9 @@ def load_settings(run: Path) -> RunSettings:
     add_sections(parser, RunSettings())
     try:
         sections = parser.instantiate(parser.parse_path(str(path)))
+        return RunSettings(sections.model, sections.data, sections.training)
     except (SettingsError, ValueError, TypeError, yaml.YAMLError) as error:
         raise SettingsError(f"{path}: {' '.join(str(error).split())}") from error
-    return RunSettings(sections.model, sections.data, sections.training)
 
 
 def _plain(value: object) -> object:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import lightning
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Sampler
 from crevnet.config import CrevNetConfig
 from crevnet.data import DataError, DayFile, Traffic4cast, check_frame_sizes, open_days, road_maps
 from crevnet.network import CrevNet
+from crevnet.predictor import ReversiblePredictiveModule
 from crevnet.settings import DataSettings, RunSettings, TrainingSettings
 
 
@@ -31,6 +33,10 @@ class CrevNetTask(lightning.LightningModule):
         super().__init__()
         self.network = CrevNet(model)
         self.training_settings = training
+        if training.channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        if training.compile:
+            compile_network(self.network)
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
         loss = self.network.loss(batch["frames"], self._roads(batch), self.training_settings.loss)
@@ -44,10 +50,46 @@ class CrevNetTask(lightning.LightningModule):
         self.log("val/mse", mse, prog_bar=True, sync_dist=True, batch_size=len(batch["frames"]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.network.parameters(), lr=self.training_settings.learning_rate)
+        return FusedAdam(self.network.parameters(), self.training_settings.learning_rate)
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        super().optimizer_step(*arguments, **options)
+        self.zero_grad()  # Lightning would let them live on, through the next forward pass
 
     def _roads(self, batch: dict[str, Any]) -> Tensor | None:
         return batch["road_map"] if self.network.config.road_map else None
+
+
+class FusedAdam(torch.optim.Adam):
+    """Adam in one kernel, without temporaries: other implementations hold some as large as the parameters."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> None:
+        super().__init__(parameters, learning_rate, fused=True)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A state that any Adam has saved: it says which one, and would make this one that again."""
+        groups = [{**group, "fused": True} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        for parameter, state in self.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # the kernel walks through memory, so their layout has to be one
+                state[name] = torch.empty_like(parameter).copy_(state[name])
+
+
+def compile_network(network: CrevNet, **options: Any) -> None:
+    """Compile what takes the time, in place, by `torch.compile(..., **options)`: the autoencoder's conditioners, and the two
+    parts of a predictive module, as the engine runs them by themselves. The keys of the network's state stay.
+    """
+    network.autoencoder.blocks.compile_conditioners(**options)
+    # Up to 19 graphs of a part: with gradients and without; in training and validation; in the first steps, where states are
+    # one tensor of zeros, and later ones; for batches of one size and of any. At its limit (8) PyTorch goes on uncompiled.
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name in PyTorch 2.6
+    setattr(config, limit, max(getattr(config, limit), 32))
+    update, mix = (
+        torch.compile(part, **options) for part in (ReversiblePredictiveModule.update, ReversiblePredictiveModule.mix)
+    )
+    for module in network.predictor.stack:
+        module.update, module.mix = MethodType(update, module), MethodType(mix, module)
 
 
 class _ProgressBar(RichProgressBar):

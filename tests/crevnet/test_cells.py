@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import conv2d
 
-from crevnet import ConvLSTMCell, STLSTMCell
+from crevnet import ConvLSTMCell, CrevNet, CrevNetConfig, STLSTMCell
 from crevnet.cells import CELLS, CellState
 
 N = 3
@@ -120,3 +121,103 @@ def test_samples_of_a_batch_do_not_meet(name):
     torch.testing.assert_close(state.h[1:], alone.h)
     torch.testing.assert_close(state.c[1:], alone.c)
     torch.testing.assert_close(memory[1:], alone_memory)
+
+
+# --- state dicts with a convolution for each gate
+
+
+class GatesApart(nn.Module):
+    """A convolution for each gate."""
+
+    def __init__(self, gates, inputs):
+        super().__init__()
+        for gate in gates:
+            self.add_module(gate, nn.Conv2d(inputs * N, N, 3, padding=1))
+
+    def forward(self, *inputs):
+        return {name: conv(torch.cat(inputs, 1)) for name, conv in self.named_children()}
+
+
+class ConvLSTMApart(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gates = GatesApart("ifgo", 2)
+
+    def forward(self, x, h, c, m):
+        z = self.gates(x, h)
+        c = logistic(z["f"]) * c + logistic(z["i"]) * z["g"].tanh()
+        return logistic(z["o"]) * c.tanh(), c, m
+
+
+class STLSTMApart(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.temporal, self.spatial = GatesApart("ifg", 3), GatesApart("ifg", 3)
+        self.output = nn.Conv2d(4 * N, N, 3, padding=1)
+        self.merge = nn.Conv2d(2 * N, N, 1)
+
+    def forward(self, x, h, c, m):
+        z = self.temporal(x, h, c)
+        c = logistic(z["f"]) * c + logistic(z["i"]) * z["g"].tanh()
+        z = self.spatial(x, m, c)
+        m = logistic(z["f"]) * m + logistic(z["i"]) * z["g"].tanh()
+        o = logistic(self.output(torch.cat((x, h, c, m), 1)))
+        return o * self.merge(torch.cat((c, m), 1)).tanh(), c, m
+
+
+APART = {"convlstm": ConvLSTMApart, "st-lstm": STLSTMApart}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_state_dict_with_a_convolution_for_each_gate(name):
+    torch.manual_seed(1)
+    apart, cell = APART[name]().double(), make(CELLS[name])
+    state = apart.state_dict()
+    before = dict(state)
+    cell.load_state_dict(state)
+    assert state.keys() == before.keys()  # the caller's own
+    assert sum(p.numel() for p in cell.parameters()) == sum(p.numel() for p in apart.parameters())
+    x, h, c, m = streams(4)
+    state, memory = cell(x, CellState(h, c), m)
+    for found, expected in zip((*state, memory), apart(x, h, c, m), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_whole_network_s_state_dict_with_a_convolution_for_each_gate(name):
+    config = CrevNetConfig(blocks=(1,), strides=(1,), modules=2, cell=name)
+    torch.manual_seed(0)
+    network, other = CrevNet(config), CrevNet(config)
+    apart = {}
+    for key, value in network.state_dict().items():
+        parent, _, kind = key.rpartition(".")
+        gates = {"gates": "ifgo", "temporal": "ifg", "spatial": "ifg"}.get(parent.rpartition(".")[2])
+        apart |= (
+            {f"{parent}.{g}.{kind}": v for g, v in zip(gates, value.chunk(len(gates)), strict=True)}
+            if gates
+            else {key: value}
+        )
+    assert len(apart) == len(network.state_dict()) + {"convlstm": 12, "st-lstm": 16}[name]
+    other.load_state_dict(apart)
+    for found, expected in zip(other.parameters(), network.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_state_dict_with_some_of_the_gates_only():
+    state = STLSTMApart().state_dict()
+    del state["temporal.g.weight"], state["merge.bias"]
+    with pytest.raises(RuntimeError) as error:
+        STLSTMCell(N).load_state_dict(state)
+    said = str(error.value)
+    assert 'Missing key(s) in state_dict: "temporal.weight", "merge.bias"' in said
+    assert 'Unexpected key(s) in state_dict: "temporal.i.weight", "temporal.f.weight"' in said
+    assert "spatial" not in said and "temporal.bias" not in said
+    found = STLSTMCell(N).load_state_dict(state, strict=False)
+    assert set(found.missing_keys) == {"temporal.weight", "merge.bias"}
+
+
+def test_state_dict_with_gates_and_their_convolution():
+    """Which of them is meant is not for the cell to guess."""
+    state = STLSTMApart().state_dict() | STLSTMCell(N).state_dict()
+    with pytest.raises(RuntimeError, match="Unexpected"):
+        STLSTMCell(N).load_state_dict(state)

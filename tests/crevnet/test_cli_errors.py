@@ -31,6 +31,7 @@ from crevnet.cli import main
         (["fit", "--model.cell", "gru"], "gru"),
         (["fit", "--model.past", "0"], "past"),
         (["fit", "--model.exact_bits", "53"], "exact_bits"),
+        (["fit", "--model.exact_bits", "16", "--training.compile", "true"], "exact_bits"),
         (["fit", "--model.blocks", "[1,2]"], "blocks"),
         (["fit", "--model.strides", "[1,2,2,3]"], "strides"),
         (["fit", "--data.stride", "0"], "data.stride"),

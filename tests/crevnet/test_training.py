@@ -1,17 +1,22 @@
 """Training on small day files: what it leaves behind, against training loops written out."""
 
+import copy
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import lightning
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crevnet import PRESETS, CrevNet, CrevNetConfig
 from crevnet.data import DataError
 from crevnet.settings import DataSettings, RunSettings, SettingsError, TrainingSettings, load_settings
-from crevnet.training import CityData, load_network, train
+from crevnet.training import CityData, CrevNetTask, compile_network, load_network, train
 
 WINDOW = 5
 
@@ -186,6 +191,159 @@ def test_resumed_run_is_the_uninterrupted_run(one_window, tmp_path, monkeypatch)
     assert load_settings(tmp_path / "parts").training.epochs == 4
 
 
+@pytest.mark.parametrize("change", [{}, {"precision": "64-true"}, {"channels_last": True}, {"precision": "16-mixed"}])
+def test_what_another_adam_has_saved_is_resumed(one_window, tmp_path, monkeypatch, change):
+    """As that one itself goes on with it, in another precision or layout too."""
+
+    def unfused(task):
+        return torch.optim.Adam(task.network.parameters(), task.training_settings.learning_rate)
+
+    def scaled(trainer, precision, **options):
+        """Lightning's mixed precision, which it only has for GPUs, on the CPU."""
+        plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+        return trainer(plugins=[plugin], **options)
+
+    if change == {"precision": "16-mixed"}:
+        monkeypatch.setattr(lightning, "Trainer", partial(scaled, lightning.Trainer))
+    found, expected = tmp_path / "found", tmp_path / "expected"
+    more = replace(one_window, training=replace(one_window.training, epochs=4, **change))
+    with monkeypatch.context() as patch:
+        patch.setattr(CrevNetTask, "configure_optimizers", unfused)
+        train(replace(one_window, training=replace(one_window.training, epochs=2)), expected)
+        shutil.copytree(expected, found)
+        before = weights(expected)
+        train(more, expected, resume=True)
+    train(more, found, resume=True)
+    assert_same_weights(weights(found), weights(expected))
+    assert any((weights(found)[k] - v).abs().max() > 1e-4 for k, v in before.items())
+
+
+def test_adam_is_fused(run):
+    assert checkpoint(run)["optimizer_states"][0]["param_groups"][0]["fused"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_no_gradient_outlives_its_step(one_window, tmp_path, monkeypatch, accumulate):
+    """The forward pass, whose activations are alive beside them, sees those gradients alone that are added up."""
+    data = replace(one_window.data, training_slots=(2, 2 + WINDOW + 1), batch_size=1)
+    training = replace(one_window.training, epochs=2, accumulate=accumulate)
+    alive, loss = [], CrevNet.loss
+
+    def watched(network, *arguments):
+        alive.append(any(p.grad is not None for p in network.parameters()))
+        return loss(network, *arguments)
+
+    monkeypatch.setattr(CrevNet, "loss", watched)
+    train(replace(one_window, data=data, training=training), tmp_path)
+    assert alive == [False, accumulate == 2] * 2
+
+
+def task_like(task, **options):
+    """Of the same weights, with other training settings."""
+    other = CrevNetTask(task.network.config, replace(task.training_settings, **options))
+    other.load_state_dict(task.state_dict())
+    return other
+
+
+def gradients_of(network, frames, roads):
+    network.zero_grad()
+    loss = network.loss(frames, roads if network.config.road_map else None)
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in network.named_parameters()}
+
+
+def assert_same_gradients(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert (found[name] - expected[name]).abs().max() <= tolerance * expected[name].abs().max(), name
+
+
+@pytest.mark.parametrize("cell", ["st-lstm", "convlstm"])
+def test_channels_last_from_the_frame_to_the_states_with_the_same_gradients(settings, window, cell):
+    frames, roads = (x.double().repeat(2, *[1] * (x.dim() - 1)) for x in window)
+    frames[1] = frames[1].flip(-1)
+    plain = CrevNetTask(replace(settings.model, cell=cell), settings.training).double()
+    task = task_like(plain, channels_last=True).double()
+    seen = []
+    for module in task.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
+    found = gradients_of(task.network, frames, roads)
+    assert seen and all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    assert not all(x.is_contiguous() for x in seen)
+    assert_same_gradients(found, gradients_of(plain.network, frames, roads), 1e-10)
+
+
+# --- compiled
+
+
+@pytest.fixture
+def fresh_compiler():
+    yield
+    torch.compiler.reset()
+
+
+class Graphs(list):
+    """A backend that runs graphs as they are, and keeps them."""
+
+    def __call__(self, module, inputs):
+        self.append(module)
+        return module
+
+
+@pytest.mark.parametrize("cell", ["st-lstm", "convlstm"])
+def test_compiled_network_has_the_same_gradients_keys_and_forecasts(settings, window, cell, fresh_compiler):
+    frames, roads = (x.double() for x in window)
+    torch.manual_seed(0)
+    network = CrevNet(replace(settings.model, cell=cell, blocks=(1,), strides=(1,))).double()
+    compiled, graphs = copy.deepcopy(network), Graphs()
+    compile_network(compiled, backend=graphs)
+    assert list(compiled.state_dict()) == list(network.state_dict())
+    expected = gradients_of(network, frames, roads)
+    assert_same_gradients(gradients_of(compiled, frames, roads), expected, 1e-10)
+    code = [graph.code for graph in graphs]  # of updates, mixes and conditioners
+    assert {("sigmoid" in c, "group_norm" in c) for c in code} == {(True, False), (True, True), (False, True)}
+    copied = copy.deepcopy(compiled)
+    with torch.no_grad():
+        for parameter in compiled.parameters():
+            parameter.zero_()  # a copy has parameters of its own
+
+    def train_and_forecast(batch):
+        several, maps = frames.repeat(batch, 1, 1, 1, 1), roads.repeat(batch, 1, 1, 1)
+        assert_same_gradients(gradients_of(copied, several, maps), expected, 1e-10)
+        assert torch.allclose(copied.generate(several[:, :3], maps), network.generate(several[:, :3], maps), rtol=1e-10)
+
+    train_and_forecast(1)
+    train_and_forecast(2)
+    config = torch._dynamo.config
+    limit = config.recompile_limit if hasattr(config, "recompile_limit") else config.cache_size_limit
+    assert sum("tanh" in graph.code for graph in graphs) < limit  # at which a part runs uncompiled
+    with torch.compiler.set_stance("fail_on_recompile"):
+        train_and_forecast(1)
+        train_and_forecast(3)
+
+
+def test_runs_go_on_compiled_and_uncompiled(one_window, window, tmp_path, monkeypatch, fresh_compiler):
+    graphs = Graphs()
+    monkeypatch.setattr("crevnet.training.compile_network", partial(compile_network, backend=graphs))
+    counts = []
+    for epochs, compiled in ((1, False), (2, True), (3, False)):
+        training = replace(one_window.training, epochs=epochs, compile=compiled)
+        train(replace(one_window, training=training), tmp_path, resume=epochs > 1)
+        counts.append(len(graphs))
+    assert counts[0] == 0 and counts[1] == counts[2] > 0
+    assert_same_weights(weights(tmp_path), by_hand(one_window, *window, steps=3)[0].state_dict())
+
+
+@pytest.mark.slow
+def test_inductor_s_gradients(settings, window, fresh_compiler):
+    torch.manual_seed(0)
+    network = CrevNet(replace(settings.model, blocks=(1,), strides=(1,), modules=1))
+    compiled = copy.deepcopy(network)
+    compile_network(compiled)
+    assert_same_gradients(gradients_of(compiled, *window), gradients_of(network, *window), 1e-5)
+
+
 def test_same_seed_same_weights_another_seed_others(settings, run, tmp_path):
     train(settings, tmp_path / "again")
     assert_same_weights(weights(tmp_path / "again"), weights(run))
@@ -247,7 +405,7 @@ def test_no_data_folder(settings):
                 batch_size=5,
                 workers=2,
             ),
-            TrainingSettings(7, 11, 13, 1e-5, "padded", 4, "bf16-mixed", 0.5, "gpu", 2, 99),
+            TrainingSettings(7, 11, 13, 1e-5, "padded", 4, "bf16-mixed", 0.5, "gpu", 2, 99, True, True),
         ),
     ],
 )
@@ -265,6 +423,10 @@ def test_config_round_trip(settings, tmp_path):
         (lambda text: text.replace("past: 9", "past: 0"), "past has to be at least 1"),
         (lambda text: text.replace("stride: 1", "stride: 0"), "data.stride has to be at least 1"),
         (lambda text: text.replace("learning_rate: 0.0002", "learning_rate: -1"), "learning_rate has to be positive"),
+        (
+            lambda text: text.replace("exact_bits: null", "exact_bits: 16").replace("compile: false", "compile: true"),
+            "training.compile rounds",
+        ),
         (lambda text: "model: [1,\n", "parsing"),
         (lambda text: "only text", "only text"),
         (lambda text: "", "Unexpected config"),

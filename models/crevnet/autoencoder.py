@@ -37,8 +37,9 @@ class TwoWayAutoencoder(nn.Module):
 
     def encode(self, frames: Tensor) -> Latent:
         """E of the paper's eq. 1."""
-        if not next(self.parameters()).is_contiguous():  # channels_last: so shall streams be, from here to the states
-            frames = frames.contiguous(memory_format=torch.channels_last)
+        # In the layout of the weights, which streams, latents and states then have.
+        by_rows = next(self.parameters()).is_contiguous()
+        frames = frames.contiguous(memory_format=torch.contiguous_format if by_rows else torch.channels_last)
         z1, z2 = self.blocks((frames,))
         return z1, z2
 
@@ -60,7 +61,7 @@ class _Rows(revflow.Bijection):
 
     def forward(self, frames: Tensor) -> Latent:
         (cells,) = self._unshuffle(frames)
-        even, odd = (half if half.is_contiguous() else half.clone() for half in cells.chunk(2, 1))  # clone keeps channels_last
+        even, odd = (h if h.is_contiguous() else h.clone() for h in cells.chunk(2, 1))  # which keeps channels_last
         return even, odd
 
     def inverse(self, even: Tensor, odd: Tensor) -> tuple[Tensor]:

@@ -58,9 +58,8 @@ class CrevNetConfig:
             raise ValueError(f"cell has to be st-lstm or convlstm, not {self.cell!r}")
         if self.exact_bits is not None and not 1 <= self.exact_bits <= 52:
             raise ValueError(f"exact_bits has to be from 1 to 52, or none, not {self.exact_bits}")
-        if self.states not in ("kept", "bfloat16", "offloaded") and not (
-            isinstance(self.states, int) and self.states >= 1
-        ):
+        is_number = type(self.states) is int and self.states >= 1
+        if not is_number and self.states not in ("kept", "bfloat16", "offloaded"):
             raise ValueError(f"states has to be kept, bfloat16, offloaded, or a number from 1 on, not {self.states!r}")
 
     @property

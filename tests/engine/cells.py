@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -131,12 +132,22 @@ def assert_same(net, program, wanted=None, tolerance=1e-10):
 
 @contextmanager
 def without_collector():
-    """What is freed within is freed by its last reference. Gives the number of new objects of a class, of steps (`Step`) or of
-    what backward passes have laid aside (`Pass`), to which somebody still refers."""
-    gc.collect()
-    before = {id(o) for o in gc.get_objects() if type(o) in (Step, Pass)}
-    gc.disable()
-    try:
-        yield lambda kind: sum(type(o) is kind and id(o) not in before for o in gc.get_objects())
-    finally:
-        gc.enable()
+    """What is freed within is freed by its last reference. Gives the number of the steps (`Step`) made within, or of what
+    backward passes have laid aside (`Pass`), to which somebody still refers."""
+    made = {kind: weakref.WeakSet() for kind in (Step, Pass)}
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, objects in made.items():
+            patch.setattr(kind, "__init__", noted(kind.__init__, objects))
+        gc.disable()
+        try:
+            yield lambda kind: len(made[kind])
+        finally:
+            gc.enable()
+
+
+def noted(init, objects):
+    def call(self, *given):
+        objects.add(self)
+        init(self, *given)
+
+    return call

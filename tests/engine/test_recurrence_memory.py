@@ -87,7 +87,7 @@ def peak(steps, taught=True, **options):
     ids=str,
 )
 def test_the_peak_grows_with_what_is_kept(states, streams):
-    assert peak(12, states=states) - peak(6, states=states) == 6 * STREAM * streams
+    assert peak(18, states=states) - peak(12, states=states) == 6 * STREAM * streams
 
 
 @pytest.mark.parametrize("states, share", [("kept", 1), (3, 1 / 3)])

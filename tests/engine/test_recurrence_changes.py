@@ -65,7 +65,8 @@ def test_what_a_step_was_given(states, what):
 @few_modes
 @pytest.mark.parametrize("k", range(3))
 def test_parameters_also_of_cells_that_this_pass_does_not_run(states, k):
-    net, (inputs, state) = recurrence(states=states), given(steps=8)
+    # Without a memory nothing leads from cell 0 or 1 to the last one's parameters.
+    net, (inputs, state) = recurrence(False, states=states), given(False, steps=8)
     loss = loss_of(net(inputs, state))
     with torch.no_grad():
         net[k].attention.bias.add_(1)
@@ -85,6 +86,24 @@ def test_context(states, needs_grad):
         factor.add_(1)
     with refused:
         torch.autograd.grad(loss, inputs[-1][0])
+
+
+@few_modes
+def test_context_of_a_step_that_this_pass_does_not_run(states):
+    """It matters where that step's states are computed again."""
+    net, (inputs, state) = recurrence(states=states), given(steps=5)
+    factors = [torch.tensor(0.9, dtype=torch.float64) for _ in inputs]
+    now = state
+    for streams, factor in zip(inputs, factors, strict=True):
+        output, now = net.step(streams, now, factor=factor)
+    loss = loss_of(([output], now))
+    (expected,) = torch.autograd.grad(loss, inputs[-1][0], retain_graph=True)
+    factors[3].add_(1)
+    if states == 3:
+        with refused:
+            torch.autograd.grad(loss, inputs[-1][0])
+    else:
+        assert torch.equal(torch.autograd.grad(loss, inputs[-1][0])[0], expected)
 
 
 class Overwrites(Cell):

@@ -65,16 +65,16 @@ def test_states_that_were_changed_are_kept_besides(states):
     assert masked(2) - masked(1) == STREAM
 
 
-def peak(steps, taught=True, **options):
-    """Of a training step whose outputs are dropped on the way."""
-    net = recurrence(dtype=torch.float32, guard="off", **options)
-    inputs, state = given(steps=steps, dtype=torch.float32)
+def peak(steps, taught=True, memory=True, trained=None, **options):
+    """Of a training step whose outputs are dropped on the way, for all gradients or for those of one cell's parameters."""
+    net = recurrence(memory, dtype=torch.float32, guard="off", **options)
+    inputs, state = given(memory, steps, torch.float32)
 
     def train():
         now, output = state, inputs[0]
         for t in range(steps):
             output, now = net.step(inputs[t] if taught else output, now)
-        loss_of(([output], now)).backward()
+        loss_of(([output], now)).backward(inputs=None if trained is None else list(net[trained].parameters()))
 
     return revflow.measure_memory(train).peak
 
@@ -94,6 +94,13 @@ def test_the_peak_grows_with_what_is_kept(states, streams):
 def test_the_peak_grows_with_what_is_kept_where_outputs_are_fed_back(states, share):
     found = peak(12, taught=False, states=states) - peak(6, taught=False, states=states)
     assert found == 6 * STREAM * (2 + RESULTS * share)
+
+
+@pytest.mark.parametrize("states, share", [("kept", 1), ("offloaded", 0), (3, 1 / 3)])
+def test_the_peak_of_a_pass_that_runs_one_cell(states, share):
+    """Nothing is laid aside for the others, to which without a memory nothing leads."""
+    found = [peak(steps, memory=False, trained=2, states=states) for steps in (12, 18)]
+    assert found[1] - found[0] == 6 * STREAM * 2 * CELLS * share
 
 
 @pytest.mark.parametrize("n", [2, 6])
@@ -116,6 +123,12 @@ def test_evaluations(steps, states, n):
     *lower, last = [cell.calls for cell in net]
     assert lower == [[2 * steps + again, 3 * steps + again]] * (CELLS - 1)
     assert last == [2 * steps + again, 2 * steps]
+
+
+def test_each_recurrence_counts_its_own_steps():
+    first, second, (inputs, state) = recurrence(states=3), recurrence(states=3), given(steps=3)
+    loss_of(second(inputs[1:], first(inputs[:1], state)[1])).backward()
+    assert [[cell.calls[0] for cell in net] for net in (first, second)] == [[3] * CELLS, [6] * CELLS]
 
 
 def test_a_partial_pass_runs_no_cell_that_it_does_not_need():

@@ -65,8 +65,8 @@ def test_what_a_step_was_given(states, what):
 @few_modes
 @pytest.mark.parametrize("k", range(3))
 def test_parameters_also_of_cells_that_this_pass_does_not_run(states, k):
-    # Without a memory nothing leads from cell 0 or 1 to the last one's parameters.
-    net, (inputs, state) = recurrence(False, states=states), given(False, steps=8)
+    # Of one step: through the end of an earlier one all cells lead to all parameters.
+    net, (inputs, state) = recurrence(states=states), given(steps=1)
     loss = loss_of(net(inputs, state))
     with torch.no_grad():
         net[k].attention.bias.add_(1)

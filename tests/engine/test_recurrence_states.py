@@ -115,6 +115,22 @@ def test_dropout_that_one_part_alone_draws(states, where):
     assert not torch.equal(*before) and torch.equal(before[1], torch.get_rng_state())
 
 
+@few_modes
+def test_all_evaluations_get_the_same_strides(states):
+    """They decide the last bit of some activations."""
+    net, (inputs, state), seen = recurrence(states=states), given(steps=7), [set(), set()]
+    inputs = [tuple(t.detach().to(memory_format=torch.channels_last) for t in pair) for pair in inputs]
+    original = net[0].update
+
+    def update(streams, state, memory, context):
+        seen[revflow.is_recomputing()].add(tuple(t.stride() for t in (*streams, *state, *memory)))
+        return original(streams, state, memory, context)
+
+    net[0].update = update
+    loss_of(net(inputs, state)).backward()
+    assert seen[0] == seen[1] and (48, 1, 12, 3) in next(iter(seen[0]))
+
+
 class Normed(Cell):
     """With BatchNorm, and buffers that count steps: one is changed in place, the other replaced."""
 

@@ -79,6 +79,20 @@ def test_a_state_whose_graph_is_gone(states):
         loss_of(net(inputs[4:], last)).backward()
 
 
+@pytest.mark.parametrize("states", ["kept", "bfloat16", "offloaded", 1])
+def test_a_graph_that_is_gone_in_part(states):
+    """A pass asks for no states but those that it needs."""
+    net, (inputs, state) = recurrence(states=states), given(steps=3)
+    passed, losses = state, []
+    for streams in inputs:
+        output, passed = net.step(streams, passed)
+        losses.append(output[0].square().sum())
+    torch.autograd.grad(losses[0], parameters(net))
+    (found,) = torch.autograd.grad(losses[2], inputs[2][0])
+    expected = plainly(net, inputs, state)[0][2][0].square().sum()
+    assert_close([found], torch.autograd.grad(expected, inputs[2][0]))
+
+
 @few_modes
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
 def test_forwards_before_backwards(states, order):

@@ -2,7 +2,9 @@
 
 The states that the forward pass left are there in the backward pass, so they are compared with what the second evaluation
 makes of them; of the streams that leave a step a few values are kept. All is compared once, when the backward pass is
-through. What a cell's `mix` does to the streams within a step shows in the states of the cells above it.
+through. What a cell's `mix` does to the streams within a step shows in the states of the cells above it. Where the states of a
+step were computed again they may err as the second evaluation does: then only the streams that leave the step tell, or the
+next states that were kept, and the cell that is named need not be the one at fault.
 """
 
 from __future__ import annotations

@@ -282,9 +282,12 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     step.watch.look(now, name, cell.update, expected, outputs[step.width :], returned.streams if is_last else None)
     step.watch.graph(name, outputs, (*inputs, *own))
     del returned
-    _add_gradients(outputs, [*inputs, *own], grads, now.sums.pop((step, k), None))
-    own_grads = [p.grad for p in own]
     heir = _heir(ctx, now)
+    sums = now.sums.pop((step, k), None)
+    if heir is not None and (heir, k) in now.sums:  # from another step that went on from the same states
+        sums = _summed(now.sums.pop((heir, k)), sums)
+    _add_gradients(outputs, [*inputs, *own], grads, sums)
+    own_grads = [p.grad for p in own]
     now.done.add((step, k))
     if heir is not None:
         now.sums[heir, k], own_grads = own_grads, [None] * len(own)
@@ -303,6 +306,12 @@ def _add_gradients(outputs: Tensors, leaves: list[Tensor], grads: Gradients, sum
     wanted = [t for t in leaves if t.requires_grad]
     if known and wanted:
         torch.autograd.backward([o for o, _ in known], [g for _, g in known], inputs=wanted)
+
+
+def _summed(a: list[Tensor | None], b: list[Tensor | None] | None) -> list[Tensor | None]:
+    if b is None:
+        return a
+    return [y if x is None else x if y is None else x.add_(y) for x, y in zip(a, b, strict=True)]
 
 
 def _heir(ctx: Any, now: Pass) -> Step | None:

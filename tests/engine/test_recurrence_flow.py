@@ -115,6 +115,41 @@ PROGRAMS = [masked, branched, swapped, older, crossed, detached, partly_without_
 
 
 @few_modes
+def test_a_parameter_that_is_frozen_for_a_step(states):
+    net = recurrence(states=states)
+    weight = net[1].gates.weight
+
+    def frozen(step):
+        state, outputs = BEFORE, []
+        for t, streams in enumerate(INPUTS[:5]):
+            weight.requires_grad_(t != 2)
+            output, state = step(streams, state)
+            outputs.append(output)
+        weight.requires_grad_()
+        return loss_of((outputs, state))
+
+    assert_same(net, frozen)
+
+
+@few_modes
+def test_other_parameters_in_each_step(states):
+    net = recurrence(states=states)
+    factors = values(7, shape=(4,))
+
+    def substituted(step):
+        state, outputs = BEFORE, []
+        module = nn.Module()
+        module.net, module.forward = net, step
+        for t, streams in enumerate(INPUTS[:4]):
+            own = {f"net.{name}": p * factors[t] if t != 1 else p for name, p in net.named_parameters()}
+            output, state = torch.func.functional_call(module, own, (streams, state))
+            outputs.append(output)
+        return loss_of((outputs, state))
+
+    assert_same(net, substituted, [factors, *net.parameters()])
+
+
+@few_modes
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)
 def test_ways_through_time(states, program):
     # The guard sees every state that was found in the wrong place.

@@ -199,7 +199,8 @@ def table(rows: list[Row]) -> Table:
         "of matrix rate",
     )
     for name in (*columns, "how"):
-        found.add_column(name, justify="left" if name in ("schedule", "precision", "frame", "how") else "right")
+        justify = "left" if name in ("schedule", "precision", "frame", "how") else "right"
+        found.add_column(name, justify=justify, no_wrap=name == "schedule")
     for r in rows:
         found.add_row(
             r.schedule, r.precision, str(r.steps), f"{r.height} x {r.width}", f"{r.capacity:g}", str(r.batch),

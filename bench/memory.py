@@ -108,7 +108,8 @@ def table(rows: list[Row]) -> Table:
     what = ("parameters", "gradients", "optimizer", "activations", "transient", "peak")
     found = Table(title="MiB of a training step")
     for name in ("model", "preset", "schedule", "precision", "batch", "steps", "frame", *what, "how"):
-        found.add_column(name, justify="right" if name in (*what, "batch", "steps") else "left")
+        justify = "right" if name in (*what, "batch", "steps") else "left"
+        found.add_column(name, justify=justify, no_wrap=name in ("schedule", "how"))
     for r in rows:
         sizes = [f"{getattr(r, name) / 2**20:,.1f}" for name in what]
         frame = f"{r.height} x {r.width}"

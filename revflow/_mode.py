@@ -43,3 +43,10 @@ def engine_applies() -> bool:
 def is_transformed() -> bool:
     """Whether one of torch.func's transforms is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def allow_recompilations(count: int) -> None:
+    """Raise dynamo's limit (8 for a function) to `count`; at the limit PyTorch goes on uncompiled."""
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name in PyTorch 2.6
+    setattr(config, limit, max(getattr(config, limit), count))

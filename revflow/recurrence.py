@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from types import MethodType
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from revflow import _steps
 from revflow._guard import Guard, Mode
-from revflow._mode import engine_applies
+from revflow._mode import allow_recompilations, engine_applies
 from revflow._passage import Streams
 from revflow._states import States, keeping
 
@@ -144,6 +145,23 @@ class ReversibleRecurrence(nn.ModuleList):
             cells.append(its_state)
             memories.append(memory)
         return streams, RecurrentState(tuple(cells), tuple(memories))
+
+    def compile_cells(self, **options: Any) -> ReversibleRecurrence:
+        """Compile `update` and `mix` of every cell, in place, by `torch.compile(..., **options)`; returns the recurrence.
+
+        The engine itself stays out of compiled graphs, and raises dynamo's limit of recompilations.
+        """
+        # Up to 19 graphs of a part: with gradients and without; in train mode and in eval mode; in the first steps, where states
+        # may be one tensor of zeros, and later; for batches of one size and of any.
+        allow_recompilations(32)
+        compiled: dict[Any, Any] = {}
+        for cell in self._cells():
+            for name in ("update", "mix"):
+                part = getattr(type(cell), name)
+                if part not in compiled:
+                    compiled[part] = torch.compile(part, **options)
+                setattr(cell, name, MethodType(compiled[part], cell))
+        return self
 
     def _cells(self) -> list[RecurrentCell]:
         return list(self)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from revflow._guard import Guard, Mode
-from revflow._mode import engine_applies, is_transformed
+from revflow._mode import allow_recompilations, engine_applies, is_transformed
 from revflow._passage import NAMED, Arguments, Passage, Stepwise, Streams, named
 from revflow._replay import Draws
 from revflow._rewind import Tape, end, through
@@ -135,7 +135,7 @@ class ReversibleSequence(nn.Sequential):
 
         The engine itself stays out of compiled graphs. Compile all of a network or none of it: both evaluations of a
         conditioner have to be of one kind, or dropout draws another mask in the second. So this raises dynamo's limit of
-        recompilations (8 for a class) to what the sequence needs; at the limit PyTorch goes on uncompiled.
+        recompilations (8 for a class) to what the sequence needs.
         """
         conditioners = {
             conditioner
@@ -145,11 +145,7 @@ class ReversibleSequence(nn.Sequential):
             if not any(isinstance(m, ReversibleSequence) for m in conditioner.modules())  # those inside are compiled
         }
         # Each shape of streams takes two graphs, with gradients and without, in train mode and in eval mode.
-        config = torch._dynamo.config
-        limit = (
-            "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-        )  # its name in PyTorch 2.6
-        setattr(config, limit, max(getattr(config, limit), 4 * len(conditioners) + 8))
+        allow_recompilations(4 * len(conditioners) + 8)
         for conditioner in conditioners:
             conditioner._compiled_call_impl = torch.compile(_call_of(conditioner), **options)
         return self

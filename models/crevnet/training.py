@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import lightning
@@ -22,7 +21,6 @@ from torch.utils.data import DataLoader, Sampler
 from crevnet.config import CrevNetConfig
 from crevnet.data import DataError, DayFile, Traffic4cast, check_frame_sizes, open_days, road_maps
 from crevnet.network import CrevNet
-from crevnet.predictor import ReversiblePredictiveModule
 from crevnet.settings import DataSettings, RunSettings, TrainingSettings
 
 
@@ -80,16 +78,7 @@ def compile_network(network: CrevNet, **options: Any) -> None:
     parts of a predictive module, as the engine runs them by themselves. The keys of the network's state stay.
     """
     network.autoencoder.blocks.compile_conditioners(**options)
-    # Up to 19 graphs of a part: with gradients and without; in training and validation; in the first steps, where states are
-    # one tensor of zeros, and later ones; for batches of one size and of any. At its limit (8) PyTorch goes on uncompiled.
-    config = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name in PyTorch 2.6
-    setattr(config, limit, max(getattr(config, limit), 32))
-    update, mix = (
-        torch.compile(part, **options) for part in (ReversiblePredictiveModule.update, ReversiblePredictiveModule.mix)
-    )
-    for module in network.predictor.stack:
-        module.update, module.mix = MethodType(update, module), MethodType(mix, module)
+    network.predictor.stack.compile_cells(**options)
 
 
 class _ProgressBar(RichProgressBar):

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import revflow
-from engine.nets import STACKS, Conditioner, assert_same_gradients, image, network
+from engine.cells import given, loss_of, recurrence
+from engine.nets import STACKS, Conditioner, assert_close, assert_same_gradients, image, network
 
 stacks = pytest.mark.parametrize("stack", STACKS, ids=lambda s: s.__name__)
 
@@ -127,3 +128,21 @@ def test_export(stack, strict):
     net, x = network(stack).eval(), image()
     program = torch.export.export(net, (x,), strict=strict)
     assert torch.equal(program.module()(x), net.plain(x))
+
+
+def test_compiled_cells():
+    """As before they were compiled, with dropout too."""
+    net, (inputs, state), compiled = recurrence(dropout=0.3), given(steps=2), []
+
+    def backend(graph, example):
+        compiled.append(graph.code)
+        return graph.forward
+
+    def gradients():
+        torch.manual_seed(7)
+        return torch.autograd.grad(loss_of(net(inputs, state)), list(net.parameters()))
+
+    expected, keys = gradients(), list(net.state_dict())
+    assert net.compile_cells(backend=backend) is net and list(net.state_dict()) == keys
+    assert_close(gradients(), expected)
+    assert any("conv2d" in code and "tanh" in code for code in compiled)

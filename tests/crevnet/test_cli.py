@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 import yaml
 from PIL import Image
 
-from crevnet import CrevNet
+from crevnet import PRESETS, CrevNet
 from crevnet.cli import main
 from crevnet.settings import load_settings
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 PAST, HORIZON, WINDOW = 3, 2, 5
 
 
@@ -238,3 +240,13 @@ def test_data_synth(crevnet, tmp_path):
     assert f"wrote 1 days to {tmp_path / 'Ville'}" in said and f"--data.root {tmp_path}" in said
     with h5py.File(tmp_path / "Ville" / "Ville_training" / "20180101_100m_bins.h5") as file:
         assert file["array"].shape == (288, 32, 33, 3) and file["array"][96].any()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configurations_are_complete(path, tmp_path):
+    """Each is accepted, and says how many windows a batch has where a device's memory is meant."""
+    shutil.copy(path, tmp_path / "config.yaml")
+    settings = load_settings(tmp_path)
+    if "v100" in path.stem:
+        assert settings.model == PRESETS["paper"]
+        assert settings.data.batch_size > 1 and settings.training.precision == "16-mixed"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from revflow import _steps
+from revflow import _through_time
 from revflow._guard import Guard, Mode
 from revflow._mode import allow_recompilations, engine_applies
 from revflow._passage import Streams
@@ -129,9 +129,9 @@ class ReversibleRecurrence(nn.ModuleList):
     def _rebuilt_step(
         self, streams: Streams, state: RecurrentState, context: dict[str, Any]
     ) -> tuple[Streams, RecurrentState]:
-        before = streams, state.cells, state.memories[-1]
-        step = _steps.Step(self._cells(), *before, context, self._keeping, self._guard)
-        streams, results = _steps.run(step, *before)
+        streams, results = _through_time.run(
+            self._cells(), streams, state.cells, state.memories[-1], context, self._keeping, self._guard
+        )
         return streams, RecurrentState(tuple(new for new, _ in results), tuple(left for _, left in results))
 
     def plain_step(self, streams: Streams, state: RecurrentState, **context: Any) -> tuple[Streams, RecurrentState]:

@@ -257,3 +257,19 @@ def test_cells_without_a_state(states):
     x = values(1, shape=(3, 4))
     state = revflow.RecurrentState(((), ()), ((), ()))
     assert_same(net, lambda step: loss_of(along(step, [(x,), *[None] * 4], state)), [x, *net.parameters()])
+
+
+class Decay(revflow.RecurrentCell):
+    """A cell that learns nothing."""
+
+    def update(self, streams, state, memory, context):
+        return (torch.tanh(state[0] + streams[0]), state[1]), memory
+
+    def mix(self, streams, state, context):
+        return streams[1] + state[0], streams[0]
+
+
+@few_modes
+def test_a_cell_without_parameters(states):
+    net = revflow.ReversibleRecurrence([recurrence()[0], Decay(), recurrence()[2]], states=states)
+    assert_same(net, lambda step: loss_of(along(step, INPUTS[:5], BEFORE)), [INPUTS[0][1], *net.parameters()])

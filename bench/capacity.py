@@ -109,6 +109,7 @@ def measure(training: Training, capacities: list[float]) -> Iterator[Row]:
         limit = capacity * GIB
         if how == "cuda":
             cap(t.device, limit)
+            peaks.clear()  # what ran under another cap may not run under this one
         batch = largest(partial(fits, limit=limit), lambda: 1 + int((limit - peak(1)) / (peak(2) - peak(1))))  # noqa: B023
         timed = time_of(replace(t, batch=batch)) if how == "cuda" and batch else (None, None)
         yield Row(
@@ -138,12 +139,11 @@ def cap(device: torch.device, limit: float) -> None:
 
 
 def runs_out(step: Callable[[], object]) -> bool:
+    torch.cuda.empty_cache()  # of what a step before has left
     try:
         step()
     except torch.OutOfMemoryError:
         return True
-    finally:
-        torch.cuda.empty_cache()
     return False
 
 

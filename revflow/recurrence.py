@@ -116,11 +116,7 @@ class ReversibleRecurrence(nn.ModuleList):
 
     def step(self, streams: Streams, state: RecurrentState, **context: Any) -> tuple[Streams, RecurrentState]:
         """One step: the streams that leave the last cell, and the new state."""
-        if len(state.cells) != len(self) or len(state.memories) != len(self):
-            raise ValueError(
-                f"state has to hold the states and the memories of {len(self)} cells; it holds {len(state.cells)} states and "
-                f"{len(state.memories)} memories"
-            )
+        self._check(streams, state)
         if not engine_applies():
             return self.plain_step(streams, state, **context)
         return self._rebuilt_step(streams, state, context)  # type: ignore[no-any-return]
@@ -162,6 +158,23 @@ class ReversibleRecurrence(nn.ModuleList):
                     compiled[part] = torch.compile(part, **options)
                 setattr(cell, name, MethodType(compiled[part], cell))
         return self
+
+    def _check(self, streams: Streams, state: RecurrentState) -> None:
+        if not isinstance(state, RecurrentState):
+            raise TypeError(f"state has to be a revflow.RecurrentState; got a {type(state).__name__}")
+        if not len(self):
+            raise ValueError("this ReversibleRecurrence has no cells")
+        if not len(self) == len(state.cells) == len(state.memories):
+            raise ValueError(
+                f"state has to hold the states and the memories of {len(self)} cells; it holds {len(state.cells)} states and "
+                f"{len(state.memories)} memories"
+            )
+        named = {"streams": streams}
+        named |= {f"state.cells[{k}]": tensors for k, tensors in enumerate(state.cells)}
+        named |= {f"state.memories[{k}]": tensors for k, tensors in enumerate(state.memories)}
+        for name, tensors in named.items():
+            if not isinstance(tensors, tuple):
+                raise TypeError(f"{name} has to be a tuple of tensors; got a {type(tensors).__name__}")
 
     def _cells(self) -> list[RecurrentCell]:
         return list(self)  # type: ignore[arg-type]

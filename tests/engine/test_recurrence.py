@@ -58,6 +58,16 @@ def test_cells_and_states_that_do_not_fit():
     inputs, state = given()
     with pytest.raises(ValueError, match="of 3 cells; it holds 2 states and 3 memories"):
         recurrence()(inputs, state._replace(cells=state.cells[:2]))
+    with pytest.raises(TypeError, match=r"state has to be a revflow\.RecurrentState; got a tuple"):
+        recurrence()(inputs, (state.cells, state.memories))
+    with pytest.raises(TypeError, match=r"streams has to be a tuple of tensors; got a Tensor"):
+        recurrence()([inputs[0][0]], state)
+    with pytest.raises(TypeError, match=r"state\.cells\[1\] has to be a tuple of tensors; got a Tensor"):
+        recurrence()(inputs, state._replace(cells=(state.cells[0], state.cells[1][0], state.cells[2])))
+    with pytest.raises(TypeError, match=r"state\.memories\[2\] has to be a tuple of tensors; got a list"):
+        recurrence()(inputs, state._replace(memories=(*state.memories[:2], [*state.memories[2]])))
+    with pytest.raises(ValueError, match="has no cells"):
+        recurrence()[3:](inputs, revflow.RecurrentState((), ()))
 
 
 @few_modes

@@ -14,7 +14,7 @@ from torch import nn
 
 import revflow
 from engine.nets import Conditioner, additive, affine_two, gated_two, image, mixed, network, of_one, relative_error
-from engine.ranks import WORLD, Ranks
+from engine.ranks import WORLD
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
@@ -39,13 +39,6 @@ DDP_OPTIONS = {
     "views": {"gradient_as_bucket_view": True},
     "buckets": {"bucket_cap_mb": 1e-6},  # each parameter in its own
 }
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.stop()
 
 
 class Model(nn.Module):

@@ -212,7 +212,7 @@ def _refuse_sharded(module: nn.Module) -> None:
     if next(module.parameters(), None) is not None:
         raise RuntimeError(
             f"fully_shard was called on a {type(module).__name__} that the engine runs by itself: its parameters would get no "
-            f"gradient. Call fully_shard on the sequence, on what holds it, or on a coupling as a whole"
+            f"gradient. Call fully_shard on the sequence, on what holds it or the recurrence, or on a coupling as a whole"
         )
 
 

@@ -90,7 +90,9 @@ class Guard:
             raise ReconstructionError(message)
         if not self._warned:
             self._warned = True
-            warnings.warn(f"{message} (This is said once for a sequence or recurrence.)", ReconstructionWarning, stacklevel=2)
+            warnings.warn(
+                f"{message} (This is said once for a sequence or recurrence.)", ReconstructionWarning, stacklevel=2
+            )
 
 
 class Seen:

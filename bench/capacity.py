@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="paper")
     parser.add_argument("--schedule", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--precision", nargs="+", choices=get_args(Precision), default=["32-true"])
-    parser.add_argument("--capacity", nargs="+", type=_positive, default=[16.0, 32.0], help="GiB")
+    parser.add_argument("--capacity", nargs="+", type=gibibytes, default=[16.0, 32.0], help="GiB")
     parser.add_argument("--steps", type=int, default=11, help="time steps")
     parser.add_argument("--height", type=int, default=495)
     parser.add_argument("--width", type=int, default=436)
@@ -83,7 +83,7 @@ def main() -> None:
         a.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
-def _positive(text: str) -> float:
+def gibibytes(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e6:
         raise ValueError(text)

@@ -69,10 +69,9 @@ class Cell:
             state, memory = step.settled(state), step.settled(memory)
         return Evaluated(self.mix.again(own, self.module.mix, given.streams, state, context), state, memory)
 
-    def results(self, step: Step, given: Evaluated, context: Context) -> tuple[Tensors, Tensors]:
-        """The new state and memory; without a graph."""
-        state, memory = self.update.again(self.parameters, torch.no_grad()(self.module.update), *given, context)
-        return step.settled(state), step.settled(memory)
+    def results(self, given: Evaluated, context: Context) -> tuple[Tensors, Tensors]:
+        """The new state and memory; without a graph. As `update` returns them: what is rounded is kept, not computed again."""
+        return self.update.again(self.parameters, torch.no_grad()(self.module.update), *given, context)
 
     def mixed(self, streams: Streams, state: Tensors, context: Context) -> Streams:
         """The output streams, of the new state; without a graph."""
@@ -161,7 +160,7 @@ class Step:
         states, memory = self.before_cells(before)
         streams, results = anchor, []
         for k, (cell, state) in enumerate(zip(self.cells, states, strict=True)):
-            new, memory = cell.results(self, Evaluated(streams, state, memory), context)
+            new, memory = cell.results(Evaluated(streams, state, memory), context)
             results += [*new, *memory]
             if k + 1 < len(self.cells):
                 streams = cell.mixed(streams, new, context)

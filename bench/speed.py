@@ -84,9 +84,9 @@ def compare(trainings: dict[str, Training], rounds: int) -> list[Row]:
     ratios: dict[str, list[float]] = {name: [] for name in trainings}
     order = random.Random(0)
     for _ in range(rounds):
-        times = {n: _seconds(partial(next, steps[n]), trainings[n].device) for n in order.sample([*steps], len(steps))}
-        for name, seconds in times.items():
-            ratios[name].append(seconds / times["plain"])
+        times = {n: seconds(partial(next, steps[n]), trainings[n].device) for n in order.sample([*steps], len(steps))}
+        for name, taken in times.items():
+            ratios[name].append(taken / times["plain"])
     del steps
     rows = []
     for name, t in trainings.items():
@@ -101,7 +101,7 @@ def _first_step(training: Training) -> None:
     next(training.train())
 
 
-def _seconds(step: Callable[[], object], device: torch.device) -> float:
+def seconds(step: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
         began = time.process_time()
         step()

@@ -1,0 +1,344 @@
+"""Memory against time of a training step: ordinary autograd, checkpointing, three other libraries, and revflow by its budget.
+
+    python bench/budget.py --json budget.json --figure budget.png
+
+Each method (bench/methods.py) trains the same network (bench/networks.py) with the same parameters; first its loss and its
+gradients are compared with ordinary autograd's, in float64. A step is a forward pass, a loss and a backward pass, in float32.
+The peak is what it holds beyond what was there before, parameters and their gradients: by live tensors on the CPU, by the
+allocator on a GPU. Every method runs once a round, in random order, and a time is the median of the rounds' ratios to ordinary
+autograd's: the process's own time on the CPU, of one thread. revflow's budgets are parts of the way from the peak of "none" to
+that of "all".
+
+The three libraries are optional; what is not installed is a row that says so. memcnn would replace PyTorch:
+
+    pip install --no-deps memcnn==1.5.2 revtorch==0.2.4 revlib==1.7.2
+
+On a GPU give it something to do: --batch 32 --image 56 --tokens 1024 --frame 432.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import random
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import networks
+import revflow
+from methods import PEERS, Method, Unfit, others, reversible
+from networks import Network
+from speed import seconds
+
+TOLERANCE = 1e-8
+"""Of a gradient in float64: the L2 norm of its difference from ordinary autograd's, over the norm. (In float32 a rebuilt value
+next to zero may fall on a ReLU's other side, which is no fault and shows in the second digit of some small gradient.)"""
+
+PARTS = 8
+"""Budgets divide the way from "none" to "all" in so many parts."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's training step, or the reason why it has none."""
+
+    network: str
+    method: str
+    setting: str
+    peak: int | None = None
+    """Bytes."""
+    time_ratio: float | None = None
+    quartiles: tuple[float, float] | None = None
+    how: str | None = None
+    """The peak was measured."""
+    note: str = ""
+
+
+@dataclass
+class Trial:
+    """A method on a network, before it is timed: its step, or a note."""
+
+    method: Method
+    step: Callable[[], Tensor] | None = None
+    memory: revflow.MemoryReport | None = None
+    note: str = ""
+
+    def row(self, network: Network, ratios: list[float]) -> Row:
+        if self.memory is None:
+            return Row(network.name, self.method.name, self.method.setting, note=self.note)
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        figures = self.memory.peak, middle, (low, high), self.memory.how
+        return Row(network.name, self.method.name, self.method.setting, *figures)
+
+
+def main() -> None:
+    a = options()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    made = {
+        "convolutions": partial(networks.convolutions, a.batch, a.image, device=device),
+        "transformer": partial(networks.transformer, a.batch, a.tokens, device=device),
+        "autoencoder": partial(networks.autoencoder, a.batch, a.frame, device=device),
+    }
+    about = versions(device, a.rounds)
+    print(about)
+    rows: list[Row] = []
+    sections: list[str] = []
+    for name in dict.fromkeys(a.only):
+        network = made[name]()
+        found = compare(network, a.rounds, device)
+        Console(width=max(Console().width, 110)).print(table(found, network))
+        print(verdict(found), flush=True)
+        rows += found
+        sections.append(f"## {network.name}: {network.setting}\n\n{markdown_table(found)}\n\n{verdict(found)}\n")
+    if a.json:
+        a.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    if a.figure:
+        save(draw(rows), a.figure)
+    if a.markdown:
+        a.markdown.write_text(markdown(about, sections), encoding="utf-8")
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ["convolutions", "transformer", "autoencoder"]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NETWORK", help=", ".join(names))
+    parser.add_argument("--rounds", type=int, default=15, help="2 at least")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--image", type=int, default=24, help="height and width of the convolutions' streams")
+    parser.add_argument("--tokens", type=int, default=256, help="of the transformer's sequences")
+    parser.add_argument("--frame", type=int, default=192, help="height and width of the autoencoder's, a multiple of 8")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--figure", type=Path, help="draw them: a .png, .pdf or .svg")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
+    a = parser.parse_args()
+    if min(a.batch, a.image, a.tokens, a.frame) < 1 or a.rounds < 2:
+        parser.error("--batch, --image, --tokens and --frame have to be 1 at least, --rounds 2")
+    if a.frame % 8:
+        parser.error(f"--frame has to be a multiple of 8, not {a.frame}")
+    for name in ("json", "figure", "markdown"):
+        path = getattr(a, name)
+        if path and not path.parent.is_dir():
+            parser.error(f"--{name} {path}: there is no folder {path.parent}")
+    if a.figure and a.figure.suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--figure {a.figure}: the name has to end in .png, .pdf or .svg")
+    return a
+
+
+def compare(network: Network, rounds: int, device: torch.device) -> list[Row]:
+    """A row for each method."""
+    trials = [*trials_of(network, device)]
+    steps = {i: trial.step for i, trial in enumerate(trials) if trial.step}
+    ratios: dict[int, list[float]] = {i: [] for i in range(len(trials))}
+    order = random.Random(0)
+    for _ in range(rounds):
+        times = {i: seconds(steps[i], device) for i in order.sample([*steps], len(steps))}
+        for i, time in times.items():
+            ratios[i].append(time / times[0])  # the first is ordinary autograd
+    return [trial.row(network, ratios[i]) for i, trial in enumerate(trials)]
+
+
+def trials_of(network: Network, device: torch.device) -> Iterator[Trial]:
+    """All methods, ordinary autograd first, then revflow's budgets from the smallest on."""
+    plain, *rest = others()
+    expected = gradients(plain, network)
+    attempted = partial(attempt, network=network, expected=expected, device=device)
+    yield from map(attempted, [plain, *rest, reversible("none, 4 chunks", chunks=4)])
+    none, everything = attempted(reversible("none")), attempted(reversible("all", "all"))
+    low, high = (trial.memory.peak for trial in (none, everything) if trial.memory)
+    yield none
+    for part in range(1, PARTS):
+        yield attempted(reversible(f"{part}/{PARTS}", low + (high - low) * part // PARTS))
+    yield everything
+
+
+def attempt(method: Method, network: Network, expected: list[Tensor], device: torch.device) -> Trial:
+    """Make it, compare its gradients with those expected, measure its memory."""
+    try:
+        error = difference(gradients(method, network), expected)
+        if not error < TOLERANCE:
+            raise AssertionError(f"gradients differ from ordinary autograd's by {error:.0e}")
+        step = partial(network.step, method.of(network))
+        step()  # revflow plans by its first step
+        return Trial(method, step, revflow.measure_memory(step, device=device))
+    except Unfit as reason:
+        return Trial(method, note=str(reason))
+    except Exception as fault:
+        if method.name not in PEERS:
+            raise
+        return Trial(method, note=first_line(fault))
+
+
+def first_line(fault: Exception) -> str:
+    if isinstance(fault, ImportError):
+        return f"not installed: {fault}"
+    return f"{type(fault).__name__}: {fault}".splitlines()[0]
+
+
+def gradients(method: Method, network: Network) -> list[Tensor]:
+    """The loss and the gradients of the input and of the parameters, in float64; of a second step, as revflow plans by the first."""
+    network.to(torch.float64)
+    try:
+        forward = method.of(network)
+        network.step(forward)
+        network.to(torch.float64)
+        return [network.step(forward), *(p.grad.clone() for p in network.parameters)]
+    finally:
+        network.to(torch.float32)
+
+
+def difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest of the relative errors, each in the L2 norm."""
+    return max(float((f - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
+
+
+def exceptions(rows: Iterable[Row]) -> list[tuple[Row, float | None]]:
+    """Points that no point of revflow's matches both in memory and in time, with revflow's least time within that memory."""
+    rows = [r for r in rows if r.peak is not None]
+    found = []
+    for other in (r for r in rows if r.method != "revflow"):
+        within = [r.time_ratio for r in rows if r.method == "revflow" and r.peak <= other.peak]
+        if min(within, default=float("inf")) > other.time_ratio:
+            found.append((other, min(within, default=None)))
+    return found
+
+
+def verdict(rows: list[Row]) -> str:
+    """Whether revflow's curve lies left of or below every other point."""
+    found = exceptions(rows)
+    name = rows[0].network
+    if not found:
+        return f"{name}: of every other point there is one of revflow's that takes no more memory and no more time."
+    lines = [
+        f"{name}: of every other point there is one of revflow's that takes no more memory and no more time, except:"
+    ]
+    for row, time in found:
+        best = "revflow needs more memory" if time is None else f"with its memory revflow takes {time:.2f}"
+        lines.append(f"- {label(row)}, {row.peak / 2**20:,.1f} MiB, takes {row.time_ratio:.2f}: {best}")
+    return "\n".join(lines)
+
+
+def label(row: Row) -> str:
+    return f"{row.method} {row.setting}".strip()
+
+
+HEADINGS = ("method", "setting", "peak, MiB", "peak, plain = 1", "time, plain = 1", "quartiles")
+
+
+def cells(row: Row, plain: Row) -> tuple[str, ...]:
+    """The row below `HEADINGS`; where it has no figures its note is the last."""
+    if row.peak is None:
+        return row.method, row.setting, "", "", "", row.note
+    low, high = row.quartiles
+    figures = f"{row.peak / 2**20:,.1f}", f"{row.peak / plain.peak:.3f}", f"{row.time_ratio:.2f}"
+    return row.method, row.setting, *figures, f"{low:.2f} to {high:.2f}"
+
+
+def table(rows: list[Row], network: Network) -> Table:
+    found = Table(title=f"A training step: {network.name}, {network.setting}")
+    for i, name in enumerate(HEADINGS):
+        found.add_column(name, justify="right" if i in (2, 3, 4) else "left")
+    for row in rows:
+        found.add_row(*cells(row, rows[0]))
+    return found
+
+
+def markdown_table(rows: list[Row]) -> str:
+    lines = [HEADINGS, ("---",) * len(HEADINGS), *(cells(row, rows[0]) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown(about: str, sections: list[str]) -> str:
+    command = shlex.join(["python", "bench/budget.py", *sys.argv[1:]])
+    head = f"# Memory against time of a training step\n\n- date: {date.today()}\n- command: `{command}`\n- {about}\n"
+    return "\n".join([head, *sections])
+
+
+def versions(device: torch.device, rounds: int) -> str:
+    """The hardware, and what runs on it."""
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, 1 thread"
+    peers = [f"{name} {version}" for name in PEERS if (version := version_of(name))]
+    return ", ".join(
+        [hardware, f"Python {platform.python_version()}", f"torch {torch.__version__}", *peers, f"{rounds} rounds"]
+    )
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+STYLES = {
+    "plain": ("ordinary autograd", "#333333", "*"),
+    "checkpoint": ("checkpoint, every n blocks", "#c2571a", "s"),
+    "selective": ("selective checkpoint", "#b8860b", "P"),
+    "memcnn": ("memcnn", "#7a4fb5", "v"),
+    "revtorch": ("revtorch", "#1f8a5b", "^"),
+    "revlib": ("revlib", "#c23b7a", "D"),
+    "revflow": ("revflow, by its budget", "#2a6fb8", "o"),
+}
+
+
+def draw(rows: list[Row]) -> Figure:
+    """A panel a network: memory to the right, time upwards."""
+    panels = [[*group] for _, group in groupby(rows, lambda row: row.network)]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.0), squeeze=False, layout="constrained")
+    for axis, panel in zip(axes[0], panels, strict=True):
+        _draw_panel(axis, [row for row in panel if row.peak is not None])
+    axes[0, 0].set_ylabel("time of a training step, ordinary autograd = 1")
+    handles = {h.get_label(): h for axis in axes[0] for h in axis.get_legend_handles_labels()[0]}
+    figure.legend(handles=[*handles.values()], loc="outside lower center", ncols=min(4, 2 * len(panels)), frameon=False)
+    return figure
+
+
+def _draw_panel(axis: Axes, rows: list[Row]) -> None:
+    for method, (name, colour, marker) in STYLES.items():
+        points = sorted((r.peak / 2**20, r.time_ratio, r.setting) for r in rows if r.method == method)
+        if points:
+            sizes, times, settings = zip(*points, strict=True)
+            axis.plot(sizes, times, color=colour, marker=marker, linewidth=1.4, label=name)
+            if method == "checkpoint":
+                for size, time, setting in points:
+                    _annotate(axis, setting.removeprefix("every "), size, time, colour)
+    axis.set_title(rows[0].network, fontsize=11)
+    axis.set_xlabel("peak memory, MiB")
+    axis.set_xlim(left=0)
+    axis.grid(color="#dddddd", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _annotate(axis: Axes, text: str, x: float, y: float, colour: str) -> None:
+    axis.annotate(text, (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=8, color=colour)
+
+
+def save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Ways to train a reversible network: ordinary autograd, PyTorch's checkpointing, three other libraries, and revflow.
+
+A method makes of a network (bench/networks.py) its forward pass, with the network's own parameters. Where a library is not
+installed, or a network is not for a method, making it raises ImportError or `Unfit`, which say so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+import revflow
+from networks import Network, Streams
+
+Forward = Callable[[Tensor], Tensor | Streams]
+
+PEERS = ("memcnn", "revtorch", "revlib")
+
+
+class Unfit(Exception):
+    """Why a method is not for a network."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A name, a setting, and what makes the forward pass."""
+
+    name: str
+    setting: str
+    of: Callable[[Network], Forward]
+
+
+def others() -> list[Method]:
+    """All but revflow."""
+    return [
+        Method("plain", "", _plain),
+        *(Method("checkpoint", f"every {n}", partial(_checkpoint, every=n)) for n in (1, 2, 4, 8)),
+        Method("selective", "every 1", _selective),
+        Method("memcnn", "per block", _memcnn),
+        Method("revtorch", "per stage", _revtorch),
+        Method("revlib", "per stage", _revlib),
+    ]
+
+
+def reversible(setting: str, memory_budget: int | str = "none", chunks: int = 1) -> Method:
+    """revflow, with a budget."""
+
+    def of(network: Network) -> Forward:
+        net = revflow.ReversibleSequence(network.blocks, network.split_dim, memory_budget=memory_budget, chunks=chunks)
+        return net if network.inputs == 2 else lambda x: net(network.parted(x))
+
+    return Method("revflow", setting, of)
+
+
+def _plain(network: Network) -> Forward:
+    def forward(x: Tensor) -> Streams:
+        return _run(network.blocks, *network.parted(x))
+
+    return forward
+
+
+def _run(blocks: list[nn.Module], *streams: Tensor) -> Streams:
+    for block in blocks:
+        streams = block(*streams)
+    return streams
+
+
+# What selective checkpointing keeps: the results of what takes the time.
+KEPT = [
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+
+
+def _selective(network: Network) -> Forward:
+    return _checkpoint(network, 1, context_fn=partial(create_selective_checkpoint_contexts, KEPT))
+
+
+def _checkpoint(network: Network, every: int, **options: object) -> Forward:
+    """Groups of couplings, each with the bijections before it; the last is computed again at once, and so not checkpointed."""
+    groups: list[list[nn.Module]] = [[]]
+    for block in network.blocks:
+        if sum(map(is_coupling, groups[-1])) == every:
+            groups.append([])
+        groups[-1].append(block)
+    *checkpointed, last = groups
+    if not checkpointed:
+        raise Unfit("one group of blocks, which is ordinary autograd")
+
+    def forward(x: Tensor) -> Streams:
+        streams = network.parted(x)
+        for group in checkpointed:
+            # Nothing draws random numbers.
+            streams = checkpoint(_run, group, *streams, use_reentrant=False, preserve_rng_state=False, **options)
+        return _run(last, *streams)
+
+    return forward
+
+
+def is_coupling(block: nn.Module) -> bool:
+    return isinstance(block, revflow.AdditiveCoupling)
+
+
+def _memcnn(network: Network) -> Forward:
+    """Every block by itself, also the bijections: an input's storage is emptied in the forward pass."""
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated|.torch.cuda.amp.custom_")  # in memcnn's own code
+    import memcnn
+
+    def wrapped(block: nn.Module) -> nn.Module:
+        return _Emptied(memcnn.InvertibleModuleWrapper(block))
+
+    def couplings(conditioners: list[nn.Module]) -> list[nn.Module]:
+        return [wrapped(memcnn.AdditiveCoupling(f, g, split_dim=network.split_dim)) for f, g in _pairs(conditioners)]
+
+    return _joined(network, couplings, wrapped)
+
+
+class _Emptied(nn.Module):
+    """Lets `revflow.measure_memory` see that memcnn has emptied a storage: it looks at those that operators return."""
+
+    def __init__(self, wrapper: nn.Module) -> None:
+        super().__init__()
+        self.wrapper = wrapper
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.wrapper(x)
+        x.detach()
+        return y
+
+
+def _revtorch(network: Network) -> Forward:
+    """A sequence of each stage's couplings; shapes change in between, by ordinary autograd."""
+    from revtorch import revtorch
+
+    def couplings(conditioners: list[nn.Module]) -> list[nn.Module]:
+        blocks = [revtorch.ReversibleBlock(f, g, network.split_dim) for f, g in _pairs(conditioners)]
+        return [revtorch.ReversibleSequence(nn.ModuleList(blocks))]
+
+    return _joined(network, couplings)
+
+
+def _revlib(network: Network) -> Forward:
+    """A sequence of each stage's couplings; shapes change in between, by ordinary autograd."""
+    import revlib
+
+    def couplings(conditioners: list[nn.Module]) -> list[nn.Module]:
+        return [revlib.ReversibleSequential(*conditioners, split_dim=network.split_dim)]
+
+    return _joined(network, couplings)
+
+
+def _pairs(conditioners: list[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(F, G) of RevNet's block y1 = x1 + F(x2), y2 = x2 + G(y1), which is two of the network's."""
+    if len(conditioners) % 2:
+        raise Unfit(f"its blocks take two conditioners, and {len(conditioners)} stand together")
+    return zip(conditioners[::2], conditioners[1::2], strict=True)
+
+
+def _joined(
+    network: Network,
+    couplings: Callable[[list[nn.Module]], list[nn.Module]],
+    bijection: Callable[[nn.Module], nn.Module] = lambda block: block,
+) -> Forward:
+    """The network for a library whose modules take both streams as one tensor."""
+    parts: list[nn.Module] = []
+    for are_couplings, blocks in groupby(network.blocks, is_coupling):
+        if are_couplings:
+            parts += couplings([block.F for block in blocks])
+        else:
+            parts += [bijection(_OfBoth(b, 2 if parts else network.inputs, network.split_dim)) for b in blocks]
+    return nn.Sequential(*parts)
+
+
+class _OfBoth(nn.Module):
+    """A bijection of streams, as one of the tensor that they are parts of."""
+
+    def __init__(self, bijection: nn.Module, inputs: int, split_dim: int) -> None:
+        super().__init__()
+        self.bijection, self.inputs, self.split_dim = bijection, inputs, split_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(self.bijection(*x.chunk(self.inputs, self.split_dim)), self.split_dim)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return torch.cat(self.bijection.inverse(*y.chunk(2, self.split_dim)), self.split_dim)

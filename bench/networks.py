@@ -1,0 +1,115 @@
+"""Three reversible networks to be measured: convolutions, a transformer, and the encoder of CrevNet's autoencoder.
+
+A network is a list of blocks that each method runs in its own way (bench/methods.py), with the same parameters: couplings
+(x1, x2) -> (x2, x1 + F(x2)) and bijections that change shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import revflow
+from crevnet import CrevNetConfig
+from crevnet.autoencoder import TwoWayAutoencoder
+from paired import conditioner
+
+Streams = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Network:
+    """Blocks, and what to train them on."""
+
+    name: str
+    setting: str
+    blocks: list[nn.Module]
+    """`revflow.AdditiveCoupling` of one conditioner each, and bijections."""
+    leaf: Tensor
+    """A step's input is a copy of it, as if another layer had made it: nobody but the network holds it."""
+    split_dim: int = 1
+    inputs: int = 2
+    """Streams that the input is split in."""
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What gets a gradient: the input too."""
+        return [self.leaf, *(p for block in self.blocks for p in block.parameters())]
+
+    def to(self, dtype: torch.dtype) -> None:
+        """Parameters and input in another precision; all gradients are there, and zero."""
+        for block in self.blocks:
+            block.to(dtype)
+        self.leaf.data = self.leaf.data.to(dtype)
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def parted(self, x: Tensor) -> Streams:
+        return x.chunk(self.inputs, self.split_dim)
+
+    def step(self, forward: Callable[[Tensor], Tensor | Streams]) -> Tensor:
+        """Forward and backward pass; gradients are added to those that are there. Returns the loss."""
+        y = forward(self.leaf.clone())
+        streams = y if isinstance(y, tuple) else (y,)
+        loss = torch.stack([s.square().sum() for s in streams]).sum() / self.leaf.numel()
+        loss.backward()
+        return loss.detach()
+
+
+def convolutions(batch: int = 1, size: int = 24, blocks: int = 32, device: torch.device | str = "cpu") -> Network:
+    """Like i-RevNet: conv3x3, GroupNorm, SiLU, conv3x3 at 64 channels a stream."""
+    with torch.device(device):
+        couplings: list[nn.Module] = [revflow.AdditiveCoupling(conditioner(64)) for _ in range(blocks)]
+        leaf = torch.randn(batch, 128, size, size, requires_grad=True)
+    return Network("convolutions", f"{blocks} blocks, {batch} x 64 x {size} x {size} a stream", couplings, leaf)
+
+
+def transformer(batch: int = 1, tokens: int = 256, layers: int = 12, device: torch.device | str = "cpu") -> Network:
+    """Like Reformer: attention and an MLP take turns, at 128 features a stream."""
+    features = 128
+    with torch.device(device):
+        couplings: list[nn.Module] = [
+            revflow.AdditiveCoupling(f) for _ in range(layers) for f in (Attention(features, heads=4), mlp(features))
+        ]
+        leaf = torch.randn(batch, tokens, 2 * features, requires_grad=True)
+    setting = f"{layers} layers, {batch} x {tokens} x {features} a stream"
+    return Network("transformer", setting, couplings, leaf, split_dim=2)
+
+
+def autoencoder(batch: int = 2, size: int = 128, blocks: int = 4, device: torch.device | str = "cpu") -> Network:
+    """CrevNet's encoder: three stages, each at a quarter of the pixels and four times the channels of the one before.
+
+    The presets' fourth stage is left out: at sizes for a CPU its parameters would outweigh the activations.
+    """
+    config = CrevNetConfig(blocks=(blocks,) * 3, strides=(1, 2, 2))
+    with torch.device(device):
+        chain = list(TwoWayAutoencoder(config).blocks)
+        leaf = torch.rand(batch, config.input_channels, size, size, requires_grad=True)
+    setting = f"3 stages of {blocks} blocks, frames of {batch} x {config.input_channels} x {size} x {size}"
+    return Network("autoencoder", setting, chain, leaf, inputs=1)
+
+
+class Attention(nn.Module):
+    """Pre-normalised multi-head self-attention."""
+
+    def __init__(self, features: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(features)
+        self.qkv = nn.Linear(features, 3 * features, bias=False)  # softmax does not see a key's bias
+        self.out = nn.Linear(features, features)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x_BTD)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def mlp(features: int) -> nn.Sequential:
+    """Pre-normalised, four times as wide inside."""
+    return nn.Sequential(
+        nn.LayerNorm(features), nn.Linear(features, 4 * features), nn.GELU(), nn.Linear(4 * features, features)
+    )

@@ -47,7 +47,7 @@ from torch import Tensor
 
 import networks
 import revflow
-from methods import PEERS, Method, Unfit, others, reversible
+from methods import PEERS, Method, UnfitError, others, reversible
 from networks import Network
 from speed import seconds
 
@@ -183,7 +183,7 @@ def attempt(method: Method, network: Network, expected: list[Tensor], device: to
         step = partial(network.step, method.of(network))
         step()  # revflow plans by its first step
         return Trial(method, step, revflow.measure_memory(step, device=device))
-    except Unfit as reason:
+    except UnfitError as reason:
         return Trial(method, note=str(reason))
     except Exception as fault:
         if method.name not in PEERS:
@@ -198,7 +198,7 @@ def first_line(fault: Exception) -> str:
 
 
 def gradients(method: Method, network: Network) -> list[Tensor]:
-    """The loss and the gradients of the input and of the parameters, in float64; of a second step, as revflow plans by the first."""
+    """The loss and the gradients of input and parameters, in float64, of the second step, which revflow has planned."""
     network.to(torch.float64)
     try:
         forward = method.of(network)
@@ -319,11 +319,12 @@ def _draw_panel(axis: Axes, rows: list[Row]) -> None:
     for method, (name, colour, marker) in STYLES.items():
         points = sorted((r.peak / 2**20, r.time_ratio, r.setting) for r in rows if r.method == method)
         if points:
-            sizes, times, settings = zip(*points, strict=True)
-            axis.plot(sizes, times, color=colour, marker=marker, linewidth=1.4, label=name)
-            if method == "checkpoint":
-                for size, time, setting in points:
-                    _annotate(axis, setting.removeprefix("every "), size, time, colour)
+            axis.plot(
+                *zip(*(p[:2] for p in points), strict=True), color=colour, marker=marker, linewidth=1.4, label=name
+            )
+        if method == "checkpoint":
+            for size, time, setting in points:
+                _annotate(axis, setting.removeprefix("every "), size, time, colour)
     axis.set_title(rows[0].network, fontsize=11)
     axis.set_xlabel("peak memory, MiB")
     axis.set_xlim(left=0)

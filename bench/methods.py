@@ -1,7 +1,7 @@
 """Ways to train a reversible network: ordinary autograd, PyTorch's checkpointing, three other libraries, and revflow.
 
 A method makes of a network (bench/networks.py) its forward pass, with the network's own parameters. Where a library is not
-installed, or a network is not for a method, making it raises ImportError or `Unfit`, which say so.
+installed, or a network is not for a method, making it raises ImportError or `UnfitError`, which say so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Forward = Callable[[Tensor], Tensor | Streams]
 PEERS = ("memcnn", "revtorch", "revlib")
 
 
-class Unfit(Exception):
+class UnfitError(Exception):
     """Why a method is not for a network."""
 
 
@@ -98,7 +98,7 @@ def _checkpoint(network: Network, every: int, **options: object) -> Forward:
         groups[-1].append(block)
     *checkpointed, last = groups
     if not checkpointed:
-        raise Unfit("one group of blocks, which is ordinary autograd")
+        raise UnfitError("one group of blocks, which is ordinary autograd")
 
     def forward(x: Tensor) -> Streams:
         streams = network.parted(x)
@@ -165,7 +165,7 @@ def _revlib(network: Network) -> Forward:
 def _pairs(conditioners: list[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module]]:
     """(F, G) of RevNet's block y1 = x1 + F(x2), y2 = x2 + G(y1), which is two of the network's."""
     if len(conditioners) % 2:
-        raise Unfit(f"its blocks take two conditioners, and {len(conditioners)} stand together")
+        raise UnfitError(f"its blocks take two conditioners, and {len(conditioners)} stand together")
     return zip(conditioners[::2], conditioners[1::2], strict=True)
 
 

@@ -26,7 +26,7 @@ setup(
             "rich",
             "tensorboard",
         ],
-        "bench": ["matplotlib", "pytest-benchmark", "rich"],
+        "bench": ["matplotlib", "pytest-benchmark", "revlib", "revtorch", "rich"],
         "dev": ["hypothesis", "mypy", "pytest", "ruff"],
     },
     entry_points={"console_scripts": ["crevnet = crevnet.cli:main"]},

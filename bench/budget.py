@@ -9,9 +9,10 @@ allocator on a GPU. Every method runs once a round, in random order, and a time 
 autograd's: the process's own time on the CPU, of one thread. revflow's budgets are parts of the way from the peak of "none" to
 that of "all".
 
-The three libraries are optional; what is not installed is a row that says so. memcnn would replace PyTorch:
+The three libraries are optional; what is not installed is a row that says so. The extra `bench` has revtorch and revlib; memcnn
+asks for torchvision, and so for another PyTorch, and needs neither:
 
-    pip install --no-deps memcnn==1.5.2 revtorch==0.2.4 revlib==1.7.2
+    pip install --no-deps memcnn==1.5.2
 
 On a GPU give it something to do: --batch 32 --image 56 --tokens 1024 --frame 432.
 """
@@ -32,6 +33,7 @@ from datetime import date
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -292,52 +294,69 @@ def version_of(package: str) -> str | None:
         return None
 
 
+class Style(NamedTuple):
+    """How a method is drawn."""
+
+    name: str
+    colour: str
+    marker: str
+    size: float = 7
+    line: str = "none"
+
+
 STYLES = {
-    "plain": ("ordinary autograd", "#333333", "*"),
-    "checkpoint": ("checkpoint, every n blocks", "#c2571a", "s"),
-    "selective": ("selective checkpoint", "#b8860b", "P"),
-    "memcnn": ("memcnn", "#7a4fb5", "v"),
-    "revtorch": ("revtorch", "#1f8a5b", "^"),
-    "revlib": ("revlib", "#c23b7a", "D"),
-    "revflow": ("revflow, by its budget", "#2a6fb8", "o"),
+    "checkpoint": Style("checkpoint, every n blocks", "#c2571a", "s", 9, "-"),
+    "selective": Style("selective checkpoint", "#a67c00", "P"),
+    "memcnn": Style("memcnn", "#7a4fb5", "v"),
+    "revtorch": Style("revtorch", "#1f8a5b", "^"),
+    "revlib": Style("revlib", "#c23b7a", "D", 6),
+    "revflow": Style("revflow, by its budget", "#2a6fb8", "o", 6, "-"),
+    "chunks": Style("revflow, nothing kept, in chunks", "#6db3f2", "h", 8),
+    "plain": Style("ordinary autograd", "#222222", "*", 11),
 }
 
 
 def draw(rows: list[Row]) -> Figure:
-    """A panel a network: memory to the right, time upwards."""
+    """A panel a network: memory to the right, time upwards with its quartiles."""
     panels = [[*group] for _, group in groupby(rows, lambda row: row.network)]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.0), squeeze=False, layout="constrained")
+    size = (4.2 * len(panels) + 0.4, 4.2)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axis, panel in zip(axes[0], panels, strict=True):
-        _draw_panel(axis, [row for row in panel if row.peak is not None])
-    axes[0, 0].set_ylabel("time of a training step, ordinary autograd = 1")
+        draw_panel(axis, [row for row in panel if row.peak is not None])
+    axes[0, 0].set_ylabel("time, ordinary autograd = 1")
     handles = {h.get_label(): h for axis in axes[0] for h in axis.get_legend_handles_labels()[0]}
     figure.legend(handles=[*handles.values()], loc="outside lower center", ncols=min(4, 2 * len(panels)), frameon=False)
     return figure
 
 
-def _draw_panel(axis: Axes, rows: list[Row]) -> None:
-    for method, (name, colour, marker) in STYLES.items():
-        points = sorted((r.peak / 2**20, r.time_ratio, r.setting) for r in rows if r.method == method)
-        if points:
-            axis.plot(
-                *zip(*(p[:2] for p in points), strict=True), color=colour, marker=marker, linewidth=1.4, label=name
-            )
-        if method == "checkpoint":
-            for size, time, setting in points:
-                _annotate(axis, setting.removeprefix("every "), size, time, colour)
+def draw_panel(axis: Axes, rows: list[Row]) -> None:
+    for key, style in STYLES.items():
+        points = sorted((r for r in rows if style_of(r) == key), key=lambda r: r.peak)
+        if not points:
+            continue
+        sizes, times = [r.peak / 2**20 for r in points], [r.time_ratio for r in points]
+        axis.vlines(sizes, *zip(*(r.quartiles for r in points), strict=True), color=style.colour, alpha=0.3)
+        look = {"color": style.colour, "marker": style.marker, "markersize": style.size, "linestyle": style.line}
+        axis.plot(sizes, times, label=style.name, markeredgewidth=0.6, markeredgecolor="white", **look)
+        if key == "checkpoint":
+            for row, x, y in zip(points, sizes, times, strict=True):
+                number = row.setting.removeprefix("every ")
+                axis.annotate(number, (x, y), color="white", fontsize=6.5, ha="center", va="center_baseline")
     axis.set_title(rows[0].network, fontsize=11)
     axis.set_xlabel("peak memory, MiB")
     axis.set_xlim(left=0)
-    axis.grid(color="#dddddd", linewidth=0.6)
+    axis.grid(color="#e4e4e4", linewidth=0.6)
+    axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _annotate(axis: Axes, text: str, x: float, y: float, colour: str) -> None:
-    axis.annotate(text, (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=8, color=colour)
+def style_of(row: Row) -> str:
+    return "chunks" if "chunks" in row.setting else row.method
 
 
 def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=160)
+    with plt.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):  # text stays text
+        figure.savefig(path, dpi=160)
     plt.close(figure)
 
 

@@ -59,7 +59,7 @@ class Network:
         return loss.detach()
 
 
-def convolutions(batch: int = 1, size: int = 24, blocks: int = 32, device: torch.device | str = "cpu") -> Network:
+def convolutions(batch: int = 4, size: int = 12, blocks: int = 32, device: torch.device | str = "cpu") -> Network:
     """Like i-RevNet: conv3x3, GroupNorm, SiLU, conv3x3 at 64 channels a stream."""
     with torch.device(device):
         couplings: list[nn.Module] = [revflow.AdditiveCoupling(conditioner(64)) for _ in range(blocks)]
@@ -67,7 +67,7 @@ def convolutions(batch: int = 1, size: int = 24, blocks: int = 32, device: torch
     return Network("convolutions", f"{blocks} blocks, {batch} x 64 x {size} x {size} a stream", couplings, leaf)
 
 
-def transformer(batch: int = 1, tokens: int = 256, layers: int = 12, device: torch.device | str = "cpu") -> Network:
+def transformer(batch: int = 4, tokens: int = 64, layers: int = 12, device: torch.device | str = "cpu") -> Network:
     """Like Reformer: attention and an MLP take turns, at 128 features a stream."""
     features = 128
     with torch.device(device):
@@ -79,7 +79,7 @@ def transformer(batch: int = 1, tokens: int = 256, layers: int = 12, device: tor
     return Network("transformer", setting, couplings, leaf, split_dim=2)
 
 
-def autoencoder(batch: int = 2, size: int = 128, blocks: int = 4, device: torch.device | str = "cpu") -> Network:
+def autoencoder(batch: int = 4, size: int = 96, blocks: int = 4, device: torch.device | str = "cpu") -> Network:
     """CrevNet's encoder: three stages, each at a quarter of the pixels and four times the channels of the one before.
 
     The presets' fourth stage is left out: at sizes for a CPU its parameters would outweigh the activations.

@@ -14,9 +14,9 @@ import revflow
 
 CPU = torch.device("cpu")
 NETWORKS = {
-    "convolutions": lambda: networks.convolutions(size=4, blocks=10),
-    "transformer": lambda: networks.transformer(tokens=4, layers=5),
-    "autoencoder": lambda: networks.autoencoder(batch=1, size=16),
+    "convolutions": lambda: networks.convolutions(batch=2, size=4, blocks=10),
+    "transformer": lambda: networks.transformer(batch=2, tokens=4, layers=5),
+    "autoencoder": lambda: networks.autoencoder(batch=2, size=16),
 }
 METHODS = [
     *methods.others(),
@@ -106,7 +106,7 @@ def test_rows(monkeypatch, tmp_path, capsys):
     files = {
         kind: tmp_path / f"out.{suffix}" for kind, suffix in (("json", "json"), ("markdown", "md"), ("figure", "png"))
     }
-    size = ["--only", "convolutions", "--image", "8", "--rounds", "2"]
+    size = ["--only", "convolutions", "--image", "4", "--rounds", "2"]
     monkeypatch.setattr(sys, "argv", ["budget.py", *size, *(s for k, f in files.items() for s in (f"--{k}", str(f)))])
     budget.main()
     rows = json.loads(files["json"].read_text())

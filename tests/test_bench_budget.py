@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -22,7 +23,7 @@ METHODS = [
     *methods.others(),
     methods.reversible("none"),
     methods.reversible("none, 2 chunks", chunks=2),
-    methods.reversible("some", 100_000),
+    methods.reversible("some", 300_000),
     methods.reversible("all", "all"),
 ]
 
@@ -106,7 +107,8 @@ def test_rows(monkeypatch, tmp_path, capsys):
     files = {
         kind: tmp_path / f"out.{suffix}" for kind, suffix in (("json", "json"), ("markdown", "md"), ("figure", "png"))
     }
-    size = ["--only", "convolutions", "--image", "4", "--rounds", "2"]
+    monkeypatch.setattr(networks, "convolutions", partial(networks.convolutions, blocks=12))
+    size = ["--only", "convolutions", "--image", "8", "--rounds", "2"]
     monkeypatch.setattr(sys, "argv", ["budget.py", *size, *(s for k, f in files.items() for s in (f"--{k}", str(f)))])
     budget.main()
     rows = json.loads(files["json"].read_text())

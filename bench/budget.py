@@ -232,9 +232,9 @@ def verdict(rows: list[Row]) -> str:
     found = exceptions(rows)
     name = rows[0].network
     if not found:
-        return f"{name}: of every other point there is one of revflow's that takes no more memory and no more time."
+        return f"{name}: for every other point there is one of revflow's that takes no more memory and no more time."
     lines = [
-        f"{name}: of every other point there is one of revflow's that takes no more memory and no more time, except:"
+        f"{name}: for every other point there is one of revflow's that takes no more memory and no more time, except:"
     ]
     for row, time in found:
         best = "revflow needs more memory" if time is None else f"with its memory revflow takes {time:.2f}"

@@ -107,7 +107,7 @@ def test_rows(monkeypatch, tmp_path, capsys):
     files = {
         kind: tmp_path / f"out.{suffix}" for kind, suffix in (("json", "json"), ("markdown", "md"), ("figure", "png"))
     }
-    monkeypatch.setattr(networks, "convolutions", partial(networks.convolutions, blocks=12))
+    monkeypatch.setattr(networks, "convolutions", partial(networks.convolutions, blocks=10))
     size = ["--only", "convolutions", "--image", "8", "--rounds", "2"]
     monkeypatch.setattr(sys, "argv", ["budget.py", *size, *(s for k, f in files.items() for s in (f"--{k}", str(f)))])
     budget.main()
@@ -159,7 +159,7 @@ def test_a_curve_that_lies_below_every_point():
     rows = [row("plain", "", 2, 1.0), row("revflow", "all", 2, 1.0)]
     assert budget.exceptions(rows) == []
     assert budget.verdict(rows) == (
-        "net: of every other point there is one of revflow's that takes no more memory and no more time."
+        "net: for every other point there is one of revflow's that takes no more memory and no more time."
     )
 
 

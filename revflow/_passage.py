@@ -20,6 +20,7 @@ from revflow._replay import Draws
 from revflow.exact import Extent, Grid, Residual
 
 if TYPE_CHECKING:
+    from revflow._meter import Meter
     from revflow._rewind import Tape
 
 T = TypeVar("T")
@@ -97,6 +98,10 @@ class Passage(NamedTuple):
     draws: Draws
     tape: Tape | None = None
     """None under ordinary autograd."""
+    chunks: int = 1
+    """Slices of the batch in which conditioners run that will be rerun."""
+    meter: Meter | None = None
+    """Measures what ordinary autograd would keep; None if that is known, or nobody asks."""
     grid: Grid | None = None
     """Where the streams live in exact arithmetic; the same under ordinary autograd."""
     extent: Extent | None = None

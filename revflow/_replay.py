@@ -51,7 +51,7 @@ class Replay:
     __slots__ = ("_buffers", "_device", "_modes", "_modules", "_slots", "autocast", "may_draw", "parameters", "random")
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.autocast = _autocast_state(device)
+        self.autocast = autocast_state(device)
         """(device type, enabled, dtype) for the CPU and the streams' device; empty where autocast is off on both."""
         self.parameters: list[Tensor] = []
         """The distinct parameters that the module held, functional_call's substitutes included."""
@@ -105,7 +105,7 @@ class Replay:
         """Call `function` with gradients on, and `parameters` (in the order of `self.parameters`) in the module's slots."""
         modes = [m.training for m in self._modules]
         held = [(slots, name, slots[name], i) for slots, name, i in self._slots if slots[name] is not parameters[i]]
-        random = None if self.random is None else _random_states(self._device)
+        random = None if self.random is None else random_states(self._device)
         outer = is_recomputing()
         _thread.recomputing = True
         try:
@@ -120,7 +120,7 @@ class Replay:
             torch._C._set_grad_enabled(True)
             if not self.autocast and not torch._C._is_any_autocast_enabled():
                 return function(*arguments)
-            with _autocast(self.autocast or _switched_off(_autocast_state(self._device))):
+            with _autocast(self.autocast or _switched_off(autocast_state(self._device))):
                 return function(*arguments)
         finally:
             torch._C._set_grad_enabled(False)
@@ -139,6 +139,21 @@ class Replay:
             module.training = mode
 
 
+@contextmanager
+def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Leave the module's buffers and the random states as they were before what runs in this context."""
+    states = random_states(device)
+    buffers = [_Buffer(m._buffers, name) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+    for buffer in buffers:
+        buffer.lend()
+    try:
+        yield
+    finally:
+        for buffer in buffers:
+            buffer.give_back()
+        _restore(states, device)
+
+
 class Draws:
     """Which of a chain's first evaluations drew random numbers.
 
@@ -151,7 +166,7 @@ class Draws:
 
     def begin(self, replay: Replay, device: torch.device) -> None:
         """The evaluation of `replay` is about to begin."""
-        states = _random_states(device)
+        states = random_states(device)
         if self._last is not None:
             self._settle(self._last, states)
         self._last = replay, device, states
@@ -159,7 +174,7 @@ class Draws:
     def end(self) -> None:
         """All evaluations are done."""
         if self._last is not None:
-            self._settle(self._last, _random_states(self._last[1]))
+            self._settle(self._last, random_states(self._last[1]))
             self._last = None
 
     def _settle(self, last: tuple[Replay, torch.device, list[Tensor]], states: list[Tensor]) -> None:
@@ -216,7 +231,7 @@ def _refuse_sharded(module: nn.Module) -> None:
         )
 
 
-def _random_states(device: torch.device) -> list[Tensor]:
+def random_states(device: torch.device) -> list[Tensor]:
     """The state of the CPU's generator, and of the device's where that is another."""
     cpu = torch.default_generator.get_state()
     return [cpu] if device.type in ("cpu", "meta") else [cpu, torch.get_device_module(device).get_rng_state(device)]
@@ -228,7 +243,7 @@ def _restore(states: list[Tensor], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(state, device)
 
 
-def _autocast_state(device: torch.device) -> AutocastState:
+def autocast_state(device: torch.device) -> AutocastState:
     if not torch._C._is_any_autocast_enabled():
         return []
     kind = device.type

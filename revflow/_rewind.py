@@ -25,13 +25,16 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from revflow._calls import Call, Coupled, Given, Whole
+from revflow._calls import Call, Coupled, Whole
+from revflow._graph import alias_of, laid_out
 from revflow._guard import Evidence, Witness
+from revflow._overwrite import Given
 from revflow._passage import (
     Arguments,
     Context,
@@ -47,8 +50,11 @@ from revflow._replay import Draws
 
 
 class _Entry(NamedTuple):
-    streams: Streams
+    streams: list[Tensor]
     evidence: Evidence | None
+    output: Streams = ()
+    """The chain's own, held for the time of the first rewind so that it is not overwritten: where the user has dropped it, a
+    copy to the CPU may still be under way on another CUDA stream."""
 
 
 class Tape:
@@ -58,8 +64,8 @@ class Tape:
         self.witness = witness
         self._entries: dict[int, _Entry] = {}
 
-    def leave(self, streams: Streams, evidence: Evidence | None) -> None:
-        self._entries[torch._C._current_graph_task_id()] = _Entry(streams, evidence)
+    def leave(self, *entry: Any) -> None:
+        self._entries[torch._C._current_graph_task_id()] = _Entry(*entry)
 
     def take(self) -> _Entry:
         return self._entries.pop(torch._C._current_graph_task_id())
@@ -128,15 +134,18 @@ def run_stepwise(block: Stepwise, inverse: bool, streams: Streams, context: Cont
     return offer.results[: len(streams)]
 
 
-def end(tape: Tape | None, streams: Streams, join: int | None, log_det: Tensor | None) -> tuple[Streams, Tensor | None]:
-    """End a chain: its streams, joined along the dimension `join` if that is not None, and its log-determinant if wanted.
+def end(
+    tape: Tape | None, streams: Streams, join: int | None, log_det: Tensor | None, kept_follow: bool = False
+) -> tuple[Streams, Tensor | None]:
+    """End a chain, or that part of it which is rebuilt if blocks that are kept follow.
 
-    On a tape the output is anchored. The log-determinant passes through the anchor too, so that its backward begins there.
+    Returns its streams, joined along the dimension `join` if that is not None, and its log-determinant if wanted. On a tape
+    the output is anchored. The log-determinant passes through the anchor too, so that its backward begins there.
     """
     more = () if log_det is None else (log_det,)
     if tape is None or not any(s.requires_grad for s in (*streams, *more)):
         return (streams if join is None else (torch.cat(streams, join),)), log_det
-    outputs: Streams = _Anchor.apply(tape, join, len(streams), *streams, *more)  # type: ignore[no-untyped-call]
+    outputs: Streams = _Anchor.apply(tape, join, kept_follow, len(streams), *streams, *more)  # type: ignore[no-untyped-call]
     return (outputs, None) if log_det is None else (outputs[:-1], outputs[-1])
 
 
@@ -178,7 +187,8 @@ class _Rewind(torch.autograd.Function):
         end = len(tensors) - len(call.parameters)
         begin = end - len(passage.arguments.tensors)
         streams = tensors[:begin]
-        outputs, kept = call.first(streams, passage.arguments.filled(tensors[begin:end]))
+        first = call.first if passage.meter is None else partial(passage.meter.first, call)
+        outputs, kept = first(streams, tensors[begin:end])
         ctx.call, ctx.ends = call, (begin, end, len(tensors))
         if passage.tape.witness is not None and any(ctx.needs_input_grad):  # type: ignore[union-attr]
             call.samples = passage.tape.witness.samples(call.rebuilt(streams))  # type: ignore[union-attr]
@@ -200,7 +210,7 @@ _apply_rewind = super(torch.autograd.Function, _Rewind).apply
 def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     call: Call = ctx.call
     tape: Tape = call.passage.tape  # type: ignore[assignment]
-    outputs, evidence = tape.take()
+    now, evidence, _output = tape.take()
     begin, end, count = ctx.ends
     saved: Streams = ctx.saved_tensors
     # An alias a place: a tensor may stand in the context twice, or be a parameter too.
@@ -208,13 +218,13 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     own = own_of(saved[end - begin : count - begin])
     needs = ctx.needs_input_grad[1:]
     seen = None if evidence is None else tape.witness.watch(evidence, call)  # type: ignore[union-attr]
-    streams, found = call.rewind(outputs, Given(grads, needs, leaves, own, saved[count - begin :], seen))
+    found = call.rewind(now, Given(grads, needs, leaves, own, saved[count - begin :], seen))
     if seen is not None:
-        seen.inputs(call.rebuilt(streams))
+        seen.inputs(call.rebuilt(tuple(now)))
     if call.before is not None and torch._C._will_engine_execute_node(call.before):  # rule 4
-        tape.leave(streams, evidence)
+        tape.leave(now, evidence)
     elif evidence is not None:
-        tape.witness.judge(evidence, streams)  # type: ignore[union-attr]
+        tape.witness.judge(evidence, tuple(now))  # type: ignore[union-attr]
     return (None, *found)
 
 
@@ -224,18 +234,15 @@ def own_of(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p if p.grad_fn is None and not p._backward_hooks else alias_of(p) for p in parameters]
 
 
-def alias_of(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_(tensor.requires_grad)
-
-
 class _Anchor(torch.autograd.Function):
     """The end of a chain: saves its output, and puts it on the tape when the backward pass begins."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, join: int | None, count: int, *tensors: Tensor) -> Streams:
+    def forward(ctx: Any, tape: Tape, join: int | None, kept_follow: bool, count: int, *tensors: Tensor) -> Streams:
         streams, log_det = tensors[:count], tensors[count:]
-        ctx.tape, ctx.join = tape, join
-        ctx.sizes = None if join is None else [s.shape[join] for s in streams]
+        ctx.tape, ctx.join, ctx.kept_follow = tape, join, kept_follow
+        if join is not None:
+            ctx.sizes, ctx.strides = [s.shape[join] for s in streams], [s.stride() for s in streams]
         ctx.set_materialize_grads(False)
         outputs = tuple(s.view_as(s) for s in streams) if join is None else (torch.cat(streams, join),)
         ctx.save_for_backward(*outputs)
@@ -249,14 +256,37 @@ class _Anchor(torch.autograd.Function):
 
 
 def _begin(ctx: Any, grads: Gradients) -> Gradients:
-    streams: Streams = ctx.saved_tensors
-    if ctx.join is not None:
-        streams = streams[0].split(ctx.sizes, ctx.join)
+    saved: Streams = ctx.saved_tensors
+    output: Streams = ()
+    if ctx.join is None:
+        streams = [s.detach() for s in saved]
+        output = () if ctx.kept_follow else saved
+    else:
+        # Laid out as the blocks had them: so the joined output can go as soon as nothing else needs it.
+        parts = saved[0].split(ctx.sizes, ctx.join)
+        streams = list(map(laid_out, parts, ctx.strides))
         joined = grads[0]
         split = (None,) * len(streams) if joined is None else joined.split(ctx.sizes, ctx.join)
         grads = (*split, *grads[1:])
-    ctx.tape.leave(streams, ctx.tape.witness and ctx.tape.witness.begin(streams))
-    return (None, None, None, *grads)
+    ctx.tape.leave(streams, ctx.tape.witness and ctx.tape.witness.begin(tuple(streams)), output)
+    return (None, None, None, None, *grads)
+
+
+def hold(mark: Tensor, streams: Streams) -> Streams:
+    """The streams, whose graph holds on to `mark` until it is freed."""
+    return _Hold.apply(mark, *streams)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Hold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mark: Tensor, *streams: Tensor) -> Streams:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mark)
+        return tuple([s.view_as(s) for s in streams])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        return (None, *grads)
 
 
 def once(

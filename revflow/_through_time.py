@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from revflow._backward import Pass, running
-from revflow._calls import leaf
+from revflow._graph import alias_of, leaf
 from revflow._guard import Guard
 from revflow._passage import NAMED, Context, Gradients, Streams, named
-from revflow._rewind import alias_of, once
+from revflow._rewind import once
 from revflow._states import Kept, Unpacked
 from revflow._steps import Begin, Step, Tensors
 

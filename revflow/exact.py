@@ -68,6 +68,14 @@ class Grid:
         """y - round(d): the x of which `add` has made y."""
         return y - self.round(d) if _differentiated() else torch.sub(y, self._in_units(d), alpha=self.unit)
 
+    def add_(self, x: Tensor, d: Tensor) -> Tensor:
+        """As `add`, in x's place; gradients have to be off."""
+        return x.add_(self._in_units(d), alpha=self.unit)
+
+    def take_back_(self, y: Tensor, d: Tensor) -> Tensor:
+        """As `take_back`, in y's place; gradients have to be off."""
+        return y.sub_(self._in_units(d), alpha=self.unit)
+
     @torch.no_grad()
     def residual(self, x: Tensor, estimate: Tensor) -> Residual:
         """What `restore` needs to make x, to the last bit, of any `estimate` of it (infinite or not a number, even)."""

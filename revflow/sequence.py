@@ -8,13 +8,14 @@ from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from revflow._chain import Chain, values_are_hidden
 from revflow._guard import Guard, Mode
-from revflow._mode import allow_recompilations, engine_applies, is_transformed
-from revflow._passage import NAMED, Arguments, Passage, Stepwise, Streams, named
-from revflow._replay import Draws
-from revflow._rewind import Tape, end, through
+from revflow._mode import allow_recompilations, engine_applies
+from revflow._passage import Arguments, Passage, Stepwise, Streams
+from revflow._replay import Draws, undisturbed
+from revflow._rewind import Tape
+from revflow.budget import Budget, MemoryBudget, Plan
 from revflow.exact import Extent, Grid, Residual
 
 # A compiled forward pass would draw other dropout masks than the rerun. Whole-graph capture shows the reason, where
@@ -49,6 +50,15 @@ class ReversibleSequence(nn.Sequential):
             Couplings that do more than add keep one byte a value, and four more of those that are all but overwritten (gates
             above 0.996). OverflowError names the block whose output outgrows the
             grid's range.
+        memory_budget: what activations may take: bytes, a size as "6GiB", a share of the device's free memory as 0.8 (of
+            what is free when it is first needed), "all" or "none". Activations of as many blocks as fit are kept, the last
+            ones; the others are rebuilt. The first step with inputs of another kind (shapes, dtypes, autocast, mode)
+            rebuilds everything and measures; `plan` tells what comes of it. The budget is for all calls whose backward
+            pass is still to come; streams' gradients are in it, the input and parameters' gradients are not. Where even
+            rebuilding takes more, a warning says so.
+        chunks: in how many slices of the batch (dimension 0) to run a conditioner that will be rerun: its own activations are
+            then those of a slice. The same function, up to rounding and the order in which random numbers are drawn. A
+            conditioner that mixes samples (BatchNorm in train mode) is refused.
 
     Called with a tensor, it splits it in two streams along `split_dim`, and returns one tensor; called with a tuple of
     streams it returns a tuple. Keyword arguments reach every block's conditioners; tensors among them, in lists or
@@ -68,6 +78,8 @@ class ReversibleSequence(nn.Sequential):
         *,
         guard: Mode = "warn",
         exact: bool | Grid = False,
+        memory_budget: MemoryBudget = "none",
+        chunks: int = 1,
     ) -> None:
         super().__init__()
         for name, block in blocks.items() if isinstance(blocks, Mapping) else enumerate(blocks):
@@ -77,6 +89,19 @@ class ReversibleSequence(nn.Sequential):
             raise TypeError(f"exact has to be True, False or a revflow.Grid; got {exact!r}")
         self._grid = Grid() if exact is True else exact or None
         self._guard = Guard(guard, exact=self._grid is not None)
+        self._budget = Budget(memory_budget)
+        if type(chunks) is not int or chunks < 1:
+            raise ValueError(f"chunks has to be a whole number, 1 or more; got {chunks!r}")
+        self.chunks = chunks
+
+    @property
+    def memory_budget(self) -> MemoryBudget:
+        """As it was given. Setting it forgets what was measured."""
+        return self._budget.given
+
+    @memory_budget.setter
+    def memory_budget(self, budget: MemoryBudget) -> None:
+        self._budget = Budget(budget)
 
     @property
     def exact(self) -> Grid | Literal[False]:
@@ -102,7 +127,7 @@ class ReversibleSequence(nn.Sequential):
 
     def plain(self, x: Tensor | Streams, **context: Any) -> Any:
         """`forward` under ordinary autograd, which stores every activation: the same function, the same parameters."""
-        return self._chain(x, context, inverse=False, log_det=False, tape=None)[0]
+        return self._chain(x, context).run()[0]
 
     def forward_with_residuals(self, x: Tensor | Streams, **context: Any) -> tuple[Any, list[Residual]]:
         """In exact arithmetic: `plain(x)`, and what `inverse_with_residuals` needs to make x of it to the last bit.
@@ -111,14 +136,14 @@ class ReversibleSequence(nn.Sequential):
         it is exact where all couplings add, and approximate elsewhere. RuntimeError unless the sequence is exact.
         """
         residuals: list[Residual] = []
-        y, _ = self._chain(x, context, False, False, None, self._checked_exact(residuals))
+        y, _ = self._chain(x, context, residuals=self._checked_exact(residuals)).run()
         return y, residuals
 
     @torch.no_grad()
     def inverse_with_residuals(self, y: Tensor | Streams, residuals: Sequence[Residual], **context: Any) -> Any:
         """The x, rounded to the grid, of which `forward_with_residuals` has made `y` and these residuals; without a graph."""
         left = self._checked_exact(list(residuals))
-        x, _ = self._chain(y, context, True, False, None, left)
+        x, _ = self._chain(y, context, inverse=True, residuals=left).run()
         if left:
             raise ValueError(
                 f"{len(residuals)} residuals were given, and {len(left)} not used: they are of another sequence"
@@ -129,6 +154,19 @@ class ReversibleSequence(nn.Sequential):
         if self._grid is None:
             raise RuntimeError("residuals belong to exact arithmetic: make the sequence with exact=True")
         return residuals
+
+    def plan(self, x: Tensor | Streams, **context: Any) -> Plan:
+        """What a training step on such an input keeps and what it rebuilds, with the bytes and the time to expect.
+
+        Runs the forward pass three times, measures it, and leaves buffers and random numbers as they were; nothing is trained.
+        """
+        device = (x if isinstance(x, Tensor) else x[0]).device
+        with torch.enable_grad(), undisturbed(self, device):
+            chain = self._chain(x, context, tape=Tape(None))
+            limit, table, first_kept = self._budget.schedule(chain)
+        with torch.no_grad(), undisturbed(self, device):
+            runs = [self._chain(x, context).seconds() for _ in range(2)]  # the first one warms up
+        return Plan(limit, table.costs, first_kept, table.peaks[first_kept], tuple(runs[-1]))
 
     def compile_conditioners(self, **options: Any) -> ReversibleSequence:
         """Compile the conditioner of every coupling, in place, by `torch.compile(..., **options)`; returns the sequence.
@@ -182,60 +220,52 @@ class ReversibleSequence(nn.Sequential):
         return self._with(super().__mul__(times))
 
     def _with(self, blocks: Iterable[nn.Module] | Mapping[str, nn.Module]) -> ReversibleSequence:
-        return ReversibleSequence(blocks, self.split_dim, guard=self._guard.mode, exact=self.exact)
+        return ReversibleSequence(
+            blocks,
+            self.split_dim,
+            guard=self._guard.mode,
+            exact=self.exact,
+            memory_budget=self.memory_budget,
+            chunks=self.chunks,
+        )
 
     def extra_repr(self) -> str:
-        exact = f", exact={self.exact}" if self.exact else ""
-        return f'split_dim={self.split_dim}, guard="{self._guard.mode}"{exact}'
+        options: dict[str, Any] = {"exact": self.exact} if self.exact else {}
+        options |= {"memory_budget": self.memory_budget} if self.memory_budget != "none" else {}
+        options |= {"chunks": self.chunks} if self.chunks > 1 else {}
+        more = "".join(f", {name}={value!r}" for name, value in options.items())
+        return f'split_dim={self.split_dim}, guard="{self._guard.mode}"{more}'
 
     def _run(
         self, x: Tensor | Streams, context: dict[str, Any], inverse: bool = False, log_det: bool = False
     ) -> tuple[Any, Any]:
-        if engine_applies():
+        if engine_applies() and not self._budget.keeps_all:
             return self._on_a_tape(x, context, inverse, log_det)  # type: ignore[no-any-return]
-        return self._chain(x, context, inverse, log_det, None)
+        return self._chain(x, context, inverse, log_det).run()
 
     @torch.compiler.disable(**_REASON)  # type: ignore[untyped-decorator]
     def _on_a_tape(self, x: Tensor | Streams, context: dict[str, Any], inverse: bool, log_det: bool) -> tuple[Any, Any]:
-        return self._chain(x, context, inverse, log_det, Tape(self._guard.witness()))
+        chain = self._chain(x, context, inverse, log_det, Tape(self._guard.witness()))
+        return self._budget.run(chain) if self._budget.is_limited else chain.run()
 
     def _chain(
         self,
         x: Tensor | Streams,
         context: dict[str, Any],
-        inverse: bool,
-        log_det: bool,
-        tape: Tape | None,
+        inverse: bool = False,
+        log_det: bool = False,
+        tape: Tape | None = None,
         residuals: list[Residual] | None = None,
-    ) -> tuple[Any, Any]:
-        """The output and, if wanted, the log-determinant: on a tape, or under ordinary autograd."""
+    ) -> Chain:
+        """A call: on a tape, or under ordinary autograd."""
         streams = self._split(x)
-        join = self.split_dim if isinstance(x, Tensor) else None
-        extent = None if self._grid is None or _values_are_hidden(streams) else Extent(self._grid)
-        passage = Passage(inverse, log_det, Arguments(context), Draws(), tape, self._grid, extent, residuals)
-        if self._grid is not None:
-            streams = _on(self._grid, streams, extent)
-        log_dets: list[Tensor] = []
-        node = None
+        extent = None if self._grid is None or values_are_hidden(streams) else Extent(self._grid)
+        passage = Passage(
+            inverse, log_det, Arguments(context), Draws(), tape, self.chunks, None, self._grid, extent, residuals
+        )
         blocks = self._blocks()
-        for name, block in reversed(blocks) if inverse else blocks:
-            if extent is not None:
-                extent.source = name, block
-            try:
-                outputs = through(passage, name, block, streams, node, context)
-            except NAMED as error:
-                raise named(error, f"block {name}", block, streams) from error
-            if log_det:
-                log_dets.append(outputs[-1])
-                outputs = outputs[:-1]
-            streams = outputs
-            node = None if tape is None else streams[0].grad_fn
-        passage.draws.end()
-        if extent is not None:
-            _refuse_overflow(extent)
-        total = _sum_of(log_dets, streams[0]) if log_det else None
-        streams, total = end(tape, streams, join, total)
-        return (streams if join is None else streams[0]), total
+        join = self.split_dim if isinstance(x, Tensor) else None
+        return Chain(blocks[::-1] if inverse else blocks, passage, streams, join, context)
 
     def _blocks(self) -> list[tuple[str, nn.Module]]:
         """(name, block), with the blocks of sequences among them in their place."""
@@ -247,11 +277,13 @@ class ReversibleSequence(nn.Sequential):
                         f"block {name} is a ReversibleSequence with hooks or a forward of its own, which would not be called: "
                         f"here it only stands for its blocks"
                     )
-                if block.exact != self.exact:
-                    raise RuntimeError(
-                        f"block {name} is a ReversibleSequence with exact={block.exact} in one with exact={self.exact}: here it "
-                        f"only stands for its blocks, so give both the same"
-                    )
+                for option, default in (("exact", None), ("memory_budget", "none"), ("chunks", 1)):
+                    its, own = getattr(block, option), getattr(self, option)
+                    if its not in (own, default):
+                        raise RuntimeError(
+                            f"block {name} is a ReversibleSequence with {option}={its!r} in one with {option}={own!r}: here "
+                            f"it only stands for its blocks, so give it to the outer one"
+                        )
                 found += [(f"{name}.{inner}", b) for inner, b in block._blocks()]
             else:
                 found.append((name, block))
@@ -269,36 +301,10 @@ class ReversibleSequence(nn.Sequential):
                     f"an odd number, in an input of shape {tuple(x.shape)}. Unshuffle or pad the input first, or pass a tuple "
                     f"of streams"
                 )
-            x = x.chunk(2, self.split_dim)
-        elif not (isinstance(x, tuple) and x and all(isinstance(s, Tensor) for s in x)):
+            return x.chunk(2, self.split_dim)
+        if not (isinstance(x, tuple) and x and all(isinstance(s, Tensor) for s in x)):
             raise TypeError(f"ReversibleSequence takes a tensor or a tuple of streams; got a {type(x).__name__}")
-        # A dense copy: both runs of a conditioner shall see the same strides (clone keeps channels_last).
-        return tuple(s if s.is_contiguous() else s.clone() for s in x)
-
-
-def _on(grid: Grid, streams: Streams, extent: Extent | None) -> Streams:
-    """The streams, rounded to the grid."""
-    for stream in streams:
-        if not stream.is_floating_point():
-            raise TypeError(f"exact arithmetic takes streams of floating-point numbers, not of {stream.dtype}")
-        if extent is not None:
-            extent.see(stream)
-    return tuple([grid.round(s) for s in streams])
-
-
-def _refuse_overflow(extent: Extent) -> None:
-    outgrown = extent.outgrown()
-    if outgrown is not None:
-        source, message = outgrown
-        if source is None:
-            raise OverflowError(f"the input {message}")
-        name, block = source
-        raise OverflowError(f"the output of block {name} ({type(block).__name__}) {message}")
-
-
-def _values_are_hidden(streams: Streams) -> bool:
-    """Whether they cannot be looked at: in a graph that is being captured, under torch.func's transforms, or fake."""
-    return torch.compiler.is_compiling() or is_transformed() or any(isinstance(s, FakeTensor) for s in streams)
+        return x
 
 
 def _checked(name: str | int, block: object) -> nn.Module:
@@ -320,7 +326,3 @@ def _call_of(module: nn.Module) -> Callable[..., Any]:
         return module._call_impl(*inputs, **context)
 
     return call
-
-
-def _sum_of(log_dets: list[Tensor], stream: Tensor) -> Tensor:
-    return sum(log_dets[1:], log_dets[0]) if log_dets else stream.new_zeros(len(stream))

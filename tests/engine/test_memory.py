@@ -108,3 +108,48 @@ def test_unknown_device_is_refused():
 def test_cuda_counts_by_hand():
     report = revflow.measure_memory(lambda: torch.empty(1000, dtype=torch.float64, device="cuda") + 1, device="cuda")
     assert (report.peak, report.kept, report.how) == (16_000, 8_000, "cuda")
+
+
+def hidden(width, depth, chunks=1, norm=False):
+    """Conditioners whose activations are `width` times a stream."""
+    torch.manual_seed(0)
+    return revflow.ReversibleSequence(
+        [
+            revflow.AdditiveCoupling(
+                nn.Sequential(nn.Conv2d(8, 8 * width, 3, padding=1), nn.SiLU(), nn.Conv2d(8 * width, 8, 3, padding=1))
+            )
+            for _ in range(depth)
+        ],
+        guard="off",
+        chunks=chunks,
+    )
+
+
+def peak(net, x):
+    """Of the chain alone: the output's gradient is given, and nobody holds the output."""
+    seed = torch.randn_like(x)
+    x = x.requires_grad_()
+    for leaf in (x, *net.parameters()):
+        leaf.grad = torch.zeros_like(leaf)
+
+    def step():
+        y = net(x)
+        edge = torch.autograd.graph.get_gradient_edge(y)
+        del y
+        torch.autograd.backward([edge], [seed])
+
+    return revflow.measure_memory(step).peak
+
+
+@pytest.mark.parametrize(("width", "chunks", "streams"), [(1, 1, 7), (4, 1, 16), (4, 4, 9.25), (4, 16, 6.8125)])
+def test_the_peak_inside_the_chain(width, chunks, streams):
+    """Two streams, two gradients, and a conditioner: twice its hidden values, and the gradient of one of them.
+
+    With slices: a slice of these, and the gradient that is put together of the slices'.
+    """
+    x = image(16, 16, 32, 32, dtype=torch.float32)
+    for depth in (4, 16):
+        net = hidden(width, depth, chunks)
+        its_gradients = sum(p.nbytes for p in net[0].parameters())
+        found = peak(net, x) - streams * x.nbytes / 2
+        assert 0 <= found <= 3 * its_gradients

@@ -1,0 +1,158 @@
+"""One call of a chain of blocks: on a tape, under ordinary autograd, or first the one and then the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from revflow._meter import Meter
+from revflow._mode import is_transformed
+from revflow._passage import NAMED, Context, Passage, Streams, named
+from revflow._replay import autocast_state
+from revflow._rewind import end, hold, through
+from revflow.budget import Table
+from revflow.exact import Extent, Grid
+
+Result = tuple[Any, Any]
+"""The output, a tensor or a tuple of streams, and the log-determinant or None."""
+
+
+class Chain:
+    """A call that is about to be made, once."""
+
+    def __init__(
+        self,
+        blocks: Sequence[tuple[str, nn.Module]],
+        passage: Passage,
+        streams: Streams,
+        join: int | None,
+        context: Context,
+    ) -> None:
+        """`blocks` with their positions, in the order in which they run; `join`: the dimension along which the output's streams
+        become one tensor, None where they do not."""
+        self._blocks, self._passage, self._streams, self._join, self._context = blocks, passage, streams, join, context
+
+    @property
+    def kind(self) -> Hashable:
+        """What decides how much memory the call takes."""
+        passage = self._passage
+        return (
+            (passage.inverse, passage.log_det, tuple(autocast_state(self._streams[0].device)), self._join is None),
+            tuple(
+                [(t.shape, t.dtype, t.device, t.requires_grad) for t in (*self._streams, *passage.arguments.tensors)]
+            ),
+            tuple([(id(block), block.training) for _, block in self._blocks]),
+            sum([p.requires_grad for _, block in self._blocks for p in block.parameters()]),
+        )
+
+    def run(self, first_kept: int | None = None, mark: Tensor | None = None) -> Result:
+        """The output: one tensor where the streams are joined, else a tuple; and the log-determinant, if wanted.
+
+        From the block of number `first_kept` on, ordinary autograd takes over; its graph then holds on to `mark`.
+        """
+        passage, streams, context = self._passage, self._streams, self._context
+        self._streams = ()  # to be freed on the way
+        if first_kept == 0:
+            passage = passage._replace(tape=None)
+        if passage.is_bound:
+            # A dense copy: both runs of a conditioner shall see the same strides (clone keeps channels_last).
+            streams = tuple([s if s.is_contiguous() else s.clone() for s in streams])
+        if passage.grid is not None:
+            streams = _on(passage.grid, streams, passage.extent)
+        log_dets: list[Tensor] = []
+        node = None
+        for k, (name, block) in enumerate(self._blocks):
+            if k == first_kept and passage.tape is not None:
+                passage, streams, log_dets = _kept_from_here(passage, streams, log_dets)
+            if passage.extent is not None:
+                passage.extent.source = name, block
+            try:
+                outputs = through(passage, name, block, streams, node, context)
+            except NAMED as error:
+                raise named(error, f"block {name}", block, streams) from error
+            if passage.log_det:
+                log_dets.append(outputs[-1])
+                outputs = outputs[:-1]
+            streams = outputs
+            node = None if passage.tape is None else streams[0].grad_fn
+        passage.draws.end()
+        if passage.extent is not None:
+            _refuse_overflow(passage.extent)
+        total = _sum_of(log_dets, streams[0]) if passage.log_det else None
+        streams, total = end(passage.tape, streams, self._join, total)
+        if mark is not None:
+            streams = hold(mark, streams)
+        return (streams if self._join is None else streams[0]), total
+
+    @property
+    def device(self) -> torch.device:
+        return self._streams[0].device
+
+    def measured(self) -> tuple[Result, Table]:
+        """What `run()` returns, which rebuilds every block; and the peak of each schedule that a call like this can have."""
+        of_blocks = [t for _, block in self._blocks for t in (*block.parameters(), *block.buffers())]
+        meter = Meter([*of_blocks, *self._passage.arguments.tensors])
+        self._passage = self._passage._replace(meter=meter)
+        return self.run(), Table(meter.costs, self._join is not None, self._passage.grid is not None)
+
+    def seconds(self) -> list[float]:
+        """The time of each block's forward pass, without a tape."""
+        streams, self._streams = self._streams, ()
+        times = []
+        for name, block in self._blocks:
+            began = _now(streams[0].device)
+            streams = through(self._passage, name, block, streams, None, self._context)
+            times.append(_now(streams[0].device) - began)
+            if self._passage.log_det:
+                streams = streams[:-1]
+        return times
+
+
+def _kept_from_here(
+    passage: Passage, streams: Streams, log_dets: list[Tensor]
+) -> tuple[Passage, Streams, list[Tensor]]:
+    """End the part of the chain that is on the tape."""
+    passage.draws.end()
+    total = _sum_of(log_dets, streams[0]) if log_dets else None
+    streams, total = end(passage.tape, streams, None, total, kept_follow=True)
+    return passage._replace(tape=None), streams, [] if total is None else [total]
+
+
+def _on(grid: Grid, streams: Streams, extent: Extent | None) -> Streams:
+    """The streams, rounded to the grid."""
+    for stream in streams:
+        if not stream.is_floating_point():
+            raise TypeError(f"exact arithmetic takes streams of floating-point numbers, not of {stream.dtype}")
+        if extent is not None:
+            extent.see(stream)
+    return tuple([grid.round(s) for s in streams])
+
+
+def _refuse_overflow(extent: Extent) -> None:
+    outgrown = extent.outgrown()
+    if outgrown is not None:
+        source, message = outgrown
+        if source is None:
+            raise OverflowError(f"the input {message}")
+        name, block = source
+        raise OverflowError(f"the output of block {name} ({type(block).__name__}) {message}")
+
+
+def values_are_hidden(streams: Streams) -> bool:
+    """Whether they cannot be looked at: in a graph that is being captured, under torch.func's transforms, or fake."""
+    return torch.compiler.is_compiling() or is_transformed() or any(isinstance(s, FakeTensor) for s in streams)
+
+
+def _sum_of(log_dets: list[Tensor], stream: Tensor) -> Tensor:
+    return sum(log_dets[1:], log_dets[0]) if log_dets else stream.new_zeros(len(stream))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,74 @@
+"""Leaves, gradients and who else holds a tensor: what the rewinds do with graphs of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from revflow._passage import Gradients, Streams
+
+End = Tensor | GradientEdge | None
+
+
+def leaf(tensor: Tensor, strides: tuple[int, ...], needs_grad: bool) -> Tensor:
+    """A leaf of a new graph, of the tensor's values, with the strides of the first run."""
+    return laid_out(tensor, strides).detach().requires_grad_(needs_grad)
+
+
+def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The tensor with these strides (rule 5 of _rewind)."""
+    if tensor.stride() == strides:
+        return tensor
+    laid = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+    own = tuple([slice(None if stride else 1) for stride in strides])  # an expanded dimension holds one value
+    laid[own].copy_(tensor[own])
+    return laid
+
+
+def is_ours(stream: Tensor) -> bool:
+    """Whether one of the engine's own tensors may be overwritten: no other tensor, of a graph or a user, shares its values."""
+    storage = stream.untyped_storage()  # which is the second to refer to them
+    return torch._C._storage_Use_Count(storage._cdata) == 2 and storage.nbytes() == stream.nbytes
+
+
+def alias_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum of two gradients; None stands for zero."""
+    return b if a is None else a if b is None else a + b
+
+
+def edges(outputs: Sequence[Tensor]) -> list[End]:
+    """Where to begin a backward pass from `outputs`, whose values may be let go then; None where there is none."""
+    return [
+        (o if o.grad_fn is None else GradientEdge(o.grad_fn, o.output_nr)) if o.requires_grad else None for o in outputs
+    ]
+
+
+def gradients(ends: Sequence[End], inputs: Streams, grads: Gradients) -> Gradients:
+    """The gradients of `inputs`; None for those that want none or that the ends do not depend on.
+
+    This is torch.autograd.grad without its checks of the arguments, which for small conditioners take as long as it does.
+    """
+    wanted = tuple([i for i in inputs if i.requires_grad])
+    known = [(e, g) for e, g in zip(ends, grads, strict=True) if e is not None and g is not None]
+    if not known or not wanted:
+        return (None,) * len(inputs)
+    found: Gradients = torch.autograd.Variable._execution_engine.run_backward(
+        tuple([e for e, _ in known]),
+        tuple([g for _, g in known]),
+        False,  # retain_graph
+        False,  # create_graph
+        wanted,
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+    if len(wanted) == len(inputs):
+        return found
+    rest = iter(found)
+    return [next(rest) if i.requires_grad else None for i in inputs]

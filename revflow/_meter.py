@@ -1,0 +1,84 @@
+"""What ordinary autograd would keep of each block: counted in a forward pass with a graph, which is dropped at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from revflow._calls import Call
+from revflow._passage import Streams
+from revflow.budget import Cost
+
+
+class Meter:
+    """Measures one pass through a chain."""
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        """`given`: what is there before the pass: parameters, buffers, context."""
+        self.costs: list[Cost] = []
+        """By block, in the order in which they ran."""
+        self._given = _storages(given)
+        self._saved: dict[int, int] = {}
+        self._of_step: dict[int, int] = {}
+        self._transients: list[int] = []
+        self._gradients: list[int] = []
+
+    def first(self, call: Call, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
+        """As `call.first`."""
+        known = self._given.keys() | _storages([*streams, *leaves, *call.parameters]).keys()
+        self._saved, self._of_step, self._transients, self._gradients = {}, {}, [], []
+
+        def pack(tensor: Tensor) -> Tensor:
+            self._of_step.update({key: size for key, size in _storages([tensor]).items() if key not in known})
+            # It has to be there as long as the graph, or another tensor would get its address; an alias, since the tensor
+            # itself may refer to the graph.
+            return tensor.detach()
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs, kept = call.first(streams, leaves)
+        results = outputs[: len(outputs) - call.passage.log_det]
+        made = {key: size for key, size in _storages(results).items() if key not in _storages(streams)}
+        if (
+            not self._transients
+        ):  # a block that takes no steps: beside its second result there is what its inverse has made
+            self.step(results, _bytes(streams))
+        sliced = call.passage.chunks > 1
+        self.costs.append(
+            Cost(
+                call.position,
+                call.block_type,
+                graph=sum(self._saved.values()),
+                made=sum(size for key, size in made.items() if key not in self._saved),
+                inputs=_bytes(streams),
+                outputs=_bytes(results),
+                anchors=_bytes(kept),
+                transient=max(self._transients) + sliced * sum(made.values()),  # gradients that are put together
+                gradient=max(self._gradients) * call.passage.chunks,
+            )
+        )
+        return _without_graph(outputs, streams), _without_graph(kept, streams)
+
+    def step(self, t: Streams, temporary: int) -> None:
+        """One conditioner has run: with the values t, and `temporary` bytes needed to use and to undo them."""
+        saved, self._of_step = self._of_step, {}
+        self._saved |= saved
+        values = sum(size for key, size in _storages(t).items() if key not in saved)
+        gradient = max(saved.values(), default=0)
+        self._gradients.append(gradient)
+        self._transients.append(sum(saved.values()) + max(gradient, values + temporary))
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Their storages' sizes in bytes, each once."""
+    storages = [t.untyped_storage() for t in tensors if t.layout == torch.strided]
+    return {s._cdata: s.nbytes() for s in storages}
+
+
+def _bytes(streams: Streams) -> int:
+    return sum(s.nbytes for s in streams)
+
+
+def _without_graph(tensors: Streams, streams: Streams) -> Streams:
+    return tuple([t if any(t is s for s in streams) else t.detach() for t in tensors])

@@ -1,0 +1,147 @@
+"""One conditioner's part in a block's pass: the stream that it overwrites, and how that is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from revflow._graph import edges, gradients, is_ours, laid_out, leaf
+from revflow._passage import Gradients, Passage, Stepwise, Streams, changed, log_det_of
+from revflow._replay import Replay
+from revflow.exact import Residual
+
+if TYPE_CHECKING:
+    from revflow._guard import Seen
+
+
+class Given(NamedTuple):
+    """What a rewind is given, beside the block's output."""
+
+    grads: Gradients
+    """Of the output's streams, and of the log-determinant if there is one."""
+    needs: Sequence[bool]
+    """Which of the input's streams want a gradient."""
+    leaves: list[Tensor]
+    """They stand for the context's tensors."""
+    own: list[Tensor]
+    """The parameters."""
+    kept: Streams
+    """What `first` wished to keep."""
+    seen: Seen | None
+    """The guard's, to be told of outputs whose input is an anchor."""
+
+
+class Overwrite(Replay):
+    """One conditioner of a stepwise block, and the stream that it overwrites."""
+
+    __slots__ = ("_block", "_conditioner", "_grid", "_inverse", "_layout", "keeps", "keeps_target", "target")
+
+    def __init__(self, block: Stepwise, passage: Passage, target: int, conditioner: nn.Module, device: torch.device):
+        super().__init__(conditioner, device)
+        self.target = target
+        self._block, self._conditioner = block, conditioner
+        self._inverse, self._grid = passage.inverse, passage.grid
+        self.keeps_target = self._grid is None and block.ill_conditioned and not self._inverse
+        self.keeps = 1 if self.keeps_target else 0 if self._grid is None or block.translates else len(Residual._fields)
+        """How many tensors it keeps: its target as an anchor, a residual, or nothing."""
+        self._layout: list[tuple[int, ...]] = []
+        """The strides of all streams; the target's as they are after the step."""
+
+    def run(self, passage: Passage, now: list[Tensor], leaves: Sequence[Tensor]) -> tuple[Streams, Tensor | None]:
+        """Overwrite the target in `now`; returns what to keep for `undo`, and the log-determinant if wanted."""
+        k, block, x = self.target, self._block, now[self.target]
+        others = now[:k] + now[k + 1 :]
+        versions = [s._version for s in others]
+        context = passage.arguments.filled(leaves)
+        t = self.first(passage.draws, block.evaluate, self._conditioner, now[k], others, context)
+        if [s._version for s in others] != versions:
+            raise RuntimeError(
+                f"the conditioner {type(self._conditioner).__name__} changed its input in place (by a first layer with "
+                f"inplace=True, say), which cannot be undone; let it work on a copy"
+            )
+        now[k] = y = changed(block, self._inverse, self._grid, x, t)
+        self._layout = [s.stride() for s in now]
+        if passage.extent is not None:
+            passage.extent.see(y)
+        kept: Streams = ()
+        if self.keeps:
+            with torch.no_grad():  # on where the pass is measured
+                kept = (x,) if self._grid is None else self._grid.residual(x, self._estimate(y, t))
+        log_det = log_det_of(block, self._inverse, t) if passage.log_det else None
+        if passage.meter is not None:
+            passage.meter.step(t, 0 if block.translates else 2 * y.nbytes)
+        return kept, log_det
+
+    def undo(self, passage: Passage, now: list[Tensor], grads: list[Tensor | None], given: Given) -> Gradients:
+        """Bring the streams in `now`, and their gradients in `grads`, from after the step to before it.
+
+        In `given` are this step's own parameters and what it kept, and of the gradients the log-determinant's alone. Returns
+        the gradients of its leaves and parameters.
+        """
+        k, block = self.target, self._block
+        others = [*range(k), *range(k + 1, len(now))]
+        inputs = [leaf(now[j], self._layout[j], given.needs[j]) for j in others]
+        wanted = (*inputs, *given.leaves, *given.own)
+        context = passage.arguments.filled(given.leaves)
+        t = self.again(given.own, block.evaluate, self._conditioner, now[k], inputs, context)
+        if given.seen is not None:
+            given.seen.graph(k, t, wanted)
+        # The other streams are outputs too: so autograd adds the gradients that each gets on both ways, and in the same order
+        # as without an engine.
+        other_grads = [grads[j] for j in others]
+        if block.translates:
+            now[k] = self._before(now[k], t, given.kept)
+            ends = edges(t)
+            del t  # a stream's worth for each coefficient, unless the graph needs it too
+            y_grad = grads[k]
+            if self._inverse and y_grad is not None:
+                y_grad = -y_grad
+            found = gradients((*ends, *edges(inputs)), wanted, (y_grad, *other_grads))
+        else:
+            x, again = self._combined(now, t, given)
+            ends = edges(again)
+            del t, again
+            its_grads = (grads[k], *given.grads, *other_grads)
+            grads[k], *found = gradients((*ends, *edges(inputs)), (x, *wanted), its_grads)
+        for i, j in enumerate(others):
+            grads[j] = found[i]
+        return found[len(others) :]
+
+    def _combined(self, now: list[Tensor], t: Streams, given: Given) -> tuple[Tensor, Streams]:
+        """Take the step back in `now`; the target before it, as a leaf, and what the step makes of that, with a graph."""
+        k, block = self.target, self._block
+        y = now[k]
+        now[k] = self._before(y, t, given.kept)
+        with torch.enable_grad():
+            x = now[k].detach().requires_grad_()
+            again: Streams = ((block.separate if self._inverse else block.combine)(x, *t),)
+            if given.grads:
+                again = (*again, log_det_of(block, self._inverse, t))
+        if self.keeps_target and given.seen is not None:
+            given.seen.output(y, again[0])
+        return x, again
+
+    def _before(self, y: Tensor, t: Streams, kept: Streams) -> Tensor:
+        """The target before the step, from the step's output; gradients are off here."""
+        if self.keeps_target:
+            return kept[0]
+        if self.keeps:
+            assert self._grid is not None
+            estimate = self._estimate(laid_out(y, self._layout[self.target]), t)
+            return self._grid.restore(estimate, Residual(*kept))
+        if self._block.translates and is_ours(y):
+            return self._translated(y, *t)
+        return self._estimate(y, t)
+
+    def _translated(self, y: Tensor, shift: Tensor) -> Tensor:
+        """As `_estimate`, of a step that adds, in place."""
+        if self._grid is not None:
+            return self._grid.add_(y, shift) if self._inverse else self._grid.take_back_(y, shift)
+        return y.add_(shift) if self._inverse else y.sub_(shift)
+
+    def _estimate(self, y: Tensor, t: Streams) -> Tensor:
+        """The target before the step, as far as the step's output and its coefficients tell; on a grid, if it adds, exact."""
+        return changed(self._block, not self._inverse, self._grid, y, t)

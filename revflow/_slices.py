@@ -1,0 +1,174 @@
+"""A conditioner's part in a block's pass, made slice by slice of the batch: its own activations are then those of a slice.
+
+Both evaluations are made so: they see tensors of the same shapes and draw the same random numbers. The streams are sliced
+along dimension 0, and so are the context's tensors; those of one sample, or of no dimension, go to every slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from revflow._graph import is_ours, plus
+from revflow._overwrite import Given, Overwrite
+from revflow._passage import Gradients, Passage, Stepwise, Streams
+from revflow._replay import Replay, random_states
+
+_MIXING = 1e-3
+"""What one sample may tell of another, relative to the largest value: rounding, and no more."""
+
+
+class Sliced(Overwrite):
+    """As its base class, in slices."""
+
+    __slots__ = ("_key", "_size", "_slices")
+
+    def __init__(
+        self, block: Stepwise, passage: Passage, key: str, target: int, conditioner: nn.Module, streams: Streams
+    ) -> None:
+        device = streams[0].device
+        super().__init__(block, passage, target, conditioner, device)
+        for module in self._modules:
+            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+                raise ValueError(f"chunks={passage.chunks}: a {type(module).__name__} in train mode {_MIXES}")
+        self._key = key
+        self._size = _batch_size(streams)
+        length = max(1, -(-self._size // passage.chunks))
+        self._slices = [
+            (slice(begin, begin + length), Overwrite(block, passage, target, conditioner, device))
+            for begin in range(0, max(1, self._size), length)
+        ]
+        if not self.keeps_target:
+            self.keeps *= len(self._slices)
+
+    def run(self, passage: Passage, now: list[Tensor], leaves: Sequence[Tensor]) -> tuple[Streams, Tensor | None]:
+        self._refuse_mixing(passage, now, leaves)
+        x = now[self.target]
+        kept: Streams = ()
+        targets: list[Tensor] = []
+        log_dets: list[Tensor] = []
+        for part, step in self._slices:
+            piece = [s[part] for s in now]
+            its_kept, log_det = step.run(passage, piece, self._cut(leaves, part))
+            kept += its_kept
+            targets.append(piece[self.target])
+            if log_det is not None:
+                log_dets.append(log_det)
+        now[self.target] = torch.cat(targets)
+        return (x,) if self.keeps_target else kept, torch.cat(log_dets) if log_dets else None
+
+    def undo(self, passage: Passage, now: list[Tensor], grads: list[Tensor | None], given: Given) -> Gradients:
+        k, y = self.target, now[self.target]
+        x = _Gathered(self._size, given.kept[0] if self.keeps_target else y if is_ours(y) else None)
+        stream_grads = [_Gathered(self._size) for _ in grads]
+        leaf_grads = [_Gathered(self._size) if self._is_cut(leaf) else _Sum() for leaf in given.leaves]
+        own_grads = [_Sum() for _ in given.own]
+        for i, (part, step) in enumerate(self._slices):
+            piece = [s[part] for s in now]
+            its_grads = [None if g is None else g[part] for g in grads]
+            found = step.undo(passage, piece, its_grads, self._given(given, i))
+            if not self.keeps_target:
+                x.put(part, piece[k])
+            for total, gradient in zip((*stream_grads, *leaf_grads, *own_grads), (*its_grads, *found), strict=True):
+                total.put(part, gradient)
+        assert x.value is not None
+        now[k] = x.value
+        grads[:] = [g.value for g in stream_grads]
+        return [g.value for g in (*leaf_grads, *own_grads)]
+
+    def _given(self, given: Given, i: int) -> Given:
+        """What the i-th slice is given of it."""
+        part, step = self._slices[i]
+        kept = tuple([given.kept[0][part]]) if self.keeps_target else given.kept[i * step.keeps : (i + 1) * step.keeps]
+        grads = [None if g is None else g[part] for g in given.grads]
+        return given._replace(grads=grads, leaves=self._cut(given.leaves, part), kept=kept)
+
+    def _cut(self, leaves: Sequence[Tensor], part: slice) -> list[Tensor]:
+        """The context's tensors for a slice, as leaves of their own."""
+        return [
+            leaf.detach()[part].requires_grad_(leaf.requires_grad) if self._is_cut(leaf) else leaf for leaf in leaves
+        ]
+
+    def _is_cut(self, leaf: Tensor) -> bool:
+        if leaf.dim() == 0 or len(leaf) == 1 != self._size:
+            return False
+        if len(leaf) == self._size:
+            return True
+        raise ValueError(
+            f"chunks: tensors among the keyword arguments need one entry a sample ({self._size}), or one for all, in their first "
+            f"dimension; got one of shape {tuple(leaf.shape)}"
+        )
+
+    def _refuse_mixing(self, passage: Passage, now: list[Tensor], leaves: Sequence[Tensor]) -> None:
+        """Refuse, the first time, a conditioner in which the samples of a batch see each other.
+
+        What it makes of a first sample must not change with the second one.
+        """
+        witness = None if passage.tape is None else passage.tape.witness
+        if witness is None or self._key in witness.guard.looked_at or self._size < 2 or _is_hidden(now):
+            return
+        witness.guard.looked_at.add(self._key)
+        two = slice(0, 2)
+        target, others = now[self.target][two], [s[two] for s in now[: self.target] + now[self.target + 1 :]]
+        strangers = [torch.cat((s[:1], 1 - s[1:])) if s.is_floating_point() else s for s in others]
+        replay = Replay(self._conditioner, target.device)
+        replay.random = random_states(target.device)
+        evaluate = torch.no_grad()(self._block.evaluate)
+        context = passage.arguments.filled(self._cut(leaves, two))
+        for before, after in zip(
+            *(
+                replay.again(replay.parameters, evaluate, self._conditioner, target, given, context)
+                for given in (others, strangers)
+            ),
+            strict=True,
+        ):
+            if (before[0] - after[0]).abs().max() > _MIXING * before[0].abs().max():
+                witness.guard.looked_at.discard(self._key)
+                raise ValueError(
+                    f"chunks={passage.chunks}: the conditioner {type(self._conditioner).__name__} {_MIXES}"
+                )
+
+
+def _batch_size(streams: Streams) -> int:
+    sizes = {s.shape[0] if s.dim() else None for s in streams}
+    if len(sizes) > 1 or None in sizes:
+        shapes = ", ".join(str(tuple(s.shape)) for s in streams)
+        raise ValueError(f"chunks slices the first dimension, which has to be the batch of every stream; got {shapes}")
+    return len(streams[0])
+
+
+def _is_hidden(streams: Sequence[Tensor]) -> bool:
+    return any(isinstance(s, FakeTensor) or s.is_meta for s in streams)
+
+
+class _Gathered:
+    """A whole, filled by slices; None where they are None."""
+
+    def __init__(self, size: int, value: Tensor | None = None) -> None:
+        self.size, self.value = size, value
+
+    def put(self, part: slice, piece: Tensor | None) -> None:
+        if piece is not None:
+            if self.value is None:
+                self.value = piece.new_empty((self.size, *piece.shape[1:]))
+            self.value[part] = piece
+
+
+class _Sum:
+    """What all slices add to; None where they are None."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def put(self, part: slice, piece: Tensor | None) -> None:
+        self.value = plus(self.value, piece)
+
+
+_MIXES = (
+    "mixes the samples of a batch, which would see only those of their slice: leave out chunks, or put it in eval mode if it "
+    "does not do so there"
+)

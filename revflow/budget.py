@@ -1,0 +1,298 @@
+"""Which blocks of a chain to keep, instead of rebuilding them, in the memory that it may take.
+
+Kept blocks stand at the end: their activations are gone before the first rewind needs room. So a schedule is one number, the
+block from which on ordinary autograd takes over.
+
+What a block keeps is measured once for each kind of input, in the first training step, which rebuilds everything: its forward
+pass runs with a graph, whose saved tensors are counted and dropped again. From these bytes the peak of every schedule follows
+(`Table`); no step is run for it.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import weakref
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from revflow._chain import Chain, Result
+
+MemoryBudget = int | float | str
+"""Bytes, a share of the device's free memory, a size as "6GiB", "all" or "none"."""
+
+_UNITS = {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_KINDS_OF_INPUT = 64
+"""How many are remembered: with inputs of ever other shapes, the oldest are measured again."""
+
+
+class Cost(NamedTuple):
+    """What one block takes, in bytes."""
+
+    position: str
+    kind: str
+    graph: int
+    """What ordinary autograd keeps of it, beside the streams."""
+    made: int
+    """The streams that it makes."""
+    inputs: int
+    """All streams in front of it."""
+    outputs: int
+    """All streams behind it."""
+    anchors: int
+    """What is kept for its rewind where it is rebuilt."""
+    transient: int
+    """What undoing it takes for the time being, beside the streams and their gradients: its graph, and the gradient of the
+    largest tensor in that."""
+    gradient: int
+    """That gradient alone, which a kept block takes too."""
+
+
+class Table:
+    """The peak of every schedule of one chain, for one kind of input."""
+
+    def __init__(self, costs: Sequence[Cost], joined: bool, rounded: bool) -> None:
+        """`joined`: whether the output's streams are copied into one tensor; `rounded`: whether the input's are, to a grid."""
+        self.costs = tuple(costs)
+        last = len(costs) - 1
+        output = costs[last].outputs * (1 + joined) if costs else 0
+        self.peaks = [0] * len(costs) + [output]
+        """Of activations and their gradients, by the first block that is kept."""
+        self.kept = [0] * len(costs) + [0]
+        """What is kept beside the output, by the first block that is kept."""
+        held = backward = 0
+        for k in range(last, -1, -1):
+            cost = costs[k]
+            held += cost.graph + cost.made * (k < last)  # of the output itself
+            backward = cost.graph + cost.made * (k < last) + max(cost.outputs + cost.gradient, backward)
+            anchor = cost.inputs if k or rounded else 0  # else it is the caller's
+            self.kept[k] = anchor + held
+            self.peaks[k] = anchor + max(backward, held + output)
+        rewound = anchors = 0
+        for k, cost in enumerate(costs, 1):
+            anchors += cost.anchors
+            rewound = max(rewound, anchors + 2 * cost.outputs + cost.transient)
+            self.kept[k] += anchors
+            self.peaks[k] = max(self.peaks[k] + anchors, rewound)
+
+    def first_kept(self, available: int) -> int | None:
+        """The schedule that keeps most in the bytes available; None where none fits."""
+        return next((k for k, peak in enumerate(self.peaks) if peak <= available), None)
+
+    @property
+    def most_frugal(self) -> int:
+        """The schedule of the lowest peak; of several, the one that keeps most."""
+        return self.peaks.index(min(self.peaks))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sequence keeps and what it rebuilds, for inputs of one kind. Printed, it is a table."""
+
+    budget: int | None
+    """Bytes; None where it is not limited."""
+    costs: tuple[Cost, ...]
+    """By block, in the order in which they run."""
+    first_kept: int
+    """Blocks from here on are kept."""
+    peak: int
+    """Expected bytes of the chain's activations and their gradients; not of its input, nor of parameters' gradients."""
+    seconds: tuple[float, ...]
+    """Of each block's forward pass."""
+
+    @property
+    def kept(self) -> int:
+        """How many blocks are kept."""
+        return len(self.costs) - self.first_kept
+
+    @property
+    def transient(self) -> int:
+        """The most that undoing one block takes for the time being, in bytes: the peak is not missed by more."""
+        return max((cost.transient for cost in self.costs), default=0)
+
+    @property
+    def time_ratio(self) -> float:
+        """Expected time of a training step, against ordinary autograd's: a backward pass takes two forward passes' time."""
+        total = 3 * sum(self.seconds)
+        return 1 + sum(self.seconds[: self.first_kept]) / total if total else 1.0
+
+    def __str__(self) -> str:
+        width = max([len(c.position) for c in self.costs] + [5])
+        kinds = max([len(c.kind) for c in self.costs] + [4])
+        lines = [f"{'block':<{width}}  {'':<{kinds}}  {'':<7}  {'activations':>11}  {'to undo':>11}  {'time':>5}"]
+        total = sum(self.seconds)
+        for k, (c, seconds) in enumerate(zip(self.costs, self.seconds, strict=True)):
+            state = "kept" if k >= self.first_kept else "rebuilt"
+            share = f"{seconds / total:.1%}" if total else ""
+            lines.append(
+                f"{c.position:<{width}}  {c.kind:<{kinds}}  {state:<7}  {size(c.graph + c.made):>11}  "
+                f"{size(c.transient):>11}  {share:>5}"
+            )
+        limit = "no budget" if self.budget is None else f"a budget of {size(self.budget)}"
+        lines.append(
+            f"{self.kept} of {len(self.costs)} blocks kept: expected peak {size(self.peak)}, with {limit}; not missed by more "
+            f"than {size(self.transient)}. Expected time {self.time_ratio:.2f} of ordinary autograd's"
+        )
+        return "\n".join(lines)
+
+
+class Budget:
+    """A sequence's memory budget, what is known of its costs, and how much of it is in use."""
+
+    def __init__(self, given: MemoryBudget) -> None:
+        self.given = given
+        self._limit = parse(given)
+        self._known: dict[Hashable, tuple[int, Table]] = {}
+        """By kind of input: the limit in bytes, and the costs."""
+        self._in_use = 0
+        self._warned = False
+
+    def __getstate__(self) -> dict[str, object]:
+        # A copy has no activations yet.
+        return {**self.__dict__, "_in_use": 0}
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it depends on the blocks' costs what is kept."""
+        return not isinstance(self._limit, str)
+
+    @property
+    def keeps_all(self) -> bool:
+        return self._limit == "all"
+
+    def run(self, chain: Chain) -> Result:
+        """What the chain returns, with as many blocks kept as fit beside what earlier calls still hold."""
+        kind = chain.kind
+        if kind not in self._known:
+            limit = self._bytes(chain.device)
+            result, table = chain.measured()
+            self._learn(kind, table, limit)
+            return result
+        limit, table = self._known[kind]
+        first_kept = self._first_kept(table, limit)
+        if first_kept == len(table.costs):
+            return chain.run()
+        return chain.run(first_kept, self._hold(table.kept[first_kept]))
+
+    def schedule(self, chain: Chain) -> tuple[int | None, Table, int]:
+        """The limit in bytes, the costs, and the first block that a call like this keeps when nothing else is held."""
+        kind = chain.kind
+        if isinstance(self._limit, str):
+            _, table = chain.measured()
+            return None, table, 0 if self.keeps_all else len(table.costs)
+        limit = self._known[kind][0] if kind in self._known else self._bytes(chain.device)
+        _, table = chain.measured()
+        self._learn(kind, table, limit)
+        first_kept = table.first_kept(limit)
+        return limit, table, table.most_frugal if first_kept is None else first_kept
+
+    def _learn(self, kind: Hashable, table: Table, limit: int) -> None:
+        if len(self._known) == _KINDS_OF_INPUT:
+            del self._known[next(iter(self._known))]
+        self._known[kind] = limit, table
+
+    def _bytes(self, device: torch.device) -> int:
+        assert not isinstance(self._limit, str)
+        return self._limit if isinstance(self._limit, int) else int(self._limit * free_memory(device))
+
+    def _first_kept(self, table: Table, limit: int) -> int:
+        found = table.first_kept(limit - self._in_use)
+        if found is not None:
+            return found
+        if self._in_use:
+            return len(table.costs)
+        least = table.most_frugal
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"memory_budget={self.given!r} is less than the {size(table.peaks[least])} that this sequence needs to train on "
+                f"such inputs, whatever it keeps: it will take that. A smaller batch needs less, and so does chunks=n. (This is "
+                f"said once for a sequence.)",
+                stacklevel=2,
+            )
+        return least
+
+    def _hold(self, size: int) -> Tensor:
+        """Count `size` bytes as in use until the tensor that is returned is freed: a graph is to save it."""
+        mark = torch.empty(0)
+        self._in_use += size
+        weakref.finalize(mark, self._release, size).atexit = False
+        return mark
+
+    def _release(self, size: int) -> None:
+        self._in_use -= size
+
+
+def parse(given: MemoryBudget) -> int | float | Literal["all", "none"]:
+    """Bytes as an int, a share as a float; ValueError or TypeError for what is neither."""
+    if given == "all":
+        return "all"
+    if given == "none":
+        return "none"
+    if isinstance(given, str):
+        return _bytes(given)
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise TypeError(f"memory_budget {_WANTED}; got {given!r}, a {type(given).__name__}")
+    if isinstance(given, Integral):
+        if given < 0:
+            raise ValueError(f"memory_budget {_WANTED}; got {given}")
+        return int(given)
+    if not 0 < given <= 1:
+        raise ValueError(f"memory_budget as a float is a share of the free memory, above 0 and at most 1; got {given}")
+    return float(given)
+
+
+_WANTED = 'has to be bytes (a whole number), a size as "6GiB", a share of the free memory as 0.8, "all" or "none"'
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([A-Za-z]+)\s*", text)
+    if found is None or found[2] not in _UNITS:
+        raise ValueError(f"memory_budget {_WANTED}; got {text!r} (units are {', '.join(_UNITS)})")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process could still take."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    if device.type == "cpu":
+        try:
+            return int(min(_available(), _left_in_container()))
+        except OSError:
+            pass
+    raise RuntimeError(
+        f"memory_budget as a share of the free memory is known for CUDA devices and on Linux, not for {device} here: give bytes"
+    )
+
+
+def _available() -> int:
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
+def _left_in_container() -> float:
+    """What a control group (version 2) leaves to its processes."""
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
+    except OSError:
+        return float("inf")
+    return float("inf") if limit.strip() == "max" else int(limit) - int(used)
+
+
+def size(count: float) -> str:
+    """Bytes, readable."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

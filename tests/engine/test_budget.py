@@ -1,0 +1,275 @@
+"""memory_budget: any schedule has plain's gradients, and none takes more than it was planned to."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import revflow
+from engine.exactly import assert_equal, frames
+from engine.exactly import network as exact_network
+from engine.nets import (
+    additive,
+    assert_same_gradients,
+    couplings,
+    evaluations,
+    image,
+    mixed,
+    network,
+    of_one,
+    plain_inverse,
+    stacks,
+    weighted,
+)
+from revflow.budget import Budget, Cost, Table, parse
+
+HUGE = 2**40
+STREAM = 2 * 4 * 12 * 12 * 8
+
+
+@pytest.fixture
+def keep_from(monkeypatch):
+    """keep_from(k) makes every sequence with a budget keep its blocks from the number k on, once it has measured."""
+    return lambda k: monkeypatch.setattr(Budget, "_first_kept", lambda self, table, limit: k)
+
+
+def with_budget(stack, budget=HUGE):
+    net = network(stack)
+    net.memory_budget = budget
+    return net
+
+
+def train(net, x):
+    y = net(x)
+    sum(s.sum() for s in (y if isinstance(y, tuple) else (y,))).backward()
+
+
+def peak_of(net, x, joined):
+    """Of the chain alone: the loss has none of its own, and nobody holds the output."""
+    seeds = [torch.randn_like(s) for s in ((x,) if joined else x)]
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def step():
+        y = net(x)
+        edges = [torch.autograd.graph.get_gradient_edge(s) for s in ((y,) if joined else y)]
+        del y
+        torch.autograd.backward(edges, seeds)
+
+    return revflow.measure_memory(step).peak
+
+
+# What is given
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (0, 0),
+        (10**9, 10**9),
+        ("6GiB", 6 * 2**30),
+        ("1.5 MiB", 3 * 2**19),
+        (" 20 kB ", 20_000),
+        ("3GB", 3 * 10**9),
+        ("7B", 7),
+        (0.8, 0.8),
+        (1.0, 1.0),
+        ("all", "all"),
+        ("none", "none"),
+    ],
+)
+def test_what_a_budget_may_be(given, expected):
+    assert parse(given) == expected
+    assert type(parse(given)) is type(expected)
+    assert revflow.ReversibleSequence([], memory_budget=given).memory_budget == given
+
+
+@pytest.mark.parametrize("given", [-1, 0.0, 1.5, -0.1, float("nan"), "6 gigs", "GiB", "", "-1GiB", "1e3MB", "most"])
+def test_what_it_may_not_be(given):
+    with pytest.raises(ValueError, match="memory_budget"):
+        revflow.ReversibleSequence([], memory_budget=given)
+
+
+@pytest.mark.parametrize("given", [None, True, [1], torch.tensor(3)])
+def test_what_has_no_type_of_a_budget(given):
+    with pytest.raises(TypeError, match="memory_budget"):
+        revflow.ReversibleSequence([], memory_budget=given)
+
+
+def test_a_share_is_of_what_is_free_when_it_is_first_needed(monkeypatch):
+    free = [1000]
+    monkeypatch.setattr("revflow.budget.free_memory", lambda device: free[0])
+    net, x = with_budget(of_one(additive), 0.5), image()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert net.plan(x).budget == 500
+        free[0] = 8000
+        assert net.plan(x).budget == 500
+    net.memory_budget = 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert net.plan(x).budget == 4000
+
+
+def test_free_memory():
+    assert 2**20 < revflow.budget.free_memory(torch.device("cpu")) < 2**50
+    with pytest.raises(RuntimeError, match="give bytes"):
+        revflow.budget.free_memory(torch.device("meta"))
+
+
+# Which schedule
+
+
+def test_a_table_by_hand():
+    """Three blocks of streams of 10 bytes (20 for the pair), whose graphs are 5, 50 and 7, and largest gradients 3, 30 and 4."""
+    costs = [
+        Cost("0", "A", graph=5, made=10, inputs=20, outputs=20, anchors=0, transient=8, gradient=3),
+        Cost("1", "A", graph=50, made=10, inputs=20, outputs=20, anchors=2, transient=80, gradient=30),
+        Cost("2", "A", graph=7, made=10, inputs=20, outputs=20, anchors=0, transient=11, gradient=4),
+    ]
+    table = Table(costs, joined=False, rounded=False)
+    all_kept = (
+        (5 + 10) + (50 + 10) + 20 + 30
+    )  # while block 1 is differentiated: what is kept up to there, gradients, the largest
+    last_two = 20 + (50 + 10) + 20 + 30  # the first two streams are an anchor now
+    block_1_rebuilt = 2 + 20 + 20 + 80  # its anchor, streams, gradients, and what it takes to undo it
+    assert table.peaks == [all_kept, last_two, block_1_rebuilt, block_1_rebuilt]
+    assert [table.first_kept(b) for b in (121, 122, 124, 125, 1000)] == [None, 2, 2, 0, 0]
+    assert table.most_frugal == 2  # as little as rebuilding all, and one evaluation less
+    assert table.kept == [5 + 10 + 50 + 10 + 7, 20 + 50 + 10 + 7, 2 + 20 + 7, 2]
+
+
+def test_an_empty_sequence_and_one_of_no_gradient():
+    x = image()
+    net = revflow.ReversibleSequence([], memory_budget=HUGE)
+    for _ in range(2):
+        assert torch.equal(net(x), x)
+    assert str(net.plan(x))
+    net = with_budget(of_one(additive)).requires_grad_(False)
+    for _ in range(2):
+        assert not net(x).requires_grad
+
+
+# Gradients
+
+
+@stacks
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_gradients_are_those_of_plain_at_every_schedule(stack, inverse, keep_from):
+    net = with_budget(stack)
+    x = (net.plain(image()).detach() if inverse else image()).requires_grad_()
+    run = (lambda: net.inverse(x)) if inverse else (lambda: net(x))
+    plain = (lambda: plain_inverse(net, x)) if inverse else (lambda: net.plain(x))
+    for k in range(len(net), -1, -1):
+        keep_from(k)
+        assert_same_gradients(net, run, plain, [x])
+
+
+@stacks
+def test_evaluations_at_every_schedule(stack, keep_from):
+    net, x = with_budget(stack), image()
+    step = lambda: train(net, x)  # noqa: E731
+    assert all(n == 2 for block in evaluations(net, step) for n in block)  # which measures
+    for k in range(len(net) + 1):
+        keep_from(k)
+        found = evaluations(net, step)
+        assert all(n == 2 for block in found[:k] for n in block), k
+        assert all(n == 1 for block in found[k:] for n in block), k
+
+
+@stacks
+def test_log_determinants_at_every_schedule(stack, keep_from):
+    net, x = with_budget(stack), image().requires_grad_()
+
+    def run():
+        y, log_det = net.forward_with_log_det(x)
+        return torch.cat((y.flatten(1), log_det[:, None]), 1)
+
+    def plain():
+        with revflow.ordinary_autograd():
+            return run()
+
+    for k in range(len(net), -1, -1):
+        keep_from(k)
+        assert_same_gradients(net, run, plain, [x])
+
+
+@stacks
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "autocast"])
+def test_exact_gradients_are_the_same_bits_at_every_schedule(stack, low, keep_from):
+    net, x = exact_network(stack), frames().requires_grad_()
+    net.memory_budget = HUGE
+    wanted = [x, *net.parameters()]
+
+    def gradients(run):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            y = run(x)
+        return [y, *torch.autograd.grad(weighted(y), wanted)]
+
+    expected = gradients(net.plain)
+    for k in range(len(net), -1, -1):
+        keep_from(k)
+        assert_equal(gradients(net), expected)
+
+
+@pytest.mark.parametrize("k", [0, 3, 8])
+def test_dropout_batch_norm_and_the_random_state(k, keep_from):
+    """Each step, also the one that measures, draws and counts as plain's."""
+    results = []
+    for budget in ("all", HUGE):
+        net, x = network(lambda: [*mixed(dropout=0.5)]), image().requires_grad_()
+        conditioner = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)).double()
+        net.insert(0, revflow.AdditiveCoupling(conditioner))
+        net.memory_budget = budget
+        keep_from(k)
+        torch.manual_seed(3)
+        found = []
+        for _ in range(3):
+            y = net(x)
+            found += [y, *torch.autograd.grad(weighted(y), [x, *net.parameters()]), torch.rand(1)]
+        results.append([*found, *(b.double() for b in net.buffers())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_context_frozen_blocks_and_tuples(keep_from):
+    net, x, c = with_budget(of_one(additive)), image().requires_grad_(), image(2, 6, 1, 1, seed=2).requires_grad_()
+    net[1].requires_grad_(False)
+    for k in range(3, -1, -1):
+        keep_from(k)
+        assert_same_gradients(net, lambda: net(x, condition=c), lambda: net.plain(x, condition=c), [x, c])
+        streams = lambda f: torch.cat(f(x.chunk(2, 1), condition=c), 1)  # noqa: E731
+        assert_same_gradients(net, lambda f=streams: f(net), lambda f=streams: f(net.plain), [x, c])
+
+
+def test_all_is_ordinary_autograd():
+    net, x = with_budget(of_one(additive), "all"), image().requires_grad_()
+    assert all(n == [1] for n in evaluations(net, lambda: net(x).sum().backward()))
+    (first,) = torch.autograd.grad(net(x).pow(3).sum(), x, create_graph=True)
+    torch.autograd.grad(first.sum(), x)  # which a chain that is rebuilt refuses
+
+
+# Memory
+
+
+@couplings
+@pytest.mark.parametrize("joined", [True, False], ids=["tensor", "tuple"])
+def test_no_budget_is_exceeded_by_more_than_a_transient(make, joined):
+    torch.manual_seed(0)
+    net = revflow.ReversibleSequence([make() for _ in range(6)], guard="off").double()
+    x = image(2, 8, 12, 12) if joined else (image(2, 4, 12, 12), image(2, 4, 12, 12, seed=2))
+    least = net.plan(x).peak
+    none = peak_of(net, x, joined)
+    with revflow.ordinary_autograd():
+        plain = peak_of(net, x, joined)
+    kept = set()
+    for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2):
+        net.memory_budget = budget = int(max(none, least) + share * (plain - none))
+        train(net, x)
+        plan, found = net.plan(x), peak_of(net, x, joined)
+        kept.add(plan.kept)
+        assert plan.peak <= budget
+        assert found <= budget + plan.transient
+        assert abs(found - plan.peak) <= 3 * STREAM < plan.transient
+    assert {6} < kept

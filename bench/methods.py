@@ -54,7 +54,7 @@ def reversible(setting: str, memory_budget: int | str = "none", chunks: int = 1)
 
     def of(network: Network) -> Forward:
         net = revflow.ReversibleSequence(network.blocks, network.split_dim, memory_budget=memory_budget, chunks=chunks)
-        return net if network.inputs == 2 else lambda x: net(network.parted(x))
+        return lambda x: net(network.parted(x))
 
     return Method("revflow", setting, of)
 

@@ -6,6 +6,7 @@ from revflow._mode import ordinary_autograd as ordinary_autograd
 from revflow._replay import is_recomputing as is_recomputing
 from revflow.bijection import Bijection as Bijection
 from revflow.bijection import PixelUnshuffle as PixelUnshuffle
+from revflow.budget import Plan as Plan
 from revflow.coupling import AdditiveCoupling as AdditiveCoupling
 from revflow.coupling import AffineCoupling as AffineCoupling
 from revflow.coupling import Coupling as Coupling

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from revflow._guard import LOW_PRECISION, TOLERANCES, Guard, Tolerance, tf32
 from revflow._mode import ordinary_autograd
 from revflow._passage import Stepwise
+from revflow._replay import undisturbed
 from revflow.exact import Grid
 from revflow.memory import measure_memory
 from revflow.sequence import ReversibleSequence
@@ -129,13 +130,29 @@ class _Trial:
             notes=tuple(self._notes),
         )
 
+    def _copy(self) -> nn.Module:
+        """The network without guards. Where it has a memory budget it has measured what that leaves to be rebuilt."""
+        net = _unguarded(copy.deepcopy(self._net))
+        if any(sequence.memory_budget not in ("all", "none") for sequence in _sequences(net)):
+            (inputs, context), _ = _with_leaves(self._arguments)
+            with undisturbed(net, self._device):
+                net(*inputs, **context)
+        return net
+
+    def _leave_out_chunks(self, net: nn.Module) -> None:
+        for sequence in _sequences(net):
+            if sequence.chunks > 1:
+                self._notes.append("gradients are compared without chunks, which draw random numbers in another order")
+                sequence.chunks = 1
+
     def _compare_gradients(self, evaluations: dict[str, int]) -> Worst | None:
         with ordinary_autograd():
             plain = self._gradients(copy.deepcopy(self._net))
-        net = copy.deepcopy(self._net)
+        net = self._copy()
+        self._leave_out_chunks(net)
         with _counted(net, evaluations):
             try:
-                engine = self._gradients(_unguarded(net))
+                engine = self._gradients(net)
             except RuntimeError as failure:
                 self._problems.append(f"the backward pass fails: {failure}")
                 return None
@@ -171,7 +188,7 @@ class _Trial:
         """Alive after a forward pass, and at most in a forward and a backward pass."""
         kept, peak = [], []
         for way in _WAYS:
-            net = _unguarded(copy.deepcopy(self._net))
+            net = self._copy()
             (inputs, context), _ = _with_leaves(self._arguments)
             with _seeded(self._device), way():
                 forward = measure_memory(partial(net, *inputs, **context), device=self._device)
@@ -187,7 +204,7 @@ class _Trial:
 
     def _time(self) -> float:
         """Median of three pairs, after one of each."""
-        net = _unguarded(copy.deepcopy(self._net))
+        net = self._copy()
         with _seeded(self._device):
             pairs = [[self._seconds(net, way) for way in _WAYS] for _ in range(4)]
         return statistics.median(engine / plain for engine, plain in pairs[1:])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import revflow
-from engine.nets import STACKS, Conditioner, Scale, additive, image, mixed, network
+from engine.nets import STACKS, Conditioner, Scale, additive, image, mixed, network, of_one
 
 
 class Stateful(nn.Module):
@@ -176,3 +176,18 @@ def test_the_network_is_left_as_it_was():
 def test_without_a_sequence():
     with pytest.raises(ValueError, match="none in this Conv2d"):
         revflow.verify(nn.Conv2d(1, 1, 1), torch.zeros(1, 1, 2, 2))
+
+
+def test_a_network_with_a_budget_and_chunks():
+    """What is reported is what will be trained; gradients are compared without chunks."""
+    net, x = network(of_one(additive)), image()
+    net.memory_budget = "1GiB"
+    report = revflow.verify(net, x)
+    assert set(report.evaluations.values()) == {1}
+    assert report.gradients.error < 1e-10 and not report.problems
+    assert report.kept.engine > 0.9 * report.kept.plain
+    net.memory_budget = "none"
+    net.chunks = 2
+    report = revflow.verify(net, x)
+    assert set(report.evaluations.values()) == {2}
+    assert not report.problems and any("chunks" in note for note in report.notes)

@@ -5,9 +5,9 @@
 Each method (bench/methods.py) trains the same network (bench/networks.py) with the same parameters; first its loss and its
 gradients are compared with ordinary autograd's, in float64. A step is a forward pass, a loss and a backward pass, in float32.
 The peak is what it holds beyond what was there before, parameters and their gradients: by live tensors on the CPU, by the
-allocator on a GPU. Every method runs once a round, in random order, and a time is the median of the rounds' ratios to ordinary
-autograd's: the process's own time on the CPU, of one thread. revflow's budgets are parts of the way from the peak of "none" to
-that of "all".
+allocator on a GPU. Every method runs once a round, in random order, each next to a step of ordinary autograd, and a time is the
+median of the ratios of the two: the process's own time on the CPU, of one thread. revflow's budgets are parts of the way from the peak that it plans
+for "none" to that for "all".
 
 The three libraries are optional; what is not installed is a row that says so. The extra `bench` has revtorch and revlib; memcnn
 asks for torchvision, and so for another PyTorch, and needs neither:
@@ -49,7 +49,7 @@ from torch import Tensor
 
 import networks
 import revflow
-from methods import PEERS, Method, UnfitError, others, reversible
+from methods import PEERS, Method, UnfitError, others, planned, reversible
 from networks import Network
 from speed import seconds
 
@@ -72,6 +72,8 @@ class Row:
     """Bytes."""
     time_ratio: float | None = None
     quartiles: tuple[float, float] | None = None
+    error: float | None = None
+    """Of the ratio: its standard error."""
     how: str | None = None
     """The peak was measured."""
     note: str = ""
@@ -90,7 +92,8 @@ class Trial:
         if self.memory is None:
             return Row(network.name, self.method.name, self.method.setting, note=self.note)
         low, middle, high = statistics.quantiles(ratios, n=4)
-        figures = self.memory.peak, middle, (low, high), self.memory.how
+        error = 1.2533 * statistics.stdev(ratios) / len(ratios) ** 0.5  # of a median of values that scatter normally
+        figures = self.memory.peak, middle, (low, high), error, self.memory.how
         return Row(network.name, self.method.name, self.method.setting, *figures)
 
 
@@ -156,9 +159,11 @@ def compare(network: Network, rounds: int, device: torch.device) -> list[Row]:
     ratios: dict[int, list[float]] = {i: [] for i in range(len(trials))}
     order = random.Random(0)
     for _ in range(rounds):
-        times = {i: seconds(steps[i], device) for i in order.sample([*steps], len(steps))}
-        for i, time in times.items():
-            ratios[i].append(time / times[0])  # the first is ordinary autograd
+        for i in order.sample([*steps], len(steps)):
+            # Next to ordinary autograd, which is the first: a machine's speed changes from second to second.
+            pair = order.sample([(0, steps[0]), (1, steps[i])], 2)
+            plain, its = (time for _, time in sorted((k, seconds(step, device)) for k, step in pair))
+            ratios[i].append(its / plain)
     return [trial.row(network, ratios[i]) for i, trial in enumerate(trials)]
 
 
@@ -168,12 +173,11 @@ def trials_of(network: Network, device: torch.device) -> Iterator[Trial]:
     expected = gradients(plain, network)
     attempted = partial(attempt, network=network, expected=expected, device=device)
     yield from map(attempted, [plain, *rest, reversible("none, 4 chunks", chunks=4)])
-    none, everything = attempted(reversible("none")), attempted(reversible("all", "all"))
-    low, high = (trial.memory.peak for trial in (none, everything) if trial.memory)
-    yield none
+    yield attempted(reversible("none"))
+    low, high = (planned(network, budget).peak for budget in ("none", "all"))
     for part in range(1, PARTS):
         yield attempted(reversible(f"{part}/{PARTS}", low + (high - low) * part // PARTS))
-    yield everything
+    yield attempted(reversible("all", "all"))
 
 
 def attempt(method: Method, network: Network, expected: list[Tensor], device: torch.device) -> Trial:
@@ -216,14 +220,15 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> float:
     return max(float((f - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
 
 
-def exceptions(rows: Iterable[Row]) -> list[tuple[Row, float | None]]:
-    """Points that no point of revflow's matches both in memory and in time, with revflow's least time within that memory."""
+def exceptions(rows: Iterable[Row]) -> list[tuple[Row, Row | None]]:
+    """Points that no point of revflow's matches both in memory and in time, with revflow's fastest within that memory."""
     rows = [r for r in rows if r.peak is not None]
     found = []
     for other in (r for r in rows if r.method != "revflow"):
-        within = [r.time_ratio for r in rows if r.method == "revflow" and r.peak <= other.peak]
-        if min(within, default=float("inf")) > other.time_ratio:
-            found.append((other, min(within, default=None)))
+        within = [r for r in rows if r.method == "revflow" and r.peak <= other.peak]
+        best = min(within, key=lambda r: r.time_ratio, default=None)
+        if best is None or best.time_ratio > other.time_ratio:
+            found.append((other, best))
     return found
 
 
@@ -236,17 +241,23 @@ def verdict(rows: list[Row]) -> str:
     lines = [
         f"{name}: for every other point there is one of revflow's that takes no more memory and no more time, except:"
     ]
-    for row, time in found:
-        best = "revflow needs more memory" if time is None else f"with its memory revflow takes {time:.2f}"
-        lines.append(f"- {label(row)}, {row.peak / 2**20:,.1f} MiB, takes {row.time_ratio:.2f}: {best}")
+    for row, best in found:
+        lines.append(f"- {label(row)}, {row.peak / 2**20:,.1f} MiB, takes {row.time_ratio:.2f}: {compared(row, best)}")
     return "\n".join(lines)
+
+
+def compared(row: Row, best: Row | None) -> str:
+    if best is None:
+        return "revflow needs more memory"
+    gap, error = best.time_ratio - row.time_ratio, (best.error**2 + row.error**2) ** 0.5
+    return f"with its memory revflow takes {best.time_ratio:.2f}, {gap:.2f} ± {error:.2f} more"
 
 
 def label(row: Row) -> str:
     return f"{row.method} {row.setting}".strip()
 
 
-HEADINGS = ("method", "setting", "peak, MiB", "peak, plain = 1", "time, plain = 1", "quartiles")
+HEADINGS = ("method", "setting", "peak, MiB", "peak, plain = 1", "time, plain = 1", "standard error, quartiles")
 
 
 def cells(row: Row, plain: Row) -> tuple[str, ...]:
@@ -255,7 +266,7 @@ def cells(row: Row, plain: Row) -> tuple[str, ...]:
         return row.method, row.setting, "", "", "", row.note
     low, high = row.quartiles
     figures = f"{row.peak / 2**20:,.1f}", f"{row.peak / plain.peak:.3f}", f"{row.time_ratio:.2f}"
-    return row.method, row.setting, *figures, f"{low:.2f} to {high:.2f}"
+    return row.method, row.setting, *figures, f"± {row.error:.2f}, {low:.2f} to {high:.2f}"
 
 
 def table(rows: list[Row], network: Network) -> Table:

@@ -50,13 +50,20 @@ def others() -> list[Method]:
 
 
 def reversible(setting: str, memory_budget: int | str = "none", chunks: int = 1) -> Method:
-    """revflow, with a budget."""
+    """revflow, with a budget; bytes are for float32."""
 
     def of(network: Network) -> Forward:
-        net = revflow.ReversibleSequence(network.blocks, network.split_dim, memory_budget=memory_budget, chunks=chunks)
+        budget = memory_budget if isinstance(memory_budget, str) else memory_budget * network.leaf.element_size() // 4
+        net = revflow.ReversibleSequence(network.blocks, network.split_dim, memory_budget=budget, chunks=chunks)
         return lambda x: net(network.parted(x))
 
     return Method("revflow", setting, of)
+
+
+def planned(network: Network, memory_budget: int | str) -> revflow.Plan:
+    """What revflow makes of a budget."""
+    net = revflow.ReversibleSequence(network.blocks, network.split_dim, memory_budget=memory_budget)
+    return net.plan(network.parted(network.leaf.detach()))
 
 
 def _plain(network: Network) -> Forward:

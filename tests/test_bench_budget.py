@@ -117,16 +117,16 @@ def test_rows(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["budget.py", *size, *(s for k, f in files.items() for s in (f"--{k}", str(f)))])
     budget.main()
     rows = json.loads(files["json"].read_text())
-    keys = {"network", "method", "setting", "peak", "time_ratio", "quartiles", "how", "note"}
+    keys = {"network", "method", "setting", "peak", "time_ratio", "quartiles", "error", "how", "note"}
     assert all(set(row) == keys and row["network"] == "convolutions" for row in rows)
     assert {row["method"] for row in rows if row["note"]} == set(methods.PEERS)
     assert {row["how"] for row in rows if not row["note"]} == {"tracked"}
     peaks = {f"{row['method']} {row['setting']}".strip(): row["peak"] for row in rows}
-    assert rows[0]["method"] == "plain" and rows[0]["time_ratio"] == 1
+    assert rows[0]["method"] == "plain" and 0.5 < rows[0]["time_ratio"] < 2  # against itself: the machine's noise
     assert peaks["checkpoint every 1"] < peaks["selective every 1"] < peaks["plain"]
     budgets = [peaks[f"revflow {b}"] for b in ("none", *(f"{i}/8" for i in range(1, 8)), "all")]
     assert budgets == sorted(budgets) and len(set(budgets)) > 4
-    assert budgets[0] < peaks["checkpoint every 1"] and budgets[-2] < peaks["plain"]
+    assert budgets[0] < peaks["checkpoint every 1"] and budgets[-2] < peaks["plain"] == budgets[-1]
     text, markdown = capsys.readouterr().out, files["markdown"].read_text()
     for row in rows:
         assert row["setting"] in text and f"| {row['method']} | {row['setting']} |" in markdown
@@ -134,8 +134,8 @@ def test_rows(monkeypatch, tmp_path, capsys):
 
 
 def row(method, setting, peak, time):
-    quartiles = None if time is None else (time, time)
-    return budget.Row("net", method, setting, peak, time, quartiles, note="" if peak else "not installed")
+    quartiles, error = (None, None) if time is None else ((time, time), 0.03 if method == "revflow" else 0.04)
+    return budget.Row("net", method, setting, peak, time, quartiles, error, note="" if peak else "not installed")
 
 
 ROWS = [
@@ -152,10 +152,10 @@ ROWS = [
 
 
 def test_points_that_revflow_does_not_match():
-    assert budget.exceptions(ROWS) == [(ROWS[0], 1.3), (ROWS[3], 1.3), (ROWS[4], None)]
+    assert budget.exceptions(ROWS) == [(ROWS[0], ROWS[7]), (ROWS[3], ROWS[7]), (ROWS[4], None)]
     assert budget.verdict(ROWS).splitlines()[1:] == [
-        "- plain, 100.0 MiB, takes 1.00: with its memory revflow takes 1.30",
-        "- selective every 1, 60.0 MiB, takes 1.25: with its memory revflow takes 1.30",
+        "- plain, 100.0 MiB, takes 1.00: with its memory revflow takes 1.30, 0.30 ± 0.05 more",
+        "- selective every 1, 60.0 MiB, takes 1.25: with its memory revflow takes 1.30, 0.05 ± 0.05 more",
         "- revlib, 10.0 MiB, takes 2.00: revflow needs more memory",
     ]
 

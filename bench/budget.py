@@ -5,9 +5,9 @@
 Each method (bench/methods.py) trains the same network (bench/networks.py) with the same parameters; first its loss and its
 gradients are compared with ordinary autograd's, in float64. A step is a forward pass, a loss and a backward pass, in float32.
 The peak is what it holds beyond what was there before, parameters and their gradients: by live tensors on the CPU, by the
-allocator on a GPU. Every method runs once a round, in random order, each next to a step of ordinary autograd, and a time is the
-median of the ratios of the two: the process's own time on the CPU, of one thread. revflow's budgets are parts of the way from the peak that it plans
-for "none" to that for "all".
+allocator on a GPU. Every method runs once a round, in random order, each next to a step of ordinary autograd; a time is the
+median of the ratios of the two: the process's own time on the CPU, of one thread. revflow's budgets are parts of the way from
+the peak that it plans for "none" to that for "all".
 
 The three libraries are optional; what is not installed is a row that says so. The extra `bench` has revtorch and revlib; memcnn
 asks for torchvision, and so for another PyTorch, and needs neither:

@@ -113,14 +113,14 @@ class Overwrite(Replay):
     def _combined(self, now: list[Tensor], t: Streams, given: Given) -> tuple[Tensor, Streams]:
         """Take the step back in `now`; the target before it, as a leaf, and what the step makes of that, with a graph."""
         k, block = self.target, self._block
-        y = now[k]
-        now[k] = self._before(y, t, given.kept)
+        y = now[k] if self.keeps_target else None  # else it is let go
+        now[k] = self._before(now[k], t, given.kept)
         with torch.enable_grad():
             x = now[k].detach().requires_grad_()
             again: Streams = ((block.separate if self._inverse else block.combine)(x, *t),)
             if given.grads:
                 again = (*again, log_det_of(block, self._inverse, t))
-        if self.keeps_target and given.seen is not None:
+        if y is not None and given.seen is not None:
             given.seen.output(y, again[0])
         return x, again
 

@@ -93,7 +93,7 @@ class Table:
         return self.peaks.index(min(self.peaks))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What a sequence keeps and what it rebuilds, for inputs of one kind. Printed, it is a table."""
 
@@ -142,6 +142,8 @@ class Plan:
             f"than {size(self.transient)}. Expected time {self.time_ratio:.2f} of ordinary autograd's"
         )
         return "\n".join(lines)
+
+    __repr__ = __str__
 
 
 class Budget:

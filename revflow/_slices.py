@@ -146,7 +146,7 @@ def _is_hidden(streams: Sequence[Tensor]) -> bool:
 
 
 class _Gathered:
-    """A whole, filled by slices; None where they are None."""
+    """A whole, filled by slices; None where all of them are None, and zero where some are (a slice that was dropped)."""
 
     def __init__(self, size: int, value: Tensor | None = None) -> None:
         self.size, self.value = size, value
@@ -154,7 +154,7 @@ class _Gathered:
     def put(self, part: slice, piece: Tensor | None) -> None:
         if piece is not None:
             if self.value is None:
-                self.value = piece.new_empty((self.size, *piece.shape[1:]))
+                self.value = piece.new_zeros((self.size, *piece.shape[1:]))
             self.value[part] = piece
 
 

@@ -64,7 +64,9 @@ class Sliced(Overwrite):
     def undo(self, passage: Passage, now: list[Tensor], grads: list[Tensor | None], given: Given) -> Gradients:
         k, y = self.target, now[self.target]
         x = _Gathered(self._size, given.kept[0].detach() if self.keeps_target else y if is_ours(y) else None)
-        stream_grads = [_Gathered(self._size) for _ in grads]
+        # A step that adds leaves the gradient of its target as it is.
+        changed = [j for j in range(len(now)) if j != k or not self._block.translates]
+        stream_grads = [_Gathered(self._size) for _ in changed]
         leaf_grads = [_Gathered(self._size) if self._is_cut(leaf) else _Sum() for leaf in given.leaves]
         own_grads = [_Sum() for _ in given.own]
         for i, (part, step) in enumerate(self._slices):
@@ -73,11 +75,14 @@ class Sliced(Overwrite):
             found = step.undo(passage, piece, its_grads, self._given(given, i))
             if not self.keeps_target:
                 x.put(part, piece[k])
-            for total, gradient in zip((*stream_grads, *leaf_grads, *own_grads), (*its_grads, *found), strict=True):
-                total.put(part, gradient)
+            for j, gathered in zip(changed, stream_grads, strict=True):
+                gathered.put(part, its_grads[j])
+            for whole, gradient in zip((*leaf_grads, *own_grads), found, strict=True):
+                whole.put(part, gradient)
         assert x.value is not None
         now[k] = x.value
-        grads[:] = [g.value for g in stream_grads]
+        for j, gathered in zip(changed, stream_grads, strict=True):
+            grads[j] = gathered.value
         return [g.value for g in (*leaf_grads, *own_grads)]
 
     def _given(self, given: Given, i: int) -> Given:

@@ -35,7 +35,7 @@ class Sliced(Overwrite):
         for module in self._modules:
             if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
                 raise ValueError(f"chunks={passage.chunks}: a {type(module).__name__} in train mode {_MIXES}")
-        self._key = key
+        self._key = f"{key}/{conditioner.training}"
         self._size = _batch_size(streams)
         length = max(1, -(-self._size // passage.chunks))
         self._slices = [
@@ -108,34 +108,39 @@ class Sliced(Overwrite):
             f"dimension; got one of shape {tuple(leaf.shape)}"
         )
 
+    @torch.no_grad()  # on where the pass is measured, and off after `Replay.again`
     def _refuse_mixing(self, passage: Passage, now: list[Tensor], leaves: Sequence[Tensor]) -> None:
         """Refuse, the first time, a conditioner in which the samples of a batch see each other.
 
-        What it makes of a first sample must not change with the second one.
+        What it makes of a first sample must not change with the second one. Where it makes zeros of it, as before training,
+        that says nothing yet: the next pass looks again.
         """
         witness = None if passage.tape is None else passage.tape.witness
         if witness is None or self._key in witness.guard.looked_at or self._size < 2 or _is_hidden(now):
             return
-        witness.guard.looked_at.add(self._key)
-        two = slice(0, 2)
-        target, others = now[self.target][two], [s[two] for s in now[: self.target] + now[self.target + 1 :]]
+        k, two = self.target, slice(0, 2)
+        target, others, context = now[k][two], [s[two] for s in now[:k] + now[k + 1 :]], self._cut(leaves, two)
         strangers = [torch.cat((s[:1], 1 - s[1:])) if s.is_floating_point() else s for s in others]
+        # Of the context's values only the first sample's own are known to be valid for another.
+        its_own = [
+            torch.cat((c[:1], c[:1])) if self._is_cut(leaf) else c for c, leaf in zip(context, leaves, strict=True)
+        ]
         replay = Replay(self._conditioner, target.device)
         replay.random = random_states(target.device)
         evaluate = torch.no_grad()(self._block.evaluate)
-        context = passage.arguments.filled(self._cut(leaves, two))
-        for before, after in zip(
-            *(
-                replay.again(replay.parameters, evaluate, self._conditioner, target, given, context)
-                for given in (others, strangers)
-            ),
-            strict=True,
-        ):
-            if (before[0] - after[0]).abs().max() > _MIXING * before[0].abs().max():
-                witness.guard.looked_at.discard(self._key)
+        before, after = (
+            replay.again(
+                replay.parameters, evaluate, self._conditioner, target, streams, passage.arguments.filled(tensors)
+            )
+            for streams, tensors in ((others, context), (strangers, its_own))
+        )
+        for a, b in zip(before, after, strict=True):
+            if _largest(a[0] - b[0]) > _MIXING * _largest(a[0]):
                 raise ValueError(
                     f"chunks={passage.chunks}: the conditioner {type(self._conditioner).__name__} {_MIXES}"
                 )
+        if any(_largest(a[0]) > 0 for a in before):
+            witness.guard.looked_at.add(self._key)
 
 
 def _batch_size(streams: Streams) -> int:
@@ -144,6 +149,10 @@ def _batch_size(streams: Streams) -> int:
         shapes = ", ".join(str(tuple(s.shape)) for s in streams)
         raise ValueError(f"chunks slices the first dimension, which has to be the batch of every stream; got {shapes}")
     return len(streams[0])
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().max().item() if values.numel() else 0.0
 
 
 def _is_hidden(streams: Sequence[Tensor]) -> bool:

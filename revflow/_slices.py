@@ -34,7 +34,8 @@ class Sliced(Overwrite):
         super().__init__(block, passage, target, conditioner, device)
         for module in self._modules:
             if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-                raise ValueError(f"chunks={passage.chunks}: a {type(module).__name__} in train mode {_MIXES}")
+                which = "in train mode" if module.training else "without running statistics"
+                raise ValueError(f"chunks={passage.chunks}: a {type(module).__name__} {which} {_MIXES}")
         self._key = f"{key}/{conditioner.training}"
         self._size = _batch_size(streams)
         length = max(1, -(-self._size // passage.chunks))

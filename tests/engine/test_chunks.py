@@ -42,6 +42,8 @@ from engine.nets import (
 from revflow.budget import Budget
 
 BATCH = 5
+FEW = [of_one(additive_two), of_one(gated), mixed]
+few_stacks = pytest.mark.parametrize("stack", FEW, ids=lambda s: s.__name__)
 sizes = pytest.mark.parametrize("batch", [5, 1])
 
 
@@ -176,7 +178,7 @@ def test_an_empty_batch(stack, chunks):
     assert all(not p.grad.any() for p in net.parameters() if p.grad is not None)
 
 
-@stacks
+@few_stacks
 def test_frozen_parameters(stack):
     """Single ones, whole blocks, and those in front; with inputs that need a gradient, and that do not."""
     net = sliced(stack, 3)
@@ -278,7 +280,7 @@ def test_hooks_see_a_whole_gradient_once():
     assert_close(found, expected)
 
 
-@stacks
+@few_stacks
 def test_channels_last_and_other_layouts(stack):
     net, x = sliced(stack, 2), image(BATCH, 8, 6, 4)
     for other in (
@@ -353,7 +355,7 @@ CONTEXTS = {
 }
 
 
-@stacks
+@few_stacks
 @pytest.mark.parametrize("kind", CONTEXTS)
 @pytest.mark.parametrize("leaf", ["leaf", "not a leaf", "without gradient"])
 def test_context(stack, kind, leaf):
@@ -449,8 +451,8 @@ def test_whole_blocks_see_whole_context():
 # Evaluations
 
 
-@stacks
-@pytest.mark.parametrize(("chunks", "slices"), [(2, 2), (3, 3), (4, 3), (5, 5), (9, 5)])
+@few_stacks
+@pytest.mark.parametrize(("chunks", "slices"), [(2, 2), (4, 3), (9, 5)])
 def test_evaluations(stack, chunks, slices):
     """Of five samples; the first time, two more find whether samples mix."""
     net, x = sliced(stack, chunks), batch()
@@ -554,7 +556,7 @@ def weight(module):
             parametrizations.weight_norm(m)
 
 
-@stacks
+@few_stacks
 @pytest.mark.parametrize("norm", [spectral, weight])
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 def test_parametrizations(stack, norm, mode):
@@ -640,7 +642,8 @@ def test_batch_norm_in_train_mode_is_refused(norm, guard):
 @pytest.mark.parametrize("mode", [True, False])
 def test_batch_norm_without_statistics_is_refused(mode):
     net = one_block(Norms(nn.BatchNorm2d(4, track_running_stats=False))).train(mode)
-    with pytest.raises(ValueError, match=r"block 0 .*mixes the samples"):
+    which = "in train mode" if mode else "without running statistics"
+    with pytest.raises(ValueError, match=rf"block 0 .*a BatchNorm2d {which} mixes the samples"):
         net(batch())
 
 
@@ -941,7 +944,7 @@ def wide(kind, count, chunks, outputs):
     """Conditioners whose activations are `HIDDEN` times a stream, twice."""
     torch.manual_seed(0)
     return revflow.ReversibleSequence(
-        [kind(*[Wide(outputs) for _ in range(count)]) for _ in range(4)],
+        [kind(*[Wide(outputs) for _ in range(count)]) for _ in range(3)],
         chunks=chunks,
         guard="off",
     )
@@ -977,15 +980,15 @@ def peak(net, x):
 @pytest.mark.parametrize(
     ("kind", "count", "streams"),
     [
-        (revflow.AdditiveCoupling, 1, {1: 16, 2: 11.5, 4: 8.25, 16: 5.8125}),
-        (revflow.AdditiveCoupling, 2, {1: 17, 2: 12.5, 4: 9.25, 16: 6.8125}),
-        (revflow.AffineCoupling, 1, {1: 19, 2: 14, 4: 10, 16: 7}),
-        (revflow.AffineCoupling, 2, {1: 21, 2: 16, 4: 12, 16: 9}),
-        (revflow.GatedCoupling, 1, {1: 22, 2: 16.5, 4: 12.75, 16: 9.9375}),
+        (revflow.AdditiveCoupling, 1, {2: 11.5, 16: 5.8125}),
+        (revflow.AdditiveCoupling, 2, {2: 12.5, 16: 6.8125}),
+        (revflow.AffineCoupling, 1, {2: 14, 16: 7}),
+        (revflow.AffineCoupling, 2, {2: 16, 16: 9}),
+        (revflow.GatedCoupling, 1, {2: 15.5, 16: 8.9375}),
     ],
 )
 def test_the_peak_falls_with_the_number_of_slices(kind, count, streams):
-    """Of a slice is what a conditioner has for itself, its graph and the gradients in that."""
+    """Of a slice is what a conditioner has for itself, its graph and the gradients in that: 12 streams or more of all samples."""
     x, outputs = image(16, 16, 16, 16, dtype=torch.float32), len(kind.coefficients)
     for chunks, expected in streams.items():
         net = wide(kind, count, chunks, outputs)
@@ -1002,7 +1005,7 @@ def keep_from(monkeypatch):
     return lambda k: monkeypatch.setattr(Budget, "_first_kept", lambda self, table, limit: k)
 
 
-@stacks
+@few_stacks
 def test_kept_blocks_run_whole_and_once(stack, keep_from):
     net, x, c = sliced(stack, 5), batch(), per_sample()
     net.memory_budget = 2**40
@@ -1042,18 +1045,28 @@ def test_a_first_step_measures_as_a_plan_does(make, guard):
     assert all(cost.graph > 0 for cost in table.costs)
 
 
-@pytest.mark.parametrize("make", [additive, additive_two, affine, gated], ids=lambda m: m.__name__)
+def test_other_chunks_are_measured_anew():
+    net, x = sliced(of_one(additive), 2), batch()
+    net.memory_budget = "1GiB"
+    net(x).sum().backward()
+    for chunks in (3, 5):
+        net.chunks = chunks
+        for expected in (2 * chunks, 1):  # measured, kept
+            assert evaluations(net, lambda: net(x).sum().backward()) == [[expected]] * 3
+
+
+@pytest.mark.parametrize("make", [additive_two, affine, gated], ids=lambda m: m.__name__)
 @pytest.mark.parametrize("chunks", [2, 16])
 def test_no_budget_is_exceeded_by_more_than_a_transient(make, chunks):
     torch.manual_seed(0)
-    net = revflow.ReversibleSequence([make() for _ in range(6)], guard="off", chunks=chunks).double()
+    net = revflow.ReversibleSequence([make() for _ in range(5)], guard="off", chunks=chunks).double()
     x, stream = image(4, 8, 12, 12), 4 * 4 * 12 * 12 * 8
     net.memory_budget = "none"
     none = peak(net, x)
     with revflow.ordinary_autograd():
         plain = peak(net, x)
     least, schedules = net.plan(x).peak, set()
-    for share in (0.0, 0.4, 0.8, 1.2):
+    for share in (0.0, 0.6, 1.2):
         net.memory_budget = budget = int(max(none, least) + share * (plain - none))
         net(x).sum().backward()
         plan, found = net.plan(x), peak(net, x)
@@ -1061,7 +1074,7 @@ def test_no_budget_is_exceeded_by_more_than_a_transient(make, chunks):
         assert plan.peak <= budget
         assert found <= budget + plan.transient
         assert abs(found - plan.peak) <= 3 * stream
-    assert {6} < schedules
+    assert {5} < schedules
 
 
 def test_blocks_that_are_not_sliced_cost_what_they_cost():

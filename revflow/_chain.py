@@ -41,8 +41,9 @@ class Chain:
     def kind(self) -> Hashable:
         """What decides how much memory the call takes."""
         passage = self._passage
+        device = self._streams[0].device
         return (
-            (passage.inverse, passage.log_det, tuple(autocast_state(self._streams[0].device)), self._join is None),
+            (passage.inverse, passage.log_det, passage.chunks, tuple(autocast_state(device)), self._join is None),
             tuple(
                 [(t.shape, t.dtype, t.device, t.requires_grad) for t in (*self._streams, *passage.arguments.tensors)]
             ),

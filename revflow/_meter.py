@@ -44,7 +44,7 @@ class Meter:
             not self._transients
         ):  # a block that takes no steps: beside its second result there is what its inverse has made
             self.step(results, _bytes(streams))
-        sliced = call.passage.chunks > 1
+        slices = len(self._transients) // len(call.replays)  # a conditioner's
         self.costs.append(
             Cost(
                 call.position,
@@ -54,8 +54,8 @@ class Meter:
                 inputs=_bytes(streams),
                 outputs=_bytes(results),
                 anchors=_bytes(kept),
-                transient=max(self._transients) + sliced * sum(made.values()),  # gradients that are put together
-                gradient=max(self._gradients) * call.passage.chunks,
+                transient=max(self._transients) + (slices > 1) * sum(made.values()),  # gradients that are put together
+                gradient=max(self._gradients) * slices,
             )
         )
         return _without_graph(outputs, streams), _without_graph(kept, streams)

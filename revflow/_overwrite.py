@@ -127,7 +127,7 @@ class Overwrite(Replay):
     def _before(self, y: Tensor, t: Streams, kept: Streams) -> Tensor:
         """The target before the step, from the step's output; gradients are off here."""
         if self.keeps_target:
-            return kept[0]
+            return kept[0].detach()  # an alias: `is_ours` counts those, and the saved one is another backward's too
         if self.keeps:
             assert self._grid is not None
             estimate = self._estimate(laid_out(y, self._layout[self.target]), t)

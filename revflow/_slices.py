@@ -34,8 +34,9 @@ class Sliced(Overwrite):
         super().__init__(block, passage, target, conditioner, device)
         for module in self._modules:
             if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-                raise ValueError(f"chunks={passage.chunks}: a {type(module).__name__} in train mode {_MIXES}")
-        self._key = key
+                which = "in train mode" if module.training else "without running statistics"
+                raise ValueError(f"chunks={passage.chunks}: a {type(module).__name__} {which} {_MIXES}")
+        self._key = f"{key}/{conditioner.training}"
         self._size = _batch_size(streams)
         length = max(1, -(-self._size // passage.chunks))
         self._slices = [
@@ -63,8 +64,10 @@ class Sliced(Overwrite):
 
     def undo(self, passage: Passage, now: list[Tensor], grads: list[Tensor | None], given: Given) -> Gradients:
         k, y = self.target, now[self.target]
-        x = _Gathered(self._size, given.kept[0] if self.keeps_target else y if is_ours(y) else None)
-        stream_grads = [_Gathered(self._size) for _ in grads]
+        x = _Gathered(self._size, given.kept[0].detach() if self.keeps_target else y if is_ours(y) else None)
+        # A step that adds leaves the gradient of its target as it is.
+        changed = [j for j in range(len(now)) if j != k or not self._block.translates]
+        stream_grads = [_Gathered(self._size) for _ in changed]
         leaf_grads = [_Gathered(self._size) if self._is_cut(leaf) else _Sum() for leaf in given.leaves]
         own_grads = [_Sum() for _ in given.own]
         for i, (part, step) in enumerate(self._slices):
@@ -73,11 +76,14 @@ class Sliced(Overwrite):
             found = step.undo(passage, piece, its_grads, self._given(given, i))
             if not self.keeps_target:
                 x.put(part, piece[k])
-            for total, gradient in zip((*stream_grads, *leaf_grads, *own_grads), (*its_grads, *found), strict=True):
-                total.put(part, gradient)
+            for j, gathered in zip(changed, stream_grads, strict=True):
+                gathered.put(part, its_grads[j])
+            for whole, gradient in zip((*leaf_grads, *own_grads), found, strict=True):
+                whole.put(part, gradient)
         assert x.value is not None
         now[k] = x.value
-        grads[:] = [g.value for g in stream_grads]
+        for j, gathered in zip(changed, stream_grads, strict=True):
+            grads[j] = gathered.value
         return [g.value for g in (*leaf_grads, *own_grads)]
 
     def _given(self, given: Given, i: int) -> Given:
@@ -103,34 +109,39 @@ class Sliced(Overwrite):
             f"dimension; got one of shape {tuple(leaf.shape)}"
         )
 
+    @torch.no_grad()  # on where the pass is measured, and off after `Replay.again`
     def _refuse_mixing(self, passage: Passage, now: list[Tensor], leaves: Sequence[Tensor]) -> None:
         """Refuse, the first time, a conditioner in which the samples of a batch see each other.
 
-        What it makes of a first sample must not change with the second one.
+        What it makes of a first sample must not change with the second one. Where it makes zeros of it, as before training,
+        that says nothing yet: the next pass looks again.
         """
         witness = None if passage.tape is None else passage.tape.witness
         if witness is None or self._key in witness.guard.looked_at or self._size < 2 or _is_hidden(now):
             return
-        witness.guard.looked_at.add(self._key)
-        two = slice(0, 2)
-        target, others = now[self.target][two], [s[two] for s in now[: self.target] + now[self.target + 1 :]]
+        k, two = self.target, slice(0, 2)
+        target, others, context = now[k][two], [s[two] for s in now[:k] + now[k + 1 :]], self._cut(leaves, two)
         strangers = [torch.cat((s[:1], 1 - s[1:])) if s.is_floating_point() else s for s in others]
+        # Of the context's values only the first sample's own are known to be valid for another.
+        its_own = [
+            torch.cat((c[:1], c[:1])) if self._is_cut(leaf) else c for c, leaf in zip(context, leaves, strict=True)
+        ]
         replay = Replay(self._conditioner, target.device)
         replay.random = random_states(target.device)
         evaluate = torch.no_grad()(self._block.evaluate)
-        context = passage.arguments.filled(self._cut(leaves, two))
-        for before, after in zip(
-            *(
-                replay.again(replay.parameters, evaluate, self._conditioner, target, given, context)
-                for given in (others, strangers)
-            ),
-            strict=True,
-        ):
-            if (before[0] - after[0]).abs().max() > _MIXING * before[0].abs().max():
-                witness.guard.looked_at.discard(self._key)
+        before, after = (
+            replay.again(
+                replay.parameters, evaluate, self._conditioner, target, streams, passage.arguments.filled(tensors)
+            )
+            for streams, tensors in ((others, context), (strangers, its_own))
+        )
+        for a, b in zip(before, after, strict=True):
+            if _largest(a[0] - b[0]) > _MIXING * _largest(a[0]):
                 raise ValueError(
                     f"chunks={passage.chunks}: the conditioner {type(self._conditioner).__name__} {_MIXES}"
                 )
+        if any(_largest(a[0]) > 0 for a in before):
+            witness.guard.looked_at.add(self._key)
 
 
 def _batch_size(streams: Streams) -> int:
@@ -141,12 +152,16 @@ def _batch_size(streams: Streams) -> int:
     return len(streams[0])
 
 
+def _largest(values: Tensor) -> float:
+    return values.abs().max().item() if values.numel() else 0.0
+
+
 def _is_hidden(streams: Sequence[Tensor]) -> bool:
     return any(isinstance(s, FakeTensor) or s.is_meta for s in streams)
 
 
 class _Gathered:
-    """A whole, filled by slices; None where they are None."""
+    """A whole, filled by slices; None where all of them are None, and zero where some are (a slice that was dropped)."""
 
     def __init__(self, size: int, value: Tensor | None = None) -> None:
         self.size, self.value = size, value
@@ -154,7 +169,7 @@ class _Gathered:
     def put(self, part: slice, piece: Tensor | None) -> None:
         if piece is not None:
             if self.value is None:
-                self.value = piece.new_empty((self.size, *piece.shape[1:]))
+                self.value = piece.new_zeros((self.size, *piece.shape[1:]))
             self.value[part] = piece
 
 

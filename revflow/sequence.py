@@ -57,8 +57,10 @@ class ReversibleSequence(nn.Sequential):
             pass is still to come; streams' gradients are in it, the input and parameters' gradients are not. Where even
             rebuilding takes more, a warning says so.
         chunks: in how many slices of the batch (dimension 0) to run a conditioner that will be rerun: its own activations are
-            then those of a slice. The same function, up to rounding and the order in which random numbers are drawn. A
-            conditioner that mixes samples (BatchNorm in train mode) is refused.
+            then those of a slice. The same function, up to rounding and the order in which random numbers are drawn; what a
+            conditioner moves at each evaluation (spectral norm's vectors, running averages), it moves once a slice. Tensors
+            among the keyword arguments are sliced too: their first dimension has to be the batch's, or of size 1. A
+            conditioner that mixes samples (BatchNorm in train mode) is refused, unless `guard` is "off": then BatchNorm alone.
 
     Called with a tensor, it splits it in two streams along `split_dim`, and returns one tensor; called with a tuple of
     streams it returns a tuple. Keyword arguments reach every block's conditioners; tensors among them, in lists or

@@ -92,8 +92,6 @@ class ReversibleSequence(nn.Sequential):
         self._grid = Grid() if exact is True else exact or None
         self._guard = Guard(guard, exact=self._grid is not None)
         self._budget = Budget(memory_budget)
-        if type(chunks) is not int or chunks < 1:
-            raise ValueError(f"chunks has to be a whole number, 1 or more; got {chunks!r}")
         self.chunks = chunks
 
     @property
@@ -104,6 +102,17 @@ class ReversibleSequence(nn.Sequential):
     @memory_budget.setter
     def memory_budget(self, budget: MemoryBudget) -> None:
         self._budget = Budget(budget)
+
+    @property
+    def chunks(self) -> int:
+        """In how many slices of the batch a conditioner runs that will be rerun."""
+        return self._chunks
+
+    @chunks.setter
+    def chunks(self, chunks: int) -> None:
+        if type(chunks) is not int or chunks < 1:
+            raise ValueError(f"chunks has to be a whole number, 1 or more; got {chunks!r}")
+        self._chunks = chunks
 
     @property
     def exact(self) -> Grid | Literal[False]:

@@ -110,6 +110,8 @@ def gradients_of(y, wanted):
 def test_what_chunks_may_not_be(chunks):
     with pytest.raises(ValueError, match="chunks has to be a whole number, 1 or more; got"):
         revflow.ReversibleSequence([additive()], chunks=chunks)
+    with pytest.raises(ValueError, match="chunks has to be a whole number, 1 or more; got"):
+        revflow.ReversibleSequence([additive()]).chunks = chunks
 
 
 # Gradients

@@ -63,7 +63,7 @@ class Sliced(Overwrite):
 
     def undo(self, passage: Passage, now: list[Tensor], grads: list[Tensor | None], given: Given) -> Gradients:
         k, y = self.target, now[self.target]
-        x = _Gathered(self._size, given.kept[0] if self.keeps_target else y if is_ours(y) else None)
+        x = _Gathered(self._size, given.kept[0].detach() if self.keeps_target else y if is_ours(y) else None)
         stream_grads = [_Gathered(self._size) for _ in grads]
         leaf_grads = [_Gathered(self._size) if self._is_cut(leaf) else _Sum() for leaf in given.leaves]
         own_grads = [_Sum() for _ in given.own]

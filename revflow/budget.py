@@ -66,15 +66,15 @@ class Table:
         output = costs[last].outputs * (1 + joined) if costs else 0
         self.peaks = [0] * len(costs) + [output]
         """Of activations and their gradients, by the first block that is kept."""
-        self.kept = [0] * len(costs) + [0]
-        """What is kept beside the output, by the first block that is kept."""
+        self.kept = [costs[last].outputs if costs else 0] * (len(costs) + 1)
+        """What is kept when the call has returned, its output included, by the first block that is kept."""
         held = backward = 0
         for k in range(last, -1, -1):
             cost = costs[k]
             held += cost.graph + cost.made * (k < last)  # of the output itself
             backward = cost.graph + cost.made * (k < last) + max(cost.outputs + cost.gradient, backward)
             anchor = cost.inputs if k or rounded else 0  # else it is the caller's
-            self.kept[k] = anchor + held
+            self.kept[k] += anchor + held
             self.peaks[k] = anchor + max(backward, held + output)
         rewound = anchors = 0
         for k, cost in enumerate(costs, 1):
@@ -170,17 +170,18 @@ class Budget:
 
     def run(self, chain: Chain) -> Result:
         """What the chain returns, with as many blocks kept as fit beside what earlier calls still hold."""
-        kind = chain.kind
-        if kind not in self._known:
+        kind, mark = chain.kind, torch.empty(0)
+        if kind in self._known:
+            limit, table = self._known[kind]
+            first_kept = self._first_kept(table, limit)
+            result = chain.run(first_kept, mark)
+        else:
             limit = self._bytes(chain.device)
-            result, table = chain.measured()
+            result, table = chain.measured(mark)
             self._learn(kind, table, limit)
-            return result
-        limit, table = self._known[kind]
-        first_kept = self._first_kept(table, limit)
-        if first_kept == len(table.costs):
-            return chain.run()
-        return chain.run(first_kept, self._hold(table.kept[first_kept]))
+            first_kept = len(table.costs)
+        self._count(table.kept[first_kept], mark)
+        return result
 
     def schedule(self, chain: Chain) -> tuple[int | None, Table, int]:
         """The limit in bytes, the costs, and the first block that a call like this keeps when nothing else is held."""
@@ -220,12 +221,10 @@ class Budget:
             )
         return least
 
-    def _hold(self, size: int) -> Tensor:
-        """Count `size` bytes as in use until the tensor that is returned is freed: a graph is to save it."""
-        mark = torch.empty(0)
+    def _count(self, size: int, mark: Tensor) -> None:
+        """Count `size` bytes as in use until `mark` is freed, which the call's graph has saved."""
         self._in_use += size
         weakref.finalize(mark, self._release, size).atexit = False
-        return mark
 
     def _release(self, size: int) -> None:
         self._in_use -= size

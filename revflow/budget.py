@@ -17,7 +17,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -170,6 +170,8 @@ class Budget:
 
     def run(self, chain: Chain) -> Result:
         """What the chain returns, with as many blocks kept as fit beside what earlier calls still hold."""
+        if _is_packed():  # nobody knows where it is kept then, and torch.utils.checkpoint wants the same in both of its runs
+            return chain.run()
         kind, mark = chain.kind, torch.empty(0)
         if kind in self._known:
             limit, table = self._known[kind]
@@ -286,6 +288,16 @@ def _left_in_container() -> float:
     except OSError:
         return float("inf")
     return float("inf") if limit.strip() == "max" else int(limit) - int(used)
+
+
+def _is_packed() -> bool:
+    """Whether hooks see what is saved for a backward pass: those of torch.utils.checkpoint, or of save_on_cpu."""
+    node: Any = torch.empty(0, requires_grad=True).exp().grad_fn
+    try:
+        node._raw_saved_result.register_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    except RuntimeError:  # it has some. PyTorch 2.6 has no other way to tell
+        return True
+    return False
 
 
 def size(count: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,9 @@ class Chain:
             tuple(
                 [(t.shape, t.dtype, t.device, t.requires_grad) for t in (*self._streams, *passage.arguments.tensors)]
             ),
-            tuple([(id(block), block.training) for _, block in self._blocks]),
-            sum([p.requires_grad for _, block in self._blocks for p in block.parameters()]),
+            tuple([ref(block) for _, block in self._blocks]),  # an id may come to be another block's
+            tuple([module.training for _, block in self._blocks for module in block.modules()]),
+            tuple([p.requires_grad for _, block in self._blocks for p in block.parameters()]),
         )
 
     def run(self, first_kept: int | None = None, mark: Tensor | None = None) -> Result:

@@ -156,8 +156,8 @@ class Budget:
         self._warned = False
 
     def __getstate__(self) -> dict[str, object]:
-        # A copy has no activations yet.
-        return {**self.__dict__, "_in_use": 0}
+        # A copy has no activations yet, and blocks of its own.
+        return {**self.__dict__, "_known": {}, "_in_use": 0}
 
     @property
     def is_limited(self) -> bool:

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from revflow._calls import Call
+from revflow._mode import ordinary_autograd
 from revflow._passage import Streams
 from revflow.budget import Cost
 
@@ -36,7 +38,8 @@ class Meter:
             # itself may refer to the graph.
             return tensor.detach()
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # A sequence within a conditioner keeps everything when that is run again, and is to do so here.
+        with ordinary_autograd(), torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
             outputs, kept = call.first(streams, leaves)
         results = outputs[: len(outputs) - call.passage.log_det]
         made = {key: size for key, size in _storages(results).items() if key not in _storages(streams)}

@@ -153,11 +153,15 @@ class Budget:
         self._known: dict[Hashable, tuple[int, Table]] = {}
         """By kind of input: the limit in bytes, and the costs."""
         self._in_use = 0
+        self._pending = 0
+        """Calls that hold something."""
+        self._most_pending = 1
+        """As far as is known: where a recurrence calls the sequence T times before it goes back, its first step shows that."""
         self._warned = False
 
     def __getstate__(self) -> dict[str, object]:
         # A copy has no activations yet, and blocks of its own.
-        return {**self.__dict__, "_known": {}, "_in_use": 0}
+        return {**self.__dict__, "_known": {}, "_in_use": 0, "_pending": 0}
 
     @property
     def is_limited(self) -> bool:
@@ -207,10 +211,13 @@ class Budget:
         return self._limit if isinstance(self._limit, int) else int(self._limit * free_memory(device))
 
     def _first_kept(self, table: Table, limit: int) -> int:
-        found = table.first_kept(limit - self._in_use)
+        to_come = self._most_pending - self._pending - 1
+        if to_come < 0:  # more than there ever were: who knows how many follow
+            return len(table.costs)
+        found = table.first_kept(limit - self._in_use - to_come * table.kept[-1])
         if found is not None:
             return found
-        if self._in_use:
+        if self._pending or to_come:
             return len(table.costs)
         least = table.most_frugal
         if not self._warned:
@@ -226,10 +233,13 @@ class Budget:
     def _count(self, size: int, mark: Tensor) -> None:
         """Count `size` bytes as in use until `mark` is freed, which the call's graph has saved."""
         self._in_use += size
+        self._pending += 1
+        self._most_pending = max(self._most_pending, self._pending)
         weakref.finalize(mark, self._release, size).atexit = False
 
     def _release(self, size: int) -> None:
         self._in_use -= size
+        self._pending -= 1
 
 
 def parse(given: MemoryBudget) -> int | float | Literal["all", "none"]:

@@ -34,7 +34,7 @@ def is_ours(stream: Tensor) -> bool:
     return (
         torch._C._storage_Use_Count(storage._cdata) == 2
         and storage.nbytes() == stream.nbytes
-        and storage.resizable()  # memory of NumPy's, or of another process too, is not
+        and storage.resizable()  # memory of NumPy's is not
         and torch._debug_has_internal_overlap(stream) == 0
     )
 

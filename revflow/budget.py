@@ -217,15 +217,15 @@ class Budget:
         found = table.first_kept(limit - self._in_use - to_come * table.kept[-1])
         if found is not None:
             return found
-        if self._pending or to_come:
+        if self._pending:
             return len(table.costs)
-        least = table.most_frugal
+        least = len(table.costs) if to_come else table.most_frugal
         if not self._warned:
             self._warned = True
+            needed = size(table.peaks[least] + to_come * table.kept[-1])
             warnings.warn(
-                f"memory_budget={self.given!r} is less than the {size(table.peaks[least])} that this sequence needs to train on "
-                f"such inputs, whatever it keeps: it will take that. A smaller batch needs less, and so does chunks=n. (This is "
-                f"said once for a sequence.)",
+                f"memory_budget={self.given!r} is less than the {needed} that this sequence needs to train on such inputs, whatever "
+                f"it keeps: it will take that. A smaller batch needs less, and so does chunks=n. (This is said once for a sequence.)",
                 stacklevel=2,
             )
         return least

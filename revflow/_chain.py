@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +48,9 @@ class Chain:
             tuple(
                 [(t.shape, t.dtype, t.device, t.requires_grad) for t in (*self._streams, *passage.arguments.tensors)]
             ),
-            tuple([(id(block), block.training) for _, block in self._blocks]),
-            sum([p.requires_grad for _, block in self._blocks for p in block.parameters()]),
+            tuple([ref(block) for _, block in self._blocks]),  # an id may come to be another block's
+            tuple([module.training for _, block in self._blocks for module in block.modules()]),
+            tuple([p.requires_grad for _, block in self._blocks for p in block.parameters()]),
         )
 
     def run(self, first_kept: int | None = None, mark: Tensor | None = None) -> Result:
@@ -87,19 +89,19 @@ class Chain:
         total = _sum_of(log_dets, streams[0]) if passage.log_det else None
         streams, total = end(passage.tape, streams, self._join, total)
         if mark is not None:
-            streams = hold(mark, streams)
+            streams, total = hold(mark, streams, total)
         return (streams if self._join is None else streams[0]), total
 
     @property
     def device(self) -> torch.device:
         return self._streams[0].device
 
-    def measured(self) -> tuple[Result, Table]:
-        """What `run()` returns, which rebuilds every block; and the peak of each schedule that a call like this can have."""
+    def measured(self, mark: Tensor | None = None) -> tuple[Result, Table]:
+        """What `run(None, mark)` returns, which rebuilds every block; and the peak of each schedule that a call like this can have."""
         of_blocks = [t for _, block in self._blocks for t in (*block.parameters(), *block.buffers())]
         meter = Meter([*of_blocks, *self._passage.arguments.tensors])
         self._passage = self._passage._replace(meter=meter)
-        return self.run(), Table(meter.costs, self._join is not None, self._passage.grid is not None)
+        return self.run(None, mark), Table(meter.costs, self._join is not None, self._passage.grid is not None)
 
     def seconds(self) -> list[float]:
         """The time of each block's forward pass, without a tape."""

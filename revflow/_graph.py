@@ -31,7 +31,12 @@ def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 def is_ours(stream: Tensor) -> bool:
     """Whether one of the engine's own tensors may be overwritten: no other tensor, of a graph or a user, shares its values."""
     storage = stream.untyped_storage()  # which is the second to refer to them
-    return torch._C._storage_Use_Count(storage._cdata) == 2 and storage.nbytes() == stream.nbytes
+    return (
+        torch._C._storage_Use_Count(storage._cdata) == 2
+        and storage.nbytes() == stream.nbytes
+        and storage.resizable()  # memory of NumPy's is not
+        and torch._debug_has_internal_overlap(stream) == 0
+    )
 
 
 def alias_of(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What ordinary autograd would keep of each block: counted in a forward pass with a graph, which is dropped at once."""
+"""What ordinary autograd would keep of each block: counted in a forward pass with a graph, dropped step by step."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from revflow._calls import Call
+from revflow._mode import ordinary_autograd
 from revflow._passage import Streams
 from revflow.budget import Cost
 
@@ -24,19 +27,26 @@ class Meter:
         self._of_step: dict[int, int] = {}
         self._transients: list[int] = []
         self._gradients: list[int] = []
+        self._held: list[list[Tensor]] = []
+        """What the graph of this step has saved."""
+        self._counted: list[StorageWeakRef] = []
+        """As long as these are there no other storage gets the address of one that is gone."""
 
     def first(self, call: Call, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
         """As `call.first`."""
         known = self._given.keys() | _storages([*streams, *leaves, *call.parameters]).keys()
         self._saved, self._of_step, self._transients, self._gradients = {}, {}, [], []
+        self._counted.clear()
 
-        def pack(tensor: Tensor) -> Tensor:
+        def pack(tensor: Tensor) -> list[Tensor]:
             self._of_step.update({key: size for key, size in _storages([tensor]).items() if key not in known})
-            # It has to be there as long as the graph, or another tensor would get its address; an alias, since the tensor
-            # itself may refer to the graph.
-            return tensor.detach()
+            if tensor.layout == torch.strided:
+                self._counted.append(StorageWeakRef(tensor.untyped_storage()))
+            self._held.append([tensor.detach()])  # an alias: the tensor itself may refer to the graph
+            return self._held[-1]
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # A sequence within a conditioner keeps everything when that is run again, and is to do so here.
+        with ordinary_autograd(), torch.enable_grad(), saved_tensors_hooks(pack, lambda held: held[0]):
             outputs, kept = call.first(streams, leaves)
         results = outputs[: len(outputs) - call.passage.log_det]
         made = {key: size for key, size in _storages(results).items() if key not in _storages(streams)}
@@ -64,6 +74,9 @@ class Meter:
         """One conditioner has run: with the values t, and `temporary` bytes needed to use and to undo them."""
         saved, self._of_step = self._of_step, {}
         self._saved |= saved
+        for held in self._held:  # nobody is going to differentiate it; slices would pile up
+            held.clear()
+        self._held.clear()
         values = sum(size for key, size in _storages(t).items() if key not in saved)
         gradient = max(saved.values(), default=0)
         self._gradients.append(gradient)

@@ -272,17 +272,19 @@ def _begin(ctx: Any, grads: Gradients) -> Gradients:
     return (None, None, None, None, *grads)
 
 
-def hold(mark: Tensor, streams: Streams) -> Streams:
-    """The streams, whose graph holds on to `mark` until it is freed."""
-    return _Hold.apply(mark, *streams)  # type: ignore[no-any-return, no-untyped-call]
+def hold(mark: Tensor, streams: Streams, log_det: Tensor | None) -> tuple[Streams, Tensor | None]:
+    """The streams and the log-determinant, whose graph holds on to `mark` until it is freed."""
+    more = () if log_det is None else (log_det,)
+    held: Streams = _Hold.apply(mark, *streams, *more)  # type: ignore[no-untyped-call]
+    return (held, None) if log_det is None else (held[:-1], held[-1])
 
 
 class _Hold(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mark: Tensor, *streams: Tensor) -> Streams:
+    def forward(ctx: Any, mark: Tensor, *tensors: Tensor) -> Streams:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mark)
-        return tuple([s.view_as(s) for s in streams])
+        return tuple([t.view_as(t) for t in tensors])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:

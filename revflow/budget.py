@@ -17,7 +17,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,15 +66,15 @@ class Table:
         output = costs[last].outputs * (1 + joined) if costs else 0
         self.peaks = [0] * len(costs) + [output]
         """Of activations and their gradients, by the first block that is kept."""
-        self.kept = [0] * len(costs) + [0]
-        """What is kept beside the output, by the first block that is kept."""
+        self.kept = [costs[last].outputs if costs else 0] * (len(costs) + 1)
+        """What is kept when the call has returned, its output included, by the first block that is kept."""
         held = backward = 0
         for k in range(last, -1, -1):
             cost = costs[k]
             held += cost.graph + cost.made * (k < last)  # of the output itself
             backward = cost.graph + cost.made * (k < last) + max(cost.outputs + cost.gradient, backward)
             anchor = cost.inputs if k or rounded else 0  # else it is the caller's
-            self.kept[k] = anchor + held
+            self.kept[k] += anchor + held
             self.peaks[k] = anchor + max(backward, held + output)
         rewound = anchors = 0
         for k, cost in enumerate(costs, 1):
@@ -155,11 +155,15 @@ class Budget:
         self._known: dict[Hashable, tuple[int, Table]] = {}
         """By kind of input: the limit in bytes, and the costs."""
         self._in_use = 0
+        self._pending = 0
+        """Calls that hold something."""
+        self._most_pending = 1
+        """As far as is known: where a recurrence calls the sequence T times before it goes back, its first step shows that."""
         self._warned = False
 
     def __getstate__(self) -> dict[str, object]:
-        # A copy has no activations yet.
-        return {**self.__dict__, "_in_use": 0}
+        # A copy has no activations yet, and blocks of its own.
+        return {**self.__dict__, "_known": {}, "_in_use": 0, "_pending": 0}
 
     @property
     def is_limited(self) -> bool:
@@ -172,17 +176,20 @@ class Budget:
 
     def run(self, chain: Chain) -> Result:
         """What the chain returns, with as many blocks kept as fit beside what earlier calls still hold."""
-        kind = chain.kind
-        if kind not in self._known:
-            limit = self._bytes(chain.device)
-            result, table = chain.measured()
-            self._learn(kind, table, limit)
-            return result
-        limit, table = self._known[kind]
-        first_kept = self._first_kept(table, limit)
-        if first_kept == len(table.costs):
+        if _is_packed():  # nobody knows where it is kept then, and torch.utils.checkpoint wants the same in both of its runs
             return chain.run()
-        return chain.run(first_kept, self._hold(table.kept[first_kept]))
+        kind, mark = chain.kind, torch.empty(0)
+        if kind in self._known:
+            limit, table = self._known[kind]
+            first_kept = self._first_kept(table, limit)
+            result = chain.run(first_kept, mark)
+        else:
+            limit = self._bytes(chain.device)
+            result, table = chain.measured(mark)
+            self._learn(kind, table, limit)
+            first_kept = len(table.costs)
+        self._count(table.kept[first_kept], mark)
+        return result
 
     def schedule(self, chain: Chain) -> tuple[int | None, Table, int]:
         """The limit in bytes, the costs, and the first block that a call like this keeps when nothing else is held."""
@@ -206,31 +213,35 @@ class Budget:
         return self._limit if isinstance(self._limit, int) else int(self._limit * free_memory(device))
 
     def _first_kept(self, table: Table, limit: int) -> int:
-        found = table.first_kept(limit - self._in_use)
+        to_come = self._most_pending - self._pending - 1
+        if to_come < 0:  # more than there ever were: who knows how many follow
+            return len(table.costs)
+        found = table.first_kept(limit - self._in_use - to_come * table.kept[-1])
         if found is not None:
             return found
-        if self._in_use:
+        if self._pending:
             return len(table.costs)
-        least = table.most_frugal
+        least = len(table.costs) if to_come else table.most_frugal
         if not self._warned:
             self._warned = True
+            needed = size(table.peaks[least] + to_come * table.kept[-1])
             warnings.warn(
-                f"memory_budget={self.given!r} is less than the {size(table.peaks[least])} that this sequence needs to train on "
-                f"such inputs, whatever it keeps: it will take that. A smaller batch needs less, and so does chunks=n. (This is "
-                f"said once for a sequence.)",
+                f"memory_budget={self.given!r} is less than the {needed} that this sequence needs to train on such inputs, whatever "
+                f"it keeps: it will take that. A smaller batch needs less, and so does chunks=n. (This is said once for a sequence.)",
                 stacklevel=2,
             )
         return least
 
-    def _hold(self, size: int) -> Tensor:
-        """Count `size` bytes as in use until the tensor that is returned is freed: a graph is to save it."""
-        mark = torch.empty(0)
+    def _count(self, size: int, mark: Tensor) -> None:
+        """Count `size` bytes as in use until `mark` is freed, which the call's graph has saved."""
         self._in_use += size
+        self._pending += 1
+        self._most_pending = max(self._most_pending, self._pending)
         weakref.finalize(mark, self._release, size).atexit = False
-        return mark
 
     def _release(self, size: int) -> None:
         self._in_use -= size
+        self._pending -= 1
 
 
 def parse(given: MemoryBudget) -> int | float | Literal["all", "none"]:
@@ -289,6 +300,16 @@ def _left_in_container() -> float:
     except OSError:
         return float("inf")
     return float("inf") if limit.strip() == "max" else int(limit) - int(used)
+
+
+def _is_packed() -> bool:
+    """Whether hooks see what is saved for a backward pass: those of torch.utils.checkpoint, or of save_on_cpu."""
+    node: Any = torch.empty(0, requires_grad=True).exp().grad_fn
+    try:
+        node._raw_saved_result.register_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    except RuntimeError:  # it has some. PyTorch 2.6 has no other way to tell
+        return True
+    return False
 
 
 def size(count: float) -> str:

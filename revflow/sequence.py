@@ -54,8 +54,9 @@ class ReversibleSequence(nn.Sequential):
             what is free when it is first needed), "all" or "none". Activations of as many blocks as fit are kept, the last
             ones; the others are rebuilt. The first step with inputs of another kind (shapes, dtypes, autocast, mode)
             rebuilds everything and measures; `plan` tells what comes of it. The budget is for all calls whose backward
-            pass is still to come; streams' gradients are in it, the input and parameters' gradients are not. Where even
-            rebuilding takes more, a warning says so.
+            pass is still to come: how many there are at a time, the first step with so many shows. Streams' gradients are
+            in it, the input and parameters' gradients are not. Where even rebuilding takes more, a warning says so. Within
+            `torch.utils.checkpoint` and `save_on_cpu` all blocks are rebuilt.
         chunks: in how many slices of the batch (dimension 0) to run a conditioner that will be rerun: its own activations are
             then those of a slice. The same function, up to rounding and the order in which random numbers are drawn; what a
             conditioner moves at each evaluation (spectral norm's vectors, running averages), it moves once a slice. Tensors

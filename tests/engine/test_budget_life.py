@@ -151,7 +151,7 @@ def test_the_budget_is_for_all_calls_that_wait_for_their_backward_pass():
     after = kept_in(net, lambda: train(net, x))
     assert second == [[1]] * 4 and after < alone
     kept.backward()
-    assert kept_in(net, lambda: train(net, x)) == alone
+    assert 0 < kept_in(net, lambda: train(net, x)) < alone  # there is room for a second call, now that there was one
     assert net._budget._in_use == 0
 
 

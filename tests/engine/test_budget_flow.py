@@ -1,0 +1,394 @@
+"""memory_budget in a training loop: other modes, hooks, checkpoints, many calls, two processes."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.utils.checkpoint import checkpoint
+
+import revflow
+from engine.nets import (
+    Conditioner,
+    additive,
+    additive_two,
+    affine,
+    assert_close,
+    assert_same_gradients,
+    conditioners,
+    evaluations,
+    gated,
+    image,
+    weighted,
+)
+
+HUGE = 2**40
+STREAMS = image().nbytes
+
+
+def of(*blocks, budget=HUGE, **options):
+    torch.manual_seed(0)
+    return revflow.ReversibleSequence(blocks, memory_budget=budget, guard="off", **options).double()
+
+
+def sequence(make=additive, depth=4, **options):
+    return of(*[make() for _ in range(depth)], **options)
+
+
+def train(net, x):
+    net(x).sum().backward()
+
+
+def kept_in(net, x):
+    return sum(n == [1] for n in evaluations(net, lambda: train(net, x)))
+
+
+def between(net, x, share):
+    """A budget of which so much is used for blocks that are kept."""
+    net.memory_budget = "all"
+    most = net.plan(x).peak
+    net.memory_budget = "none"
+    least = net.plan(x).peak
+    net.memory_budget = int(least + share * (most - least))
+    return net
+
+
+def peak_of(net, step, *inputs):
+    for leaf in (*inputs, *net.parameters()):
+        leaf.grad = torch.zeros_like(leaf)
+    return revflow.measure_memory(step).peak
+
+
+# What is held
+
+
+@pytest.mark.parametrize("make", [additive, gated], ids=["additive", "gated"])
+@pytest.mark.parametrize("joined", [True, False], ids=["tensor", "tuple"])
+def test_what_a_call_holds_is_what_it_is_said_to_hold(make, joined):
+    """At every schedule, also in the step that measures."""
+    net, pair = sequence(make), (image(2, 4, 6, 4), image(2, 4, 6, 4, seed=2))
+    x = image().requires_grad_() if joined else tuple(s.requires_grad_() for s in pair)
+    ys = []
+    for k in (None, 4, 3, 2, 1, 0):
+        net._budget._first_kept = lambda table, limit, k=k: k
+        ys.clear()
+        report = revflow.measure_memory(lambda: ys.append(net(x)))
+        # Streams of a tuple that blocks pass on are counted, though they are the caller's.
+        assert report.kept <= net._budget._in_use <= report.kept + (0 if joined else 2 * STREAMS), k
+    ys.clear()
+    assert net._budget._in_use == net._budget._pending == 0
+
+
+def test_a_log_determinant_alone_holds_as_much():
+    net, x = sequence(affine), image().requires_grad_()
+    for _ in range(3):
+        y, log_det = net.forward_with_log_det(x)
+        held = net._budget._in_use
+        del y
+        assert net._budget._in_use == held > 0
+        log_det.sum().backward()
+        assert net._budget._in_use == 0
+
+
+@pytest.mark.parametrize("make", [additive, gated], ids=["additive", "gated"])
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize("order", ["one after the other", "first in, first out", "last in, first out"])
+def test_many_calls_before_one_backward_pass(make, count, share, order):
+    """The budget is for all of them, as soon as one step has shown how many there are."""
+    net, x = sequence(make, 8), image(2, 8, 12, 12).requires_grad_()
+    net.memory_budget = "all"
+    most = net.plan(x).peak
+    net.memory_budget = "none"
+    rebuilt = net.plan(x)
+    net.memory_budget = budget = int(count * (rebuilt.peak + share * (most - rebuilt.peak)))
+
+    def step():
+        if order == "one after the other":
+            y = x
+            for _ in range(count):
+                y = net(y)
+            y.sum().backward()
+        else:
+            ys = [net(x) for _ in range(count)]
+            while ys:
+                ys.pop(-(order[0] == "l")).sum().backward()
+
+    step()
+    found = peak_of(net, step, x)
+    assert found <= budget + rebuilt.transient + x.nbytes  # the loop's own variable
+    assert net._budget._in_use == 0
+    if share:
+        assert any(n[0] < 2 * count for n in evaluations(net, step))
+
+
+def test_room_is_left_for_calls_to_come():
+    net, x = sequence(), image()
+    between(net, x, 0.6)
+    train(net, x)
+    alone = kept_in(net, x)
+    ys = [net(x) for _ in range(3)]  # more than there ever were: rebuilt
+    sum(y.sum() for y in ys).backward()
+    del ys
+    assert 0 <= kept_in(net, x) < alone
+
+
+# Which kind of input
+
+
+def test_flags_that_move_from_block_to_block():
+    """As many parameters that want gradients, and as many modules in train mode, but others."""
+    net, x = sequence(depth=2), image().requires_grad_()
+    net[0].requires_grad_(False)
+    assert [kept_in(net, x) for _ in range(2)] == [0, 2]
+    net[0].requires_grad_(True)
+    net[1].requires_grad_(False)
+    assert [kept_in(net, x) for _ in range(2)] == [0, 2]
+    net[1].F.dropout.eval()
+    assert [kept_in(net, x) for _ in range(2)] == [0, 2]
+
+
+def test_copies_measure_their_own_blocks():
+    net, x = sequence(), image()
+    train(net, x)
+    assert net._budget._known
+    assert not copy.deepcopy(net)._budget._known
+
+
+def test_a_sequence_within_a_conditioner_is_planned_as_it_is_rebuilt():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.chain = revflow.ReversibleSequence([additive(2) for _ in range(6)])
+
+        def forward(self, x):
+            return self.chain(x)
+
+    net, x = sequence(lambda: revflow.AdditiveCoupling(Deep()), 3), image().requires_grad_()
+    for share in (0.0, 0.5, 1.0):
+        between(net, x, share)
+        train(net, x)
+        plan = net.plan(x)
+        found = peak_of(net, lambda: train(net, x), x)
+        assert found <= max(net.memory_budget, plan.peak) + plan.transient
+
+
+# Checkpoints and other hooks for what is saved
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.filterwarnings("ignore:memory_budget")
+def test_checkpoint(reentrant, share):
+    """From the first step on, and where other calls hold memory in one of its two runs."""
+    net, x = sequence(), image().requires_grad_()
+    expected = torch.autograd.grad(weighted(net.plain(x)), [x, *net.parameters()])
+    between(net, x, share)
+
+    def found(pending):
+        net.zero_grad()
+        x.grad = None
+        y = checkpoint(net, x, use_reentrant=reentrant)
+        other = net(x) if pending else None
+        weighted(y).backward()
+        del other
+        assert net._budget._in_use == 0
+        return [x.grad, *(p.grad for p in net.parameters())]
+
+    for pending in (False, True, False):
+        assert_close(found(pending), expected)
+
+
+def test_save_on_cpu_rebuilds():
+    net, x = sequence(), image().requires_grad_()
+    train(net, x)
+    assert kept_in(net, x) == 4
+
+    def step():
+        with torch.autograd.graph.save_on_cpu():
+            y = net(x)
+        y.sum().backward()
+
+    assert evaluations(net, step) == [[2]] * 4
+    assert net._budget._in_use == 0
+    assert kept_in(net, x) == 4
+
+
+def test_checkpoints_in_conditioners():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Conditioner(4, dropout=0.5)
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    net = sequence(lambda: revflow.AdditiveCoupling(Checkpointed()))
+    x = image().requires_grad_()
+    for _ in range(3):
+        assert_same_gradients(net, lambda: net(x), lambda: net.plain(x), [x])
+    assert net._budget._in_use == 0
+
+
+# Hooks
+
+
+def test_hooks_run_once_where_kept_and_twice_where_rebuilt():
+    net, x, calls = sequence(), image().requires_grad_(), []
+    between(net, x, 0.6)
+    for k, block in enumerate(net):
+        block.register_forward_hook(lambda *_, k=k: calls.append(("block", k)))
+        block.register_full_backward_hook(lambda *_, k=k: calls.append(("backward", k)))
+        block.F.register_forward_hook(lambda *_, k=k: calls.append(("conditioner", k)))
+        block.F.first.weight.register_hook(lambda _, k=k: calls.append(("gradient", k)))
+        block.F.first.weight.register_post_accumulate_grad_hook(lambda _, k=k: calls.append(("accumulated", k)))
+    kept = 0
+    for step in range(3):
+        calls.clear()
+        kept = kept_in(net, x)
+        assert (kept == 0) == (step == 0)  # which measures
+        for k in range(4):
+            for name in ("block", "backward", "gradient", "accumulated"):
+                assert calls.count((name, k)) == 1, (name, k)
+            assert calls.count(("conditioner", k)) == (1 if k >= 4 - kept else 2)
+    assert 0 < kept < 4
+
+
+# Modes
+
+
+class Plain(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net.plain(x)
+
+
+def test_functional_call():
+    net, x = sequence(), image().requires_grad_()
+    between(net, x, 0.5)
+    own = {name: 2 * p.detach() for name, p in net.named_parameters()}
+    own = {name: p.requires_grad_() for name, p in own.items()}
+    expected = functional_call(Plain(net), {f"net.{name}": p for name, p in own.items()}, x)
+    expected = torch.autograd.grad(weighted(expected), [x, *own.values()])
+    for _ in range(3):
+        assert_close(torch.autograd.grad(weighted(functional_call(net, own, x)), [x, *own.values()]), expected)
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_where_nothing_is_rebuilt_nothing_is_counted(measured):
+    net, x = sequence(), image()
+    if measured:
+        net.plan(x)
+    y = net.plain(x)
+    with torch.no_grad():
+        assert torch.equal(net(x), y)
+    with torch.inference_mode():
+        assert torch.equal(net(x), y)
+    assert_close([grad(lambda x: weighted(net(x)))(x)], [grad(lambda x: weighted(net.plain(x)))(x)])
+    assert_close([vmap(lambda s: net(s[None])[0])(x)], [y])
+    assert_close(jvp(net, (x,), (x,)), jvp(net.plain, (x,), (x,)))
+    with torch.autograd.forward_ad.dual_level():
+        net(torch.autograd.forward_ad.make_dual(x, x))
+    assert_close([torch.export.export(net, (x,)).module()(x)], [y])
+    assert net._budget._in_use == 0
+    assert len(net._budget._known) == measured
+
+
+def test_anomaly_mode_autocast_and_double_backward():
+    net, x = sequence(), image().requires_grad_()
+    for _ in range(2):
+        with torch.autograd.detect_anomaly(check_nan=True):
+            assert_same_gradients(net, lambda: net(x), lambda: net.plain(x), [x])
+    first, plain = (torch.autograd.grad(f(x).pow(3).sum(), x, create_graph=True)[0] for f in (net, net.plain))
+    assert_close(*(torch.autograd.grad(g.square().sum(), [x, *net.parameters()]) for g in (first, plain)))
+    assert net._budget._in_use == 0
+    net.float()
+    x = image(dtype=torch.float32).requires_grad_()
+    for low in (False, True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            train(net, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(x)
+    assert len(net._budget._known) == 3  # float64, float32, autocast
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("budget", [30_000, 60_000, HUGE])
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.filterwarnings("ignore:memory_budget")
+def test_predicted_peaks_are_those_that_are_tracked(budget, steps):
+    def run():
+        torch.manual_seed(0)
+        blocks = [additive(), gated(), revflow.PixelUnshuffle(2), affine(16)]
+        net, x = revflow.ReversibleSequence(blocks, memory_budget=budget), torch.randn(2, 8, 14, 10)
+        for _ in range(steps):
+            train(net, x)
+
+    tracked, predicted = revflow.measure_memory(run), revflow.measure_memory(run, predict=True)
+    assert tracked.peak == predicted.peak
+
+
+def test_two_threads_with_copies():
+    net = sequence(additive_two)
+    nets, found = [net, copy.deepcopy(net)], [None, None]
+
+    def work(k):
+        x = image().requires_grad_()
+        for _ in range(10):
+            weighted(nets[k](x)).backward()
+        found[k] = x.grad
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    x = image().requires_grad_()
+    assert_close(found, 2 * [10 * torch.autograd.grad(weighted(net.plain(x)), x)[0]])
+    assert [n._budget._in_use for n in nets] == [0, 0]
+
+
+def test_parametrizations():
+    net, x = sequence(), image().requires_grad_()
+    for c in conditioners(net):
+        torch.nn.utils.parametrizations.weight_norm(c.first)
+    between(net, x, 0.6)
+    for _ in range(3):
+        assert_same_gradients(net, lambda: net(x), lambda: net.plain(x), [x])
+
+
+class Cell(revflow.RecurrentCell):
+    """Its update is a sequence with a budget."""
+
+    def __init__(self, chain):
+        super().__init__()
+        self.chain = chain
+
+    def update(self, streams, state, memory, context):
+        return (torch.tanh(state[0] + self.chain(streams[0])),), memory
+
+    def mix(self, streams, state, context):
+        return (streams[0] + state[0],)
+
+
+def test_in_the_cells_of_a_recurrence():
+    torch.manual_seed(0)
+    net = revflow.ReversibleRecurrence([Cell(sequence()) for _ in range(2)]).double()
+    x, wanted = image().requires_grad_(), list(net.parameters())
+    zero = revflow.RecurrentState(((torch.zeros_like(x),),) * 2, ((),) * 2)
+
+    def run(step):
+        streams, state = (x,), zero
+        for _ in range(3):
+            streams, state = step(streams, state)
+        return streams[0]
+
+    expected = torch.autograd.grad(weighted(run(net.plain_step)), [x, *wanted])
+    for _ in range(2):
+        assert_close(torch.autograd.grad(weighted(run(net.step)), [x, *wanted]), expected)
+    assert [cell.chain._budget._in_use for cell in net] == [0, 0]

@@ -127,7 +127,8 @@ class Overwrite(Replay):
     def _before(self, y: Tensor, t: Streams, kept: Streams) -> Tensor:
         """The target before the step, from the step's output; gradients are off here."""
         if self.keeps_target:
-            return kept[0].detach()  # itself it may be a hook's or a retained graph's, which nothing but an alias would show
+            # An alias: is_ours would not see that a hook, or a graph that is retained, holds the tensor itself.
+            return kept[0].detach()
         if self.keeps:
             assert self._grid is not None
             estimate = self._estimate(laid_out(y, self._layout[self.target]), t)

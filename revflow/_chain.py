@@ -97,7 +97,7 @@ class Chain:
         return self._streams[0].device
 
     def measured(self, mark: Tensor | None = None) -> tuple[Result, Table]:
-        """What `run(None, mark)` returns, which rebuilds every block; and the peak of each schedule that a call like this can have."""
+        """What `run(None, mark)` returns, which rebuilds every block; and the peak of each schedule of such a call."""
         of_blocks = [t for _, block in self._blocks for t in (*block.parameters(), *block.buffers())]
         meter = Meter([*of_blocks, *self._passage.arguments.tensors])
         self._passage = self._passage._replace(meter=meter)

@@ -176,7 +176,8 @@ class Budget:
 
     def run(self, chain: Chain) -> Result:
         """What the chain returns, with as many blocks kept as fit beside what earlier calls still hold."""
-        if _is_packed():  # nobody knows where it is kept then, and torch.utils.checkpoint wants the same in both of its runs
+        if _is_packed():
+            # Nobody knows where it is kept then, and torch.utils.checkpoint wants the same in both of its runs.
             return chain.run()
         kind, mark = chain.kind, torch.empty(0)
         if kind in self._known:
@@ -226,8 +227,9 @@ class Budget:
             self._warned = True
             needed = size(table.peaks[least] + to_come * table.kept[-1])
             warnings.warn(
-                f"memory_budget={self.given!r} is less than the {needed} that this sequence needs to train on such inputs, whatever "
-                f"it keeps: it will take that. A smaller batch needs less, and so does chunks=n. (This is said once for a sequence.)",
+                f"memory_budget={self.given!r} is less than the {needed} that this sequence needs to train on such inputs, "
+                f"whatever it keeps: it will take that. A smaller batch needs less, and so does chunks=n. (This is said once "
+                f"for a sequence.)",
                 stacklevel=2,
             )
         return least

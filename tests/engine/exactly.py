@@ -79,7 +79,9 @@ def watch(net):
 
 def raw(t):
     """The bits: 0 is not -0, a NaN is itself."""
-    return t.detach().contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+    return (
+        t.detach().contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+    )
 
 
 def assert_equal(found, expected):

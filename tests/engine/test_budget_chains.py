@@ -118,7 +118,9 @@ class Middle(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(channels, 8 * channels, 1), nn.Tanh(), nn.Conv2d(8 * channels, channels, 1))
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, 8 * channels, 1), nn.Tanh(), nn.Conv2d(8 * channels, channels, 1)
+        )
 
     def forward(self, x):
         return self.layers(x)
@@ -135,9 +137,10 @@ def test_blocks_of_very_different_sizes(huge_first):
         def forward(self, x):
             return super().forward(x[..., :4, :4]).repeat(1, 1, 4, 4)
 
-    large, small = [revflow.AdditiveCoupling(Middle(2)) for _ in range(3)], [
-        revflow.AdditiveCoupling(Narrow(2)) for _ in range(5)
-    ]
+    large, small = (
+        [revflow.AdditiveCoupling(Middle(2)) for _ in range(3)],
+        [revflow.AdditiveCoupling(Narrow(2)) for _ in range(5)],
+    )
     net = revflow.ReversibleSequence(large + small if huge_first else small + large, guard="off")
     x = image(2, 4, 16, 16, dtype=torch.float32).requires_grad_()
     seeds = [torch.ones_like(x)]

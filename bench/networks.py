@@ -59,7 +59,7 @@ class Network:
         return loss.detach()
 
 
-def convolutions(batch: int = 4, size: int = 12, blocks: int = 32, device: torch.device | str = "cpu") -> Network:
+def convolutions(batch: int = 4, size: int = 16, blocks: int = 32, device: torch.device | str = "cpu") -> Network:
     """Like i-RevNet: conv3x3, GroupNorm, SiLU, conv3x3 at 64 channels a stream."""
     with torch.device(device):
         couplings: list[nn.Module] = [revflow.AdditiveCoupling(conditioner(64)) for _ in range(blocks)]

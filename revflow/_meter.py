@@ -50,9 +50,8 @@ class Meter:
             outputs, kept = call.first(streams, leaves)
         results = outputs[: len(outputs) - call.passage.log_det]
         made = {key: size for key, size in _storages(results).items() if key not in _storages(streams)}
-        if (
-            not self._transients
-        ):  # a block that takes no steps: beside its second result there is what its inverse has made
+        if not self._transients:
+            # A block that takes no steps: beside its second result there is what its inverse has made.
             self.step(results, _bytes(streams))
         slices = len(self._transients) // len(call.replays)  # a conditioner's
         self.costs.append(

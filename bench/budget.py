@@ -133,7 +133,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="2 at least")
     parser.add_argument("--batch", type=int, default=4, help="revflow runs conditioners in 4 chunks of it")
     parser.add_argument("--image", type=int, default=16, help="height and width of the convolutions' streams")
-    parser.add_argument("--tokens", type=int, default=64, help="of the transformer's sequences")
+    parser.add_argument("--tokens", type=int, default=128, help="of the transformer's sequences")
     parser.add_argument("--frame", type=int, default=96, help="height and width of the autoencoder's, a multiple of 8")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--figure", type=Path, help="draw them: a .png, .pdf or .svg")

@@ -67,7 +67,7 @@ def convolutions(batch: int = 4, size: int = 16, blocks: int = 32, device: torch
     return Network("convolutions", f"{blocks} blocks, {batch} x 64 x {size} x {size} a stream", couplings, leaf)
 
 
-def transformer(batch: int = 4, tokens: int = 64, layers: int = 12, device: torch.device | str = "cpu") -> Network:
+def transformer(batch: int = 4, tokens: int = 128, layers: int = 12, device: torch.device | str = "cpu") -> Network:
     """Like Reformer: attention and an MLP take turns, at 128 features a stream."""
     features = 128
     with torch.device(device):

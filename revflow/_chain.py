@@ -48,6 +48,7 @@ class Chain:
             tuple(
                 [(t.shape, t.dtype, t.device, t.requires_grad) for t in (*self._streams, *passage.arguments.tensors)]
             ),
+            passage.arguments.switches,
             tuple([ref(block) for _, block in self._blocks]),  # an id may come to be another block's
             tuple([module.training for _, block in self._blocks for module in block.modules()]),
             tuple([p.requires_grad for _, block in self._blocks for p in block.parameters()]),

@@ -77,6 +77,11 @@ class Arguments:
             for i in self._positions:
                 self._leaves[i] = None
 
+    @property
+    def switches(self) -> tuple[bool | str, ...]:
+        """Those that choose between ways of computing: numbers do not, and may be others at each call."""
+        return () if self._spec is None else tuple([leaf for leaf in self._leaves if isinstance(leaf, (bool, str))])
+
     def filled(self, tensors: Sequence[Tensor]) -> Context:
         """The keyword arguments, with `tensors` in the place of theirs."""
         if self._spec is None:

@@ -65,6 +65,24 @@ def test_each_kind_of_input_is_measured_once():
     assert kept_in(net, lambda: train(net, small)) == 4
 
 
+def test_another_way_through_a_conditioner_is_another_kind():
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.short, self.long = nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 50), nn.Tanh(), nn.Linear(50, 3))
+
+        def forward(self, x, deep, number):
+            return (self.long if deep else self.short)(x) * number
+
+    net = revflow.ReversibleSequence([revflow.AdditiveCoupling(Either()) for _ in range(4)], memory_budget=HUGE)
+    plans = [net.plan(torch.randn(5, 6), deep=deep, number=2.0) for deep in (False, True)]
+    assert plans[0].peak < plans[1].peak
+    assert len(net._budget._known) == 2
+    for number in (1.0, 3.0, 4):
+        net.plan(torch.randn(5, 6), deep=True, number=number)
+    assert len(net._budget._known) == 2
+
+
 def test_a_changed_chain_is_measured_again():
     net, x = sequence(), image()
     train(net, x)

@@ -172,7 +172,7 @@ class ReversibleSequence(nn.Sequential):
 
         Runs the forward pass three times, measures it, and leaves buffers and random numbers as they were; nothing is trained.
         """
-        device = (x if isinstance(x, Tensor) else x[0]).device
+        device = self._split(x)[0].device
         with torch.enable_grad(), undisturbed(self, device):
             chain = self._chain(x, context, tape=Tape(None))
             limit, table, first_kept = self._budget.schedule(chain)

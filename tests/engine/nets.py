@@ -167,3 +167,19 @@ def assert_same_gradients(
         output = function()
         results.append([output, *torch.autograd.grad(weighted(output), wanted, allow_unused=True)])
     assert_close(*results, tolerance)
+
+
+def peak(net: nn.Module, x: Tensor) -> int:
+    """Of the chain alone: the output's gradient is given, and nobody holds the output."""
+    seed = torch.randn_like(x)
+    x = x.requires_grad_()
+    for leaf in (x, *net.parameters()):
+        leaf.grad = torch.zeros_like(leaf)
+
+    def step() -> None:
+        y = net(x)
+        edge = torch.autograd.graph.get_gradient_edge(y)
+        del y
+        torch.autograd.backward([edge], [seed])
+
+    return revflow.measure_memory(step).peak

@@ -22,6 +22,7 @@ from engine.nets import (
     gated_two,
     image,
     of_one,
+    peak,
 )
 from engine.slices import BATCH, Norms, batch, few_stacks, gradients_of, in_slices, per_sample, sliced
 from revflow.budget import Budget
@@ -134,22 +135,6 @@ class Wide(nn.Module):
     def forward(self, x):
         out = self.last(nn.functional.silu(self.first(x)))
         return out if self.outputs == 1 else out.chunk(self.outputs, 1)
-
-
-def peak(net, x):
-    """Of the chain alone: the output's gradient is given, and nobody holds the output."""
-    seed = torch.randn_like(x)
-    x = x.requires_grad_()
-    for leaf in (x, *net.parameters()):
-        leaf.grad = torch.zeros_like(leaf)
-
-    def step():
-        y = net(x)
-        edge = torch.autograd.graph.get_gradient_edge(y)
-        del y
-        torch.autograd.backward([edge], [seed])
-
-    return revflow.measure_memory(step).peak
 
 
 @pytest.mark.parametrize(

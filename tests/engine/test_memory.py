@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import revflow
-from engine.nets import additive, additive_two, affine, gated, image
+from engine.nets import additive, additive_two, affine, gated, image, peak
 
 STREAM = 2 * 4 * 6 * 4 * 8  # bytes of one stream of `image()` in float64
 
@@ -129,22 +129,6 @@ def hidden(width, depth, chunks=1, kind=revflow.AdditiveCoupling, count=1):
     torch.manual_seed(0)
     blocks = [kind(*[Hidden(width, len(kind.coefficients)) for _ in range(count)]) for _ in range(depth)]
     return revflow.ReversibleSequence(blocks, guard="off", chunks=chunks)
-
-
-def peak(net, x):
-    """Of the chain alone: the output's gradient is given, and nobody holds the output."""
-    seed = torch.randn_like(x)
-    x = x.requires_grad_()
-    for leaf in (x, *net.parameters()):
-        leaf.grad = torch.zeros_like(leaf)
-
-    def step():
-        y = net(x)
-        edge = torch.autograd.graph.get_gradient_edge(y)
-        del y
-        torch.autograd.backward([edge], [seed])
-
-    return revflow.measure_memory(step).peak
 
 
 @pytest.mark.parametrize(("width", "chunks", "streams"), [(1, 1, 7), (4, 1, 16), (4, 4, 8.25), (4, 16, 5.8125)])

@@ -180,11 +180,9 @@ def test_looking_leaves_everything_as_it_was(kind):
 @pytest.mark.parametrize("value", [0.0, 0.5, 1e30])
 def test_a_batch_of_equal_samples(value):
     """Of which nothing can be told is let through; and nothing is refused without a reason."""
-    net, x = (
-        one_block(Conditioner(4, norm=False)),
-        torch.full((4, 8, 6, 4), value, dtype=torch.float64, requires_grad=True),
-    )
-    net(x).sum().backward()
+    net = one_block(Conditioner(4, norm=False))
+    x = torch.full((4, 8, 6, 4), value, dtype=torch.float64, requires_grad=True)
+    assert_same_gradients(net, lambda: net(x), lambda: net.plain(x), [x])
 
 
 def test_the_first_batch_of_one_sample_is_not_the_last_word():

@@ -20,16 +20,10 @@ On a GPU give it something to do: --batch 32 --image 56 --tokens 1024 --frame 43
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
-import platform
 import random
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from datetime import date
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -43,11 +37,10 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import networks
+import report
 import revflow
 from methods import PEERS, Method, UnfitError, others, planned, reversible
 from networks import Network
@@ -99,7 +92,7 @@ class Trial:
 
 def main() -> None:
     a = options()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = report.device_here()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     made = {
@@ -107,23 +100,26 @@ def main() -> None:
         "transformer": partial(networks.transformer, a.batch, a.tokens, device=device),
         "autoencoder": partial(networks.autoencoder, a.batch, a.frame, device=device),
     }
-    about = versions(device, a.rounds)
+    about = f"{report.machine(device, packages=PEERS)}, {a.rounds} rounds"
     print(about)
     rows: list[Row] = []
     sections: list[str] = []
     for name in dict.fromkeys(a.only):
         network = made[name]()
         found = compare(network, a.rounds, device)
-        Console(width=max(Console().width, 110)).print(table(found, network))
+        lines = [cells(row, found[0]) for row in found]
+        report.show(f"A training step: {network.name}, {network.setting}", HEADINGS, lines, LEFT)
         print(verdict(found), flush=True)
         rows += found
-        sections.append(f"## {network.name}: {network.setting}\n\n{markdown_table(found)}\n\n{verdict(found)}\n")
+        table = report.markdown_table(HEADINGS, lines, LEFT)
+        sections.append(f"## {network.name}: {network.setting}\n\n{table}\n\n{verdict(found)}\n")
     if a.json:
-        a.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+        report.write_json(a.json, rows)
     if a.figure:
         save(draw(rows), a.figure)
     if a.markdown:
-        a.markdown.write_text(markdown(about, sections), encoding="utf-8")
+        page = report.markdown("Memory against time of a training step", about, sections)
+        a.markdown.write_text(page, encoding="utf-8")
 
 
 def options() -> argparse.Namespace:
@@ -135,20 +131,14 @@ def options() -> argparse.Namespace:
     parser.add_argument("--image", type=int, default=16, help="height and width of the convolutions' streams")
     parser.add_argument("--tokens", type=int, default=128, help="of the transformer's sequences")
     parser.add_argument("--frame", type=int, default=96, help="height and width of the autoencoder's, a multiple of 8")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--figure", type=Path, help="draw them: a .png, .pdf or .svg")
-    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
+    parser.add_argument("--json", type=report.output(), help="write the rows to this file")
+    parser.add_argument("--figure", type=report.output(*report.FIGURES), help="draw them: a .png, .pdf or .svg")
+    parser.add_argument("--markdown", type=report.output(), help="write the tables to this file")
     a = parser.parse_args()
     if min(a.batch, a.image, a.tokens, a.frame) < 1 or a.rounds < 2:
         parser.error("--batch, --image, --tokens and --frame have to be 1 at least, --rounds 2")
     if a.frame % 8:
         parser.error(f"--frame has to be a multiple of 8, not {a.frame}")
-    for name in ("json", "figure", "markdown"):
-        path = getattr(a, name)
-        if path and not path.parent.is_dir():
-            parser.error(f"--{name} {path}: there is no folder {path.parent}")
-    if a.figure and a.figure.suffix not in (".png", ".pdf", ".svg"):
-        parser.error(f"--figure {a.figure}: the name has to end in .png, .pdf or .svg")
     return a
 
 
@@ -258,6 +248,7 @@ def label(row: Row) -> str:
 
 
 HEADINGS = ("method", "setting", "peak, MiB", "peak, plain = 1", "time, plain = 1", "standard error, quartiles")
+LEFT = ("method", "setting", "standard error, quartiles")
 
 
 def cells(row: Row, plain: Row) -> tuple[str, ...]:
@@ -267,42 +258,6 @@ def cells(row: Row, plain: Row) -> tuple[str, ...]:
     low, high = row.quartiles
     figures = f"{row.peak / 2**20:,.1f}", f"{row.peak / plain.peak:.3f}", f"{row.time_ratio:.2f}"
     return row.method, row.setting, *figures, f"± {row.error:.2f}, {low:.2f} to {high:.2f}"
-
-
-def table(rows: list[Row], network: Network) -> Table:
-    found = Table(title=f"A training step: {network.name}, {network.setting}")
-    for i, name in enumerate(HEADINGS):
-        found.add_column(name, justify="right" if i in (2, 3, 4) else "left")
-    for row in rows:
-        found.add_row(*cells(row, rows[0]))
-    return found
-
-
-def markdown_table(rows: list[Row]) -> str:
-    lines = [HEADINGS, ("---",) * len(HEADINGS), *(cells(row, rows[0]) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def markdown(about: str, sections: list[str]) -> str:
-    command = shlex.join(["python", "bench/budget.py", *sys.argv[1:]])
-    head = f"# Memory against time of a training step\n\n- date: {date.today()}\n- command: `{command}`\n- {about}\n"
-    return "\n".join([head, *sections])
-
-
-def versions(device: torch.device, rounds: int) -> str:
-    """The hardware, and what runs on it."""
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, 1 thread"
-    peers = [f"{name} {version}" for name in PEERS if (version := version_of(name))]
-    return ", ".join(
-        [hardware, f"Python {platform.python_version()}", f"torch {torch.__version__}", *peers, f"{rounds} rounds"]
-    )
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 class Style(NamedTuple):

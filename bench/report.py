@@ -1,0 +1,103 @@
+"""What the benchmarks have in common: their options' types, what ran on what, and tables for the terminal and for files."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+FIGURES = (".png", ".pdf", ".svg")
+
+
+def positive(text: str) -> int:
+    """An option's type: a whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def output(*suffixes: str) -> Callable[[str], Path]:
+    """An option's type: a file to write, in a folder that exists, with one of the suffixes, if any are given."""
+
+    def checked(text: str) -> Path:
+        path = Path(text)
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{path} is a folder")
+        if suffixes and path.suffix not in suffixes:
+            raise argparse.ArgumentTypeError(f"{path}: the name has to end in {' or '.join(suffixes)}")
+        return path
+
+    return checked
+
+
+def device_here() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine(device: torch.device, threads: int = 1, packages: Iterable[str] = ()) -> str:
+    """The hardware, and the versions of Python, torch and those packages that are installed."""
+    cpu = f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    names = [f"{name} {version}" for name in packages if (version := version_of(name))]
+    return ", ".join([hardware, f"Python {platform.python_version()}", f"torch {torch.__version__}", *names])
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str]) -> None:
+    """Print a table, at its full width; the columns named in `left` are aligned to the left."""
+    table = Table(title=title)
+    for name in headings:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    needed = Console(width=1000).measure(table).maximum
+    Console(width=max(Console().width, needed)).print(table)
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str]) -> str:
+    rules = [":--" if name in left else "--:" for name in headings]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [headings, rules, *rows])
+
+
+def markdown(title: str, about: str, sections: Iterable[str]) -> str:
+    """A page of results, with the date and the command."""
+    script, *arguments = sys.argv
+    command = shlex.join(["python", f"bench/{Path(script).name}", *arguments])
+    head = f"# {title}\n\n- date: {date.today()}\n- command: `{command}`\n- {about}\n"
+    return "\n".join([head, *sections])
+
+
+def write_json(path: Path, rows: Iterable[Any]) -> None:
+    """Dataclasses, one object each."""
+    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, rows: Iterable[Any]) -> None:
+    """Dataclasses of one kind, a line each."""
+    lines = [asdict(row) for row in rows]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)

@@ -13,8 +13,10 @@ from revflow.coupling import Coupling as Coupling
 from revflow.coupling import GatedCoupling as GatedCoupling
 from revflow.exact import Grid as Grid
 from revflow.exact import Residual as Residual
+from revflow.memory import BatchMemory as BatchMemory
 from revflow.memory import MemoryReport as MemoryReport
 from revflow.memory import measure_memory as measure_memory
+from revflow.memory import predict_memory as predict_memory
 from revflow.recurrence import RecurrentCell as RecurrentCell
 from revflow.recurrence import RecurrentState as RecurrentState
 from revflow.recurrence import ReversibleRecurrence as ReversibleRecurrence

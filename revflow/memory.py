@@ -4,8 +4,10 @@
 - **tracked**: on the CPU, the bytes of every storage that an operator returned and that is still alive.
 - **predicted**: the same count under fake tensors, which have shapes and no data: nothing is allocated, any size will do.
 
-Tracked and predicted bytes agree exactly. All three count what operators return; the CPU ways do not see what an operator
-allocates and frees within itself (a convolution's workspace), nor random states and Python objects.
+Tracked and predicted bytes agree exactly, but for the few values that the guard compares when a chain has been undone, which
+fake tensors have none of. `predict_memory` predicts a step for all batch sizes at once. All three ways count what operators
+return; the CPU ways do not see what an operator allocates and frees within itself (a convolution's workspace), nor random
+states and Python objects.
 """
 
 from __future__ import annotations
@@ -59,6 +61,57 @@ def measure_memory(
     return _tracked(step, "tracked")
 
 
+@dataclass(frozen=True)
+class BatchMemory:
+    """Predicted bytes of a step, by its batch size."""
+
+    peaks: tuple[tuple[int, int], ...]
+    """(fixed, of a sample) at each moment that is the peak for some batch sizes, those of the largest first."""
+
+    def peak(self, batch: int) -> int:
+        """The most that is alive at any one time."""
+        return max(fixed + sample * batch for fixed, sample in self.peaks)
+
+    def largest_batch(self, capacity: int) -> int:
+        """The largest batch whose peak is at most `capacity` bytes; 0 if none is.
+
+        A device needs more than the peak: for workspaces, the gaps of its allocator and, with CUDA, half a GiB of its own.
+
+        Raises ValueError if no batch is too large, since nothing grows with it.
+        """
+        limits = [(capacity - fixed) // sample for fixed, sample in self.peaks if sample]
+        if not limits:
+            raise ValueError(
+                "the step's memory does not grow with the batch: make its input of the batch that it is given"
+            )
+        return max(min(limits), 0) if self.peak(0) <= capacity else 0
+
+
+def predict_memory(step: Callable[[int], object]) -> BatchMemory:
+    """Predict what a step takes at every batch size, from one run of it on fake tensors.
+
+        memory = revflow.predict_memory(training_step)  # training_step(batch) makes the model and its input
+        memory.peak(8), memory.largest_batch(16 * 2**30)
+
+    The run's batch is a prime number so large that a tensor's bytes are a multiple of it only where they grow with the batch.
+    Equal to `measure_memory`'s peaks from a batch of 2 on. Parts of a single sample may be contiguous where those of several
+    are not, and then be shared rather than copied, or copied rather than shared: a batch of 1 may differ by a few streams.
+
+    Args:
+        step: called with a batch size, it makes whatever it uses, the model too. Every tensor has to be of a size that is
+            proportional to the batch or does not depend on it, and what is done must not depend on it: no loop over samples,
+            no `memory_budget`.
+    """
+    live = _BatchStorages()
+    with FakeTensorMode(), live:
+        result = step(_MANY)
+        del result
+    return live.memory()
+
+
+_MANY = 1_000_000_007
+
+
 def _on_cuda(step: Callable[[], object], device: torch.device) -> MemoryReport:
     def requested(what: str) -> int:
         return int(torch.cuda.memory_stats(device)[f"requested_bytes.all.{what}"])
@@ -103,7 +156,7 @@ class _LiveStorages(TorchDispatchMode):
     def _count(self, tensor: Tensor, given: set[int]) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        size = storage.nbytes()
+        size = self._size(storage)
         if key in self._sizes:
             self._add(size - self._sizes[key])  # an operator may resize what it was given
             self._sizes[key] = size
@@ -112,12 +165,55 @@ class _LiveStorages(TorchDispatchMode):
             self._add(size)
             weakref.finalize(storage, self._free, key).atexit = False
 
+    def _size(self, storage: torch.UntypedStorage) -> int:
+        return storage.nbytes()
+
     def _add(self, size: int) -> None:
         self.now += size
         self.peak = max(self.peak, self.now)
 
     def _free(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
+        self._add(-self._sizes.pop(key))
+
+
+class _BatchStorages(_LiveStorages):
+    """Counts fixed bytes, and those of a sample in units of `_SAMPLE`, and keeps all of the count's maxima."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._maxima = {0}
+        self._rises = False
+
+    def _size(self, storage: torch.UntypedStorage) -> int:
+        size = storage.nbytes()
+        return size if size % _MANY else size // _MANY * _SAMPLE
+
+    def _add(self, size: int) -> None:
+        if self._rises and size < 0:
+            self._maxima.add(self.now)
+        self._rises = size >= 0
+        super()._add(size)
+
+    def memory(self) -> BatchMemory:
+        """The upper envelope of the maxima, which are lines over the batch size."""
+        peaks: list[tuple[int, int]] = []
+        for maximum in sorted(self._maxima | {self.now}, reverse=True):
+            sample, fixed = divmod(maximum, _SAMPLE)
+            if peaks and fixed <= peaks[-1][0]:
+                continue
+            while len(peaks) > 1 and _is_below(peaks[-2], peaks[-1], (fixed, sample)):
+                peaks.pop()
+            peaks.append((fixed, sample))
+        return BatchMemory(tuple(peaks))
+
+
+_SAMPLE = 2**60  # more than all fixed bytes
+
+
+def _is_below(steep: tuple[int, int], middle: tuple[int, int], flat: tuple[int, int]) -> bool:
+    """Whether `middle` is nowhere above both others."""
+    # Where `flat` meets it does not lie before where `steep` does.
+    return (flat[0] - middle[0]) * (steep[1] - middle[1]) >= (middle[0] - steep[0]) * (middle[1] - flat[1])
 
 
 def _storages(tree: object) -> set[int]:

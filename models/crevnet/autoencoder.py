@@ -61,7 +61,8 @@ class _Rows(revflow.Bijection):
 
     def forward(self, frames: Tensor) -> Latent:
         (cells,) = self._unshuffle(frames)
-        even, odd = (h if h.is_contiguous() else h.clone() for h in cells.chunk(2, 1))  # which keeps channels_last
+        # Halves of one storage would keep each other alive. A clone keeps channels_last.
+        even, odd = (half.clone() for half in cells.chunk(2, 1))
         return even, odd
 
     def inverse(self, even: Tensor, odd: Tensor) -> tuple[Tensor]:

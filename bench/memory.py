@@ -1,131 +1,246 @@
-"""What a training step of CrevNet takes in memory, under each schedule: see bench/schedules.py.
+"""What a training step takes in memory: CrevNet under each schedule, and the models that it is compared with.
 
-    python bench/memory.py --only crevnet --preset paper --steps 3 7 11 --json memory.json
+    python bench/memory.py                                     # every model at 495 x 436
+    python bench/memory.py --only crevnet --preset paper --schedule plain reversible --steps 3 7 11 --json memory.json
 
-A step is forward, backward and fused Adam, with Adam's state there before it. Rows say how they were measured:
-"cuda" by the allocator's counters; "tracked" by the live tensors of a real step on the CPU; "predicted" by the same count
-under fake tensors, which have shapes and no data: any size, nothing allocated. Without a GPU figures are predicted, unless
---how says otherwise. Predicted and tracked bytes are equal.
+A step is forward, backward and fused Adam, with Adam's state there before it (bench/schedules.py). Every model sees frames of
+three channels and a road map. Rows say how they were measured, and one table never mixes ways:
+
+- "cuda": the allocator's own peak of the second step, and what it has reserved. A model that does not fit is a row.
+- "tracked": the live tensors of a real step on the CPU; for small sizes.
+- "predicted": the same count under fake tensors, which have shapes and no data: any size, nothing allocated. Equal to the
+  tracked bytes. A device needs some more: for workspaces, the gaps of its allocator and, with CUDA, half a GiB of its own.
+
+Without a GPU figures are predicted, unless --how says otherwise.
 
 Activations are what the forward pass keeps, beside the window of frames; gradients are counted as one more set of
 parameters, Adam's state as two; transient is what the peak holds beyond all of these. States that are offloaded are not on
-the device, and not counted.
+the device, and not counted. "One more" is what the peak grows by with another sequence in the batch.
+
+Baselines are in their papers' settings, but for the patch: it is theirs at 4, with which they work at a sixteenth of the
+pixels. VPN, PredNet and U-Net have none.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from itertools import product
-from pathlib import Path
+from multiprocessing import get_context
 from typing import get_args
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from rich.progress import track
 from torch import Tensor
 
+import report
 import revflow
 from crevnet import PRESETS
-from schedules import SCHEDULES, Precision, Training
+from memory_figures import draw
+from memory_row import AXES, GIB, Row, beyond_model, label, lines_over
+from schedules import MODELS, PATCHED, SCHEDULES, Precision, Training
 
-
-@dataclass(frozen=True)
-class Row:
-    """One training step; sizes in pixels, memory in bytes."""
-
-    model: str
-    preset: str
-    schedule: str
-    precision: str
-    patch: int
-    batch: int
-    steps: int
-    height: int
-    width: int
-    how: str
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
-    transient: int
-    peak: int
+CAPACITIES = (16, 32)
 
 
 def main() -> None:
+    a = options()
+    device = torch.device("cuda" if a.how == "cuda" else "cpu")
+    trainings = [*all_of(a, device)]
+    rows = [row for found in measured(trainings, a.how, a.batch) for row in found]
+    about = report.machine(device, threads=1)
+    lines = [cells(row) for row in rows]
+    report.show(f"A training step, {a.how}: GiB", HEADINGS, lines, LEFT)
+    slopes = [*slopes_of(rows)]
+    print("\n".join([about, *slopes]))
+    if a.json:
+        report.write_json(a.json, rows)
+    if a.csv:
+        report.write_csv(a.csv, rows)
+    if a.markdown:
+        sections = [report.markdown_table(HEADINGS, lines, LEFT), "", *(f"- {slope}" for slope in slopes)]
+        page = report.markdown(f"Memory of a training step, {a.how}", about, sections)
+        a.markdown.write_text(page.rstrip("\n") + "\n", encoding="utf-8")
+    if a.figure:
+        report.save(draw(rows), a.figure)
+
+
+def options() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
+    schedules = ["plain", "checkpoint", "reversible-autoencoder", "reversible", "reversible-every-3"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["crevnet"], default=["crevnet"], help="models")
-    parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["paper"])
-    parser.add_argument("--schedule", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
+    many = partial(parser.add_argument, nargs="+")
+    many("--only", choices=MODELS, default=list(MODELS), metavar="MODEL", help=", ".join(MODELS))
+    many("--preset", choices=PRESETS, default=["paper", "authors"], help="of CrevNet")
+    many("--schedule", choices=SCHEDULES, default=schedules, metavar="SCHEDULE", help=", ".join(SCHEDULES))
+    many("--patch", type=report.positive, default=[1, 2, 4], help="of ConvLSTM, PredRNN and PredRNN++")
+    many("--blocks", type=report.positive, default=[None], help="CrevNet's in each stage, instead of the preset's")
+    many("--steps", type=report.positive, default=[11], help="time steps")
+    many("--batch", type=report.positive, default=[1])
+    many("--height", type=report.positive, default=[495], help="one, or as many as --width")
+    many("--width", type=report.positive, default=[436])
     parser.add_argument("--precision", choices=get_args(Precision), default="32-true")
-    parser.add_argument("--steps", nargs="+", type=positive, default=[3, 7, 11], help="time steps")
-    parser.add_argument("--batch", nargs="+", type=positive, default=[1])
-    parser.add_argument("--height", type=positive, default=495)
-    parser.add_argument("--width", type=positive, default=436)
     parser.add_argument("--how", choices=["cuda", "tracked", "predicted"], default="cuda" if gpu else "predicted")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--json", type=report.output(), help="write the rows to this file")
+    parser.add_argument("--csv", type=report.output(), help="write the rows to this file")
+    parser.add_argument("--markdown", type=report.output(), help="write the table to this file")
+    parser.add_argument("--figure", type=report.output(*report.FIGURES), help="draw the rows")
     a = parser.parse_args()
     if a.how == "cuda" and not gpu:
         parser.error("--how cuda: there is no CUDA device here; predicted figures need none")
-    if a.json and not a.json.parent.is_dir():
-        parser.error(f"--json {a.json}: there is no folder {a.json.parent}")
-    rows = []
-    device = torch.device("cuda" if a.how == "cuda" else "cpu")
-    for preset, schedule, batch, steps in product(a.preset, a.schedule, a.batch, a.steps):
-        rows.append(measure(Training(preset, schedule, a.precision, batch, steps, a.height, a.width, device), a.how))
-    Console(width=max(Console().width, 150)).print(table(rows))
-    for line in slopes(rows):
-        print(line)
-    if a.json:
-        a.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    if len(a.height) != len(a.width):
+        parser.error(f"--height and --width have to be as many; got {len(a.height)} and {len(a.width)}")
+    return a
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+def all_of(a: argparse.Namespace, device: torch.device) -> Iterator[Training]:
+    """Each model in its settings, CrevNet first, and each of these at each size."""
+    for steps, (height, width) in product(a.steps, zip(a.height, a.width, strict=True)):
+        size = {
+            "precision": a.precision,
+            "batch": 1,
+            "steps": steps,
+            "height": height,
+            "width": width,
+            "device": device,
+        }
+        if "crevnet" in a.only:
+            for preset, blocks, schedule in product(a.preset, a.blocks, a.schedule):
+                yield Training(preset, schedule, blocks=blocks, **size)
+        for model in (m for m in MODELS if m in a.only and m != "crevnet"):
+            schedules = [s for s in a.schedule if s in ("plain", "checkpoint")]
+            for patch, schedule in product(a.patch if model in PATCHED else [1], schedules):
+                yield Training("paper", schedule, model=model, patch=patch, **size)
 
 
-def measure(training: Training, how: str) -> Row:
-    t, kept = training, []
+def measured(trainings: list[Training], how: str, batches: list[int]) -> Iterator[list[Row]]:
+    """The rows of each training. Predictions take a core each."""
+    work = partial(measure, how=how, batches=batches)
+    if how != "predicted" or len(trainings) == 1:
+        yield from map(work, track(trainings, "measuring"))
+        return
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        yield from track(pool.map(work, trainings), "predicting", total=len(trainings))
+
+
+def measure(training: Training, how: str, batches: list[int]) -> list[Row]:
+    """A row for each batch."""
+    if how == "predicted":
+        return predicted(training, batches)
+    return [(on_cuda if how == "cuda" else tracked)(replace(training, batch=batch)) for batch in batches]
+
+
+def predicted(training: Training, batches: list[int]) -> list[Row]:
+    kept = []
+
+    def step(batch: int) -> None:
+        def watch(forward: Callable[[], Tensor]) -> Tensor:
+            loss, bytes_kept = keeping(forward, training.device)
+            kept.append(divmod(bytes_kept, batch))  # of a sequence, and fixed
+            return loss
+
+        next(replace(training, batch=batch).train(watch))
+
+    memory = revflow.predict_memory(step)
+    ((sequence, fixed),) = kept
+    largest = {f"largest_{capacity}": memory.largest_batch(capacity * GIB) for capacity in CAPACITIES}
+    return [
+        replace(
+            row(replace(training, batch=batch), "predicted", fixed + sequence * batch, memory.peak(batch)),
+            one_more=memory.peak(batch + 1) - memory.peak(batch),
+            **largest,
+        )
+        for batch in batches
+    ]
+
+
+def tracked(training: Training) -> Row:
+    kept = []
 
     def watch(forward: Callable[[], Tensor]) -> Tensor:
-        losses: list[Tensor] = []
-        kept.append(revflow.measure_memory(lambda: losses.append(forward()), device=t.device).kept)
-        return losses[0]
+        loss, bytes_kept = keeping(forward, training.device)
+        kept.append(bytes_kept)
+        return loss
 
-    peak = revflow.measure_memory(lambda: next(t.train(watch)), device=t.device, predict=how == "predicted").peak
+    peak = revflow.measure_memory(lambda: next(training.train(watch)), device=training.device).peak
+    return row(training, "tracked", kept[0], peak)
+
+
+def on_cuda(training: Training) -> Row:
+    """The second step's; what cuDNN and the allocator do once is in the first."""
+    device, kept, trained = training.device, [], []
+
+    def watch(forward: Callable[[], Tensor]) -> Tensor:
+        loss, bytes_kept = keeping(forward, device)
+        kept.append(bytes_kept)
+        return loss
+
+    def warm_up() -> Iterator[None]:
+        steps = training.train(watch)
+        next(steps)
+        return steps
+
+    torch.cuda.empty_cache()
+    try:
+        standing = revflow.measure_memory(lambda: trained.append(warm_up()), device=device).kept
+        torch.cuda.reset_peak_memory_stats(device)
+        peak = standing + revflow.measure_memory(lambda: next(trained[0]), device=device).peak
+        return replace(row(training, "cuda", kept[-1], peak), reserved=torch.cuda.max_memory_reserved(device))
+    except torch.OutOfMemoryError:
+        return replace(row(training, "cuda"), note="out of memory")
+
+
+def keeping(forward: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, int]:
+    """The loss, and the bytes that its graph keeps."""
+    losses: list[Tensor] = []
+    kept = revflow.measure_memory(lambda: losses.append(forward()), device=device).kept
+    return losses[0], kept
+
+
+def row(t: Training, how: str, activations: int | None = None, peak: int | None = None) -> Row:
+    crevnet = t.model == "crevnet"
+    layers = 3 * sum(t.config.blocks) if crevnet else None
     parameters = t.parameters()
-    sizes = (parameters, parameters, 2 * parameters, kept[0], max(peak - 4 * parameters - kept[0], 0), peak)
-    return Row("crevnet", t.preset, t.schedule, t.precision, 1, t.batch, t.steps, t.height, t.width, how, *sizes)
+    setting = t.model, t.preset if crevnet else "", t.schedule, t.precision, t.patch, layers
+    size = t.batch, t.steps, t.height, t.width, how, parameters
+    if activations is None or peak is None:
+        return Row(*setting, *size)
+    transient = max(peak - 4 * parameters - activations, 0)
+    return Row(*setting, *size, parameters, 2 * parameters, activations, transient, peak)
 
 
-def table(rows: list[Row]) -> Table:
-    what = ("parameters", "gradients", "optimizer", "activations", "transient", "peak")
-    found = Table(title="MiB of a training step")
-    for name in ("model", "preset", "schedule", "precision", "batch", "steps", "frame", *what, "how"):
-        justify = "right" if name in (*what, "batch", "steps") else "left"
-        found.add_column(name, justify=justify, no_wrap=name in ("schedule", "how"))
-    for r in rows:
-        sizes = [f"{getattr(r, name) / 2**20:,.1f}" for name in what]
-        frame = f"{r.height} x {r.width}"
-        found.add_row(r.model, r.preset, r.schedule, r.precision, str(r.batch), str(r.steps), frame, *sizes, r.how)
-    return found
+HEADINGS = (
+    "model", "setting", "schedule", "frame", "batch", "steps", "parameters", "gradients", "Adam", "activations", "transient",
+    "peak", "one more", "in 16 GiB", "in 32 GiB",
+)  # fmt: skip
+LEFT = ("model", "setting", "schedule", "frame")
 
 
-def slopes(rows: list[Row]) -> Iterator[str]:
-    """What one more time step of one more sequence takes, where two numbers of steps were measured."""
-    for key in dict.fromkeys((r.preset, r.schedule, r.batch) for r in rows):
-        same = sorted((r for r in rows if (r.preset, r.schedule, r.batch) == key), key=lambda r: r.steps)
-        count = (same[-1].steps - same[0].steps) * key[2]
-        if count:
-            kept, peak = ((getattr(same[-1], n) - getattr(same[0], n)) / count for n in ("activations", "peak"))
-            name = f"{key[0]}, {key[1]}, batch {key[2]}"
-            yield f"{name}: a time step of a sequence keeps {kept / 2**20:.2f} MiB; the peak grows by {peak / 2**20:.2f}"
+def cells(r: Row) -> tuple[str, ...]:
+    """The row below `HEADINGS`; the last two are the largest batches, or on CUDA what is reserved and a note."""
+    setting = f"{r.preset}, {r.layers} layers" if r.layers else f"patch {r.patch}"
+    sizes = (r.parameters, r.gradients, r.optimizer, r.activations, r.transient, r.peak, r.one_more)
+    largest = ["" if n is None else f"{n:,}" for n in (r.largest_16, r.largest_32)]
+    if r.how == "cuda":
+        largest = ["" if r.reserved is None else f"{r.reserved / GIB:.2f} reserved", r.note]
+    what = r.model, setting, r.schedule, f"{r.height} x {r.width}", str(r.batch), str(r.steps)
+    return *what, *("" if size is None else f"{size / GIB:,.2f}" for size in sizes), *largest
+
+
+def slopes_of(rows: Iterable[Row]) -> Iterator[str]:
+    """What one more time step, layer or sequence takes, where rows differ in nothing else."""
+    for axis, unit in AXES.items():
+        for line in lines_over(axis, rows):
+            first, last = line[0], line[-1]
+            count = getattr(last, axis) - getattr(first, axis)
+            kept, beyond = (
+                (size(last) - size(first)) / count / 2**20 for size in (lambda r: r.activations, beyond_model)
+            )
+            yield f"{label(first, axis)}: a {unit} more keeps {kept:,.3g} MiB; the peak beyond the model grows by {beyond:,.3g}"
 
 
 if __name__ == "__main__":

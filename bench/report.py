@@ -15,7 +15,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -101,3 +107,9 @@ def write_csv(path: Path, rows: Iterable[Any]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
+
+
+def save(figure: Figure, path: Path) -> None:
+    with plt.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):  # text stays text
+        figure.savefig(path, dpi=160)
+    plt.close(figure)

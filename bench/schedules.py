@@ -1,9 +1,13 @@
-"""A training step of CrevNet under each schedule: what its forward pass keeps, and what its backward pass computes again.
+"""A training step of each model under each schedule: what its forward pass keeps, and what its backward pass computes again.
 
 - plain: every activation is kept.
-- checkpoint: PyTorch's activation checkpointing of every block, of the autoencoder and of the predictor.
-- reversible: revflow. The predictor's states are kept as they are; `-bfloat16`, `-offloaded` and `-every-3` keep them as
-  ReversibleRecurrence's `states` say.
+- checkpoint: PyTorch's activation checkpointing of every block, or cell of a recurrent model.
+
+CrevNet alone:
+
+- reversible-autoencoder: revflow for encoder and decoder; the predictor's activations are kept.
+- reversible: revflow, through time too. The predictor's states are kept as they are; `-bfloat16`, `-offloaded` and `-every-3`
+  keep them as ReversibleRecurrence's `states` say.
 """
 
 from __future__ import annotations
@@ -18,34 +22,59 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import revflow
-from crevnet import PRESETS, CrevNet
+from crevnet import PRESETS, CrevNet, CrevNetConfig
+from crevnet.baselines import BASELINES, Task, convlstm, make_baseline, prednet, predrnn, predrnnpp, unet, vpn
 from revflow.recurrence import States
 
 Precision = Literal["32-true", "16-mixed"]
+
+MODELS = ("crevnet", *BASELINES)
+PATCHED = tuple(name for name, model in BASELINES.items() if model.takes_patches)
 
 
 @dataclass(frozen=True)
 class Schedule:
     states: States = "kept"
     context: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Of the forward pass."""
+    predictor: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Of the predictor's part of it."""
     checkpoints: bool = False
 
 
 SCHEDULES = {
     "plain": Schedule(context=revflow.ordinary_autograd),
     "checkpoint": Schedule(context=revflow.ordinary_autograd, checkpoints=True),
+    "reversible-autoencoder": Schedule(predictor=revflow.ordinary_autograd),
     "reversible": Schedule(),
     "reversible-bfloat16": Schedule("bfloat16"),
     "reversible-offloaded": Schedule("offloaded"),
     "reversible-every-3": Schedule(3),
 }
 
+# What is checkpointed of each, and by which method: its outputs are kept, and all else computed again.
+CHECKPOINTED: dict[type[nn.Module], tuple[str, ...]] = {
+    revflow.RecurrentCell: ("update", "mix"),
+    convlstm.ConvLSTMCell: ("forward",),
+    predrnn.STLSTMCell: ("forward",),
+    predrnnpp.CausalLSTMCell: ("forward",),
+    predrnnpp.GradientHighwayUnit: ("forward",),
+    prednet.Representation: ("forward",),
+    vpn.ResidualMultiplicativeBlock: ("forward",),
+    unet.Block: ("forward",),
+    unet.UpBlock: ("forward",),
+}
+
 
 @dataclass(frozen=True)
 class Training:
-    """A CrevNet to be trained, and on what; everything is made by its methods, so that they can be measured."""
+    """A model to be trained, and on what; everything is made by its methods, so that they can be measured.
+
+    Every model sees the data's three channels and the road map.
+    """
 
     preset: str
+    """CrevNet's."""
     schedule: str
     precision: Precision
     batch: int
@@ -54,26 +83,32 @@ class Training:
     height: int
     width: int
     device: torch.device
+    model: str = "crevnet"
+    patch: int = 1
+    """Of the baselines: they see so many times so many pixels as one."""
+    blocks: int | None = None
+    """CrevNet's reversible blocks in each stage; the preset's if not given."""
+
+    @property
+    def config(self) -> CrevNetConfig:
+        config = replace(PRESETS[self.preset], states=SCHEDULES[self.schedule].states)
+        return replace(config, blocks=(self.blocks,) * len(config.blocks)) if self.blocks else config
 
     def parameters(self) -> int:
         """Bytes."""
         with torch.device("meta"):
-            return sum(p.nbytes for p in CrevNet(PRESETS[self.preset]).parameters())
+            return sum(p.nbytes for p in self._network().parameters())
 
-    def trainee(self) -> tuple[CrevNet, list[Tensor]]:
+    def trainee(self) -> tuple[nn.Module, list[Tensor]]:
         """A new network, and a window of frames and the road map that go with it."""
-        schedule = SCHEDULES[self.schedule]
-        config = replace(PRESETS[self.preset], states=schedule.states)
         shape = (self.height, self.width)
-        frames = torch.rand(self.batch, self.steps + 1, config.channels, *shape, device=self.device)
-        roads = [torch.rand(self.batch, 1, *shape, device=self.device)] if config.road_map else []
+        frames = torch.rand(self.batch, self.steps + 1, self.config.channels, *shape, device=self.device)
+        road_map = torch.rand(self.batch, 1, *shape, device=self.device)
         with self.device:
-            network = CrevNet(config)
-        if schedule.checkpoints:
-            _checkpoint_blocks(network)
-        return network, [frames, *roads]
+            network = self._network()
+        return network, [frames, road_map]
 
-    def loss(self, network: CrevNet, inputs: list[Tensor]) -> Tensor:
+    def loss(self, network: nn.Module, inputs: list[Tensor]) -> Tensor:
         with SCHEDULES[self.schedule].context(), self._autocast():
             return network.loss(*inputs)
 
@@ -90,18 +125,40 @@ class Training:
             optimizer.step()
             yield
 
+    def _network(self) -> nn.Module:
+        if self.model == "crevnet":
+            network = CrevNet(self.config)
+            network.predictor.forward = _within(SCHEDULES[self.schedule].predictor, network.predictor.forward)
+        else:
+            # The windows of `paper`: 3 frames are to be predicted.
+            horizon = min(3, self.steps)
+            task = Task(self.config.channels, True, self.steps + 1 - horizon, horizon, self.patch)
+            network = make_baseline(self.model, task)
+        if SCHEDULES[self.schedule].checkpoints:
+            _checkpoint_blocks(network)
+        return network
+
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.float16) if self.precision == "16-mixed" else nullcontext()
 
 
-def _checkpoint_blocks(network: CrevNet) -> None:
+def _within(context: Callable[[], AbstractContextManager[None]], function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        with context():
+            return function(*arguments, **options)
+
+    return call
+
+
+def _checkpoint_blocks(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, revflow.AdditiveCoupling):
             for conditioner in module.children():
                 _checkpoint(conditioner, "forward")
-        elif isinstance(module, revflow.RecurrentCell):
-            _checkpoint(module, "update")
-            _checkpoint(module, "mix")
+        for kind, methods in CHECKPOINTED.items():
+            if isinstance(module, kind):
+                for method in methods:
+                    _checkpoint(module, method)
 
 
 def _checkpoint(module: nn.Module, method: str) -> None:

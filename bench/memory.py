@@ -71,7 +71,7 @@ def main() -> None:
 
 def options() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
-    schedules = ["plain", "checkpoint", "reversible-autoencoder", "reversible", "reversible-every-3"]
+    schedules = ["plain", "checkpoint", "reversible-autoencoder", "reversible"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     many = partial(parser.add_argument, nargs="+")
     many("--only", choices=MODELS, default=list(MODELS), metavar="MODEL", help=", ".join(MODELS))

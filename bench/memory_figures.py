@@ -5,8 +5,10 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-from memory_row import AXES, GIB, Row, beyond_model, label, lines_over
+from memory_row import AXES, GIB, Row, beyond_model, lines_over
+from schedules import PATCHED
 
 LIMITS = (16, 32)
 
@@ -20,7 +22,17 @@ COLOURS = {
     "reversible-every-3": "#1f8a5b",
 }
 
-NAMES = {
+MODEL_NAMES = {
+    "crevnet": "CrevNet",
+    "convlstm": "ConvLSTM",
+    "predrnn": "PredRNN",
+    "predrnnpp": "PredRNN++",
+    "vpn": "VPN",
+    "prednet": "PredNet",
+    "unet": "U-Net",
+}
+
+AXIS_NAMES = {
     "steps": "time steps",
     "layers": "layers of the autoencoder",
     "batch": "sequences in the batch",
@@ -39,33 +51,58 @@ def draw(rows: list[Row]) -> Figure:
 
 
 def draw_bars(rows: list[Row]) -> Figure:
-    """The peak of each row, on a log axis, models apart, with the limits of devices."""
-    figure, axes = plt.subplots(figsize=(8, 1.3 + 0.21 * len(rows)), layout="constrained")
-    places, place = [], 0.0
-    for before, row in zip([rows[0], *rows], rows, strict=False):
-        place += 1 + 0.5 * ((before.model, before.preset) != (row.model, row.preset))
+    """The peak of each row, and what another sequence adds, on log axes, with the limits of devices."""
+    settings = {name_of(row): 0.0 for row in rows}
+    places, place, before = [], 0.0, rows[0]
+    for row in rows:
+        place += 1.0 if name_of(row) == name_of(before) else 1.5
         places.append(place)
-    sizes = [row.peak / GIB for row in rows]
-    axes.barh(places, sizes, color=[COLOURS[row.schedule] for row in rows], height=0.8)
-    for place, size in zip(places, sizes, strict=True):
-        axes.annotate(f"{size:,.1f}", (size, place), (3, 0), textcoords="offset points", fontsize=7.5, va="center")
-    axes.set_yticks(places, [label(row) for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_ylim(places[-1] + 0.8, places[0] - 0.8)
-    axes.set_xscale("log")
-    axes.set_xlim(min(sizes) / 1.6, max(sizes) * 1.8)
+        before = row
+    for name in settings:
+        its = [place for place, row in zip(places, rows, strict=True) if name_of(row) == name]
+        settings[name] = sum(its) / len(its)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 1.5 + 0.17 * places[-1]), sharey=True, width_ratios=(2, 1), layout="constrained"
+    )
+    colours = [COLOURS[row.schedule] for row in rows]
+    bars(left, places, [row.peak / GIB for row in rows], colours)
+    first = rows[0]
+    left.set_xlabel(f"peak of a training step with a batch of {first.batch}, GiB")
+    for place, row in zip(places, rows, strict=True):
+        model = (row.peak - beyond_model(row)) / GIB
+        left.plot([model, model], [place - 0.42, place + 0.42], color="white", linewidth=1.5)
     for limit in LIMITS:
-        axes.axvline(limit, color="#b00020", linewidth=1, linestyle=(0, (4, 2)), zorder=0)
-        axes.annotate(
-            f"{limit} GiB", (limit, 1), (2, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
+        left.axvline(limit, color="#b00020", linewidth=1, linestyle=(0, (4, 2)), zorder=0)
+        left.annotate(
+            f"{limit}", (limit, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
             fontsize=8, color="#b00020", ha="center",
         )  # fmt: skip
-    first = rows[0]
-    size = f"{first.steps} time steps of {first.height} x {first.width}, batch {first.batch}, {first.how}"
-    axes.set_xlabel(f"peak memory of a training step, GiB: {size}")
+    if first.one_more is None:
+        right.set_visible(False)
+    else:
+        bars(right, places, [row.one_more / GIB for row in rows], colours)
+        right.set_xlabel("of another sequence, GiB")
+    left.set_yticks([*settings.values()], [*settings], fontsize=8.5)
+    left.set_ylim(places[-1] + 0.8, places[0] - 0.8)
+    schedules = [Patch(color=COLOURS[name], label=name) for name in COLOURS if any(r.schedule == name for r in rows)]
+    figure.legend(handles=schedules, loc="outside upper center", ncols=len(schedules), frameon=False, fontsize=8.5)
+    return figure
+
+
+def name_of(row: Row) -> str:
+    setting = row.preset or ("" if row.model not in PATCHED else f"patch {row.patch}")
+    return f"{MODEL_NAMES[row.model]} {setting}".strip()
+
+
+def bars(axes: Axes, places: list[float], sizes: list[float], colours: list[str]) -> None:
+    axes.barh(places, sizes, color=colours, height=0.84)
+    for place, size in zip(places, sizes, strict=True):
+        text = f"{size:,.2f}" if size < 10 else f"{size:,.0f}"
+        axes.annotate(text, (size, place), (3, 0), textcoords="offset points", fontsize=7, va="center")
+    axes.set_xscale("log")
+    axes.set_xlim(min(sizes) / 1.6, max(*sizes, max(LIMITS)) * 2.2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     finish(axes, "x")
-    return figure
 
 
 def draw_lines(axis: str, lines: list[list[Row]]) -> Figure:
@@ -83,7 +120,7 @@ def draw_lines(axis: str, lines: list[list[Row]]) -> Figure:
             places, sizes = [getattr(row, axis) for row in line], [beyond_model(row) / GIB for row in line]
             panel.plot(places, sizes, style, color=COLOURS[first.schedule], marker="o", markersize=4, label=text)
         panel.set_title(" ".join(filter(None, name)), fontsize=11)
-        panel.set_xlabel(NAMES[axis])
+        panel.set_xlabel(AXIS_NAMES[axis])
         panel.set_xlim(left=0)
         panel.set_ylim(bottom=0)
         finish(panel, "both")

@@ -13,14 +13,13 @@ states and Python objects.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revflow._states import is_in_host_memory
@@ -144,13 +143,16 @@ class _LiveStorages(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[
+                0
+            ].fake_device  # autograd asks for it more often than for all else: this saves a fifth of the time
         # Storages that the step was given are not its own, even where an operator returns a view of them. A constant that
         # torch.tensor has just made (Adam's step counts) first shows as what lift_fresh is given.
         given = set() if func is torch.ops.aten.lift_fresh.default else _storages((args, kwargs))
         result = func(*args, **(kwargs or {}))
-        for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf, given)
+        for tensor in _tensors(result):
+            self._count(tensor, given)
         return result
 
     def _count(self, tensor: Tensor, given: set[int]) -> None:
@@ -217,4 +219,13 @@ def _is_below(steep: tuple[int, int], middle: tuple[int, int], flat: tuple[int, 
 
 
 def _storages(tree: object) -> set[int]:
-    return {t.untyped_storage()._cdata for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)}
+    return {tensor.untyped_storage()._cdata for tensor in _tensors(tree)}
+
+
+def _tensors(tree: object) -> Iterator[Tensor]:
+    """Those among an operator's arguments or results."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list, dict)):
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(branch)

@@ -62,10 +62,9 @@ def images() -> Tensor:
 
 
 def inverse() -> HotPath:
-    """Without a graph; ordinary modules know no inverse, but the forward pass is as much work."""
-    net = revflow.ReversibleSequence(
-        [block for _ in range(4) for block in tiny()]
-    )  # or it is over too soon to be timed well
+    """Without a graph; ordinary modules know no inverse, but the forward pass is as much work. A longer chain, which takes as
+    long as the others' training steps."""
+    net = revflow.ReversibleSequence([block for _ in range(4) for block in tiny()])
     x = rows()
 
     def no_grad(function: Callable[[Tensor], Tensor]) -> None:

@@ -3,12 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: help demo test test-all clean
+.PHONY: help demo test test-all bench bench-store clean
 
 help:
 	@echo "make demo      train CrevNet on a synthetic city, score it, draw its predictions (minutes, on two CPU cores)"
 	@echo "make test      ruff, mypy and the tests"
 	@echo "make test-all  the same, with the slow tests"
+	@echo "make bench     time the engine's hot paths against ordinary autograd, and fail if one is slower than was stored"
+	@echo "make bench-store  the same, and store the ratios instead"
 	@echo "make clean     remove .venv and the demo's folder"
 
 .venv/.ready: setup.py constraints.txt
@@ -35,6 +37,15 @@ test-all: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# Three processes, since they differ by more than the rounds within one.
+bench bench-store: .venv/.ready
+	@mkdir -p .benchmarks
+	@for run in 1 2 3; do \
+	  OMP_NUM_THREADS=1 $(BIN)/pytest -q bench/test_hot_paths.py --benchmark-enable --benchmark-quiet \
+	    --benchmark-json .benchmarks/hot-paths-$$run.json || exit 1; \
+	done
+	@$(BIN)/python bench/regressions.py .benchmarks/hot-paths-[123].json $(if $(filter bench-store,$@),--store)
 
 clean:
 	rm -rf .venv $(DEMO)

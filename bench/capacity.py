@@ -25,9 +25,9 @@ from typing import get_args
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 import revflow
+import throughput
 from crevnet import PRESETS
 from schedules import SCHEDULES, Precision, Training
 
@@ -158,31 +158,16 @@ def time_of(training: Training) -> tuple[float, float]:
         torch.cuda.synchronize(training.device)
         seconds.append(time.perf_counter() - began)
     a_sequence = statistics.median(seconds[3:]) / training.batch
-    return 1e3 * a_sequence, operations(training) / a_sequence / matrix_rate(training)
+    dtype = torch.float16 if training.precision == "16-mixed" else torch.float32
+    return 1e3 * a_sequence, operations(training) / a_sequence / throughput.matrix_rate(training.device, dtype)
 
 
 def operations(training: Training) -> float:
-    """Floating-point operations of a training step on one sequence: the forward pass three times."""
+    """Floating-point operations of a training step on one sequence."""
     with torch.device("meta"):
         one = replace(training, schedule="plain", batch=1, device=torch.device("meta"), precision="32-true")
         network, inputs = one.trainee()
-        with FlopCounterMode(display=False) as counter:
-            one.loss(network, inputs)
-    return 3.0 * counter.get_total_flops()
-
-
-def matrix_rate(training: Training, size: int = 8192) -> float:
-    """Operations a second of products of square matrices."""
-    dtype = torch.float16 if training.precision == "16-mixed" else torch.float32
-    a = torch.randn(size, size, device=training.device, dtype=dtype)
-    seconds = []
-    for _ in range(8):
-        torch.cuda.synchronize(training.device)
-        began = time.perf_counter()
-        a @ a
-        torch.cuda.synchronize(training.device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / statistics.median(seconds[3:])
+        return throughput.operations(partial(one.loss, network, inputs))
 
 
 def table(rows: list[Row]) -> Table:

@@ -15,7 +15,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -44,6 +46,24 @@ def output(*suffixes: str) -> Callable[[str], Path]:
         return path
 
     return checked
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """The options that `write` follows."""
+    parser.add_argument("--json", type=output(), help="write the rows to this file")
+    parser.add_argument("--figure", type=output(*FIGURES), help="draw them: a .png, .pdf or .svg")
+    parser.add_argument("--markdown", type=output(), help="write the tables to this file")
+
+
+def write(a: argparse.Namespace, rows: Sequence[Any], draw: Callable[[Sequence[Any]], Figure], page: str) -> None:
+    """To those files that were asked for."""
+    if a.json:
+        write_json(a.json, rows)
+    if a.figure:
+        with matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):  # text stays text
+            draw(rows).savefig(a.figure, dpi=160)
+    if a.markdown:
+        a.markdown.write_text(page, encoding="utf-8")
 
 
 def device_here() -> torch.device:

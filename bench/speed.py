@@ -138,8 +138,7 @@ def compare(name: str, extent: Extent, a: argparse.Namespace, device: torch.devi
     rows = trials.compare(tried, extent.rounds, device)
     if device.type == "cuda":
         useful = extent.batch * capacity.operations(training) if name == "crevnet" else operations(make())
-        shortest = useful / throughput.matrix_rate(device, PRECISIONS[a.precision] or torch.float32)
-        rows = [replace(row, throughput=shortest / row.seconds) if row.seconds else row for row in rows]
+        rows = shares(rows, useful, throughput.matrix_rate(device, PRECISIONS[a.precision] or torch.float32))
     return [replace(row, precision=a.precision, compiled=a.compile) for row in rows]
 
 
@@ -163,6 +162,11 @@ def prepared(network: Network, precision: str, compiled: bool, device: torch.dev
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     dtype = PRECISIONS[precision]
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def shares(rows: Sequence[Row], useful: float, rate: float) -> list[Row]:
+    """With their throughput, from a step's useful operations and the rate of matrix products."""
+    return [row if row.seconds is None else replace(row, throughput=useful / row.seconds / rate) for row in rows]
 
 
 def operations(network: Network) -> float:
@@ -223,9 +227,9 @@ def evaluations(training: Training) -> float:
     """How often a recurrent cell runs for a time step of a training step."""
     network, inputs = training.trainee()
     cells = cells_of(network)
-    with trials.counted(cells) as calls:
+    with trials.counted(cells) as samples:
         training.loss(network, inputs).backward()
-    return len(calls) / (len(cells) * training.steps)
+    return sum(samples) / (len(cells) * training.steps * training.batch)
 
 
 def cells_of(network: CrevNet) -> list[nn.Module]:

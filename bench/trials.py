@@ -203,7 +203,7 @@ class Proof(NamedTuple):
 def proof(passes: Passes, twin: Network) -> Proof:
     twin.step(passes.forward)
     twin.to(torch.float64)  # without gradients
-    with counted(twin.conditioners) as calls:
+    with counted(twin.conditioners) as samples:
         loss = twin.step(passes.forward)
     gradients = [parameter.grad.clone() for parameter in twin.parameters]
     unrestored = 0.0
@@ -211,16 +211,16 @@ def proof(passes: Passes, twin: Network) -> Proof:
         with torch.no_grad():
             x = passes.inverse(passes.forward(twin.leaf.clone()))
         unrestored = difference([twin.joined(x)], [twin.leaf.detach()])
-    return Proof([loss, *gradients], len(calls) / len(twin.conditioners), unrestored)
+    return Proof([loss, *gradients], sum(samples) / (len(twin.conditioners) * len(twin.leaf)), unrestored)
 
 
 @contextmanager
-def counted(modules: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
-    """Lists the modules' calls."""
-    calls: list[nn.Module] = []
-    hooks = [module.register_forward_pre_hook(lambda module, _: calls.append(module)) for module in modules]
+def counted(modules: Sequence[nn.Module]) -> Iterator[list[int]]:
+    """How many samples the modules are given: a list with an entry for each call."""
+    samples: list[int] = []
+    hooks = [module.register_forward_pre_hook(lambda _, inputs: samples.append(len(inputs[0]))) for module in modules]
     try:
-        yield calls
+        yield samples
     finally:
         for hook in hooks:
             hook.remove()

@@ -39,7 +39,6 @@ import revflow
 import throughput
 import trials
 from crevnet import PRESETS, CrevNet
-from crevnet.training import compile_network
 from methods import PEERS, checkpointed, libraries, plain, reversible
 from networks import Network
 from schedules import SCHEDULES, Training
@@ -178,20 +177,23 @@ class Compiled(Training):
     """Of a network that is compiled."""
 
     def trainee(self) -> tuple[CrevNet, list[Tensor]]:
+        from crevnet.training import compile_network  # which needs Lightning
+
         network, inputs = super().trainee()
         compile_network(network)
         return network, inputs
 
 
-def of_crevnet(plain: Training, schedules: Sequence[str], precision: str, compiled: bool) -> Iterator[Trial]:
-    names = f"crevnet-{plain.preset}", f"batch {plain.batch}, {plain.steps} steps of {plain.height} x {plain.width}"
+def of_crevnet(base: Training, schedules: Sequence[str], precision: str, compiled: bool) -> Iterator[Trial]:
+    """Ordinary autograd, and the schedules."""
+    names = f"crevnet-{base.preset}", f"batch {base.batch}, {base.steps} steps of {base.height} x {base.width}"
     for schedule in dict.fromkeys(["plain", *schedules]):
-        training = replace(plain, schedule=schedule)
+        training = replace(base, schedule=schedule)
         if compiled and SCHEDULES[schedule].checkpoints:
             yield Trial(*names, schedule, note="compiling its parts would undo their checkpoints")
             continue
         start = partial(training_step, Compiled(**vars(training)) if compiled else training, precision)
-        memory = revflow.measure_memory(lambda: start()(nothing), device=plain.device)  # noqa: B023
+        memory = revflow.measure_memory(lambda: start()(nothing), device=base.device)  # noqa: B023
         step = start()
         step(nothing)
         yield Trial(*names, schedule, step=step, memory=memory, evaluations=evaluations(training))

@@ -121,7 +121,7 @@ def test_every_evaluation_is_under_autocast_and_compiled(monkeypatch, method):
 
 def test_compiled_crevnet(monkeypatch, run):
     compiled = []
-    monkeypatch.setattr(speed, "compile_network", compiled.append)
+    monkeypatch.setattr("crevnet.training.compile_network", compiled.append)
     rows, text = run("--only", "crevnet", "--steps", "1", "--schedule", "checkpoint", "reversible", "--compile")
     assert len(compiled) == 4  # plain and reversible, to be measured and to be timed
     assert {row["method"]: row["note"] for row in rows}[

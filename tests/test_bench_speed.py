@@ -84,15 +84,16 @@ def test_crevnet_alone(run):
     assert {row["precision"] for row in rows} == {"bf16-mixed"} and "bf16-mixed" in text
 
 
-def test_forward_ends_before_the_backward_pass():
-    training = speed.Training("tiny", "plain", "32-true", 1, 2, 16, 12, CPU)
-    gradients = []
-    network = speed.CrevNet(speed.PRESETS["tiny"])
-    object.__setattr__(training, "trainee", lambda: (network, speed.Training.trainee(training)[1]))
-    speed.training_step(training, "32-true")(
-        lambda: gradients.append([p.grad for p in network.parameters() if p.grad is not None])
+def test_parts_of_a_step_of_crevnet(monkeypatch):
+    training = speed.Training("tiny", "plain", "32-true", 1, 1, 16, 12, CPU)
+    network, inputs = training.trainee()
+    loss, seen = network.loss, []
+    network.loss = lambda *given: (seen.append(torch.is_autocast_enabled("cpu")), loss(*given))[1]
+    monkeypatch.setattr(speed.Training, "trainee", lambda _: (network, inputs))
+    speed.training_step(training, "bf16-mixed")(
+        lambda: seen.append([p for p in network.parameters() if p.grad is not None])
     )
-    assert gradients == [[]] and all(p.grad is not None for p in network.parameters())
+    assert seen == [True, []] and all(p.grad is not None for p in network.parameters())
 
 
 @pytest.mark.parametrize("method", speed.METHODS, ids=lambda m: f"{m.name} {m.setting}")

@@ -182,6 +182,13 @@ class Machine:
         self.now += seconds * (1 + (self.steps - 1) // 2)
 
 
+def test_parts_of_a_step():
+    network = networks.tiny(2, blocks=2).to(torch.float32)
+    seen = []
+    network.step(lambda x: (seen.append("forward"), x)[1], lambda: seen.append(network.leaf.grad.norm().item()))
+    assert seen == ["forward", 0] and network.leaf.grad.norm() > 0
+
+
 def test_parts_are_timed_beside_plain(monkeypatch):
     machine = Machine(monkeypatch)
     memory = revflow.MemoryReport(7, 0, "tracked")

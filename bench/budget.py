@@ -2,17 +2,13 @@
 
     python bench/budget.py --json budget.json --figure budget.png
 
-Each method (bench/methods.py) trains the same network (bench/networks.py) with the same parameters; first its loss and its
-gradients are compared with ordinary autograd's, in float64. A step is a forward pass, a loss and a backward pass, in float32.
-The peak is what it holds beyond what was there before, parameters and their gradients: by live tensors on the CPU, by the
-allocator on a GPU. Every method runs once a round, in random order, each next to a step of ordinary autograd; a time is the
-median of the ratios of the two: the process's own time on the CPU, of one thread. revflow's budgets are parts of the way from
-the peak that it plans for "none" to that for "all".
+Each method (bench/methods.py) trains the same network (bench/networks.py) with the same parameters, after its gradients were
+compared with ordinary autograd's (bench/trials.py). A step is a forward pass, a loss and a backward pass, in float32. The peak is
+what it holds beyond what was there before, parameters and their gradients: by live tensors on the CPU, by the allocator on a
+GPU. Every method runs once a round, in random order, each next to a step of ordinary autograd; a time is the median of the
+ratios of the two. revflow's budgets are parts of the way from the peak that it plans for "none" to that for "all".
 
-The three libraries are optional; what is not installed is a row that says so. The extra `bench` has revtorch and revlib; memcnn
-asks for torchvision, and so for another PyTorch, and needs neither:
-
-    pip install --no-deps memcnn==1.5.2
+The three libraries are optional: bench/methods.py tells how to install them. What is not installed is a row that says so.
 
 On a GPU give it something to do: --batch 32 --image 56 --tokens 1024 --frame 432.
 """
@@ -20,74 +16,24 @@ On a GPU give it something to do: --batch 32 --image 56 --tokens 1024 --frame 43
 from __future__ import annotations
 
 import argparse
-import random
-import statistics
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
 
 import networks
 import report
-import revflow
-from methods import PEERS, Method, UnfitError, others, planned, reversible
+import trials
+from methods import PEERS, checkpointed, libraries, planned, reversible, selective
 from networks import Network
-from speed import seconds
-
-TOLERANCE = 1e-8
-"""Of a gradient in float64: the L2 norm of its difference from ordinary autograd's, over the norm. (In float32 a rebuilt value
-next to zero may fall on a ReLU's other side, which is no fault and shows in the second digit of some small gradient.)"""
+from trials import Row
 
 PARTS = 8
 """Budgets divide the way from "none" to "all" in so many parts."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method's training step, or the reason why it has none."""
-
-    network: str
-    method: str
-    setting: str
-    peak: int | None = None
-    """Bytes."""
-    time_ratio: float | None = None
-    quartiles: tuple[float, float] | None = None
-    error: float | None = None
-    """Of the ratio: its standard error."""
-    how: str | None = None
-    """The peak was measured."""
-    note: str = ""
-
-
-@dataclass
-class Trial:
-    """A method on a network, before it is timed: its step, or a note."""
-
-    method: Method
-    step: Callable[[], Tensor] | None = None
-    memory: revflow.MemoryReport | None = None
-    note: str = ""
-
-    def row(self, network: Network, ratios: list[float]) -> Row:
-        if self.memory is None:
-            return Row(network.name, self.method.name, self.method.setting, note=self.note)
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        error = 1.2533 * statistics.stdev(ratios) / len(ratios) ** 0.5  # of a median of values that scatter normally
-        figures = self.memory.peak, middle, (low, high), error, self.memory.how
-        return Row(network.name, self.method.name, self.method.setting, *figures)
 
 
 def main() -> None:
@@ -105,21 +51,14 @@ def main() -> None:
     rows: list[Row] = []
     sections: list[str] = []
     for name in dict.fromkeys(a.only):
-        network = made[name]()
-        found = compare(network, a.rounds, device)
+        found = compare(made[name], a.rounds, device)
         lines = [cells(row, found[0]) for row in found]
-        report.show(f"A training step: {network.name}, {network.setting}", HEADINGS, lines, LEFT)
+        report.show(f"A training step: {name}, {found[0].size}", HEADINGS, lines, LEFT)
         print(verdict(found), flush=True)
         rows += found
         table = report.markdown_table(HEADINGS, lines, LEFT)
-        sections.append(f"## {network.name}: {network.setting}\n\n{table}\n\n{verdict(found)}\n")
-    if a.json:
-        report.write_json(a.json, rows)
-    if a.figure:
-        save(draw(rows), a.figure)
-    if a.markdown:
-        page = report.markdown("Memory against time of a training step", about, sections)
-        a.markdown.write_text(page, encoding="utf-8")
+        sections.append(f"## {name}: {found[0].size}\n\n{table}\n\n{verdict(found)}\n")
+    report.write(a, rows, report.markdown("Memory against time of a training step", about, sections), draw)
 
 
 def options() -> argparse.Namespace:
@@ -131,9 +70,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--image", type=int, default=16, help="height and width of the convolutions' streams")
     parser.add_argument("--tokens", type=int, default=128, help="of the transformer's sequences")
     parser.add_argument("--frame", type=int, default=96, help="height and width of the autoencoder's, a multiple of 8")
-    parser.add_argument("--json", type=report.output(), help="write the rows to this file")
-    parser.add_argument("--figure", type=report.output(*report.FIGURES), help="draw them: a .png, .pdf or .svg")
-    parser.add_argument("--markdown", type=report.output(), help="write the tables to this file")
+    report.add_outputs(parser)
     a = parser.parse_args()
     if min(a.batch, a.image, a.tokens, a.frame) < 1 or a.rounds < 2:
         parser.error("--batch, --image, --tokens and --frame have to be 1 at least, --rounds 2")
@@ -142,72 +79,20 @@ def options() -> argparse.Namespace:
     return a
 
 
-def compare(network: Network, rounds: int, device: torch.device) -> list[Row]:
-    """A row for each method."""
-    trials = [*trials_of(network, device)]
-    steps = {i: trial.step for i, trial in enumerate(trials) if trial.step}
-    ratios: dict[int, list[float]] = {i: [] for i in range(len(trials))}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for i in order.sample([*steps], len(steps)):
-            # Next to ordinary autograd, which is the first: a machine's speed changes from second to second.
-            pair = order.sample([(0, steps[0]), (1, steps[i])], 2)
-            plain, its = (time for _, time in sorted((k, seconds(step, device)) for k, step in pair))
-            ratios[i].append(its / plain)
-    return [trial.row(network, ratios[i]) for i, trial in enumerate(trials)]
-
-
-def trials_of(network: Network, device: torch.device) -> Iterator[Trial]:
-    """All methods, ordinary autograd first, then revflow's budgets from the smallest on."""
-    plain, *rest = others()
-    expected = gradients(plain, network)
-    attempted = partial(attempt, network=network, expected=expected, device=device)
-    yield from map(attempted, [plain, *rest, reversible("none, 4 chunks", chunks=4)])
-    yield attempted(reversible("none"))
-    low, high = (planned(network, budget).peak for budget in ("none", "all"))
-    for part in range(1, PARTS):
-        yield attempted(reversible(f"{part}/{PARTS}", low + (high - low) * part // PARTS))
-    yield attempted(reversible("all", "all"))
-
-
-def attempt(method: Method, network: Network, expected: list[Tensor], device: torch.device) -> Trial:
-    """Make it, compare its gradients with those expected, measure its memory."""
-    try:
-        error = difference(gradients(method, network), expected)
-        if not error < TOLERANCE:
-            raise AssertionError(f"gradients differ from ordinary autograd's by {error:.0e}")
-        step = partial(network.step, method.of(network))
-        step()  # revflow plans by its first step
-        return Trial(method, step, revflow.measure_memory(step, device=device))
-    except UnfitError as reason:
-        return Trial(method, note=str(reason))
-    except Exception as fault:
-        if method.name not in PEERS:
-            raise
-        return Trial(method, note=first_line(fault))
-
-
-def first_line(fault: Exception) -> str:
-    if isinstance(fault, ImportError):
-        return f"not installed: {fault}"
-    return f"{type(fault).__name__}: {fault}".splitlines()[0]
-
-
-def gradients(method: Method, network: Network) -> list[Tensor]:
-    """The loss and the gradients of input and parameters, in float64, of the second step, which revflow has planned."""
-    network.to(torch.float64)
-    try:
-        forward = method.of(network)
-        network.step(forward)
-        network.to(torch.float64)
-        return [network.step(forward), *(p.grad.clone() for p in network.parameters)]
-    finally:
-        network.to(torch.float32)
-
-
-def difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest of the relative errors, each in the L2 norm."""
-    return max(float((f - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
+def compare(make: Callable[[], Network], rounds: int, device: torch.device) -> list[Row]:
+    """A row for each method: ordinary autograd first, then revflow's budgets from the smallest on."""
+    low, high = (planned(make(), budget).peak for budget in ("none", "all"))
+    budgets = [reversible(f"{part}/{PARTS}", low + (high - low) * part // PARTS) for part in range(1, PARTS)]
+    methods = [
+        *map(checkpointed, (1, 2, 4, 8)),
+        selective(),
+        *libraries(),
+        reversible("none, 4 chunks", chunks=4),
+        reversible("none"),
+        *budgets,
+        reversible("all", "all"),
+    ]
+    return trials.compare([*trials.attempt_all(methods, make, device)], rounds, device)
 
 
 def exceptions(rows: Iterable[Row]) -> list[tuple[Row, Row | None]]:
@@ -232,7 +117,7 @@ def verdict(rows: list[Row]) -> str:
         f"{name}: for every other point there is one of revflow's that takes no more memory and no more time, except:"
     ]
     for row, best in found:
-        lines.append(f"- {label(row)}, {row.peak / 2**20:,.1f} MiB, takes {row.time_ratio:.2f}: {compared(row, best)}")
+        lines.append(f"- {row.label}, {row.peak / 2**20:,.1f} MiB, takes {row.time_ratio:.2f}: {compared(row, best)}")
     return "\n".join(lines)
 
 
@@ -241,10 +126,6 @@ def compared(row: Row, best: Row | None) -> str:
         return "revflow needs more memory"
     gap, error = best.time_ratio - row.time_ratio, (best.error**2 + row.error**2) ** 0.5
     return f"with its memory revflow takes {best.time_ratio:.2f}, {gap:.2f} ± {error:.2f} more"
-
-
-def label(row: Row) -> str:
-    return f"{row.method} {row.setting}".strip()
 
 
 HEADINGS = ("method", "setting", "peak, MiB", "peak, plain = 1", "time, plain = 1", "standard error, quartiles")
@@ -286,7 +167,8 @@ def draw(rows: list[Row]) -> Figure:
     """A panel a network: memory to the right, time upwards with its quartiles."""
     panels = [[*group] for _, group in groupby(rows, lambda row: row.network)]
     size = (4.2 * len(panels) + 0.4, 4.2)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)
     for axis, panel in zip(axes[0], panels, strict=True):
         draw_panel(axis, [row for row in panel if row.peak is not None])
     axes[0, 0].set_ylabel("time, ordinary autograd = 1")
@@ -318,12 +200,6 @@ def draw_panel(axis: Axes, rows: list[Row]) -> None:
 
 def style_of(row: Row) -> str:
     return "chunks" if "chunks" in row.setting else row.method
-
-
-def save(figure: Figure, path: Path) -> None:
-    with plt.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):  # text stays text
-        figure.savefig(path, dpi=160)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,36 @@
-"""The largest batch that trains within a device's memory, and the time of a sequence then: see bench/schedules.py.
+"""The largest batch that trains within a device's memory, and the sequences a second then: what a user gains.
 
-    python bench/capacity.py --preset paper --capacity 16 32 --json capacity.json
+    python bench/capacity.py --capacity 16 32 --json capacity.json
+    python bench/capacity.py --preset tiny --height 128 --width 112 --capacity 0.25 0.5 --time
 
 On a CUDA device ("cuda") the process is capped to each capacity and batches are tried; out of memory is a result. At the
 largest batch training steps are timed, and their useful operations (those of ordinary autograd, nothing twice) are held
 against the device's measured rate of matrix products. Without one ("predicted") the batch is the largest whose peak, counted
 under fake tensors, is within the capacity: convolutions' workspaces, the allocator's gaps and CUDA's own memory (half a GiB)
-come on top, so ask for a lower capacity than the device has.
+come on top, so ask for a lower capacity than the device has. --time trains that batch on the CPU, in the process's own time.
+
+Models and schedules are those of bench/memory.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import get_args
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
+import report
 import revflow
+import throughput
 from crevnet import PRESETS
-from schedules import SCHEDULES, Precision, Training
-
-GIB = 2**30
+from memory_row import GIB
+from schedules import MODELS, PATCHED, SCHEDULES, Precision, Training
+from trials import seconds
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Row:
     preset: str
     schedule: str
     precision: str
+    patch: int
     steps: int
     height: int
     width: int
@@ -52,35 +52,66 @@ class Row:
     """The largest that trains; 0 if none does."""
     peak: int | None
     """Bytes at that batch."""
-    milliseconds: float | None
-    """A sequence, at that batch; measured on CUDA alone."""
-    throughput: float | None
-    """Useful operations a second, as a share of the rate of matrix products in the same precision."""
+    sequences_a_second: float | None = None
+    """In training, at that batch."""
+    throughput: float | None = None
+    """Useful operations a second, as a share of the rate of matrix products in the same precision; on CUDA."""
+
+
+HEADINGS = (
+    "model",
+    "schedule",
+    "precision",
+    "capacity, GiB",
+    "batch",
+    "peak, GiB",
+    "sequences a second",
+    "of matrix rate",
+)
+LEFT = ("model", "schedule", "precision")
 
 
 def main() -> None:
-    gpu = torch.cuda.is_available()
+    a = options()
+    torch.set_num_threads(1)
+    device = report.device_here()
+    rows: list[Row] = []
+    for precision, model, schedule in product(a.precision, a.only, a.schedule):
+        if model == "crevnet" or schedule in ("plain", "checkpoint"):
+            patch = a.patch if model in PATCHED else 1
+            training = Training(
+                a.preset, schedule, precision, 1, a.steps, a.height, a.width, device, model=model, patch=patch
+            )
+            rows += measure(training, a.capacity, a.time or device.type == "cuda", a.rounds)
+    title = f"The largest batch, {rows[0].how}: {a.steps} time steps of {a.height} x {a.width}"
+    lines = [cells(row) for row in rows]
+    about = report.machine(device)
+    print(about)
+    report.show(title, HEADINGS, lines, LEFT)
+    report.write(a, rows, report.markdown(title, about, [report.markdown_table(HEADINGS, lines, LEFT)]))
+
+
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="paper")
-    parser.add_argument("--schedule", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
+    schedules = [*SCHEDULES]
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=["crevnet"], help="models")
+    parser.add_argument("--preset", choices=PRESETS, default="paper", help="of CrevNet")
+    parser.add_argument("--patch", type=report.positive, default=4, help="of ConvLSTM, PredRNN and PredRNN++")
+    parser.add_argument("--schedule", nargs="+", choices=schedules, default=schedules, metavar="SCHEDULE")
     parser.add_argument("--precision", nargs="+", choices=get_args(Precision), default=["32-true"])
     parser.add_argument("--capacity", nargs="+", type=gibibytes, default=[16.0, 32.0], help="GiB")
-    parser.add_argument("--steps", type=int, default=11, help="time steps")
-    parser.add_argument("--height", type=int, default=495)
-    parser.add_argument("--width", type=int, default=436)
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--steps", type=report.positive, default=11, help="time steps")
+    parser.add_argument("--height", type=report.positive, default=495)
+    parser.add_argument("--width", type=report.positive, default=436)
+    parser.add_argument("--time", action="store_true", help="train that batch on the CPU; on a GPU it always is")
+    parser.add_argument("--rounds", type=report.positive, default=5, help="steps that are timed, after a first one")
+    report.add_outputs(parser, figure=False)
     a = parser.parse_args()
-    if min(a.steps, a.height, a.width) < 1:
-        parser.error("--steps, --height and --width have to be 1 at least")
-    if a.json and not a.json.parent.is_dir():
-        parser.error(f"--json {a.json}: there is no folder {a.json.parent}")
-    device = torch.device("cuda" if gpu else "cpu")
-    rows: list[Row] = []
-    for precision, schedule in product(a.precision, a.schedule):
-        rows += measure(Training(a.preset, schedule, precision, 1, a.steps, a.height, a.width, device), a.capacity)
-    Console(width=max(Console().width, 130)).print(table(rows))
-    if a.json:
-        a.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    if set(a.only) != {"crevnet"} and not {"plain", "checkpoint"} & {*a.schedule}:
+        parser.error(
+            f"--schedule {' '.join(a.schedule)}: of these only CrevNet has any; the others are plain or checkpoint"
+        )
+    return a
 
 
 def gibibytes(text: str) -> float:
@@ -90,32 +121,47 @@ def gibibytes(text: str) -> float:
     return value
 
 
-def measure(training: Training, capacities: list[float]) -> Iterator[Row]:
-    t = training
-    how = "cuda" if t.device.type == "cuda" else "predicted"
-    peaks: dict[int, int] = {}
-
-    def peak(batch: int) -> int:
-        if batch not in peaks:
-            steps = replace(t, batch=batch).train
-            report = revflow.measure_memory(lambda: next(steps()), device=t.device, predict=how != "cuda")
-            peaks[batch] = report.peak
-        return peaks[batch]
-
-    def fits(batch: int, limit: float) -> bool:
-        return peak(batch) <= limit if how == "predicted" else not runs_out(lambda: peak(batch))
-
-    for capacity in capacities:
-        limit = capacity * GIB
-        if how == "cuda":
-            cap(t.device, limit)
-            peaks.clear()  # what ran under another cap may not run under this one
-        batch = largest(partial(fits, limit=limit), lambda: 1 + int((limit - peak(1)) / (peak(2) - peak(1))))  # noqa: B023
-        timed = time_of(replace(t, batch=batch)) if how == "cuda" and batch else (None, None)
-        yield Row(
-            "crevnet", t.preset, t.schedule, t.precision, t.steps, t.height, t.width, capacity, how, batch,
-            peaks.get(batch), *timed,
+def measure(training: Training, capacities: list[float], timed: bool, rounds: int) -> Iterator[Row]:
+    found = tried if training.device.type == "cuda" else predicted
+    for capacity, batch, peak in found(training, capacities):
+        t = replace(training, batch=batch)
+        row = Row(
+            t.model, t.preset if t.model == "crevnet" else "", t.schedule, t.precision, t.patch, t.steps, t.height,
+            t.width, capacity, "cuda" if found is tried else "predicted", batch, peak,
         )  # fmt: skip
+        if timed and batch:
+            rate = sequences_a_second(t, rounds)
+            row = replace(row, sequences_a_second=rate, throughput=share_of_matrix_rate(t, rate))
+        yield row
+
+
+def predicted(training: Training, capacities: list[float]) -> Iterator[tuple[float, int, int | None]]:
+    """Each capacity's largest batch, and its peak."""
+    memory = revflow.predict_memory(lambda batch: next(replace(training, batch=batch).train()))
+    for capacity in capacities:
+        batch = memory.largest_batch(int(capacity * GIB))
+        yield capacity, batch, memory.peak(batch) if batch else None
+
+
+def tried(training: Training, capacities: list[float]) -> Iterator[tuple[float, int, int | None]]:
+    """The same, on a GPU whose memory is capped."""
+    for capacity in capacities:
+        peaks: dict[int, int] = {}  # what ran under another cap may not run under this one
+        cap(training.device, capacity * GIB)
+
+        def fits(batch: int, peaks: dict[int, int] = peaks) -> bool:
+            steps = replace(training, batch=batch).train
+            return batch in peaks or not runs_out(
+                lambda: peaks.update(
+                    {batch: revflow.measure_memory(lambda: next(steps()), device=training.device).peak}
+                )
+            )
+
+        def guess(limit: float = capacity * GIB, peaks: dict[int, int] = peaks) -> int:
+            return 1 + int((limit - peaks[1]) / (peaks[2] - peaks[1]))
+
+        batch = largest(fits, guess)
+        yield capacity, batch, peaks.get(batch)
 
 
 def largest(fits: Callable[[int], bool], guess: Callable[[], int]) -> int:
@@ -147,69 +193,40 @@ def runs_out(step: Callable[[], object]) -> bool:
     return False
 
 
-def time_of(training: Training) -> tuple[float, float]:
-    """Milliseconds a sequence, and the share of the device's rate of matrix products."""
-    seconds = []
+def sequences_a_second(training: Training, rounds: int = 5) -> float:
+    """In training; the median of so many steps."""
     steps = training.train()
-    for _ in range(8):
-        torch.cuda.synchronize(training.device)
-        began = time.perf_counter()
+
+    def step(between: Callable[[], None]) -> None:
         next(steps)
-        torch.cuda.synchronize(training.device)
-        seconds.append(time.perf_counter() - began)
-    a_sequence = statistics.median(seconds[3:]) / training.batch
-    return 1e3 * a_sequence, operations(training) / a_sequence / matrix_rate(training)
+        between()
+
+    _, *times = (sum(seconds(step, training.device)) for _ in range(rounds + 1))  # what is done once is in the first
+    return training.batch / statistics.median(times)
+
+
+def share_of_matrix_rate(training: Training, rate: float) -> float | None:
+    """What so many sequences a second are of the device's rate of matrix products, on CUDA."""
+    if training.device.type != "cuda":
+        return None
+    dtype = torch.float16 if training.precision == "16-mixed" else torch.float32
+    return operations(training) * rate / throughput.matrix_rate(training.device, dtype)
 
 
 def operations(training: Training) -> float:
-    """Floating-point operations of a training step on one sequence: the forward pass three times."""
+    """Floating-point operations of a training step on one sequence."""
     with torch.device("meta"):
         one = replace(training, schedule="plain", batch=1, device=torch.device("meta"), precision="32-true")
         network, inputs = one.trainee()
-        with FlopCounterMode(display=False) as counter:
-            one.loss(network, inputs)
-    return 3.0 * counter.get_total_flops()
+        return throughput.operations(partial(one.loss, network, inputs))
 
 
-def matrix_rate(training: Training, size: int = 8192) -> float:
-    """Operations a second of products of square matrices."""
-    dtype = torch.float16 if training.precision == "16-mixed" else torch.float32
-    a = torch.randn(size, size, device=training.device, dtype=dtype)
-    seconds = []
-    for _ in range(8):
-        torch.cuda.synchronize(training.device)
-        began = time.perf_counter()
-        a @ a
-        torch.cuda.synchronize(training.device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / statistics.median(seconds[3:])
-
-
-def table(rows: list[Row]) -> Table:
-    found = Table(title="The largest batch")
-    columns = (
-        "schedule",
-        "precision",
-        "steps",
-        "frame",
-        "capacity, GiB",
-        "batch",
-        "peak, GiB",
-        "ms a sequence",
-        "of matrix rate",
-    )
-    for name in (*columns, "how"):
-        justify = "left" if name in ("schedule", "precision", "frame", "how") else "right"
-        found.add_column(name, justify=justify, no_wrap=name == "schedule")
-    for r in rows:
-        found.add_row(
-            r.schedule, r.precision, str(r.steps), f"{r.height} x {r.width}", f"{r.capacity:g}", str(r.batch),
-            "" if r.peak is None else f"{r.peak / GIB:.2f}",
-            "" if r.milliseconds is None else f"{r.milliseconds:,.0f}",
-            "" if r.throughput is None else f"{r.throughput:.0%}",
-            r.how,
-        )  # fmt: skip
-    return found
+def cells(r: Row) -> tuple[str, ...]:
+    model = f"{r.model} {r.preset}" if r.preset else f"{r.model}, patch {r.patch}"
+    peak = "" if r.peak is None else f"{r.peak / GIB:.2f}"
+    rate = "" if r.sequences_a_second is None else f"{r.sequences_a_second:,.3g}"
+    share = "" if r.throughput is None else f"{r.throughput:.0%}"
+    return model, r.schedule, r.precision, f"{r.capacity:g}", str(r.batch), peak, rate, share
 
 
 if __name__ == "__main__":

@@ -119,9 +119,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="paper", help="the model that is trained")
     parser.add_argument("--precision", choices=get_args(Precision), default="16-mixed", help="in which it is trained")
     parser.add_argument("--peak", type=report.positive, help="TFLOP/s of the device on which; a V100's if not given")
-    parser.add_argument("--json", type=report.output(".json"), help="write the rows to this file")
-    parser.add_argument("--csv", type=report.output(".csv"), help="write the rows to this file")
-    parser.add_argument("--markdown", type=report.output(".md"), help="write table and verdict to this file")
+    report.add_outputs(parser, figure=False)
     a = parser.parse_args()
     window = PRESETS[a.preset].window
     with tempfile.TemporaryDirectory() as folder:
@@ -143,14 +141,8 @@ def main() -> None:
     print(about)
     report.show(title, HEADINGS, map(cells, rows), LEFT)
     print(verdicts)
-    if a.json:
-        report.write_json(a.json, rows)
-    if a.csv:
-        report.write_csv(a.csv, rows)
-    if a.markdown:
-        table = report.markdown_table(HEADINGS, map(cells, rows), LEFT)
-        page = report.markdown("Loading day files", about, [f"{title}:\n", table, f"\n{verdicts}\n"])
-        a.markdown.write_text(page, encoding="utf-8")
+    table = report.markdown_table(HEADINGS, map(cells, rows), LEFT)
+    report.write(a, rows, report.markdown("Loading day files", about, [f"{title}:", table, verdicts]))
 
 
 def natural(text: str) -> int:
@@ -246,8 +238,7 @@ def in_memory(pages: mmap.mmap) -> bytes:
 def demand(step: Training, peak: int | None) -> Demand:
     """Windows a second of a training step: measured on CUDA, and elsewhere what `peak` TFLOP/s would allow."""
     if step.device.type == "cuda":
-        milliseconds, _ = capacity.time_of(step)
-        return Demand(1e3 / milliseconds, "measured here")
+        return Demand(capacity.sequences_a_second(step), "measured here")
     teraflops = capacity.operations(step) / 1e12
     rate = peak or V100_PEAK[step.precision]
     return Demand(rate / teraflops, f"{teraflops:.1f} TFLOP a window at {rate:g} TFLOP/s, which no step reaches")

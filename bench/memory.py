@@ -57,16 +57,8 @@ def main() -> None:
     report.show(f"A training step, {a.how}: GiB", HEADINGS, lines, LEFT)
     slopes = [*slopes_of(rows)]
     print("\n".join([about, *slopes]))
-    if a.json:
-        report.write_json(a.json, rows)
-    if a.csv:
-        report.write_csv(a.csv, rows)
-    if a.markdown:
-        sections = [report.markdown_table(HEADINGS, lines, LEFT), "", *(f"- {slope}" for slope in slopes)]
-        page = report.markdown(f"Memory of a training step, {a.how}", about, sections)
-        a.markdown.write_text(page.rstrip("\n") + "\n", encoding="utf-8")
-    if a.figure:
-        report.save(draw(rows), a.figure)
+    sections = [report.markdown_table(HEADINGS, lines, LEFT), "\n".join(f"- {slope}" for slope in slopes)]
+    report.write(a, rows, report.markdown(f"Memory of a training step, {a.how}: GiB", about, sections), draw)
 
 
 def options() -> argparse.Namespace:
@@ -85,10 +77,7 @@ def options() -> argparse.Namespace:
     many("--width", type=report.positive, default=[436])
     parser.add_argument("--precision", choices=get_args(Precision), default="32-true")
     parser.add_argument("--how", choices=["cuda", "tracked", "predicted"], default="cuda" if gpu else "predicted")
-    parser.add_argument("--json", type=report.output(), help="write the rows to this file")
-    parser.add_argument("--csv", type=report.output(), help="write the rows to this file")
-    parser.add_argument("--markdown", type=report.output(), help="write the table to this file")
-    parser.add_argument("--figure", type=report.output(*report.FIGURES), help="draw the rows")
+    report.add_outputs(parser)
     a = parser.parse_args()
     if a.how == "cuda" and not gpu:
         parser.error("--how cuda: there is no CUDA device here; predicted figures need none")

@@ -1,7 +1,12 @@
 """Ways to train a reversible network: ordinary autograd, PyTorch's checkpointing, three other libraries, and revflow.
 
-A method makes of a network (bench/networks.py) its forward pass, with the network's own parameters. Where a library is not
+A method makes of a network (bench/networks.py) its passes, with the network's own parameters. Where a library is not
 installed, or a network is not for a method, making it raises ImportError or `UnfitError`, which say so.
+
+The libraries are optional. The extra `bench` has revtorch and revlib; memcnn asks for torchvision, and so for another PyTorch,
+and needs neither:
+
+    pip install --no-deps memcnn==1.5.2
 """
 
 from __future__ import annotations
@@ -11,15 +16,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import revflow
-from networks import Network, Streams
-
-Forward = Callable[[Tensor], Tensor | Streams]
+from networks import Network, Streams, is_coupling
 
 PEERS = ("memcnn", "revtorch", "revlib")
 
@@ -28,34 +32,54 @@ class UnfitError(Exception):
     """Why a method is not for a network."""
 
 
+class Passes(NamedTuple):
+    """What a method makes of a network."""
+
+    forward: Callable[[Tensor], Tensor | Streams]
+    inverse: Callable[[Tensor | Streams], Tensor | Streams] | None = None
+    """Of what `forward` returned; None where the method has none."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """A name, a setting, and what makes the forward pass."""
+    """A name, a setting, and what makes the passes."""
 
     name: str
     setting: str
-    of: Callable[[Network], Forward]
+    of: Callable[[Network], Passes]
 
 
-def others() -> list[Method]:
-    """All but revflow."""
+def plain() -> Method:
+    """Ordinary autograd."""
+    return Method("plain", "", _plain)
+
+
+def checkpointed(every: int | None) -> Method:
+    """PyTorch's checkpointing of groups of so many couplings; None: as many as the root of their number, rounded."""
+    return Method("checkpoint", f"every {every or 'sqrt(L)'}", partial(_checkpoint, every=every))
+
+
+def selective() -> Method:
+    """Checkpointing of every coupling that keeps what takes the time."""
+    return Method("selective", "every 1", _selective)
+
+
+def libraries() -> list[Method]:
+    """The others that rebuild activations."""
     return [
-        Method("plain", "", _plain),
-        *(Method("checkpoint", f"every {n}", partial(_checkpoint, every=n)) for n in (1, 2, 4, 8)),
-        Method("selective", "every 1", _selective),
         Method("memcnn", "per block", _memcnn),
         Method("revtorch", "per stage", _revtorch),
         Method("revlib", "per stage", _revlib),
     ]
 
 
-def reversible(setting: str, memory_budget: int | str = "none", chunks: int = 1) -> Method:
-    """revflow, with a budget; bytes are for float32."""
+def reversible(setting: str, memory_budget: int | str = "none", **options: object) -> Method:
+    """revflow, with a budget, of which bytes are for float32, and options of `revflow.ReversibleSequence`."""
 
-    def of(network: Network) -> Forward:
+    def of(network: Network) -> Passes:
         budget = memory_budget if isinstance(memory_budget, str) else memory_budget * network.leaf.element_size() // 4
-        net = revflow.ReversibleSequence(network.blocks, network.split_dim, memory_budget=budget, chunks=chunks)
-        return lambda x: net(network.parted(x))
+        net = revflow.ReversibleSequence(network.blocks, network.split_dim, memory_budget=budget, **options)
+        return Passes(lambda x: net(network.parted(x)), net.inverse)
 
     return Method("revflow", setting, of)
 
@@ -66,11 +90,8 @@ def planned(network: Network, memory_budget: int | str) -> revflow.Plan:
     return net.plan(network.parted(network.leaf.detach()))
 
 
-def _plain(network: Network) -> Forward:
-    def forward(x: Tensor) -> Streams:
-        return _run(network.blocks, *network.parted(x))
-
-    return forward
+def _plain(network: Network) -> Passes:
+    return Passes(lambda x: _run(network.blocks, *network.parted(x)))
 
 
 def _run(blocks: list[nn.Module], *streams: Tensor) -> Streams:
@@ -92,12 +113,13 @@ KEPT = [
 ]
 
 
-def _selective(network: Network) -> Forward:
+def _selective(network: Network) -> Passes:
     return _checkpoint(network, 1, context_fn=partial(create_selective_checkpoint_contexts, KEPT))
 
 
-def _checkpoint(network: Network, every: int, **options: object) -> Forward:
+def _checkpoint(network: Network, every: int | None, **options: object) -> Passes:
     """Groups of couplings, each with the bijections before it; the last is computed again at once, and so not checkpointed."""
+    every = every or round(len(network.conditioners) ** 0.5)
     groups: list[list[nn.Module]] = [[]]
     for block in network.blocks:
         if sum(map(is_coupling, groups[-1])) == every:
@@ -114,14 +136,10 @@ def _checkpoint(network: Network, every: int, **options: object) -> Forward:
             streams = checkpoint(_run, group, *streams, use_reentrant=False, preserve_rng_state=False, **options)
         return _run(last, *streams)
 
-    return forward
+    return Passes(forward)
 
 
-def is_coupling(block: nn.Module) -> bool:
-    return isinstance(block, revflow.AdditiveCoupling)
-
-
-def _memcnn(network: Network) -> Forward:
+def _memcnn(network: Network) -> Passes:
     """Every block by itself, also the bijections: an input's storage is emptied in the forward pass."""
     warnings.filterwarnings("ignore", "TypedStorage is deprecated|.torch.cuda.amp.custom_")  # in memcnn's own code
     import memcnn
@@ -130,9 +148,18 @@ def _memcnn(network: Network) -> Forward:
         return _Emptied(memcnn.InvertibleModuleWrapper(block))
 
     def couplings(conditioners: list[nn.Module]) -> list[nn.Module]:
-        return [wrapped(memcnn.AdditiveCoupling(f, g, split_dim=network.split_dim)) for f, g in _pairs(conditioners)]
+        # It runs a conditioner's `forward`, past hooks and torch.compile, which have their place in the call of a module.
+        pairs = [map(nn.Sequential, pair) for pair in _pairs(conditioners)]
+        return [wrapped(memcnn.AdditiveCoupling(f, g, split_dim=network.split_dim)) for f, g in pairs]
 
-    return _joined(network, couplings, wrapped)
+    chain = _joined(network, couplings, wrapped)
+    return Passes(chain, lambda y: _undone(chain, y))
+
+
+def _undone(chain: nn.Sequential, y: Tensor) -> Tensor:
+    for part in reversed(chain):
+        y = part.inverse(y)
+    return y
 
 
 class _Emptied(nn.Module):
@@ -147,8 +174,11 @@ class _Emptied(nn.Module):
         x.detach()
         return y
 
+    def inverse(self, y: Tensor) -> Tensor:
+        return self.wrapper.inverse(y)
 
-def _revtorch(network: Network) -> Forward:
+
+def _revtorch(network: Network) -> Passes:
     """A sequence of each stage's couplings; shapes change in between, by ordinary autograd."""
     from revtorch import revtorch
 
@@ -156,17 +186,17 @@ def _revtorch(network: Network) -> Forward:
         blocks = [revtorch.ReversibleBlock(f, g, network.split_dim) for f, g in _pairs(conditioners)]
         return [revtorch.ReversibleSequence(nn.ModuleList(blocks))]
 
-    return _joined(network, couplings)
+    return Passes(_joined(network, couplings))
 
 
-def _revlib(network: Network) -> Forward:
+def _revlib(network: Network) -> Passes:
     """A sequence of each stage's couplings; shapes change in between, by ordinary autograd."""
     import revlib
 
     def couplings(conditioners: list[nn.Module]) -> list[nn.Module]:
         return [revlib.ReversibleSequential(*conditioners, split_dim=network.split_dim)]
 
-    return _joined(network, couplings)
+    return Passes(_joined(network, couplings))
 
 
 def _pairs(conditioners: list[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -180,7 +210,7 @@ def _joined(
     network: Network,
     couplings: Callable[[list[nn.Module]], list[nn.Module]],
     bijection: Callable[[nn.Module], nn.Module] = lambda block: block,
-) -> Forward:
+) -> nn.Sequential:
     """The network for a library whose modules take both streams as one tensor."""
     parts: list[nn.Module] = []
     for are_couplings, blocks in groupby(network.blocks, is_coupling):

@@ -1,4 +1,4 @@
-"""Three reversible networks to be measured: convolutions, a transformer, and the encoder of CrevNet's autoencoder.
+"""Reversible networks to be measured: tiny blocks, convolutions, a transformer, and the encoder of CrevNet's autoencoder.
 
 A network is a list of blocks that each method runs in its own way (bench/methods.py), with the same parameters: couplings
 (x1, x2) -> (x2, x1 + F(x2)) and bijections that change shapes.
@@ -25,7 +25,7 @@ class Network:
     """Blocks, and what to train them on."""
 
     name: str
-    setting: str
+    size: str
     blocks: list[nn.Module]
     """`revflow.AdditiveCoupling` of one conditioner each, and bijections."""
     leaf: Tensor
@@ -35,28 +35,53 @@ class Network:
     """Streams that the input is split in."""
 
     @property
+    def conditioners(self) -> list[nn.Module]:
+        return [block.F for block in self.blocks if is_coupling(block)]
+
+    @property
     def parameters(self) -> list[Tensor]:
         """What gets a gradient: the input too."""
         return [self.leaf, *(p for block in self.blocks for p in block.parameters())]
 
-    def to(self, dtype: torch.dtype) -> None:
-        """Parameters and input in another precision; all gradients are there, and zero."""
+    def to(self, dtype: torch.dtype) -> Network:
+        """Parameters and input in this precision; all gradients are there, and zero."""
         for block in self.blocks:
             block.to(dtype)
         self.leaf.data = self.leaf.data.to(dtype)
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
+        return self
 
     def parted(self, x: Tensor) -> Streams:
         return x.chunk(self.inputs, self.split_dim)
 
-    def step(self, forward: Callable[[Tensor], Tensor | Streams]) -> Tensor:
+    def joined(self, x: Tensor | Streams) -> Tensor:
+        return x if isinstance(x, Tensor) else torch.cat(x, self.split_dim)
+
+    def step(
+        self, forward: Callable[[Tensor], Tensor | Streams], between: Callable[[], object] = lambda: None
+    ) -> Tensor:
         """Forward and backward pass; gradients are added to those that are there. Returns the loss."""
         y = forward(self.leaf.clone())
         streams = y if isinstance(y, tuple) else (y,)
         loss = torch.stack([s.square().sum() for s in streams]).sum() / self.leaf.numel()
+        between()
         loss.backward()
         return loss.detach()
+
+
+def is_coupling(block: nn.Module) -> bool:
+    return isinstance(block, revflow.AdditiveCoupling)
+
+
+def tiny(batch: int = 256, width: int = 8, blocks: int = 32, device: torch.device | str = "cpu") -> Network:
+    """Conditioners that cost next to nothing, Linear, SiLU, Linear: what remains is each method's own work."""
+    with torch.device(device):
+        mlps = [nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(blocks)]
+        leaf = torch.randn(batch, 2 * width, requires_grad=True)
+    return Network(
+        "tiny", f"{blocks} blocks, {batch} x {width} a stream", list(map(revflow.AdditiveCoupling, mlps)), leaf
+    )
 
 
 def convolutions(batch: int = 4, size: int = 16, blocks: int = 32, device: torch.device | str = "cpu") -> Network:
@@ -75,11 +100,11 @@ def transformer(batch: int = 4, tokens: int = 128, layers: int = 12, device: tor
             revflow.AdditiveCoupling(f) for _ in range(layers) for f in (Attention(features, heads=4), mlp(features))
         ]
         leaf = torch.randn(batch, tokens, 2 * features, requires_grad=True)
-    setting = f"{layers} layers, {batch} x {tokens} x {features} a stream"
-    return Network("transformer", setting, couplings, leaf, split_dim=2)
+    size = f"{layers} layers, {batch} x {tokens} x {features} a stream"
+    return Network("transformer", size, couplings, leaf, split_dim=2)
 
 
-def autoencoder(batch: int = 4, size: int = 96, blocks: int = 4, device: torch.device | str = "cpu") -> Network:
+def autoencoder(batch: int = 4, frame: int = 96, blocks: int = 4, device: torch.device | str = "cpu") -> Network:
     """CrevNet's encoder: three stages, each at a quarter of the pixels and four times the channels of the one before.
 
     The presets' fourth stage is left out: at sizes for a CPU its parameters would outweigh the activations.
@@ -87,9 +112,9 @@ def autoencoder(batch: int = 4, size: int = 96, blocks: int = 4, device: torch.d
     config = CrevNetConfig(blocks=(blocks,) * 3, strides=(1, 2, 2))
     with torch.device(device):
         chain = list(TwoWayAutoencoder(config).blocks)
-        leaf = torch.rand(batch, config.input_channels, size, size, requires_grad=True)
-    setting = f"3 stages of {blocks} blocks, frames of {batch} x {config.input_channels} x {size} x {size}"
-    return Network("autoencoder", setting, chain, leaf, inputs=1)
+        leaf = torch.rand(batch, config.input_channels, frame, frame, requires_grad=True)
+    size = f"3 stages of {blocks} blocks, frames of {batch} x {config.input_channels} x {frame} x {frame}"
+    return Network("autoencoder", size, chain, leaf, inputs=1)
 
 
 class Attention(nn.Module):

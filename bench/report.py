@@ -25,8 +25,6 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-FIGURES = (".png", ".pdf", ".svg")
-
 
 def positive(text: str) -> int:
     """An option's type: a whole number from 1 on."""
@@ -50,6 +48,36 @@ def output(*suffixes: str) -> Callable[[str], Path]:
         return path
 
     return checked
+
+
+def add_outputs(parser: argparse.ArgumentParser, figure: bool = True) -> None:
+    """The options that `write` follows."""
+    parser.add_argument("--json", type=output(".json"), help="write the rows to this file")
+    parser.add_argument("--csv", type=output(".csv"), help="write the rows to this file")
+    parser.add_argument("--markdown", type=output(".md"), help="write the tables to this file")
+    if figure:
+        parser.add_argument("--figure", type=output(".png", ".pdf", ".svg"), help="draw the rows")
+
+
+def write(
+    a: argparse.Namespace, rows: Sequence[Any], page: str, draw: Callable[[Sequence[Any]], Figure] | None = None
+) -> None:
+    """The rows, dataclasses of one kind, to those files that were asked for."""
+    fields = [asdict(row) for row in rows]
+    if a.json:
+        a.json.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    if a.csv:
+        with a.csv.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(fields[0]))
+            writer.writeheader()
+            writer.writerows(fields)
+    if a.markdown:
+        a.markdown.write_text(page, encoding="utf-8")
+    if draw and a.figure:
+        figure = draw(rows)
+        with plt.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):  # text stays text
+            figure.savefig(a.figure, dpi=160)
+        plt.close(figure)
 
 
 def device_here() -> torch.device:
@@ -88,28 +116,8 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], left:
 
 
 def markdown(title: str, about: str, sections: Iterable[str]) -> str:
-    """A page of results, with the date and the command."""
+    """A page of results, with the date and the command; the sections stand apart."""
     script, *arguments = sys.argv
     command = shlex.join(["python", f"bench/{Path(script).name}", *arguments])
     head = f"# {title}\n\n- date: {date.today()}\n- command: `{command}`\n- {about}\n"
-    return "\n".join([head, *sections])
-
-
-def write_json(path: Path, rows: Iterable[Any]) -> None:
-    """Dataclasses, one object each."""
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-
-
-def write_csv(path: Path, rows: Iterable[Any]) -> None:
-    """Dataclasses of one kind, a line each."""
-    lines = [asdict(row) for row in rows]
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
-
-
-def save(figure: Figure, path: Path) -> None:
-    with plt.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):  # text stays text
-        figure.savefig(path, dpi=160)
-    plt.close(figure)
+    return "\n".join([head, *(section.strip("\n") + "\n" for section in sections)])

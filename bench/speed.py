@@ -1,146 +1,327 @@
-"""The time of a training step of CrevNet under each schedule, as a ratio to ordinary autograd's: see bench/schedules.py.
+"""Time of a training step: ordinary autograd, checkpointing, three other libraries and revflow, on the same networks in one run.
 
-    python bench/speed.py --preset tiny --height 128 --width 112 --json speed.json
+    python bench/speed.py --json speed.json --figure speed.png
 
-Every schedule runs once a round, in random order; a ratio is the median of the rounds' own. On the CPU times are the
-process's own, so that other processes do not count. Beside it stand the peak of live tensors of one step, Adam and the
-parameters included, and how often a recurrent cell is evaluated for a time step.
+Networks are tiny blocks, convolutions of 64 channels, a transformer (bench/networks.py), and the whole of CrevNet under the
+schedules of bench/schedules.py. How methods are compared is told in bench/trials.py: every step runs once a round, in random
+order, next to one of ordinary autograd, and times are medians of ratios to that one. The row "plain" is ordinary autograd
+against itself, and shows the machine's noise.
+
+Forward and backward pass (that is the rewind, where activations are rebuilt) are also told apart, and the inverse, which makes
+the input of the output without a graph. On CrevNet the optimizer's step counts with the backward pass, and the peak has the
+parameters, their gradients and Adam's state in it; elsewhere it is what a step takes beyond parameters and gradients.
+Evaluations are those of a conditioner in a step; on CrevNet of a recurrent cell, for a time step.
+
+Under `--precision bf16-mixed` and `16-mixed` each conditioner is under autocast by itself, as the other libraries would rerun it
+in float32. With `--compile` conditioners are compiled, for every method; peaks on the CPU are those without. On a GPU
+(--image 56 --batch 32 --only convolutions, and so on) the table has the useful operations in a second too, as a share of the
+rate of matrix products in the same precision.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import random
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import get_args
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import nn
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
 
+import capacity
+import networks
+import report
 import revflow
+import throughput
+import trials
 from crevnet import PRESETS, CrevNet
-from schedules import SCHEDULES, Precision, Training
+from methods import PEERS, checkpointed, libraries, plain, reversible
+from networks import Network
+from schedules import SCHEDULES, Training
+from trials import Row, Step, Trial
 
 
-@dataclass(frozen=True)
-class Row:
-    """A schedule against ordinary autograd in the same run."""
+class Extent(NamedTuple):
+    """How large a network is, and how often it runs, unless options say otherwise."""
 
-    network: str
-    method: str
-    setting: str
-    time_ratio: float
-    quartiles: tuple[float, float]
-    peak: int
-    """Bytes."""
-    evaluations: float
-    """Of a recurrent cell, for a time step of a training step."""
+    batch: int
+    rounds: int
+
+
+NETWORKS = {
+    "tiny": Extent(256, 60),
+    "convolutions": Extent(4, 11),
+    "transformer": Extent(4, 15),
+    "crevnet": Extent(2, 7),
+}
+
+PRECISIONS = {"32-true": None, "tf32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""What conditioners compute in under autocast."""
+
+METHODS = [
+    checkpointed(1),
+    checkpointed(None),
+    *libraries(),
+    reversible("none"),
+    reversible("none, guard off", guard="off"),
+    reversible("all", "all"),
+]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="tiny")
-    parser.add_argument("--schedule", nargs="+", choices=SCHEDULES, default=list(SCHEDULES), help="beside plain")
-    parser.add_argument("--precision", choices=get_args(Precision), default="32-true")
-    parser.add_argument("--steps", type=int, default=11, help="time steps")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--height", type=int, default=495)
-    parser.add_argument("--width", type=int, default=436)
-    parser.add_argument("--rounds", type=int, default=7, help="2 at least")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    a = parser.parse_args()
-    if min(a.steps, a.batch, a.height, a.width) < 1 or a.rounds < 2:
-        parser.error("--steps, --batch, --height and --width have to be 1 at least, --rounds 2")
-    if a.json and not a.json.parent.is_dir():
-        parser.error(f"--json {a.json}: there is no folder {a.json.parent}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, 1 thread"
+    a = options()
+    device = report.device_here()
     torch.set_num_threads(1)
-    trainings = {
-        schedule: Training(a.preset, schedule, a.precision, a.batch, a.steps, a.height, a.width, device)
-        for schedule in dict.fromkeys(["plain", *a.schedule])
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high" if a.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = a.precision == "tf32"
+    about = report.machine(device, packages=PEERS)
+    print(about)
+    rows: list[Row] = []
+    sections: list[str] = []
+    for name in dict.fromkeys(a.only):
+        extent = Extent(a.batch or NETWORKS[name].batch, a.rounds or NETWORKS[name].rounds)
+        found = compare(name, extent, a, device)
+        title = f"{found[0].network}: {found[0].size}, {described(found[0])}, {extent.rounds} rounds"
+        headings = HEADINGS if device.type == "cuda" else HEADINGS[:-1]
+        lines = [cells(row)[: len(headings)] for row in found]
+        report.show(f"A training step of {title}", headings, lines, LEFT)
+        rows += found
+        sections.append(f"## {title}\n\n{report.markdown_table(headings, lines, LEFT)}\n")
+    report.write(a, rows, report.markdown("Time of a training step", about, sections), draw)
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own = {
+        field: ", ".join(f"{getattr(e, field)} ({name})" for name, e in NETWORKS.items()) for field in Extent._fields
     }
-    rows = compare(trainings, a.rounds)
-    print(f"{hardware}, Python {platform.python_version()}, torch {torch.__version__}, {a.rounds} rounds")
-    Console(width=max(Console().width, 110)).print(table(rows))
-    if a.json:
-        a.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    names = [*NETWORKS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NETWORK", help=", ".join(names))
+    parser.add_argument("--rounds", type=report.positive, help=f"2 at least; each network's own: {own['rounds']}")
+    parser.add_argument("--batch", type=report.positive, help=f"each network's own: {own['batch']}")
+    parser.add_argument("--precision", choices=PRECISIONS, default="32-true")
+    parser.add_argument("--compile", action="store_true", help="compile conditioners")
+    parser.add_argument(
+        "--image", type=report.positive, default=16, help="height and width of the convolutions' streams"
+    )
+    parser.add_argument("--tokens", type=report.positive, default=128, help="of the transformer's sequences")
+    crevnet = parser.add_argument_group("CrevNet")
+    crevnet.add_argument("--preset", choices=PRESETS, default="tiny")
+    crevnet.add_argument("--schedule", nargs="+", choices=SCHEDULES, default=list(SCHEDULES), help="beside plain")
+    crevnet.add_argument("--steps", type=report.positive, default=11, help="time steps")
+    crevnet.add_argument("--height", type=report.positive, default=128)
+    crevnet.add_argument("--width", type=report.positive, default=112)
+    report.add_outputs(parser)
+    a = parser.parse_args()
+    if a.rounds == 1:
+        parser.error("--rounds has to be 2 at least: one has no spread")
+    if a.precision == "tf32" and not torch.cuda.is_available():
+        parser.error("--precision tf32: there is no CUDA device here")
+    return a
 
 
-def compare(trainings: dict[str, Training], rounds: int) -> list[Row]:
-    """A row for each training; "plain" has to be among them."""
-    steps = {name: training.train() for name, training in trainings.items()}
-    for its in steps.values():
-        next(its)
-    ratios: dict[str, list[float]] = {name: [] for name in trainings}
-    order = random.Random(0)
-    for _ in range(rounds):
-        times = {n: seconds(partial(next, steps[n]), trainings[n].device) for n in order.sample([*steps], len(steps))}
-        for name, taken in times.items():
-            ratios[name].append(taken / times["plain"])
-    del steps
-    rows = []
-    for name, t in trainings.items():
-        low, middle, high = statistics.quantiles(ratios[name], n=4)
-        peak = revflow.measure_memory(partial(_first_step, t), device=t.device).peak
-        setting = f"{t.precision}, batch {t.batch}, {t.steps} steps of {t.height} x {t.width}"
-        rows.append(Row(f"crevnet-{t.preset}", name, setting, middle, (low, high), peak, evaluations(t)))
-    return rows
+def compare(name: str, extent: Extent, a: argparse.Namespace, device: torch.device) -> list[Row]:
+    """A row for each method, ordinary autograd first."""
+    if name == "crevnet":
+        training = Training(a.preset, "plain", "32-true", extent.batch, a.steps, a.height, a.width, device)
+        tried = [*of_crevnet(training, a.schedule, a.precision, a.compile)]
+    else:
+        make = partial(maker(name, a), extent.batch, device=device)
+        prepare = partial(prepared, precision=a.precision, compiled=a.compile, device=device)
+        tried = [*trials.attempt_all(METHODS, make, device, prepare)]
+    rows = trials.compare(tried, extent.rounds, device)
+    if device.type == "cuda":
+        useful = extent.batch * capacity.operations(training) if name == "crevnet" else operations(make())
+        rows = shares(rows, useful, throughput.matrix_rate(device, PRECISIONS[a.precision] or torch.float32))
+    return [replace(row, precision=a.precision, compiled=a.compile) for row in rows]
 
 
-def _first_step(training: Training) -> None:
-    next(training.train())
+def maker(name: str, a: argparse.Namespace) -> Callable[..., Network]:
+    if name == "convolutions":
+        return partial(networks.convolutions, size=a.image)
+    if name == "transformer":
+        return partial(networks.transformer, tokens=a.tokens)
+    return networks.tiny
 
 
-def seconds(step: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        began = time.process_time()
-        step()
-        return time.process_time() - began
-    torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    step()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+def prepared(network: Network, precision: str, compiled: bool, device: torch.device) -> None:
+    """Has the conditioners run under autocast, and compiled."""
+    if PRECISIONS[precision] is not None:
+        for conditioner in network.conditioners:
+            conditioner.forward = autocast(precision, device)(conditioner.forward)
+    if compiled:
+        revflow.ReversibleSequence(network.blocks).compile_conditioners()  # in place, so for all methods
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def shares(rows: Sequence[Row], useful: float, rate: float) -> list[Row]:
+    """With their throughput, from a step's useful operations and the rate of matrix products."""
+    return [row if row.seconds is None else replace(row, throughput=useful / row.seconds / rate) for row in rows]
+
+
+def operations(network: Network) -> float:
+    """Useful floating-point operations of a step."""
+    return throughput.operations(partial(plain().of(network).forward, network.leaf))
+
+
+class Compiled(Training):
+    """Of a network that is compiled."""
+
+    def trainee(self) -> tuple[CrevNet, list[Tensor]]:
+        from crevnet.training import compile_network  # which needs Lightning
+
+        network, inputs = super().trainee()
+        compile_network(network)
+        return network, inputs
+
+
+def of_crevnet(base: Training, schedules: Sequence[str], precision: str, compiled: bool) -> Iterator[Trial]:
+    """Ordinary autograd, and the schedules."""
+    names = f"crevnet-{base.preset}", f"batch {base.batch}, {base.steps} steps of {base.height} x {base.width}"
+    for schedule in dict.fromkeys(["plain", *schedules]):
+        training = replace(base, schedule=schedule)
+        if compiled and SCHEDULES[schedule].checkpoints:
+            yield Trial(*names, schedule, note="compiling its parts would undo their checkpoints")
+            continue
+        start = partial(training_step, Compiled(**vars(training)) if compiled else training, precision)
+        memory = revflow.measure_memory(lambda: start()(nothing), device=base.device)  # noqa: B023
+        step = start()
+        step(nothing)
+        yield Trial(*names, schedule, step=step, memory=memory, evaluations=evaluations(training))
+    for peer in PEERS:
+        yield Trial(*names, peer, note="for chains alone: CrevNet's predictor is recurrent")
+
+
+def nothing() -> None:
+    """Between the parts of a step that is not timed."""
+
+
+def training_step(training: Training, precision: str) -> Step:
+    """A network's forward pass; then the backward pass and Adam."""
+    between = nothing
+
+    def watch(forward: Callable[[], Tensor]) -> Tensor:
+        with autocast(precision, training.device):
+            loss = forward()
+        between()
+        return loss
+
+    steps = training.train(watch)
+
+    def step(given: Callable[[], None]) -> None:
+        nonlocal between
+        between = given
+        next(steps)
+
+    return step
 
 
 def evaluations(training: Training) -> float:
     """How often a recurrent cell runs for a time step of a training step."""
     network, inputs = training.trainee()
-    calls = 0
-
-    def count(module: nn.Module, given: object) -> None:
-        nonlocal calls
-        calls += 1
-
     cells = cells_of(network)
-    for cell in cells:
-        cell.register_forward_pre_hook(count)
-    training.loss(network, inputs).backward()
-    return calls / (len(cells) * training.steps)
+    with trials.counted(cells) as samples:
+        training.loss(network, inputs).backward()
+    return sum(samples) / (len(cells) * training.steps * training.batch)
 
 
 def cells_of(network: CrevNet) -> list[nn.Module]:
     return [module.cell for module in network.predictor.stack]  # type: ignore[misc]
 
 
-def table(rows: list[Row]) -> Table:
-    found = Table(title=f"A training step: {rows[0].network}, {rows[0].setting}")
-    for name in ("method", "time, plain = 1", "quartiles", "peak, MiB", "evaluations"):
-        found.add_column(name, justify="left" if name == "method" else "right")
-    for r in rows:
-        quartiles = f"{r.quartiles[0]:.2f} to {r.quartiles[1]:.2f}"
-        found.add_row(r.method, f"{r.time_ratio:.2f}", quartiles, f"{r.peak / 2**20:,.1f}", f"{r.evaluations:.2f}")
-    return found
+def described(row: Row) -> str:
+    return row.precision + ", compiled" * row.compiled
+
+
+HEADINGS = (
+    "method",
+    "setting",
+    "time, plain = 1",
+    "standard error, quartiles",
+    "forward",
+    "backward",
+    "inverse",
+    "evaluations",
+    "ms a step",
+    "peak, MiB",
+    "of matrix rate",
+)
+LEFT = ("method", "setting", "standard error, quartiles")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """The row below `HEADINGS`; where it has no figures its note stands among them."""
+    if row.time_ratio is None:
+        return row.method, row.setting, "", row.note, *[""] * (len(HEADINGS) - 4)
+    low, high = row.quartiles
+    return (
+        row.method,
+        row.setting,
+        f"{row.time_ratio:.2f}",
+        f"± {row.error:.2f}, {low:.2f} to {high:.2f}",
+        f"{row.forward:.2f}",
+        f"{row.backward:.2f}",
+        "" if row.inverse is None else f"{row.inverse:.2f}",
+        f"{row.evaluations:.2f}",
+        f"{1e3 * row.seconds:,.1f}",
+        f"{row.peak / 2**20:,.2f}",
+        "" if row.throughput is None else f"{row.throughput:.0%}",
+    )
+
+
+FORWARD, BACKWARD, INK, PALE = "#2a6fb8", "#a9cbee", "#1c1c1c", "#e4e4e4"
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """A panel a network, a bar a method: forward and backward pass end to end, with the quartiles of their sum."""
+    panels = [[*group] for _, group in groupby(rows, lambda row: row.network)]
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure((5.4 * columns, 3.3 * lines + 0.3), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axis, panel in zip(axes, panels, strict=False):
+        draw_panel(axis, panel)
+    for axis in [*axes][len(panels) :]:
+        axis.remove()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def draw_panel(axis: Axes, rows: Sequence[Row]) -> None:
+    axis.set_yticks(range(len(rows)), [row.label.replace("sqrt(L)", "√L") for row in rows], color=INK)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    timed = {y: row for y, row in enumerate(rows) if row.time_ratio is not None}
+    forward, backward = ([getattr(row, part) for row in timed.values()] for part in ("forward", "backward"))
+    axis.barh([*timed], forward, height=0.66, color=FORWARD, label="forward pass")
+    axis.barh([*timed], backward, left=forward, height=0.66, color=BACKWARD, label="backward pass")
+    for y, row in enumerate(rows):
+        if y in timed:
+            axis.plot(row.quartiles, (y, y), color=INK, linewidth=1)
+            axis.annotate(
+                f"{row.time_ratio:.2f}", (max(row.quartiles[1], row.forward + row.backward), y), (4, 0), **TEXT
+            )
+        else:
+            axis.annotate(row.note.split(":")[0], (0, y), (4, 0), **TEXT, style="italic")
+    axis.axvline(1, color=INK, linewidth=0.8, linestyle=":")
+    axis.set_xlim(0, 1.15 * max(max(row.quartiles[1], row.time_ratio) for row in timed.values()))
+    axis.set_title(rows[0].network, loc="left", fontsize=11, color=INK)
+    axis.set_xlabel("time of a step, ordinary autograd = 1", color=INK)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", color=PALE, linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+TEXT: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": INK}
 
 
 if __name__ == "__main__":

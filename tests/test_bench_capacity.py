@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def training(schedule="reversible", batch=1):
 
 
 def peak(schedule, batch):
-    return memory.measure(training(schedule, batch), "predicted").peak
+    return memory.tracked(training(schedule, batch)).peak
 
 
 @pytest.fixture
@@ -39,7 +40,40 @@ def test_the_batch_is_the_largest_that_fits(rows):
     limit = peak("reversible", 5) + 1
     (row,), text = rows("--schedule", "reversible", "--capacity", str(limit / 2**30))
     assert (row["batch"], row["peak"]) == (5, limit - 1) and peak("reversible", 6) > limit
-    assert row["milliseconds"] is None and row["how"] == "predicted" and "predicted" in text
+    assert row["sequences_a_second"] is None and row["how"] == "predicted" and "predicted" in text
+
+
+def test_the_largest_batch_is_trained_where_its_time_is_asked_for(rows, monkeypatch):
+    batches, clock, loss = [], iter(range(0, 1000, 5)), Training.loss
+
+    def seconds(step, device):
+        step(lambda: None)
+        return next(clock), 5
+
+    def seen(self, network, inputs):
+        batches.append(len(inputs[0]))
+        return loss(self, network, inputs)
+
+    monkeypatch.setattr(capacity, "seconds", seconds)
+    monkeypatch.setattr(Training, "loss", seen)
+    limit = peak("reversible", 3) + 1
+    (row,), text = rows("--schedule", "reversible", "--capacity", str(limit / 2**30), "--time", "--rounds", "3")
+    assert batches[-4:] == [3] * 4  # the first is not counted: then 10, 15 and 20 seconds a step of 3 sequences
+    assert row["batch"] == 3 and row["sequences_a_second"] == 3 / 15 and row["throughput"] is None
+    assert "0.2" in text
+
+
+def test_baselines_have_a_batch_too(rows):
+    found, _ = rows(
+        "--only", "convlstm", "unet", "--schedule", "plain", "reversible", "--height", "32", "--width", "32"
+    )
+    assert [(row["model"], row["schedule"], row["patch"], row["capacity"]) for row in found] == [
+        ("convlstm", "plain", 4, 16), ("convlstm", "plain", 4, 32), ("unet", "plain", 1, 16), ("unet", "plain", 1, 32),
+    ]  # fmt: skip
+    small, large = (replace(training("plain", row["batch"]), model="unet", height=32, width=32) for row in found[2:])
+    for limit, its in ((16, small), (32, large)):
+        peaks = [memory.predicted(its, [its.batch + more])[0].peak for more in (0, 1)]
+        assert peaks[0] <= limit * 2**30 < peaks[1]
 
 
 def test_nothing_fits_into_nothing(rows):
@@ -80,7 +114,14 @@ def test_operations_are_those_of_the_convolutions():
 
 
 @pytest.mark.parametrize(
-    "options", [["--capacity", "0"], ["--steps", "0"], ["--schedule", "none"], ["--json", "/no/x"]]
+    "options",
+    [
+        ["--capacity", "0"],
+        ["--steps", "0"],
+        ["--schedule", "none"],
+        ["--json", "/no/x.json"],
+        ["--schedule", "reversible", "--only", "unet"],
+    ],
 )
 def test_wrong_options_end_in_a_line(monkeypatch, capsys, options):
     monkeypatch.setattr(sys, "argv", ["capacity.py", *options])

@@ -152,7 +152,7 @@ def test_demand_is_the_peak_over_the_operations():
 
 
 def test_demand_is_measured_on_cuda(monkeypatch):
-    monkeypatch.setattr(capacity, "time_of", lambda step: (250.0, 0.3))
+    monkeypatch.setattr(capacity, "sequences_a_second", lambda step: 4.0)
     step = Training("tiny", "reversible", "16-mixed", 4, 2, 24, 20, torch.device("cuda"))
     assert loading.demand(step, None).windows_a_second == 4
 

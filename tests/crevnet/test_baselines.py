@@ -6,8 +6,8 @@ from baseline_nets import MAPPED, TASK, TINY, make, window
 from torch.nn import functional as F
 
 import revflow
-from crevnet.baselines import BASELINES, UNet, make_baseline
-from crevnet.baselines.baseline import Task
+from crevnet.baselines import BASELINES, Task, UNet, make_baseline
+from crevnet.baselines.baseline import mean_squared_error
 
 RECURRENT = ["convlstm", "predrnn", "predrnnpp", "prednet"]
 PATCHED = ["convlstm", "predrnn", "predrnnpp"]
@@ -106,6 +106,11 @@ def test_what_a_step_keeps_for_backward(name, layer, beside):
     pixels = 4 * 16 * 16
     given, seen, predicted = pixels, pixels, pixels
     assert kept(4) - kept(3) == (4 * layer + beside) * 128 * pixels + given + seen + predicted
+
+
+def test_an_error_s_buffer_is_one_number():
+    predictions, truth = torch.rand(2, 1, 3, 8, 8).unbind()
+    assert mean_squared_error(predictions.requires_grad_(), truth).untyped_storage().nbytes() == 4
 
 
 # --- any size

@@ -42,8 +42,8 @@ class PredNet(RecurrentBaseline[PredNetState]):
 
     Args:
         task: what is predicted. Frames are padded to multiples of 2^len(widths).
-        widths: channels of the layers above the first one. With the default 6.9 million parameters, 3 of the paper's layers
-            and the frame's, as the authors use for natural video.
+        widths: channels of the layers above the first one, which has the frame's. The default is the paper's network for
+            natural video, with 6.9 million parameters.
     """
 
     def __init__(self, task: Task, widths: Sequence[int] = (48, 96, 192)) -> None:

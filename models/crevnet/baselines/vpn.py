@@ -6,7 +6,8 @@ the resolution lowered, so frames are not padded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -46,37 +47,31 @@ class VPN(Baseline):
         check_at_least_one("decoder_blocks", decoder_blocks)
         if width < task.channels:
             raise ValueError(f"width has to be at least 1 for each of {task.channels} channels, not {width}")
-        channels, outer = task.channels, 2 * width
+        channels, features = task.channels, 2 * width
+        self.features = features
         self.encoder = nn.Sequential(
-            nn.Conv2d(task.input_channels, outer, 3, padding=1),
+            nn.Conv2d(task.input_channels, features, 3, padding=1),
             *[ResidualMultiplicativeBlock(width, dilation) for dilation in dilations],
         )
-        self.recurrence = ConvLSTMCell(outer, outer, 3)
-        self.from_frame = MaskedConv2d(channels, outer, 3, groups=channels, sees_own_group=False)
+        self.recurrence = ConvLSTMCell(features, features, 3)
+        self.from_frame = MaskedConv2d(channels, features, 3, groups=channels, sees_own_group=False)
         self.decoder = nn.Sequential(
             *[ResidualMultiplicativeBlock(width, masked_groups=channels) for _ in range(decoder_blocks)],
-            MaskedConv2d(outer, VALUES * channels, 1, groups=channels),
+            MaskedConv2d(features, VALUES * channels, 1, groups=channels),
         )
 
     def forward(self, frames: Tensor, road_map: Tensor | None = None) -> Tensor:
         """Logits of each frame's values but the first's, from the true frames before it and the true values before each in
         its own: (B, T, C, H, W) -> (B, T - 1, C, 256, H, W)."""
         self._check(frames, road_map, at_least=2)
-        state, logits = None, []
-        for frame, following in zip(frames[:, :-1].unbind(1), frames[:, 1:].unbind(1), strict=True):
-            state = self._encode(frame, road_map, state)
-            logits.append(self._decode(state.h, following))
-        return torch.stack(logits, 1)
+        return torch.stack(list(self._logits(frames, road_map)), 1)
 
     def loss(self, frames: Tensor, road_map: Tensor | None = None) -> Tensor:
         """Mean cross-entropy, in nats a value, of the values round(255 x) of all frames but the first."""
         self._check(frames, road_map, at_least=2)
-        state, losses = None, []
         # Step by step: a stack of all logits, and its gradient, would each take 256 frames a step more.
-        for frame, following in zip(frames[:, :-1].unbind(1), frames[:, 1:].unbind(1), strict=True):
-            state = self._encode(frame, road_map, state)
-            values = (following * (VALUES - 1)).round().long()
-            losses.append(F.cross_entropy(self._decode(state.h, following).flatten(0, 1), values.flatten(0, 1)))
+        logits, values = self._logits(frames, road_map), (frames[:, 1:] * (VALUES - 1)).round().long().unbind(1)
+        losses = [F.cross_entropy(z.flatten(0, 1), v.flatten(0, 1)) for z, v in zip(logits, values, strict=True)]
         return torch.stack(losses).mean()
 
     @torch.no_grad()
@@ -87,7 +82,7 @@ class VPN(Baseline):
         compared is a squared error. That takes H W C passes of the decoder a frame, and is meant for tiny frames.
         """
         self._check(past, road_map)
-        horizon, state = self._horizon(horizon), None
+        horizon, state = self._horizon(horizon), self._initial_state(past)
         for frame in past.unbind(1):
             state = self._encode(frame, road_map, state)
         frames = [self._expected(state.h, past)]
@@ -96,13 +91,20 @@ class VPN(Baseline):
             frames.append(self._expected(state.h, past))
         return torch.stack(frames, 1)
 
-    def _encode(self, frame: Tensor, road_map: Tensor | None, state: CellState | None) -> CellState:
+    def _logits(self, frames: Tensor, road_map: Tensor | None) -> Iterator[Tensor]:
+        """(B, C, 256, H, W) of each frame but the first."""
+        state = self._initial_state(frames)
+        for frame, following in pairwise(frames.unbind(1)):
+            state = self._encode(frame, road_map, state)
+            yield self._decode(state.h, following)
+
+    def _initial_state(self, frames: Tensor) -> CellState:
+        zeros = frames.new_zeros(frames.shape[0], self.features, *frames.shape[-2:])
+        return CellState(zeros, zeros)
+
+    def _encode(self, frame: Tensor, road_map: Tensor | None, state: CellState) -> CellState:
         """The state after one more frame (B, C, H, W); its h is what the next frame is conditioned on."""
-        features = self.encoder(with_road_map(frame, road_map))
-        if state is None:
-            zeros = torch.zeros_like(features)
-            state = CellState(zeros, zeros)
-        return self.recurrence(features, state)
+        return self.recurrence(self.encoder(with_road_map(frame, road_map)), state)
 
     def _decode(self, context: Tensor, frame: Tensor) -> Tensor:
         """Logits (B, C, 256, H, W) of a frame's values, each from the context and the frame's values (B, C, H, W) before it."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -96,8 +97,7 @@ class Training:
 
     def parameters(self) -> int:
         """Bytes."""
-        with torch.device("meta"):
-            return sum(p.nbytes for p in self._network().parameters())
+        return _parameters(replace(self, schedule="plain", batch=1))
 
     def trainee(self) -> tuple[nn.Module, list[Tensor]]:
         """A new network, and a window of frames and the road map that go with it."""
@@ -105,7 +105,7 @@ class Training:
         frames = torch.rand(self.batch, self.steps + 1, self.config.channels, *shape, device=self.device)
         road_map = torch.rand(self.batch, 1, *shape, device=self.device)
         with self.device:
-            network = self._network()
+            network = self.network()
         return network, [frames, road_map]
 
     def loss(self, network: nn.Module, inputs: list[Tensor]) -> Tensor:
@@ -125,7 +125,8 @@ class Training:
             optimizer.step()
             yield
 
-    def _network(self) -> nn.Module:
+    def network(self) -> nn.Module:
+        """A new one, on torch's default device."""
         if self.model == "crevnet":
             network = CrevNet(self.config)
             network.predictor.forward = _within(SCHEDULES[self.schedule].predictor, network.predictor.forward)
@@ -140,6 +141,12 @@ class Training:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.float16) if self.precision == "16-mixed" else nullcontext()
+
+
+@cache
+def _parameters(training: Training) -> int:
+    with torch.device("meta"):
+        return sum(p.nbytes for p in training.network().parameters())
 
 
 def _within(context: Callable[[], AbstractContextManager[None]], function: Callable[..., Any]) -> Callable[..., Any]:

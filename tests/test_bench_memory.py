@@ -83,9 +83,8 @@ def main(monkeypatch, *options):
 
 
 def test_all_that_is_written(monkeypatch, tmp_path, capsys):
-    files = {kind: tmp_path / f"rows.{kind}" for kind in ("json", "csv", "markdown")} | {
-        "figure": tmp_path / "rows.png"
-    }
+    suffixes = {"json": "json", "csv": "csv", "markdown": "md", "figure": "png"}
+    files = {kind: tmp_path / f"rows.{suffix}" for kind, suffix in suffixes.items()}
     models = ["--only", "crevnet", "convlstm", "unet", "--preset", "tiny", "--schedule", "plain", "reversible"]
     written = [part for kind, file in files.items() for part in (f"--{kind}", file)]
     main(monkeypatch, *models, "--patch", 1, 2, "--steps", 2, "--how", "predicted", *written)

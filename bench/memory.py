@@ -45,6 +45,8 @@ from memory_row import AXES, GIB, Row, beyond_model, label, lines_over
 from schedules import MODELS, PATCHED, SCHEDULES, Precision, Training
 
 CAPACITIES = (16, 32)
+PAPERS_PATCH = 4
+"""Of ConvLSTM, PredRNN and PredRNN++."""
 
 
 def main() -> None:
@@ -52,12 +54,12 @@ def main() -> None:
     device = torch.device("cuda" if a.how == "cuda" else "cpu")
     trainings = [*all_of(a, device)]
     rows = [row for found in measured(trainings, a.how, a.batch) for row in found]
-    about = report.machine(device, threads=1)
+    about = report.machine(device)
     lines = [cells(row) for row in rows]
     report.show(f"A training step, {a.how}: GiB", HEADINGS, lines, LEFT)
-    slopes = [*slopes_of(rows)]
-    print("\n".join([about, *slopes]))
-    sections = [report.markdown_table(HEADINGS, lines, LEFT), "\n".join(f"- {slope}" for slope in slopes)]
+    remarks = [*remarks_on(rows), *slopes_of(rows)]
+    print("\n".join([about, *remarks]))
+    sections = [report.markdown_table(HEADINGS, lines, LEFT), "\n".join(f"- {remark}" for remark in remarks)]
     report.write(a, rows, report.markdown(f"Memory of a training step, {a.how}: GiB", about, sections), draw)
 
 
@@ -204,20 +206,36 @@ def row(t: Training, how: str, activations: int | None = None, peak: int | None 
 
 HEADINGS = (
     "model", "setting", "schedule", "frame", "batch", "steps", "parameters", "gradients", "Adam", "activations", "transient",
-    "peak", "one more", "in 16 GiB", "in 32 GiB",
+    "peak", "one more", "in 16 GiB", "in 32 GiB", "how",
 )  # fmt: skip
-LEFT = ("model", "setting", "schedule", "frame")
+LEFT = ("model", "setting", "schedule", "frame", "how")
 
 
 def cells(r: Row) -> tuple[str, ...]:
-    """The row below `HEADINGS`; the last two are the largest batches, or on CUDA what is reserved and a note."""
-    setting = f"{r.preset}, {r.layers} layers" if r.layers else f"patch {r.patch}"
+    """The row below `HEADINGS`; under the largest batches CUDA's rows have what is reserved, and a note."""
+    patch = f"patch {r.patch}" + ", as published" * (r.patch == PAPERS_PATCH)
+    setting = f"{r.preset}, {r.layers} layers" if r.layers else patch if r.model in PATCHED else "as published"
     sizes = (r.parameters, r.gradients, r.optimizer, r.activations, r.transient, r.peak, r.one_more)
     largest = ["" if n is None else f"{n:,}" for n in (r.largest_16, r.largest_32)]
     if r.how == "cuda":
         largest = ["" if r.reserved is None else f"{r.reserved / GIB:.2f} reserved", r.note]
     what = r.model, setting, r.schedule, f"{r.height} x {r.width}", str(r.batch), str(r.steps)
-    return *what, *("" if size is None else f"{size / GIB:,.2f}" for size in sizes), *largest
+    return *what, *("" if size is None else f"{size / GIB:,.2f}" for size in sizes), *largest, r.how
+
+
+def remarks_on(rows: Iterable[Row]) -> Iterator[str]:
+    """How the recurrent models at their papers' patch compare with CrevNet under ordinary autograd."""
+    plain = [r for r in rows if r.schedule == "plain" and r.peak is not None]
+    size = ("batch", "steps", "height", "width", "precision")
+    for crevnet in (r for r in plain if r.model == "crevnet"):
+        for r in plain:
+            same = all(getattr(r, name) == getattr(crevnet, name) for name in size)
+            if same and r.model in PATCHED and r.patch == PAPERS_PATCH:
+                less = "no more than" if r.peak <= crevnet.peak else "more than"
+                yield (
+                    f"{r.model} at its paper's patch takes {r.peak / GIB:.2f} GiB, {less} plain CrevNet "
+                    f"({crevnet.preset}), {crevnet.peak / GIB:.2f}: it works at a {r.patch**2}th of the pixels"
+                )
 
 
 def slopes_of(rows: Iterable[Row]) -> Iterator[str]:

@@ -67,21 +67,24 @@ def draw_bars(rows: list[Row]) -> Figure:
     colours = [COLOURS[row.schedule] for row in rows]
     bars(left, places, [row.peak / GIB for row in rows], colours)
     first = rows[0]
-    left.set_xlabel(f"peak of a training step with a batch of {first.batch}, GiB")
+    left.set_xlabel(
+        f"peak of a training step with a batch of {first.batch}, GiB;\nleft of the white mark: parameters, gradients, Adam"
+    )
     for place, row in zip(places, rows, strict=True):
         model = (row.peak - beyond_model(row)) / GIB
         left.plot([model, model], [place - 0.42, place + 0.42], color="white", linewidth=1.5)
     for limit in LIMITS:
         left.axvline(limit, color="#b00020", linewidth=1, linestyle=(0, (4, 2)), zorder=0)
         left.annotate(
-            f"{limit}", (limit, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
+            f"{limit} GiB", (limit, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
             fontsize=8, color="#b00020", ha="center",
         )  # fmt: skip
     if first.one_more is None:
         right.set_visible(False)
     else:
         bars(right, places, [row.one_more / GIB for row in rows], colours)
-        right.set_xlabel("of another sequence, GiB")
+        right.set_xlabel("by what it grows with\nanother sequence, GiB")
+        right.tick_params(axis="y", length=0)
     left.set_yticks([*settings.values()], [*settings], fontsize=8.5)
     left.set_ylim(places[-1] + 0.8, places[0] - 0.8)
     schedules = [Patch(color=COLOURS[name], label=name) for name in COLOURS if any(r.schedule == name for r in rows)]
@@ -97,8 +100,9 @@ def name_of(row: Row) -> str:
 def bars(axes: Axes, places: list[float], sizes: list[float], colours: list[str]) -> None:
     axes.barh(places, sizes, color=colours, height=0.84)
     for place, size in zip(places, sizes, strict=True):
-        text = f"{size:,.2f}" if size < 10 else f"{size:,.0f}"
-        axes.annotate(text, (size, place), (3, 0), textcoords="offset points", fontsize=7, va="center")
+        text = f"{size:,.2f}" if size < 10 else f"{size:,.1f}" if size < 100 else f"{size:,.0f}"
+        at = axes.annotate(text, (size, place), (3, 0), textcoords="offset points", fontsize=7, va="center")
+        at.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # above the limits' lines
     axes.set_xscale("log")
     axes.set_xlim(min(sizes) / 1.6, max(*sizes, max(LIMITS)) * 2.2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -107,9 +111,9 @@ def bars(axes: Axes, places: list[float], sizes: list[float], colours: list[str]
 
 def draw_lines(axis: str, lines: list[list[Row]]) -> Figure:
     """What a training step takes beyond parameters, gradients and Adam's state, along the axis; a panel for each preset."""
-    panels: dict[tuple[str, str], list[list[Row]]] = {}
+    panels: dict[str, list[list[Row]]] = {}
     for line in lines:
-        panels.setdefault((line[0].model, line[0].preset), []).append(line)
+        panels.setdefault(f"{MODEL_NAMES[line[0].model]} {line[0].preset}".strip(), []).append(line)
     width = 4.4 * len(panels) + 0.6
     figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.8), squeeze=False, layout="constrained")
     for panel, (name, its) in zip(axes[0], panels.items(), strict=True):
@@ -119,7 +123,7 @@ def draw_lines(axis: str, lines: list[list[Row]]) -> Figure:
             style = "-" if first.patch == 1 else "--" if first.patch == 2 else ":"
             places, sizes = [getattr(row, axis) for row in line], [beyond_model(row) / GIB for row in line]
             panel.plot(places, sizes, style, color=COLOURS[first.schedule], marker="o", markersize=4, label=text)
-        panel.set_title(" ".join(filter(None, name)), fontsize=11)
+        panel.set_title(name, fontsize=11)
         panel.set_xlabel(AXIS_NAMES[axis])
         panel.set_xlim(left=0)
         panel.set_ylim(bottom=0)

@@ -141,6 +141,26 @@ def test_lines_hold_rows_that_differ_in_one_thing_only():
     assert [*lines_over("layers", [row(layers=12), few])] == [[row(layers=12), few]]
 
 
+def test_remarks_compare_papers_patches_with_plain_crevnet():
+    gib = 2**30
+    crevnet, paper, patch_1 = (
+        row(peak=2 * gib),
+        row(model="predrnn", patch=4, peak=3 * gib),
+        row(model="predrnn", peak=9),
+    )
+    others = [
+        row(model="convlstm", patch=4, peak=gib),
+        row(model="convlstm", patch=4, peak=gib, steps=9),
+        row(model="vpn"),
+    ]
+    checkpointed = row(model="predrnnpp", patch=4, peak=gib, schedule="checkpoint")
+    assert [*memory.remarks_on([crevnet, paper, patch_1, *others, checkpointed, row(schedule="reversible")])] == [
+        f"{model} at its paper's patch takes {than} plain CrevNet (paper), 2.00: it works at a 16th of the pixels"
+        for model, than in (("predrnn", "3.00 GiB, more than"), ("convlstm", "1.00 GiB, no more than"))
+    ]
+    assert not [*memory.remarks_on([paper, *others])]
+
+
 def test_labels_and_sizes():
     assert label(row()) == "crevnet, paper, 36 layers, plain" and label(row(), "layers") == "crevnet, paper, plain"
     assert label(row(model="convlstm", preset="", layers=None, patch=4)) == "convlstm, patch 4, plain"
@@ -151,7 +171,7 @@ def test_rows_that_vary_in_one_thing_are_drawn_as_lines():
     figure = memory_figures.draw(
         [row(), row(steps=7), row(steps=9, peak=None), row(preset="tiny"), row(preset="tiny", steps=5)]
     )
-    assert [panel.get_title() for panel in figure.axes] == ["crevnet paper", "crevnet tiny"]
+    assert [panel.get_title() for panel in figure.axes] == ["CrevNet paper", "CrevNet tiny"]
     (line,) = figure.axes[0].lines
     assert [*line.get_xdata()] == [2, 7] and [*line.get_ydata()] == [5 / 2**30] * 2
 
@@ -163,7 +183,7 @@ def test_out_of_memory_is_a_row(monkeypatch):
     monkeypatch.setattr(memory.revflow, "measure_memory", run_out)
     found = memory.on_cuda(TINY)
     assert found.note == "out of memory" and found.peak is None and found.parameters > 0
-    assert memory.cells(replace(found, how="cuda"))[-1] == "out of memory"
+    assert memory.cells(replace(found, how="cuda"))[-2:] == ("out of memory", "cuda")
 
 
 @pytest.mark.cuda

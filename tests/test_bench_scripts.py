@@ -1,0 +1,77 @@
+"""The small scripts of bench/, at toy size: that they run, and what of their figures is no time."""
+
+import importlib
+import re
+import shutil
+import sys
+
+import pytest
+
+CHAIN = ["--channels", "8", "--size", "8", "--blocks", "2", "--rounds", "2"]
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    def call(script, *options):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *options])
+        importlib.import_module(script).main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_drift(printed, tmp_path):
+    picture = tmp_path / "drift.png"
+    sizes = ["--depths", "2", "40", "--channels", "2", "--size", "4", "--networks", "1"]
+    text = printed("drift", *sizes, "--out", str(picture))
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| (2|40) ", line)]
+    assert [row[0] for row in rows] == ["2", "40"] * 2
+    for shallow, deep in (rows[:2], rows[2:]):
+        assert shallow[3:] == deep[3:] == ["0", "0"]  # exact arithmetic
+        assert 0 < float(deep[1]) < 1e-4 < float(deep[2]) < 1  # float32, bfloat16
+        assert float(shallow[2]) < float(deep[2])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_exact(printed):
+    text = printed("exact", *CHAIN, "--batch", "16")
+    kept = {
+        name: (float(a), float(b))
+        for name, a, b in re.findall(r"(\w+): .* stream: ([\d.]+) bytes, exact ([\d.]+)", text)
+    }
+    guard = kept["additive"]
+    assert kept["gated"] == pytest.approx((4 + guard[0], 1 + guard[1]), abs=0.01)
+
+
+def test_guard(printed):
+    assert re.search(r"[+-][\d.]+ % \+- [\d.]+ \(quartiles", printed("guard", *CHAIN))
+
+
+def test_overhead(printed):
+    text = printed("overhead", "--blocks", "2", "--rows", "2", "3", "--rounds", "2")
+    assert [int(rows) for rows in re.findall(r"batch +(\d+): [\d.]+ times plain with the guard off, [\d.]+", text)] == [
+        2,
+        3,
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_compiled(printed):
+    text = printed("compiled", "--blocks", "1", "--rounds", "2")
+    assert re.findall(r"(\w+): compiled [\d.]+ times", text) == ["tokens", "images"]
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("drift", ["--depths", "0"]),
+        ("exact", ["--channels", "9"]),
+        ("guard", ["--rounds", "1"]),
+        ("overhead", ["--rows", "x"]),
+    ],
+)
+def test_wrong_options_end_in_a_line(printed, capsys, script, options):
+    with pytest.raises(SystemExit) as error:
+        printed(script, *options)
+    assert error.value.code == 2 and options[0] in capsys.readouterr().err

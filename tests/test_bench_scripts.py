@@ -28,8 +28,7 @@ def test_drift(printed, tmp_path):
     assert [row[0] for row in rows] == ["2", "40"] * 2
     for shallow, deep in (rows[:2], rows[2:]):
         assert shallow[3:] == deep[3:] == ["0", "0"]  # exact arithmetic
-        assert 0 < float(deep[1]) < 1e-4 < float(deep[2]) < 1  # float32, bfloat16
-        assert float(shallow[2]) < float(deep[2])
+        assert 0 < float(shallow[1]) < float(deep[1]) < 1e-5  # float32
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -39,8 +38,8 @@ def test_exact(printed):
         name: (float(a), float(b))
         for name, a, b in re.findall(r"(\w+): .* stream: ([\d.]+) bytes, exact ([\d.]+)", text)
     }
-    guard = kept["additive"]
-    assert kept["gated"] == pytest.approx((4 + guard[0], 1 + guard[1]), abs=0.01)
+    guard = kept["additive"][1]
+    assert 0 < guard < 0.1 and kept["gated"] == pytest.approx((4, 1 + guard), abs=0.001)
 
 
 def test_guard(printed):

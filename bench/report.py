@@ -120,4 +120,4 @@ def markdown(title: str, about: str, sections: Iterable[str]) -> str:
     script, *arguments = sys.argv
     command = shlex.join(["python", f"bench/{Path(script).name}", *arguments])
     head = f"# {title}\n\n- date: {date.today()}\n- command: `{command}`\n- {about}\n"
-    return "\n".join([head, *(section.strip("\n") + "\n" for section in sections)])
+    return "\n".join([head, *(section.strip("\n") + "\n" for section in sections if section)])

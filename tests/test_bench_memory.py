@@ -103,7 +103,7 @@ def test_all_that_is_written(monkeypatch, tmp_path, capsys):
         lines = [*csv.DictReader(file)]
     assert [int(line["peak"]) for line in lines] == [row["peak"] for row in rows]
     text, markdown = capsys.readouterr().out, files["markdown"].read_text()
-    assert "tiny, 6 layers" in text and "| unet | patch 1 | plain |" in markdown and "torch 2" in markdown
+    assert "tiny, 6 layers" in text and "| unet | as published | plain |" in markdown and "torch 2" in markdown
     assert "python bench/memory.py --height" in markdown
     assert files["figure"].read_bytes().startswith(b"\x89PNG")
 

@@ -33,7 +33,7 @@ def main() -> None:
 def recovery_error(network: CrevNet, settings: RunSettings) -> tuple[float, float]:
     """The largest error of a recovered frame, and the smallest 1 - g met on the way."""
     batch = next(iter(CityData(settings.data, settings.model).validation_batches()))
-    frames = network.padded(batch["frames"], batch["road_map"] if settings.model.road_map else None)
+    frames = network.padded(batch["frames"], batch["static"] if settings.model.static else None)
     frames = frames.to(next(network.parameters()).dtype)
     smallest, largest = [], []
     for module in network.modules():

@@ -103,10 +103,10 @@ class Training:
         """A new network, and a window of frames and the road map that go with it."""
         shape = (self.height, self.width)
         frames = torch.rand(self.batch, self.steps + 1, self.config.channels, *shape, device=self.device)
-        road_map = torch.rand(self.batch, 1, *shape, device=self.device)
+        static = torch.rand(self.batch, 1, *shape, device=self.device)
         with self.device:
             network = self.network()
-        return network, [frames, road_map]
+        return network, [frames, static]
 
     def loss(self, network: nn.Module, inputs: list[Tensor]) -> Tensor:
         with SCHEDULES[self.schedule].context(), self._autocast():
@@ -133,7 +133,7 @@ class Training:
         else:
             # The windows of `paper`: 3 frames are to be predicted.
             horizon = min(3, self.steps)
-            task = Task(self.config.channels, True, self.steps + 1 - horizon, horizon, self.patch)
+            task = Task(self.config.channels, 1, self.steps + 1 - horizon, horizon, self.patch)
             network = make_baseline(self.model, task)
         if SCHEDULES[self.schedule].checkpoints:
             _checkpoint_blocks(network)

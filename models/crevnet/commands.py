@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from torch.utils.data import default_collate
 
 from crevnet import figures, forecasts
 from crevnet.data import DataError, DayFile, DayReader, SyntheticCity, cached_road_map, open_day, write_city
@@ -45,7 +46,7 @@ def evaluate(run: Path, data: DataSettings, checkpoint: str, feedback: Feedback,
         with torch.inference_mode():
             by_city[city] = score(
                 {
-                    "CrevNet": CrevNetForecast(network, cities.road_maps[city], feedback),
+                    "CrevNet": CrevNetForecast(network, feedback),
                     "zeros": forecasts.zeros(model.horizon),
                     "last frame": forecasts.last_frame(model.horizon),
                     "mean of last three": forecasts.mean_of_three(model.horizon),
@@ -97,14 +98,14 @@ def predict(
         raise DataError(
             f"--slot {slot}: with {model.past} frames before and {model.horizon} to predict, choose {first} to {last}"
         )
-    frames = cities.window(day, slot - model.past)
-    past, truth = frames[: model.past], frames[model.past :]
+    window = default_collate([cities.window(day, slot - model.past)])
+    past, truth = window["frames"][:, : model.past], window["frames"][0, model.past :]
     with torch.inference_mode():
-        forecast = CrevNetForecast(network, cities.road_maps[day.city], feedback)(past[None])[0].clamp(0, 1)
+        forecast = CrevNetForecast(network, feedback)(past, window)[0].clamp(0, 1)
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"{day.city}-{day.date}-{slot:03d}"
     _write_prediction(stem.with_suffix(".h5"), forecast.numpy(), day, slot)
-    arrays = past.numpy(), truth.numpy(), forecast.numpy()
+    arrays = past[0].numpy(), truth.numpy(), forecast.numpy()
     title = f"{day.city}, {day.date}, predicted from {slot // 12:02d}:{slot % 12 * 5:02d}"
     figures.save(figures.forecast_figure(*arrays, title, channel), stem.with_suffix(".png"))
     figures.forecast_animation(*arrays, stem.with_suffix(".gif"), channel)

@@ -9,6 +9,10 @@ import revflow
 from revflow.recurrence import States
 
 Cell = Literal["st-lstm", "convlstm"]
+Static = Literal["road_map", "connectivity", "clock"]
+
+STATIC_CHANNELS: dict[Static, int] = {"road_map": 1, "connectivity": 8, "clock": 4}
+"""How many channels each of the inputs has that stay as they are within a window."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,8 @@ class CrevNetConfig:
 
     Args:
         channels: data channels of a frame (Traffic4cast 2019: volume, speed, heading).
-        road_map: add the road map as one more input channel.
+        static: inputs that stay as they are within a window, and are not predicted: the road_map; the connectivity of roads
+            with their eight neighbours (2021's static files); the clock, time of day and day of the week.
         blocks: reversible blocks in each stage of the autoencoder; a block counts as three layers in the paper.
         strides: downsampling of each stage, 1 or 2. The frame itself is downsampled by 2 in front of the first stage.
         bottleneck: a block's inner width is its stream's width divided by this.
@@ -33,7 +38,7 @@ class CrevNetConfig:
     """
 
     channels: int = 3
-    road_map: bool = True
+    static: tuple[Static, ...] = ("road_map",)
     blocks: tuple[int, ...] = (3, 3, 3, 3)
     strides: tuple[int, ...] = (1, 2, 2, 2)
     bottleneck: int = 4
@@ -54,6 +59,8 @@ class CrevNetConfig:
             )
         if min(self.blocks) < 1 or not set(self.strides) <= {1, 2}:
             raise ValueError(f"blocks have to be at least 1 and strides 1 or 2; got {self.blocks} and {self.strides}")
+        if len(set(self.static)) < len(self.static) or not set(self.static) <= set(STATIC_CHANNELS):
+            raise ValueError(f"static takes each of {', '.join(STATIC_CHANNELS)} once; got {self.static}")
         if self.cell not in ("st-lstm", "convlstm"):
             raise ValueError(f"cell has to be st-lstm or convlstm, not {self.cell!r}")
         if self.exact_bits is not None and not 1 <= self.exact_bits <= 52:
@@ -65,7 +72,11 @@ class CrevNetConfig:
     @property
     def input_channels(self) -> int:
         """Channels of a frame as the network sees it."""
-        return self.channels + self.road_map
+        return self.channels + self.static_channels
+
+    @property
+    def static_channels(self) -> int:
+        return sum(STATIC_CHANNELS[name] for name in self.static)
 
     @property
     def grid(self) -> revflow.Grid | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from crevnet.forecasts import Forecast
+from crevnet.forecasts import Forecast, Window
 from crevnet.network import CrevNet, Feedback
 
 
@@ -63,29 +63,27 @@ class Scoring:
 
 
 def score(forecasts: Mapping[str, Forecast], batches: Iterable[Mapping[str, Any]], past: int) -> dict[str, Scores]:
-    """Score every forecast on the same windows: batches with "frames" (B, past + horizon, C, H, W), "road_map" (B, 1, H, W)."""
+    """Score every forecast on the same windows: batches with "frames" (B, past + horizon, C, H, W), "road_map" (B, 1, H, W),
+    and what the forecasts need: "static" (B, S, H, W) for networks."""
     scorings = {name: Scoring() for name in forecasts}
     for batch in batches:
         seen, truth = batch["frames"][:, :past], batch["frames"][:, past:]
         for name, forecast in forecasts.items():
-            scorings[name].add(forecast(seen), truth, batch["road_map"])
+            scorings[name].add(forecast(seen, batch), truth, batch["road_map"])
     return {name: scoring.scores() for name, scoring in scorings.items()}
 
 
 class CrevNetForecast:
-    """A trained network as a forecast of one city."""
+    """A trained network as a forecast."""
 
-    def __init__(self, model: CrevNet, road_map: Tensor, feedback: Feedback) -> None:
+    def __init__(self, model: CrevNet, feedback: Feedback) -> None:
         self._model = model.eval()
-        self._road_map = road_map
         self._feedback = feedback
 
-    def __call__(self, past: Tensor) -> Tensor:
+    def __call__(self, past: Tensor, window: Window) -> Tensor:
         device = next(self._model.parameters()).device
-        road_map = None
-        if self._model.config.road_map:
-            road_map = self._road_map.to(device).expand(past.shape[0], -1, -1, -1)
-        return self._model.generate(past.to(device), road_map, feedback=self._feedback).to(past.device)
+        static = window["static"].to(device) if self._model.config.static else None
+        return self._model.generate(past.to(device), static, feedback=self._feedback).to(past.device)
 
 
 def mean_over_cities(by_city: Mapping[str, Mapping[str, Scores]]) -> dict[str, Scores]:

@@ -1,38 +1,41 @@
 """Forecasts that need no training, to stand beside CrevNet's.
 
-Each maps the past frames (B, T, C, H, W) to (B, horizon, C, H, W).
+Each maps the past frames (B, T, C, H, W), and what is known of their windows, to (B, horizon, C, H, W).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crevnet.data import DayFile, sample_frames
 
-Forecast = Callable[[Tensor], Tensor]
+Window = Mapping[str, Any]
+"""A batch of windows, as Traffic4cast's items are collated."""
+Forecast = Callable[[Tensor, Window], Tensor]
 
 
 def zeros(horizon: int) -> Forecast:
     """No data anywhere."""
-    return lambda past: past.new_zeros(past.shape[0], horizon, *past.shape[2:])
+    return lambda past, _: past.new_zeros(past.shape[0], horizon, *past.shape[2:])
 
 
 def last_frame(horizon: int) -> Forecast:
     """The last frame seen, again and again."""
-    return lambda past: _repeated(past[:, -1], horizon)
+    return lambda past, _: _repeated(past[:, -1], horizon)
 
 
 def mean_of_three(horizon: int) -> Forecast:
     """The mean of the last three frames: the organisers' baseline."""
-    return lambda past: _repeated(past[:, -3:].mean(1), horizon)
+    return lambda past, _: _repeated(past[:, -3:].mean(1), horizon)
 
 
 def training_mean(mean: Tensor, horizon: int) -> Forecast:
     """The same `mean` (C, H, W) at every time: each pixel's mean over the training days."""
-    return lambda past: _repeated(mean.to(past).expand(past.shape[0], -1, -1, -1), horizon)
+    return lambda past, _: _repeated(mean.to(past).expand(past.shape[0], -1, -1, -1), horizon)
 
 
 def pixel_means(days: Sequence[DayFile], slots: tuple[int, int] | None = None, frames: int = 1200) -> dict[str, Tensor]:

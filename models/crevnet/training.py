@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from crevnet.config import CrevNetConfig
-from crevnet.data import DataError, DayFile, Traffic4cast, check_frame_sizes, open_days, road_maps
+from crevnet.data import DataError, DayFile, StaticInputs, Traffic4cast, check_frame_sizes, open_days, road_maps
 from crevnet.network import CrevNet
 from crevnet.settings import DataSettings, RunSettings, TrainingSettings
 
@@ -37,13 +37,13 @@ class CrevNetTask(lightning.LightningModule):
             compile_network(self.network)
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
-        loss = self.network.loss(batch["frames"], self._roads(batch), self.training_settings.loss)
+        loss = self.network.loss(batch["frames"], self._static(batch), self.training_settings.loss)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["frames"]))
         return loss
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
         past = self.network.config.past
-        forecast = self.network.generate(batch["frames"][:, :past], self._roads(batch)).clamp(0, 1)
+        forecast = self.network.generate(batch["frames"][:, :past], self._static(batch)).clamp(0, 1)
         mse = torch.nn.functional.mse_loss(forecast, batch["frames"][:, past:])
         self.log("val/mse", mse, prog_bar=True, sync_dist=True, batch_size=len(batch["frames"]))
 
@@ -54,8 +54,8 @@ class CrevNetTask(lightning.LightningModule):
         super().optimizer_step(*arguments, **options)
         self.zero_grad()  # Lightning would let them live on, through the next forward pass
 
-    def _roads(self, batch: dict[str, Any]) -> Tensor | None:
-        return batch["road_map"] if self.network.config.road_map else None
+    def _static(self, batch: dict[str, Any]) -> Tensor | None:
+        return batch["static"] if self.network.config.static else None
 
 
 class FusedAdam(torch.optim.Adam):
@@ -126,6 +126,7 @@ class CityData:
                 f"{self.training_days[0].path} has {channels} channels, the model {model.channels}: set --model.channels"
             )
         self.road_maps = road_maps(self.training_days, settings.training_slots)
+        self.static = StaticInputs(model.static, {"road_map": self.road_maps})
         self.validation_days = self._open(settings.validation_split)
         check_frame_sizes([*self.training_days, *self.validation_days])
         for day in self.validation_days:
@@ -141,6 +142,7 @@ class CityData:
             self._settings.training_slots,
             self._settings.stride,
             road_maps=self.road_maps,
+            static=self.static,
         )
         return self._loader(windows, EpochShuffle(len(windows), self._seed))
 
@@ -148,13 +150,19 @@ class CityData:
         """The validation windows of one city, or of all."""
         days = [day for day in self.validation_days if city in (None, day.city)]
         stride = self._settings.validation_stride or self._window
-        windows = Traffic4cast(days, self._window, self._settings.validation_slots, stride, road_maps=self.road_maps)
+        windows = Traffic4cast(
+            days,
+            self._window,
+            self._settings.validation_slots,
+            stride,
+            road_maps=self.road_maps,
+            static=self.static,
+        )
         return self._loader(windows, None)
 
-    def window(self, day: DayFile, start: int) -> Tensor:
-        """The window (past + horizon, C, H, W) of `day` that begins at slot `start`."""
-        frames: Tensor = Traffic4cast([day], self._window, starts=[start])[0]["frames"]
-        return frames
+    def window(self, day: DayFile, start: int) -> dict[str, Any]:
+        """The window of `day` that begins at slot `start`, as an item of Traffic4cast."""
+        return Traffic4cast([day], self._window, starts=[start], road_maps=self.road_maps, static=self.static)[0]
 
     def _open(self, split: str) -> list[DayFile]:
         settings = self._settings

@@ -14,7 +14,7 @@ TINY = {
     "unet": lambda task: UNet(task, depth=3, width=4),
 }
 TASK = Task(channels=2, past=3, horizon=2)
-MAPPED = Task(channels=2, road_map=True, past=3, horizon=2)
+MAPPED = Task(channels=2, static_channels=1, past=3, horizon=2)
 
 
 def make(model, task=TASK, seed=0):
@@ -32,7 +32,7 @@ def window(task=TASK, steps=None, batch=2, height=6, width=5, seed=0):
     steps = task.past + task.horizon if steps is None else steps
     frames = torch.rand(batch, steps, task.channels, height, width, generator=generator, dtype=torch.float64)
     roads = torch.rand(batch, 1, height, width, generator=generator, dtype=torch.float64)
-    return frames, roads if task.road_map else None
+    return frames, roads if task.static_channels else None
 
 
 def weights(net):

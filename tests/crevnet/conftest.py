@@ -106,7 +106,7 @@ def run(settings: RunSettings, tmp_path_factory: pytest.TempPathFactory) -> Path
 def plain_run(settings: RunSettings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same without road map and with ConvLSTM cells."""
     folder = tmp_path_factory.mktemp("runs") / "plain"
-    train(replace(settings, model=replace(MODEL, road_map=False, cell="convlstm")), folder)
+    train(replace(settings, model=replace(MODEL, static=(), cell="convlstm")), folder)
     return folder
 
 

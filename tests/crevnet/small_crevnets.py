@@ -7,7 +7,7 @@ import revflow
 from crevnet import CrevNet, CrevNetConfig
 
 SMALL = CrevNetConfig(blocks=(2, 1), strides=(1, 2), modules=2, past=3, horizon=2)
-NO_MAP = CrevNetConfig(channels=2, road_map=False, blocks=(1, 2), strides=(1, 2), modules=2, cell="convlstm", past=3)
+NO_MAP = CrevNetConfig(channels=2, static=(), blocks=(1, 2), strides=(1, 2), modules=2, cell="convlstm", past=3)
 
 
 def make(config, seed=0, dtype=torch.float64):
@@ -27,7 +27,7 @@ def random(*shape, seed=0, dtype=torch.float64):
 def window(config, steps=None, batch=2, height=16, width=12, seed=0):
     """Frames and the road map, None where the model takes none."""
     frames = random(batch, steps or config.window, config.channels, height, width, seed=seed)
-    return frames, random(batch, 1, height, width, seed=seed + 1) if config.road_map else None
+    return frames, random(batch, 1, height, width, seed=seed + 1) if config.static else None
 
 
 def padded(frames, roads, multiple):

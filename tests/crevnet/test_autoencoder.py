@@ -62,7 +62,7 @@ def test_encoder_against_a_second_implementation(config):
 
 def test_first_split_is_the_even_and_the_odd_rows():
     """Of a single block the second stream comes out first, untouched: the odd rows; the other has the even rows in it."""
-    autoencoder = make(CrevNetConfig(channels=1, road_map=False, blocks=(1,), strides=(1,))).autoencoder
+    autoencoder = make(CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(1,))).autoencoder
     frames = random(1, 1, 6, 8)
     with torch.no_grad():
         for weight in autoencoder.parameters():

@@ -76,11 +76,11 @@ def test_generates_its_own_horizon_and_goes_on_from_it():
         torch.testing.assert_close(net.generate(past, horizon=horizon), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("task", [Task(past=9, horizon=3), Task(channels=8, road_map=True, past=12, horizon=6)])
+@pytest.mark.parametrize("task", [Task(past=9, horizon=3), Task(channels=8, static_channels=1, past=12, horizon=6)])
 def test_parameters_by_formula(task):
     with torch.device("meta"):
         net = UNet(task)
-    inputs, outputs = task.past * task.channels + task.road_map, task.horizon * task.channels
+    inputs, outputs = task.past * task.channels + task.static_channels, task.horizon * task.channels
     n = [64, 128, 256, 512, 1024]
     norms = 2 * 2 * (sum(n) + sum(n[:-1]))  # two in each block, of a weight and a bias
     down = sum(9 * (a + b) * b + 2 * b for a, b in zip([inputs, *n], n, strict=False))

@@ -185,7 +185,7 @@ def test_nothing_is_kept_between_calls(name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_road_map_is_seen_and_not_predicted(name):
+def test_static_channels_are_seen_and_not_predicted(name):
     net = make(name, MAPPED)
     frames, roads = window(MAPPED, steps=3)
     roads.requires_grad_()
@@ -239,17 +239,17 @@ def test_layers_that_cannot_be(name, option, message):
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("method", ["__call__", "loss", "generate"])
-def test_frames_and_road_maps_that_are_not_the_task_s(name, method):
+def test_frames_and_static_channels_that_are_not_the_task_s(name, method):
     frames, roads = window(MAPPED)
     plain, mapped = getattr(make(name, TASK), method), getattr(make(name, MAPPED), method)
     for wrong in (frames[0], frames[:, :, :1]):
         with pytest.raises(ValueError, match=r"frames have to be \(batch, time, 2 channels, height, width\); got"):
             plain(wrong)
-    with pytest.raises(ValueError, match="this model takes no road map"):
+    with pytest.raises(ValueError, match="this model takes no static channels"):
         plain(frames, roads)
-    with pytest.raises(ValueError, match="this model takes a road map"):
+    with pytest.raises(ValueError, match="this model takes 1 static channels"):
         mapped(frames)
-    with pytest.raises(ValueError, match=r"road_map has to be \(2, 1, 6, 5\) for these frames; got \(2, 1, 5, 5\)"):
+    with pytest.raises(ValueError, match=r"static has to be \(2, 1, 6, 5\) for these frames; got \(2, 1, 5, 5\)"):
         mapped(frames, roads[:, :, 1:])
     with pytest.raises(ValueError, match="frames have to be"):
         plain(frames[:, :0])

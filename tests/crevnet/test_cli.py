@@ -97,7 +97,7 @@ def directly(run, points, feedback, which):
         for start in range(0, 20, WINDOW):
             frames = as_frames(points(validation)[start : start + WINDOW])
             past, truth = frames[:, :PAST], frames[:, PAST:]
-            known = roads if model.config.road_map else None
+            known = roads if model.config.static else None
             found = model.generate(past, known, HORIZON, feedback).clamp(0, 1)
             errors.append((found - truth)[0].double().numpy())
             last_errors.append((past[:, -1:] - truth)[0].double().numpy())

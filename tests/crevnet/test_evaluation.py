@@ -91,11 +91,12 @@ def test_every_forecast_sees_the_past_and_is_scored_on_the_rest():
     roads = torch.ones(5, 1, 3, 4)
     seen = []
 
-    def half(past):
+    def half(past, window):
         seen.append(past)
+        assert len(window["road_map"]) == len(past)
         return torch.full((len(past), 2, 2, 3, 4), 0.5)
 
-    def last(past):
+    def last(past, window):
         return past[:, -1:].expand(-1, 2, -1, -1, -1)
 
     batches = [{"frames": frames[a:b], "road_map": roads[a:b]} for a, b in ((0, 2), (2, 5))]
@@ -114,15 +115,15 @@ def test_mean_over_cities_weighs_each_city_alike():
     assert found == {"x": Scores(2.0, 1.0, (2.0, 2.0), (2.0, 3.0, 4.0), 4.0), "y": two}
 
 
-@pytest.mark.parametrize("road_map", [True, False])
+@pytest.mark.parametrize("static", [("road_map", "clock"), ()])
 @pytest.mark.parametrize("feedback", ["latent", "frame"])
-def test_network_as_a_forecast_of_its_city(road_map, feedback):
+def test_network_as_a_forecast(static, feedback):
     torch.manual_seed(0)
-    config = CrevNetConfig(road_map=road_map, blocks=(1, 1), strides=(1, 2), modules=1, past=3, horizon=2)
+    config = CrevNetConfig(static=static, blocks=(1, 1), strides=(1, 2), modules=1, past=3, horizon=2)
     model = CrevNet(config).train()
-    past, roads = torch.rand(3, 3, 3, 9, 6), torch.rand(1, 9, 6)
+    past, channels = torch.rand(3, 3, 3, 9, 6), torch.rand(3, config.static_channels, 9, 6)
     with torch.inference_mode():
-        found = CrevNetForecast(model, roads, feedback)(past)
-    expected = model.generate(past, roads.repeat(3, 1, 1, 1) if road_map else None, 2, feedback)
+        found = CrevNetForecast(model, feedback)(past, {"static": channels})
+    expected = model.generate(past, channels if static else None, 2, feedback)
     assert found.shape == (3, 2, 3, 9, 6) and torch.equal(found, expected)
     assert not model.training

@@ -11,7 +11,7 @@ PAST = torch.tensor([1.0, 2.0, 6.0, 4.0]).reshape(1, 4, 1, 1, 1) * torch.tensor(
 
 
 def values(forecast, past=PAST):
-    found = forecast(past)
+    found = forecast(past, {})
     assert found.shape == (past.shape[0], 2, *past.shape[2:])
     return found[0, :, :, 0, 0].tolist()
 
@@ -32,15 +32,15 @@ def test_mean_of_the_last_three():
 
 def test_training_mean():
     mean = torch.tensor([0.25, 0.75], dtype=torch.float64).reshape(2, 1, 1)
-    found = forecasts.training_mean(mean, 2)(PAST.expand(3, -1, -1, -1, -1))
+    found = forecasts.training_mean(mean, 2)(PAST.expand(3, -1, -1, -1, -1), {})
     assert found.shape == (3, 2, 2, 1, 1) and found.dtype == PAST.dtype
     assert (found[..., 0, 0] == torch.tensor([0.25, 0.75])).all()
 
 
 def test_every_sample_has_its_own_last_frame():
     past = torch.arange(12.0).reshape(2, 3, 2, 1, 1)
-    assert forecasts.last_frame(1)(past).flatten().tolist() == [4, 5, 10, 11]
-    assert forecasts.mean_of_three(1)(past).flatten().tolist() == [2, 3, 8, 9]
+    assert forecasts.last_frame(1)(past, {}).flatten().tolist() == [4, 5, 10, 11]
+    assert forecasts.mean_of_three(1)(past, {}).flatten().tolist() == [2, 3, 8, 9]
 
 
 def test_pixel_means_of_each_city(tmp_path, write_day):

@@ -23,10 +23,10 @@ def test_parameters_as_counted_from_the_authors_code(preset, autoencoder, predic
 
 
 @pytest.mark.parametrize("preset", ["authors", "paper"])
-@pytest.mark.parametrize(("road_map", "widths"), [(True, (8, 32, 128, 512)), (False, (6, 24, 96, 384))])
-def test_group_widths(preset, road_map, widths):
+@pytest.mark.parametrize(("static", "widths"), [(("road_map",), (8, 32, 128, 512)), ((), (6, 24, 96, 384))])
+def test_group_widths(preset, static, widths):
     base = PRESETS[preset]
-    config = CrevNetConfig(road_map=road_map, blocks=base.blocks, strides=base.strides)
+    config = CrevNetConfig(static=static, blocks=base.blocks, strides=base.strides)
     assert config.widths == widths
     with torch.device("meta"):
         autoencoder = TwoWayAutoencoder(config)
@@ -37,7 +37,7 @@ def test_group_widths(preset, road_map, widths):
     # the last convolution of each block is as wide as its stage's group, and a quarter of that inside
     last = [list(b.F.parameters())[-1] for b in autoencoder.blocks if isinstance(b, revflow.AdditiveCoupling)]
     expected = [(w, w // 4) for w, count in zip(widths, base.blocks, strict=True) for _ in range(count)]
-    if not road_map:
+    if not static:
         expected = [(w, max(w // 4, 1)) for w, _ in expected]
     assert [tuple(w.shape[:2]) for w in last] == expected
 
@@ -46,7 +46,7 @@ def test_presets_are_the_paper_s_and_the_authors():
     paper, authors = PRESETS["paper"], PRESETS["authors"]
     assert (3 * sum(paper.blocks), paper.modules, paper.past, paper.horizon) == (36, 8, 9, 3)
     assert (3 * sum(authors.blocks), authors.modules, authors.past, authors.horizon) == (24, 6, 5, 3)
-    assert paper.cell == authors.cell == "st-lstm" and paper.road_map and authors.road_map
+    assert paper.cell == authors.cell == "st-lstm" and paper.static == authors.static == ("road_map",)
     assert paper.downsampling == authors.downsampling == 16
 
 
@@ -209,7 +209,7 @@ def test_feedback_matters_from_the_second_frame_on():
     assert all((latent[:, t] - frame[:, t]).abs().max() > 1e-4 for t in (1, 2))
 
 
-def test_feedback_is_all_one_without_road_map_and_padding():
+def test_feedback_is_all_one_without_static_channels_and_padding():
     """Encoding undoes decoding, so the two ways differ only by what is put back."""
     model = make(NO_MAP)
     past, _ = window(NO_MAP, steps=3)
@@ -225,14 +225,14 @@ def test_feedback_is_all_one_without_road_map_and_padding():
 
 @pytest.mark.parametrize("size", [(37, 29), (1, 1), (16, 16), (17, 32)])
 @pytest.mark.parametrize("channels", [1, 3, 8])
-@pytest.mark.parametrize("road_map", [True, False])
-def test_any_frame_size_and_number_of_channels(size, channels, road_map):
+@pytest.mark.parametrize("static", [("road_map",), (), ("clock", "connectivity")])
+def test_any_frame_size_and_number_of_channels(size, channels, static):
     config = CrevNetConfig(
-        channels=channels, road_map=road_map, blocks=(1, 1, 1), strides=(1, 2, 2), modules=1, past=2, horizon=1
+        channels=channels, static=static, blocks=(1, 1, 1), strides=(1, 2, 2), modules=1, past=2, horizon=1
     )
     model = make(config, dtype=torch.float32)
     frames = random(1, 3, channels, *size, dtype=torch.float32)
-    roads = random(1, 1, *size, seed=1, dtype=torch.float32) if road_map else None
+    roads = random(1, config.static_channels, *size, seed=1, dtype=torch.float32) if static else None
     assert model(frames, roads).shape == frames.shape
     for feedback in ("latent", "frame"):
         assert model.generate(frames, roads, 2, feedback).shape == (1, 2, channels, *size)
@@ -255,12 +255,12 @@ def test_padding_is_zeros_at_the_bottom_and_the_right():
 @pytest.mark.parametrize(
     ("frames", "roads", "message"),
     [
-        ((2, 5, 3, 8, 8), None, "takes a road map"),
+        ((2, 5, 3, 8, 8), None, "takes 1 static channels"),
         ((2, 5, 2, 8, 8), (2, 1, 8, 8), r"3 channels.*\(2, 5, 2, 8, 8\)"),
         ((5, 3, 8, 8), (2, 1, 8, 8), r"frames have to be.*\(5, 3, 8, 8\)"),
-        ((2, 5, 3, 8, 8), (1, 1, 8, 8), r"road_map has to be \(2, 1, 8, 8\).*\(1, 1, 8, 8\)"),
-        ((2, 5, 3, 8, 8), (2, 8, 8), r"road_map has to be"),
-        ((2, 5, 3, 8, 8), (2, 1, 8, 9), r"road_map has to be"),
+        ((2, 5, 3, 8, 8), (1, 1, 8, 8), r"static has to be \(2, 1, 8, 8\).*\(1, 1, 8, 8\)"),
+        ((2, 5, 3, 8, 8), (2, 8, 8), r"static has to be"),
+        ((2, 5, 3, 8, 8), (2, 1, 8, 9), r"static has to be"),
     ],
 )
 def test_wrong_shapes_say_what_was_expected(call, frames, roads, message):
@@ -269,8 +269,8 @@ def test_wrong_shapes_say_what_was_expected(call, frames, roads, message):
         getattr(model, call)(torch.zeros(frames), None if roads is None else torch.zeros(roads))
 
 
-def test_a_road_map_too_many():
-    with pytest.raises(ValueError, match="takes no road map"):
+def test_static_channels_too_many():
+    with pytest.raises(ValueError, match="takes no static channels"):
         make(NO_MAP).generate(random(1, 3, 2, 8, 8), random(1, 1, 8, 8))
 
 

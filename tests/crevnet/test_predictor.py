@@ -19,7 +19,7 @@ def random(seed, dtype=torch.float64, batch=2, scale=1.0):
 
 def config(cell, modules=3):
     # one input channel, no stage beyond the first unshuffle's split and one more: streams of 8 channels
-    return CrevNetConfig(channels=1, road_map=False, blocks=(1,), strides=(2,), modules=modules, cell=cell)
+    return CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=modules, cell=cell)
 
 
 def make(cell, modules=3, dtype=torch.float64):

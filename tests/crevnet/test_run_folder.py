@@ -17,7 +17,7 @@ from crevnet.training import load_network, train
     [
         *(RunSettings(model) for model in PRESETS.values()),
         RunSettings(
-            CrevNetConfig(8, False, (1, 2, 3), (2, 1, 2), 3, 5, "convlstm", 12, 6),
+            CrevNetConfig(8, ("clock", "road_map"), (1, 2, 3), (2, 1, 2), 3, 5, "convlstm", 12, 6),
             DataSettings(
                 root=Path("some where/data: 1"),
                 cities=["Berlin", "Sankt Pölten", "123"],

@@ -118,7 +118,7 @@ def by_hand(settings, frames, roads, steps):
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = model.loss(frames, roads if settings.model.road_map else None, settings.training.loss)
+        loss = model.loss(frames, roads if settings.model.static else None, settings.training.loss)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -134,7 +134,7 @@ def test_training_is_adam_on_the_chosen_loss(one_window, window, loss, tmp_path)
 
 
 def test_without_road_map_and_with_convlstm(one_window, window, tmp_path):
-    settings = replace(one_window, model=replace(one_window.model, road_map=False, cell="convlstm"))
+    settings = replace(one_window, model=replace(one_window.model, static=(), cell="convlstm"))
     train(settings, tmp_path)
     model, _ = by_hand(settings, *window, steps=1)
     assert_same_weights(weights(tmp_path), model.state_dict())
@@ -246,7 +246,7 @@ def task_like(task, **options):
 
 def gradients_of(network, frames, roads):
     network.zero_grad()
-    loss = network.loss(frames, roads if network.config.road_map else None)
+    loss = network.loss(frames, roads if network.config.static else None)
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad for name, p in network.named_parameters()}
 
@@ -368,7 +368,7 @@ def test_windows_of_the_chosen_slots_splits_and_strides(settings, points):
     for batch in cities.validation_batches("Here"):
         expected = np.concatenate([points(0)[4:14], points(1)[4:14]]).any(-1).mean(0)
         np.testing.assert_allclose(batch["road_map"][0, 0].numpy(), expected, rtol=1e-6)
-    found = cities.window(cities.validation_days[1], 6)
+    found = cities.window(cities.validation_days[1], 6)["frames"]
     np.testing.assert_array_equal(found.numpy(), points(4)[6:11].transpose(0, 3, 1, 2) / np.float32(255))
 
 

@@ -1,7 +1,7 @@
 """What every baseline is given and what it gives, so that benchmarks and training treat all of them alike.
 
-Shapes: B batch, T frames, C data channels, H x W a frame's height and width; Ci channels that a model sees, the road map among
-them. Values in [0, 1].
+Shapes: B batch, T frames, C data channels, H x W a frame's height and width; Ci channels that a model sees, the static ones
+among them. Values in [0, 1].
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crevnet.shapes import check_window
+
 
 @dataclass(frozen=True)
 class Task:
@@ -21,14 +23,14 @@ class Task:
 
     Args:
         channels: data channels of a frame (Traffic4cast 2019: volume, speed, heading).
-        road_map: a road map is one more channel of the input. It is never predicted.
+        static_channels: channels of the input that stay as they are within a window, a road map say. They are never predicted.
         past: frames seen.
         horizon: frames predicted.
         patch: the model works on frames of H/patch x W/patch pixels, each the channels of patch x patch pixels.
     """
 
     channels: int = 3
-    road_map: bool = False
+    static_channels: int = 0
     past: int = 9
     horizon: int = 3
     patch: int = 1
@@ -36,18 +38,20 @@ class Task:
     def __post_init__(self) -> None:
         for name in ("channels", "past", "horizon", "patch"):
             check_at_least_one(name, getattr(self, name))
+        if self.static_channels < 0:
+            raise ValueError(f"static_channels cannot be negative; got {self.static_channels}")
 
     @property
     def input_channels(self) -> int:
-        """Channels of a frame with its road map, Ci."""
-        return self.channels + self.road_map
+        """Channels of a frame with the static ones, Ci."""
+        return self.channels + self.static_channels
 
 
 class Baseline(nn.Module, ABC):
     """A network that predicts the next frames of a video, at any frame size.
 
-    Raises ValueError for a task with patches where the model has none, and in its methods for frames and road maps that are
-    not the task's.
+    Raises ValueError for a task with patches where the model has none, and in its methods for frames and static channels that
+    are not the task's.
     """
 
     takes_patches: ClassVar[bool] = False
@@ -61,32 +65,19 @@ class Baseline(nn.Module, ABC):
         self.task = task
 
     @abstractmethod
-    def forward(self, frames: Tensor, road_map: Tensor | None = None) -> Tensor:
-        """The predictions that the model is trained on, of `frames` (B, T, C, H, W) and `road_map` (B, 1, H, W)."""
+    def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
+        """The predictions that the model is trained on, of `frames` (B, T, C, H, W) and `static` (B, S, H, W)."""
 
     @abstractmethod
-    def loss(self, frames: Tensor, road_map: Tensor | None = None) -> Tensor:
+    def loss(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
         """The training loss, a scalar, within a window of past and future frames (B, past + horizon, C, H, W)."""
 
     @abstractmethod
-    def generate(self, past: Tensor, road_map: Tensor | None = None, horizon: int | None = None) -> Tensor:
+    def generate(self, past: Tensor, static: Tensor | None = None, horizon: int | None = None) -> Tensor:
         """The frames after `past` (B, T, C, H, W): (B, horizon, C, H, W), not clipped. The task's horizon if not given."""
 
-    def _check(self, frames: Tensor, road_map: Tensor | None, at_least: int = 1) -> None:
-        channels = self.task.channels
-        if frames.dim() != 5 or frames.shape[2] != channels:
-            raise ValueError(
-                f"frames have to be (batch, time, {channels} channels, height, width); got {tuple(frames.shape)}"
-            )
-        if frames.shape[1] < at_least:
-            raise ValueError(f"frames have to be at least {at_least} in time; got {frames.shape[1]}")
-        if (road_map is not None) != self.task.road_map:
-            raise ValueError(
-                "this model takes a road map: pass road_map=" if self.task.road_map else "this model takes no road map"
-            )
-        expected = (frames.shape[0], 1, *frames.shape[-2:])
-        if road_map is not None and road_map.shape != expected:
-            raise ValueError(f"road_map has to be {expected} for these frames; got {tuple(road_map.shape)}")
+    def _check(self, frames: Tensor, static: Tensor | None, at_least: int = 1) -> None:
+        check_window(frames, static, self.task.channels, self.task.static_channels, at_least)
 
     def _horizon(self, horizon: int | None) -> int:
         if horizon is None:
@@ -101,9 +92,9 @@ def check_at_least_one(name: str, value: int) -> None:
         raise ValueError(f"{name} has to be at least 1, not {value}")
 
 
-def with_road_map(frame: Tensor, road_map: Tensor | None) -> Tensor:
-    """(B, N, H, W), (B, 1, H, W) -> the road map as the last channel, where there is one."""
-    return frame if road_map is None else torch.cat((frame, road_map), 1)
+def with_static(frame: Tensor, static: Tensor | None) -> Tensor:
+    """(B, N, H, W), (B, S, H, W) -> the static channels behind the others, where there are any."""
+    return frame if static is None else torch.cat((frame, static), 1)
 
 
 def padded(frame: Tensor, multiple: int) -> Tensor:

@@ -2,7 +2,7 @@
 https://arxiv.org/abs/1605.08104).
 
 Shapes, layer l counted from 0: targets A, predictions Â and representations R are (B, N_l, H / 2^l, W / 2^l); errors E are
-(B, 2 N_l, H / 2^l, W / 2^l). N_0 is the channels of a frame, the road map among them.
+(B, 2 N_l, H / 2^l, W / 2^l). N_0 is the channels of a frame, the static ones among them.
 """
 
 from __future__ import annotations

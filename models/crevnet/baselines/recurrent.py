@@ -20,7 +20,7 @@ from crevnet.baselines.baseline import (
     cropped,
     mean_squared_error,
     padded,
-    with_road_map,
+    with_static,
 )
 
 State = TypeVar("State")
@@ -29,7 +29,7 @@ State = TypeVar("State")
 class RecurrentBaseline(Baseline, Generic[State]):
     """One step predicts the next frame from this one and a state; the state comes in and goes out, and is never kept on a module.
 
-    A subclass gives `initial_state` and `step`. They see frames with the road map, padded to multiples of `multiple` and
+    A subclass gives `initial_state` and `step`. They see frames with the static channels, padded to multiples of `multiple` and
     folded into patches: (B, Ci p p, Hp / p, Wp / p).
     """
 
@@ -45,40 +45,40 @@ class RecurrentBaseline(Baseline, Generic[State]):
     def step(self, frame: Tensor, state: State) -> tuple[Tensor, State]:
         """(B, Ci p p, Hp / p, Wp / p) -> the next frame's data channels, (B, C p p, Hp / p, Wp / p), and the next state."""
 
-    def forward(self, frames: Tensor, road_map: Tensor | None = None) -> Tensor:
+    def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
         """One-step predictions (B, T, C, H, W): entry t is the frame after frame t, from the true frames up to t."""
-        self._check(frames, road_map)
-        return torch.stack(list(self._predictions(frames, road_map)), 1)
+        self._check(frames, static)
+        return torch.stack(list(self._predictions(frames, static)), 1)
 
-    def loss(self, frames: Tensor, road_map: Tensor | None = None) -> Tensor:
+    def loss(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
         """Mean squared error of all one-step predictions within the window, from true frames."""
-        self._check(frames, road_map, at_least=2)
+        self._check(frames, static, at_least=2)
         # Step by step: a stack of all predictions, and its gradient, would each take a frame a step more.
-        predictions, truth = self._predictions(frames[:, :-1], road_map), frames[:, 1:].unbind(1)
+        predictions, truth = self._predictions(frames[:, :-1], static), frames[:, 1:].unbind(1)
         return torch.stack([mean_squared_error(p, t) for p, t in zip(predictions, truth, strict=True)]).mean()
 
     @torch.no_grad()
-    def generate(self, past: Tensor, road_map: Tensor | None = None, horizon: int | None = None) -> Tensor:
+    def generate(self, past: Tensor, static: Tensor | None = None, horizon: int | None = None) -> Tensor:
         """The frames after `past`, each predicted from the one before: (B, horizon, C, H, W), not clipped."""
-        self._check(past, road_map)
+        self._check(past, static)
         horizon, state = self._horizon(horizon), None
         for frame in past.unbind(1):
-            frame, state = self._predict(frame, road_map, state)
+            frame, state = self._predict(frame, static, state)
         frames = [frame]
         while len(frames) < horizon:
-            frame, state = self._predict(frame, road_map, state)
+            frame, state = self._predict(frame, static, state)
             frames.append(frame)
         return torch.stack(frames, 1)
 
-    def _predictions(self, frames: Tensor, road_map: Tensor | None) -> Iterator[Tensor]:
+    def _predictions(self, frames: Tensor, static: Tensor | None) -> Iterator[Tensor]:
         state = None
         for frame in frames.unbind(1):
-            prediction, state = self._predict(frame, road_map, state)
+            prediction, state = self._predict(frame, static, state)
             yield prediction
 
-    def _predict(self, frame: Tensor, road_map: Tensor | None, state: State | None) -> tuple[Tensor, State]:
+    def _predict(self, frame: Tensor, static: Tensor | None, state: State | None) -> tuple[Tensor, State]:
         """`step` on a frame as it is: (B, C, H, W) -> the next one, and the state."""
-        seen = F.pixel_unshuffle(padded(with_road_map(frame, road_map), self.multiple), self.task.patch)
+        seen = F.pixel_unshuffle(padded(with_static(frame, static), self.multiple), self.task.patch)
         prediction, state = self.step(seen, self.initial_state(seen) if state is None else state)
         return cropped(F.pixel_shuffle(prediction, self.task.patch), frame), state
 

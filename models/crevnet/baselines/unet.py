@@ -18,12 +18,12 @@ from crevnet.baselines.baseline import (
     cropped,
     mean_squared_error,
     padded,
-    with_road_map,
+    with_static,
 )
 
 
 class UNet(Baseline):
-    """Predicts all frames of the horizon at once, from the past ones in a stack of channels, with the road map once.
+    """Predicts all frames of the horizon at once, from the past ones in a stack of channels, with the static ones once.
 
     Args:
         task: what is predicted, from exactly `task.past` frames.
@@ -36,16 +36,16 @@ class UNet(Baseline):
         check_at_least_one("depth", depth)
         check_at_least_one("width", width)
         widths = [width * 2**level for level in range(depth)]
-        inputs = [task.past * task.channels + task.road_map, *widths[:-1]]
+        inputs = [task.past * task.channels + task.static_channels, *widths[:-1]]
         self.down = nn.ModuleList(Block(inside, out) for inside, out in zip(inputs, widths, strict=True))
         self.up = nn.ModuleList(UpBlock(2 * out, out) for out in reversed(widths[:-1]))
         self.to_frames = nn.Conv2d(width, task.horizon * task.channels, 1)
 
-    def forward(self, frames: Tensor, road_map: Tensor | None = None) -> Tensor:
+    def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
         """(B, past, C, H, W) -> the frames after them, (B, horizon, C, H, W)."""
-        self._check(frames, road_map)
+        self._check(frames, static)
         self._check_count(frames, self.task.past)
-        x = padded(with_road_map(frames.flatten(1, 2), road_map), 2 ** len(self.up))
+        x = padded(with_static(frames.flatten(1, 2), static), 2 ** len(self.up))
         skips = []
         for block in self.down[:-1]:
             skips.append(block(x))
@@ -55,20 +55,20 @@ class UNet(Baseline):
             x = block(x, skip)
         return cropped(self.to_frames(x), frames).unflatten(1, (self.task.horizon, self.task.channels))
 
-    def loss(self, frames: Tensor, road_map: Tensor | None = None) -> Tensor:
+    def loss(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
         """Mean squared error of the predicted frames of a window (B, past + horizon, C, H, W)."""
-        self._check(frames, road_map)
+        self._check(frames, static)
         self._check_count(frames, self.task.past + self.task.horizon)
         past, future = frames.split([self.task.past, self.task.horizon], 1)
-        return mean_squared_error(self(past, road_map), future)
+        return mean_squared_error(self(past, static), future)
 
     @torch.no_grad()
-    def generate(self, past: Tensor, road_map: Tensor | None = None, horizon: int | None = None) -> Tensor:
+    def generate(self, past: Tensor, static: Tensor | None = None, horizon: int | None = None) -> Tensor:
         """The frames after `past` (B, past, C, H, W): (B, horizon, C, H, W), not clipped. Where the model's own horizon is
         shorter, the last frames, predicted ones among them, are its next past."""
         horizon, frames = self._horizon(horizon), past
         while frames.shape[1] < past.shape[1] + horizon:
-            frames = torch.cat((frames, self(frames[:, -past.shape[1] :], road_map)), 1)
+            frames = torch.cat((frames, self(frames[:, -past.shape[1] :], static)), 1)
         return frames[:, past.shape[1] : past.shape[1] + horizon]
 
     @staticmethod

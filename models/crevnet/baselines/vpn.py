@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crevnet.baselines.baseline import Baseline, Task, check_at_least_one, with_road_map
+from crevnet.baselines.baseline import Baseline, Task, check_at_least_one, with_static
 from crevnet.baselines.convlstm import ConvLSTMCell
 from crevnet.cells import CellState
 
@@ -60,51 +60,51 @@ class VPN(Baseline):
             MaskedConv2d(features, VALUES * channels, 1, groups=channels),
         )
 
-    def forward(self, frames: Tensor, road_map: Tensor | None = None) -> Tensor:
+    def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
         """Logits of each frame's values but the first's, from the true frames before it and the true values before each in
         its own: (B, T, C, H, W) -> (B, T - 1, C, 256, H, W)."""
-        self._check(frames, road_map, at_least=2)
-        return torch.stack(list(self._logits(frames, road_map)), 1)
+        self._check(frames, static, at_least=2)
+        return torch.stack(list(self._logits(frames, static)), 1)
 
-    def loss(self, frames: Tensor, road_map: Tensor | None = None) -> Tensor:
+    def loss(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
         """Mean cross-entropy, in nats a value, of the values round(255 x) of all frames but the first."""
-        self._check(frames, road_map, at_least=2)
+        self._check(frames, static, at_least=2)
         # Step by step: a stack of all logits, and its gradient, would each take 256 frames a step more.
-        logits, values = self._logits(frames, road_map), (frames[:, 1:] * (VALUES - 1)).round().long().unbind(1)
+        logits, values = self._logits(frames, static), (frames[:, 1:] * (VALUES - 1)).round().long().unbind(1)
         losses = [F.cross_entropy(z.flatten(0, 1), v.flatten(0, 1)) for z, v in zip(logits, values, strict=True)]
         return torch.stack(losses).mean()
 
     @torch.no_grad()
-    def generate(self, past: Tensor, road_map: Tensor | None = None, horizon: int | None = None) -> Tensor:
+    def generate(self, past: Tensor, static: Tensor | None = None, horizon: int | None = None) -> Tensor:
         """The frames after `past` (B, T, C, H, W): (B, horizon, C, H, W).
 
         Each value is the expectation of its distribution, given the expectations before it: nothing is drawn, since what is
         compared is a squared error. That takes H W C passes of the decoder a frame, and is meant for tiny frames.
         """
-        self._check(past, road_map)
+        self._check(past, static)
         horizon, state = self._horizon(horizon), self._initial_state(past)
         for frame in past.unbind(1):
-            state = self._encode(frame, road_map, state)
+            state = self._encode(frame, static, state)
         frames = [self._expected(state.h, past)]
         while len(frames) < horizon:
-            state = self._encode(frames[-1], road_map, state)
+            state = self._encode(frames[-1], static, state)
             frames.append(self._expected(state.h, past))
         return torch.stack(frames, 1)
 
-    def _logits(self, frames: Tensor, road_map: Tensor | None) -> Iterator[Tensor]:
+    def _logits(self, frames: Tensor, static: Tensor | None) -> Iterator[Tensor]:
         """(B, C, 256, H, W) of each frame but the first."""
         state = self._initial_state(frames)
         for frame, following in pairwise(frames.unbind(1)):
-            state = self._encode(frame, road_map, state)
+            state = self._encode(frame, static, state)
             yield self._decode(state.h, following)
 
     def _initial_state(self, frames: Tensor) -> CellState:
         zeros = frames.new_zeros(frames.shape[0], self.features, *frames.shape[-2:])
         return CellState(zeros, zeros)
 
-    def _encode(self, frame: Tensor, road_map: Tensor | None, state: CellState) -> CellState:
+    def _encode(self, frame: Tensor, static: Tensor | None, state: CellState) -> CellState:
         """The state after one more frame (B, C, H, W); its h is what the next frame is conditioned on."""
-        return self.recurrence(self.encoder(with_road_map(frame, road_map)), state)
+        return self.recurrence(self.encoder(with_static(frame, static)), state)
 
     def _decode(self, context: Tensor, frame: Tensor) -> Tensor:
         """Logits (B, C, 256, H, W) of a frame's values, each from the context and the frame's values (B, C, H, W) before it."""

@@ -11,7 +11,7 @@ import re
 import warnings
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -154,10 +154,12 @@ class Traffic4cast(Dataset[dict[str, Any]]):
         stride: slots from the start of one window to the start of the next.
         starts: the first slot of each window of a day, instead of one every `stride` slots.
         road_maps: float32 (1, H, W) for each city; given, each item also holds the one of its city.
+        static: gives the static channels (S, H, W) of a day's window by its first slot; given, each item also holds them.
 
-    An item is {"frames": float32 (frames, C, H, W) in [0, 1], "city": str, "date": "YYYYMMDD", "start": first slot}, and
-    with road maps "road_map": float32 (1, H, W). Raises ValueError for frames, stride or road maps that cannot be used
-    and DataError for days, slots or starts that do not fit each other; reading a damaged window raises DataError.
+    An item is {"frames": float32 (frames, C, H, W) in [0, 1], "city": str, "date": "YYYYMMDD", "start": first slot}, with
+    road maps "road_map": float32 (1, H, W), and with static channels "static": float32 (S, H, W). Raises ValueError for frames,
+    stride or road maps that cannot be used and DataError for days, slots or starts that do not fit each other; reading a
+    damaged window raises DataError.
     """
 
     def __init__(
@@ -168,6 +170,7 @@ class Traffic4cast(Dataset[dict[str, Any]]):
         stride: int = 1,
         starts: Sequence[int] | None = None,
         road_maps: Mapping[str, torch.Tensor] | None = None,
+        static: Callable[[DayFile, int], torch.Tensor] | None = None,
     ) -> None:
         if frames < 1:
             raise ValueError(f"frames is {frames}; expected at least 1")
@@ -180,7 +183,7 @@ class Traffic4cast(Dataset[dict[str, Any]]):
             _check_road_maps(road_maps, days)
         self.days = tuple(days)
         self.frames = frames
-        self._road_maps = road_maps
+        self._road_maps, self._static = road_maps, static
         self._starts = [_window_starts(day, frames, slots, stride, starts) for day in self.days]
         self._ends = list(accumulate(map(len, self._starts)))
         self._reader = DayReader()
@@ -201,6 +204,8 @@ class Traffic4cast(Dataset[dict[str, Any]]):
         item: dict[str, Any] = {"frames": frames, "city": day.city, "date": day.date, "start": start}
         if self._road_maps is not None:
             item["road_map"] = self._road_maps[day.city]
+        if self._static is not None:
+            item["static"] = self._static(day, start)
         return item
 
 

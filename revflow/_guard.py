@@ -230,7 +230,7 @@ class Witness:
             stride = int(0.6180339887 * count) | 1
             while math.gcd(stride, count) > 1:
                 stride += 1
-            places = torch.arange(_SAMPLES, device=stream.device).mul_(stride).remainder_(count)
+            places = torch.arange(0, _SAMPLES * stride, stride, device=stream.device).remainder_(count)
             self._positions[key] = places
         return places
 

@@ -26,7 +26,7 @@ import operator
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,25 +49,19 @@ from revflow._passage import (
 from revflow._replay import Draws
 
 
-class _Entry(NamedTuple):
-    streams: list[Tensor]
-    evidence: Evidence | None
-    output: Streams = ()
-    """The chain's own, held for the time of the first rewind so that it is not overwritten: where the user has dropped it, a
-    copy to the CPU may still be under way on another CUDA stream."""
-
-
 class Tape:
     """Hands the rebuilt streams from one block's rewind to the next."""
 
     def __init__(self, witness: Witness | None) -> None:
         self.witness = witness
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, tuple[list[Tensor], Evidence | None, Streams]] = {}
 
-    def leave(self, *entry: Any) -> None:
-        self._entries[torch._C._current_graph_task_id()] = _Entry(*entry)
+    def leave(self, streams: list[Tensor], evidence: Evidence | None, output: Streams = ()) -> None:
+        """`output`, the chain's own, is held for the time of the first rewind so that it is not overwritten: where the user has
+        dropped it, a copy to the CPU may still be under way on another CUDA stream."""
+        self._entries[torch._C._current_graph_task_id()] = streams, evidence, output
 
-    def take(self) -> _Entry:
+    def take(self) -> tuple[list[Tensor], Evidence | None, Streams]:
         return self._entries.pop(torch._C._current_graph_task_id())
 
 
@@ -87,26 +81,25 @@ def through(
     passage: Passage, position: str, block: nn.Module, streams: Streams, before: Any, context: Context
 ) -> Streams:
     """Pass `streams` through the chain's block at that `position`; `before` is the autograd node of the block before it."""
-    if isinstance(block, Stepwise):
-        return _through_stepwise(passage, position, block, streams, before, context)
-    if passage.tape is None:
-        return run_whole(block, passage, streams, context)
-    return _apply(Whole(passage, position, block, before, streams), streams)
-
-
-def _through_stepwise(
-    passage: Passage, position: str, block: Stepwise, streams: Streams, before: Any, context: Context
-) -> Streams:
-    """A block on which nobody has hooks goes to the engine at once. Any other is called as any module is, with an offer on
-    the side: the Function is applied inside its own forward, so that its hooks see an ordinary module."""
-    inverse, log_det, tape = passage.inverse, passage.log_det, passage.tape
+    if not isinstance(block, Stepwise):
+        if passage.tape is None:
+            return run_whole(block, passage, streams, context)
+        return _apply(Whole(passage, position, block, before, streams), streams)
     if block.unobserved:
-        if tape is None:
+        if passage.tape is None:
             return run_plainly(block, passage, streams, context)
         return _apply(Coupled(passage, position, block, before, streams), streams)
+    return _observed(passage, position, block, streams, before, context)
+
+
+def _observed(
+    passage: Passage, position: str, block: Stepwise, streams: Streams, before: Any, context: Context
+) -> Streams:
+    """A block on which somebody has hooks is called as any module is, with an offer on the side: the Function is applied inside
+    its own forward, so that its hooks see an ordinary module."""
     offer = _thread.offer = _Offer(passage, position, block, streams, before)
     try:
-        call: Callable[..., object] = block.inverse if inverse else block  # type: ignore[assignment, attr-defined]
+        call: Callable[..., object] = block.inverse if passage.inverse else block  # type: ignore[assignment, attr-defined]
         outputs = as_streams(call(*streams, **context))
     finally:
         _thread.offer = None
@@ -114,7 +107,7 @@ def _through_stepwise(
         raise RuntimeError(
             "a hook replaced its output, or called the block itself, which cannot be undone; make that a block"
         )
-    return (*outputs, offer.results[-1]) if log_det else outputs
+    return (*outputs, offer.results[-1]) if passage.log_det else outputs
 
 
 def run_stepwise(block: Stepwise, inverse: bool, streams: Streams, context: Context) -> Streams:
@@ -184,16 +177,15 @@ class _Rewind(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor) -> Streams:
         passage = call.passage
-        end = len(tensors) - len(call.parameters)
-        begin = end - len(passage.arguments.tensors)
-        streams = tensors[:begin]
+        leaves = passage.arguments.tensors
+        streams = tensors[: len(tensors) - len(leaves) - len(call.parameters)]
         first = call.first if passage.meter is None else partial(passage.meter.first, call)
-        outputs, kept = first(streams, tensors[begin:end])
-        ctx.call, ctx.ends = call, (begin, end, len(tensors))
+        outputs, kept = first(streams, leaves)
+        ctx.call = call
         if passage.tape.witness is not None and any(ctx.needs_input_grad):  # type: ignore[union-attr]
             call.samples = passage.tape.witness.samples(call.rebuilt(streams))  # type: ignore[union-attr]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[begin:], *kept)
+        ctx.save_for_backward(*leaves, *call.parameters, *kept)
         return outputs
 
     @staticmethod
@@ -211,14 +203,15 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     call: Call = ctx.call
     tape: Tape = call.passage.tape  # type: ignore[assignment]
     now, evidence, _output = tape.take()
-    begin, end, count = ctx.ends
     saved: Streams = ctx.saved_tensors
+    begin = len(call.passage.arguments.tensors)
+    end = begin + len(call.parameters)
     # An alias a place: a tensor may stand in the context twice, or be a parameter too.
-    leaves = [alias_of(t) for t in saved[: end - begin]]
-    own = own_of(saved[end - begin : count - begin])
+    leaves = [*map(alias_of, saved[:begin])]
+    own = own_of(saved[begin:end])
     needs = ctx.needs_input_grad[1:]
     seen = None if evidence is None else tape.witness.watch(evidence, call)  # type: ignore[union-attr]
-    found = call.rewind(now, Given(grads, needs, leaves, own, saved[count - begin :], seen))
+    found = call.rewind(now, Given(grads, needs, leaves, own, saved[end:], seen))
     if seen is not None:
         seen.inputs(call.rebuilt(tuple(now)))
     if call.before is not None and torch._C._will_engine_execute_node(call.before):  # rule 4

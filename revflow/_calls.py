@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +19,20 @@ from revflow._passage import Gradients, Passage, Stepwise, Streams, rotate, run_
 from revflow._replay import Replay
 from revflow._slices import Sliced
 
-S = TypeVar("S", list[Tensor], Streams)
-
 
 class Call(ABC):
     """The block at a chain's `position` (its name in the chain), passed once."""
 
     __slots__ = ("before", "block_type", "parameters", "passage", "position", "replays", "samples")
 
-    def __init__(self, passage: Passage, position: str, block: nn.Module, before: Any) -> None:
+    def __init__(self, passage: Passage, position: str, block: object, before: Any, replays: Sequence[Replay]) -> None:
         self.passage, self.position, self.block_type = passage, position, type(block).__name__
         self.before = before
         """The autograd node of the block before this one."""
-        self.replays: Sequence[Replay] = ()
+        self.replays = replays
         self.parameters: list[Tensor] = []
+        for replay in replays:
+            self.parameters += replay.parameters
         self.samples: Streams = ()
         """What the guard keeps of the block's input."""
 
@@ -58,7 +58,6 @@ class Coupled(Call):
     __slots__ = ("_rotations", "_steps")
 
     def __init__(self, passage: Passage, position: str, block: Stepwise, before: Any, streams: Streams) -> None:
-        super().__init__(passage, position, block, before)  # type: ignore[arg-type]
         inverse = passage.inverse
         self._rotations = (-block.rotation, 0) if inverse else (0, block.rotation)
         self._steps: list[Overwrite] = [
@@ -69,9 +68,7 @@ class Coupled(Call):
         ]
         if inverse:
             self._steps.reverse()
-        self.replays = self._steps
-        for step in self._steps:
-            self.parameters += step.parameters
+        super().__init__(passage, position, block, before, self._steps)
 
     def first(self, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
         now = rotate([*streams], self._rotations[0])
@@ -93,30 +90,28 @@ class Coupled(Call):
         before, after = self._rotations
         count = len(now)  # the log-determinant is no part of what is rebuilt
         now[:], grads = rotate(now, -after), rotate([*given.grads[:count]], -after)
-        own, kept = given.own, given.kept
-        leaf_grads: list[Tensor | None] = [None] * len(given.leaves)
-        own_grads: list[Tensor | None] = []
-        for i in range(len(self._steps) - 1, -1, -1):
-            step = self._steps[i]
+        own_end, kept_end, leaves = len(given.own), len(given.kept), len(given.leaves)
+        found: Gradients = ()
+        for step in reversed(self._steps):
             # Later steps see what earlier ones changed: whether that wants a gradient is not worth finding out.
-            wants = [True] * count if i else rotate([*given.needs[:count]], before)
-            own, its_own = _parted(own, len(step.parameters))
-            kept, its_kept = _parted(kept, step.keeps)
-            its = Given(given.grads[count:], wants, given.leaves, its_own, its_kept, given.seen)
-            found = step.undo(self.passage, now, grads, its)
-            leaf_grads = [*map(plus, leaf_grads, found)]
-            own_grads[:0] = found[len(leaf_grads) :]
+            wants = rotate(given.needs[:count], before) if step is self._steps[0] else (True,) * count
+            own, kept = own_end - len(step.parameters), kept_end - step.keeps
+            its = Given(
+                given.grads[count:], wants, given.leaves, given.own[own:own_end], given.kept[kept:kept_end], given.seen
+            )
+            more = step.undo(self.passage, now, grads, its)
+            found = [*map(plus, found[:leaves], more), *more[leaves:], *found[leaves:]] if found else more
+            own_end, kept_end = own, kept
         now[:] = rotate(now, -before)
-        return rotate(grads, -before) + leaf_grads + own_grads
+        return [*rotate(grads, -before), *found]
 
 
 class Whole(Call):
     """A block known by `forward` and `inverse` alone: undone, then run again; three evaluations a step."""
 
     def __init__(self, passage: Passage, position: str, block: nn.Module, before: Any, streams: Streams) -> None:
-        super().__init__(passage, position, block, before)
         self._block, self._replay = block, Replay(block, streams[0].device)
-        self.replays, self.parameters = (self._replay,), self._replay.parameters
+        super().__init__(passage, position, block, before, (self._replay,))
         self._shapes = [s.shape for s in streams]
         self._strides = [s.stride() for s in streams]
 
@@ -152,8 +147,3 @@ class Whole(Call):
 
 def _shapes(streams: Sequence[Tensor | torch.Size]) -> str:
     return ", ".join(str(tuple(s.shape if isinstance(s, Tensor) else s)) for s in streams)
-
-
-def _parted(items: S, count: int) -> tuple[S, S]:
-    """All but the last `count`, and those."""
-    return items[: len(items) - count], items[len(items) - count :]

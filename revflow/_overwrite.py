@@ -22,7 +22,7 @@ class Given(NamedTuple):
 
     grads: Gradients
     """Of the output's streams, and of the log-determinant if there is one."""
-    needs: Sequence[bool]
+    needs: tuple[bool, ...]
     """Which of the input's streams want a gradient."""
     leaves: list[Tensor]
     """They stand for the context's tensors."""
@@ -48,7 +48,7 @@ class Overwrite(Replay):
         self.keeps = 1 if self.keeps_target else 0 if self._grid is None or block.translates else len(Residual._fields)
         """How many tensors it keeps: its target as an anchor, a residual, or nothing."""
         self._layout: list[tuple[int, ...]] = []
-        """The strides of all streams; the target's as they are after the step."""
+        """The strides of the other streams; and last the target's, as they are after the step."""
 
     def run(self, passage: Passage, now: list[Tensor], leaves: Sequence[Tensor]) -> tuple[Streams, Tensor | None]:
         """Overwrite the target in `now`; returns what to keep for `undo`, and the log-determinant if wanted."""
@@ -63,7 +63,7 @@ class Overwrite(Replay):
                 f"inplace=True, say), which cannot be undone; let it work on a copy"
             )
         now[k] = y = changed(block, self._inverse, self._grid, x, t)
-        self._layout = [s.stride() for s in now]
+        self._layout = [s.stride() for s in (*others, y)]
         if passage.extent is not None:
             passage.extent.see(y)
         kept: Streams = ()
@@ -82,8 +82,7 @@ class Overwrite(Replay):
         the gradients of its leaves and parameters.
         """
         k, block = self.target, self._block
-        others = [*range(k), *range(k + 1, len(now))]
-        inputs = [leaf(now[j], self._layout[j], given.needs[j]) for j in others]
+        inputs = [*map(leaf, now[:k] + now[k + 1 :], self._layout, given.needs[:k] + given.needs[k + 1 :])]
         wanted = (*inputs, *given.leaves, *given.own)
         context = passage.arguments.filled(given.leaves)
         t = self.again(given.own, block.evaluate, self._conditioner, now[k], inputs, context)
@@ -91,24 +90,22 @@ class Overwrite(Replay):
             given.seen.graph(k, t, wanted)
         # The other streams are outputs too: so autograd adds the gradients that each gets on both ways, and in the same order
         # as without an engine.
-        other_grads = [grads[j] for j in others]
+        other_grads = grads[:k] + grads[k + 1 :]
         if block.translates:
             now[k] = self._before(now[k], t, given.kept)
-            ends = edges(t)
+            ends = edges((*t, *inputs))
             del t  # a stream's worth for each coefficient, unless the graph needs it too
             y_grad = grads[k]
             if self._inverse and y_grad is not None:
                 y_grad = -y_grad
-            found = gradients((*ends, *edges(inputs)), wanted, (y_grad, *other_grads))
+            found = gradients(ends, wanted, (y_grad, *other_grads))
         else:
             x, again = self._combined(now, t, given)
-            ends = edges(again)
+            ends = edges((*again, *inputs))
             del t, again
-            its_grads = (grads[k], *given.grads, *other_grads)
-            grads[k], *found = gradients((*ends, *edges(inputs)), (x, *wanted), its_grads)
-        for i, j in enumerate(others):
-            grads[j] = found[i]
-        return found[len(others) :]
+            grads[k], *found = gradients(ends, (x, *wanted), (grads[k], *given.grads, *other_grads))
+        grads[:k], grads[k + 1 :] = found[:k], found[k : len(inputs)]
+        return found[len(inputs) :]
 
     def _combined(self, now: list[Tensor], t: Streams, given: Given) -> tuple[Tensor, Streams]:
         """Take the step back in `now`; the target before it, as a leaf, and what the step makes of that, with a graph."""
@@ -130,17 +127,13 @@ class Overwrite(Replay):
             return kept[0].detach()  # an alias: `is_ours` counts those, and the saved one is another backward's too
         if self.keeps:
             assert self._grid is not None
-            estimate = self._estimate(laid_out(y, self._layout[self.target]), t)
+            estimate = self._estimate(laid_out(y, self._layout[-1]), t)
             return self._grid.restore(estimate, Residual(*kept))
-        if self._block.translates and is_ours(y):
-            return self._translated(y, *t)
-        return self._estimate(y, t)
-
-    def _translated(self, y: Tensor, shift: Tensor) -> Tensor:
-        """As `_estimate`, of a step that adds, in place."""
+        if not (self._block.translates and is_ours(y)):
+            return self._estimate(y, t)
         if self._grid is not None:
-            return self._grid.add_(y, shift) if self._inverse else self._grid.take_back_(y, shift)
-        return y.add_(shift) if self._inverse else y.sub_(shift)
+            return self._grid.add_(y, *t) if self._inverse else self._grid.take_back_(y, *t)
+        return y.add_(*t) if self._inverse else y.sub_(*t)
 
     def _estimate(self, y: Tensor, t: Streams) -> Tensor:
         """The target before the step, as far as the step's output and its coefficients tell; on a grid, if it adds, exact."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from revflow._meter import Meter
     from revflow._rewind import Tape
 
-T = TypeVar("T")
+S = TypeVar("S", list[Tensor], list[Tensor | None], tuple[bool, ...])
 Streams = tuple[Tensor, ...]
 Context = dict[str, Any]
 Gradients = Sequence[Tensor | None]
@@ -208,7 +208,7 @@ def named(error: Exception, place: str, module: nn.Module, streams: Streams) -> 
     return type(error)(f"{place} ({type(module).__name__}), given streams of shapes {shapes}: {error}")
 
 
-def rotate(items: list[T], by: int) -> list[T]:
+def rotate(items: S, by: int) -> S:
     return items[by:] + items[:by] if by else items
 
 

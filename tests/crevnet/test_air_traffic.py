@@ -11,9 +11,9 @@ import torch
 from crevnet import forecasts
 from crevnet.cli import main
 from crevnet.data import Traffic4cast, open_days
+from crevnet.data.city_data import CityData
 from crevnet.evaluation import score
 from crevnet.settings import DataSettings, load_settings
-from crevnet.training import CityData
 
 ROOT = Path(__file__).parents[1] / "data" / "air-traffic"
 CITY = "Quickstart"

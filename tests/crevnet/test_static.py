@@ -8,7 +8,7 @@ import torch
 
 from crevnet import CrevNetConfig
 from crevnet.data import StaticInputs, Traffic4cast, open_days
-from crevnet.training import CityData
+from crevnet.data.city_data import CityData
 
 
 @pytest.fixture

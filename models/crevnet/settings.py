@@ -74,10 +74,10 @@ class DataSettings:
         if self.workers < 0:
             raise ValueError(f"data.workers cannot be negative; got {self.workers}")
         for name in ("training_dates", "validation_dates"):  # a run keeps the dates: a file might change
-            dates = read_dates(f"data.{name}", getattr(self, name))
-            if dates is not None and self.protocol == "movies":
-                raise ValueError(f"data.{name} is given, but movies have no dates: leave it out")
-            object.__setattr__(self, name, dates)
+            object.__setattr__(self, name, read_dates(f"data.{name}", getattr(self, name)))
+        for name in ("cities", "training_dates", "validation_dates"):
+            if self.protocol == "movies" and getattr(self, name) is not None:
+                raise ValueError(f"data.{name} is given, but movies have neither cities nor dates: leave it out")
         if self.validation_windows == "test" and self.protocol != "2019":
             raise ValueError(f"data.validation_windows test is 2019's, and data.protocol {self.protocol}: say strided")
 

@@ -11,6 +11,7 @@ import yaml
 
 from crevnet.config import CrevNetConfig
 from crevnet.data.dates import read_dates
+from crevnet.data.flips import Flips
 from crevnet.data.layouts import LayoutName
 from crevnet.data.protocol import HeadingOrder, ProtocolName, protocol
 from crevnet.network import Loss
@@ -42,6 +43,8 @@ class DataSettings:
             2019's competition asks for.
         stride: start a training window every so many slots.
         validation_stride: start a validation window every so many slots; by default windows do not overlap.
+        flips: train on mirror images, too: horizontal, east for west, vertical, north for south, or both. Headings are mirrored,
+            too. Each epoch draws, for every window, one of its images or the window as it is.
         skip_damaged: leave damaged day files out with a warning, instead of stopping.
         batch_size: windows in a batch.
         workers: processes that read ahead; 0 reads in the training process.
@@ -60,6 +63,7 @@ class DataSettings:
     validation_windows: Literal["strided", "test"] = "strided"
     stride: int = 1
     validation_stride: int | None = None
+    flips: Flips = "none"
     skip_damaged: bool = False
     batch_size: int = 1
     workers: int = 0

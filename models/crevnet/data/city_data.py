@@ -10,6 +10,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 from crevnet.config import CrevNetConfig
 from crevnet.data.days import DayFile, check_frame_sizes, open_days
 from crevnet.data.errors import DataError
+from crevnet.data.flips import FLIPS, FlippedWindows
 from crevnet.data.layouts import layout_named
 from crevnet.data.protocol import TEST_SLOTS
 from crevnet.data.static import StaticInputs, static_maps
@@ -68,7 +69,9 @@ class CityData:
                 "--data.training_slots and --data.validation_slots, or use another --data.validation_split"
             )
         windows = self._windows(self.training_days, slots=slots, stride=self._settings.stride)
-        return self._loader(windows, EpochShuffle(len(windows), self._seed))
+        flips = FLIPS[self._settings.flips]
+        flipped = FlippedWindows(windows, flips, self.layout, self._model.static)
+        return self._loader(flipped, EpochShuffle(len(windows), self._seed, len(flips)))
 
     def validation_batches(self, city: str | None = None) -> Batches:
         """The validation windows of one city, or of all."""

@@ -110,8 +110,8 @@ class Traffic4cast2019(Competition):
         values = torch.arange(256)
         for heading, code in self._heading_codes.items():
             values[code] = self._heading_codes[turned(heading)]
-        heading = (values.to(frames.dtype) / 255)[(frames[:, 2] * 255).round().long()]
-        return torch.cat([frames[:, :2], heading[:, None], frames[:, 3:]], dim=1)
+        heading = (values.to(frames.dtype) / 255)[(frames[:, 2:3] * 255).round().long()]
+        return torch.cat([frames[:, :2], heading, frames[:, 3:]], dim=1)
 
 
 class Traffic4cast2021(Competition):
@@ -129,9 +129,8 @@ class Traffic4cast2021(Competition):
         return root / city / f"{city}_static.h5"
 
     def turn_headings(self, frames: Tensor, turned: Callable[[str], str]) -> Tensor:
-        came_from = {turned(heading): number for number, heading in enumerate(self._headings)}
-        pairs = [came_from[heading] for heading in self._headings]
-        return frames[:, [2 * pair + what for pair in pairs for what in (0, 1)]]
+        pairs = {turned(heading): frames[:, 2 * n : 2 * n + 2] for n, heading in enumerate(self._headings)}
+        return torch.cat([*(pairs[heading] for heading in self._headings), frames[:, 8:]], dim=1)
 
 
 class Movies(Layout):

@@ -176,6 +176,14 @@ class Parser(jsonargparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
+    def validate(self, namespace: jsonargparse.Namespace, *arguments: Any, **options: Any) -> None:
+        """Refuses what the base class lets pass in files: a section that holds no values, and null for a value that has to be."""
+        for section in self.groups or ():
+            values = namespace.get(section, jsonargparse.Namespace())
+            if not isinstance(values, jsonargparse.Namespace):
+                raise TypeError(f"{section} is {values!r}, expected a section with values")
+        super().validate(namespace, *arguments, **options | {"skip_unset": False})
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise SettingsError(f"{' '.join(message.split())} (see {self.prog} --help)") from ex
 

@@ -112,7 +112,7 @@ def test_dates_of_2019_where_each_split_has_its_folder(settings):
     found = CityData(data, settings.model)
     assert named(found.training_days) == [("Here", "20180101"), ("There", "20180101")]
     assert named(found.validation_days) == [("Here", "20180103"), ("There", "20180103")]
-    with pytest.raises(DataError, match="none of the dates that are listed for split 'validation'"):
+    with pytest.raises(DataError, match=r"no day for data.validation_dates in split 'validation'"):
         CityData(replace(data, validation_dates=["2018-01-01"]), settings.model)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from crevnet.config import CrevNetConfig
+from crevnet.data.dates import DateChoice
 from crevnet.data.days import DayFile, check_frame_sizes, open_days
 from crevnet.data.errors import DataError
 from crevnet.data.flips import FLIPS, FlippedWindows
@@ -19,7 +20,6 @@ from crevnet.sampling import EpochShuffle
 from crevnet.settings import DataSettings
 
 Batches = DataLoader[dict[str, Any]]
-Wanted = Callable[[str], bool]
 
 
 class CityData:
@@ -41,8 +41,8 @@ class CityData:
         self._model = model
         self._seed = seed
         self.layout = layout_named(settings.protocol, settings.heading_order)
-        training, validation = _wanted_dates(settings)
-        self.training_days = self._open(settings.training_split, training)
+        training_dates, validation_dates = _dates(settings)
+        self.training_days = self._open(settings.training_split, training_dates)
         channels = self.training_days[0].shape[3]
         if channels != model.channels:
             raise DataError(
@@ -51,7 +51,7 @@ class CityData:
         maps = static_maps(model.static, self.layout, settings.root, self.training_days, settings.training_slots)
         self.road_maps = maps["road_map"]
         self.static = StaticInputs(model.static, maps)
-        self.validation_days = self._open(settings.validation_split, validation)
+        self.validation_days = self._open(settings.validation_split, validation_dates)
         check_frame_sizes([*self.training_days, *self.validation_days])
         for day in self.validation_days:
             if day.city not in self.road_maps:
@@ -100,10 +100,10 @@ class CityData:
     def _windows(self, days: Sequence[DayFile], **places: Any) -> Windows:
         return Windows(days, self._model.window, road_maps=self.road_maps, static=self.static, **places)
 
-    def _open(self, split: str, wanted: Wanted) -> list[DayFile]:
+    def _open(self, split: str, dates: DateChoice) -> list[DayFile]:
         settings = self._settings
         assert settings.root is not None
-        return open_days(settings.root, split, settings.cities, settings.skip_damaged, self.layout, wanted)
+        return open_days(settings.root, split, settings.cities, settings.skip_damaged, self.layout, dates)
 
     def _loader(self, windows: Dataset[dict[str, Any]], sampler: Sampler[int] | None = None) -> Batches:
         workers = self._settings.workers
@@ -112,18 +112,11 @@ class CityData:
         )
 
 
-def _wanted_dates(settings: DataSettings) -> tuple[Wanted, Wanted]:
-    """Which dates, YYYYMMDD, are to be trained and validated on.
-
-    Where both splits are of one folder, a list that is not given takes the days that the other leaves.
-    """
-    training, validation = settings.training_dates, settings.validation_dates
-    if settings.training_split != settings.validation_split:
-        return _wanted(training), _wanted(validation)
-    return _wanted(training, validation), _wanted(validation, training)
-
-
-def _wanted(listed: Sequence[str] | None, taken: Sequence[str] | None = None) -> Wanted:
-    """The dates that are listed; without a list, all that are not taken."""
-    known = {date.replace("-", "") for date in listed or taken or ()}
-    return lambda date: (date in known) == (listed is not None)
+def _dates(settings: DataSettings) -> tuple[DateChoice, DateChoice]:
+    """The days to train and to validate on. In one folder, a list that is not given takes what the other leaves."""
+    lists = settings.training_dates, settings.validation_dates
+    taken = lists if settings.training_split == settings.validation_split else (None, None)
+    return (
+        DateChoice("data.training_dates", lists[0], taken[1]),
+        DateChoice("data.validation_dates", lists[1], taken[0]),
+    )

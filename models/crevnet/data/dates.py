@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date as Date
 from pathlib import Path
+
+
+@dataclass(frozen=True)
+class DateChoice:
+    """The dates, YYYYMMDD, that a split takes: those of a list; without one, all that another split's list leaves."""
+
+    option: str
+    """Where the list stands, or would stand."""
+    listed: Sequence[str] | None = None
+    taken: Sequence[str] | None = None
+
+    def takes(self, date: str) -> bool:
+        known = {written.replace("-", "") for written in self.listed or self.taken or ()}
+        return (date in known) == (self.listed is not None)
 
 
 def read_dates(option: str, given: Sequence[str] | Path | None) -> list[str] | None:

@@ -7,7 +7,7 @@ slots, H, W and C are read, as long as the files that are used together agree on
 import os
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date as Date
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crevnet.data.dates import DateChoice
 from crevnet.data.errors import DataError
 from crevnet.data.layouts import TRAFFIC4CAST_2019, Layout, layout_of
 
@@ -49,28 +50,30 @@ def open_days(
     cities: Sequence[str] | None = None,
     skip_damaged: bool = False,
     layout: Layout = TRAFFIC4CAST_2019,
-    wanted: Callable[[str], bool] = lambda date: True,
+    dates: DateChoice | None = None,
 ) -> list[DayFile]:
     """Find and check the files of a split, by city and date.
 
-    `cities` None takes every city with files in that split; `wanted` says which dates to take. Each file's first and last frame
-    are read, so damage there shows now; damage between them shows when a window is read. Raises DataError naming the first
-    file that cannot be used, or, with `skip_damaged`, warns (UserWarning) and leaves it out.
+    `cities` None takes every city with files in that split, and `dates` None every day. Each file's first and last frame are
+    read, so damage there shows now; damage between them shows when a window is read. Raises DataError naming the first file
+    that cannot be used, or, with `skip_damaged`, warns (UserWarning) and leaves it out.
     """
     root = Path(root)
     expected = layout.files.format(split=split)
     found = _find(root, split, layout)
     if not found:
         raise DataError(
-            f"{root} holds no file of split {split!r}; expected {expected}: check the root, the split and the protocol"
+            f"{root} holds no file of split {split!r}; expected {expected}: check --data.root, the split and --data.protocol"
         )
     for city in cities or ():
         if city not in found:
             raise DataError(f"{root} holds no file of {city}; found {', '.join(found)}; expected {expected}")
     chosen = {city: found[city] for city in (found if cities is None else dict.fromkeys(cities))}
-    paths = [(path, city) for city in chosen for path in chosen[city] if wanted(layout.date(path))]
+    paths = [
+        (path, city) for city in chosen for path in chosen[city] if dates is None or dates.takes(layout.date(path))
+    ]
     if not paths:
-        raise DataError(f"{root} holds none of the dates that are listed for split {split!r}: check the lists of dates")
+        raise DataError(f"{root} holds no day for {dates.option} in split {split!r}: check the lists of dates")
 
     def reject(error: DataError) -> None:
         if not skip_damaged:
@@ -105,25 +108,21 @@ def open_day(path: Path, city: str | None = None, layout: Layout | None = None) 
     date = layout.date(path)
     if layout.dated and not _is_date(date):
         raise DataError(f"{path} is named for {date}, which is no date; rename it or leave it out")
-    with _naming(str(path)):
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty (0 bytes), expected an HDF5 file; download it again or leave it out")
-        with h5py.File(path, "r") as file:
-            dataset = _first_dataset(file)
-            if dataset.ndim != 4 or 0 in dataset.shape:
-                raise DataError(f"{path} has shape {dataset.shape}, expected (slots, H, W, C), none 0; leave it out")
-            if dataset.dtype.name not in layout.dtypes:
-                expected = f"{', '.join(layout.dtypes[:-1])} or {layout.dtypes[-1]}"
-                raise DataError(f"{path} has dtype {dataset.dtype}, expected {expected}; leave it out")
-            _read_slots(dataset, 0, 1)
-            _read_slots(dataset, dataset.shape[0] - 1, dataset.shape[0])
-            return DayFile(path, city or path.absolute().parent.parent.name, date, dataset.shape)
+    with _first_dataset_of(path) as dataset:
+        if dataset.ndim != 4 or 0 in dataset.shape:
+            raise DataError(f"{path} has shape {dataset.shape}, expected (slots, H, W, C), none 0; leave it out")
+        if dataset.dtype.name not in layout.dtypes:
+            expected = f"{', '.join(layout.dtypes[:-1])} or {layout.dtypes[-1]}"
+            raise DataError(f"{path} has dtype {dataset.dtype}, expected {expected}; leave it out")
+        _read_slots(dataset, 0, 1)
+        _read_slots(dataset, dataset.shape[0] - 1, dataset.shape[0])
+        return DayFile(path, city or path.absolute().parent.parent.name, date, dataset.shape)
 
 
 def read_dataset(path: Path) -> np.ndarray:
     """All of a file's first dataset, as stored; DataError naming the file if it cannot be read."""
-    with _naming(str(path)), h5py.File(path, "r") as file:
-        values: np.ndarray = _first_dataset(file)[()]
+    with _first_dataset_of(path) as dataset:
+        values: np.ndarray = dataset[()]
         return values
 
 
@@ -201,13 +200,23 @@ def _is_date(date: str) -> bool:
     return True
 
 
+@contextmanager
+def _first_dataset_of(path: Path) -> Iterator[h5py.Dataset]:
+    """A file's first dataset, open within the context; DataError naming the file for whatever cannot be read."""
+    with _naming(str(path)):
+        if path.is_dir():
+            raise DataError(f"{path} is a folder, expected an HDF5 file; move it away")
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty (0 bytes), expected an HDF5 file; download it again or leave it out")
+        with h5py.File(path, "r") as file:
+            yield _first_dataset(file)
+
+
 def _first_dataset(file: h5py.File) -> h5py.Dataset:
     for item in file.values():
         if isinstance(item, h5py.Dataset):
             return item
-    raise DataError(
-        f"{file.filename} holds no dataset, expected one (slots, H, W, C); download it again or leave it out"
-    )
+    raise DataError(f"{file.filename} holds no dataset, expected one of frames; download it again or leave it out")
 
 
 def _read_slots(dataset: h5py.Dataset, start: int, stop: int) -> np.ndarray:

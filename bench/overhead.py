@@ -3,7 +3,8 @@
     python bench/overhead.py
 
 One training step is zero_grad, forward and backward. Steps of the three kinds alternate; the figure is the median of the
-ratios within a round. At the least a ratio of 4/3 is expected: the engine runs every conditioner twice.
+ratios within a round. Times are the process's own, of one thread. At the least a ratio of 4/3 is expected: the engine runs
+every conditioner twice.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ def ratios(width: int, blocks: int, rows: int, rounds: int) -> tuple[float, floa
     x = torch.randn(rows, 2 * width)
 
     def seconds(run: Callable[[Tensor], Tensor]) -> float:
-        begin = time.perf_counter()
+        begin = time.process_time()
         off.zero_grad()
         run(x).square().mean().backward()
-        return time.perf_counter() - begin
+        return time.process_time() - begin
 
     times = [[seconds(run) for run in (off.plain, off, on)] for _ in range(rounds + 10)][10:]
     return tuple(statistics.median(row[k] / row[0] for row in times) for k in (1, 2))

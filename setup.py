@@ -26,8 +26,9 @@ setup(
             "rich",
             "tensorboard",
         ],
-        "bench": ["matplotlib", "pytest-benchmark", "revlib", "revtorch", "rich"],
-        "dev": ["hypothesis", "mypy", "pytest", "ruff"],
+        "packed": ["hdf5plugin"],
+        "bench": ["hdf5plugin", "matplotlib", "pytest-benchmark", "revlib", "revtorch", "rich"],
+        "dev": ["hdf5plugin", "hypothesis", "mypy", "pytest", "ruff"],
     },
     entry_points={"console_scripts": ["crevnet = crevnet.cli:main"]},
 )

@@ -6,10 +6,12 @@ Epochs of the loader of `crevnet fit` are measured, by wall time: workers are pr
 loaders, in random order. The first epoch of each is cold: its workers are to be started and its files to be opened, which
 the system's page cache does not hold (that of a virtual machine's host may). The second is warm.
 
-The days are a synthetic city's, written in three ways. The competition's organisers handed out a function for files to be
+The days are a synthetic city's, written in several ways. The competition's organisers handed out a function for files to be
 handed in, which leaves chunks to h5py; the training days are taken to be such files. A chunk is then (18, 62, 55, 1): a window
 of 12 slots decompresses 18 or 36, and its bytes are gathered one by one. `crevnet data synth` makes a chunk of each frame.
-Uncompressed files show what remains: conversion, collation, and the way from the workers. Or take your own: --data FOLDER.
+Uncompressed files show what remains: conversion, collation, and the way from the workers. `crevnet data repack` makes a chunk of
+each frame as well, by Zstandard of hdf5plugin; beside it stand other codecs of hdf5plugin, where that is installed. Or take your
+own: --data FOLDER.
 
 The training step's rate, which has to be kept up with, is measured where there is CUDA. Elsewhere it is a bound that no step
 reaches: its floating-point operations, those of ordinary autograd, at the peak rate of a V100. The batch and the precision are
@@ -31,7 +33,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import h5py
 import numpy as np
@@ -40,13 +42,17 @@ import torch
 import capacity
 import report
 from crevnet import PRESETS
-from crevnet.data import DataError, DayFile, DayReader, SyntheticCity, open_days, write_city
+from crevnet.data import DataError, DayFile, DayReader, SyntheticCity, open_days, repack, write_city
 from crevnet.data.city_data import CityData
 from crevnet.settings import DataSettings
 from schedules import Precision, Training
 
-LAYOUTS = {"a frame a chunk": None, "h5py's chunks": {"compression": "gzip"}, "uncompressed": {}}
-"""Options of h5py's `create_dataset`; None is how the synthetic city is written."""
+try:
+    import hdf5plugin
+except ImportError:
+    hdf5plugin = None
+
+AS_DISTRIBUTED = "h5py's chunks"
 
 V100_PEAK = {"32-true": 15.7, "16-mixed": 125.0}
 """TFLOP/s by NVIDIA's data sheet: of ordinary float32 arithmetic, and of tensor cores in float16."""
@@ -141,6 +147,8 @@ def main() -> None:
     print(about)
     report.show(title, HEADINGS, map(cells, rows), LEFT)
     print(verdicts)
+    if hdf5plugin is None:
+        print("hdf5plugin is not installed, so no repacked files were read")
     table = report.markdown_table(HEADINGS, map(cells, rows), LEFT)
     report.write(a, rows, report.markdown("Loading day files", about, [f"{title}:", table, verdicts]))
 
@@ -162,14 +170,26 @@ def day_folders(options: argparse.Namespace, temporary: Path) -> dict[str, Path]
         return {"as it is": temporary / "given"}
     city = SyntheticCity(height=a.height, width=a.width, training_days=a.days, validation_days=0, density=a.density)
     write_city(city, temporary / "city")
-    days = open_days(temporary / "city")
-    folders = {}
-    for layout, options_of_h5py in LAYOUTS.items():
-        folders[layout] = temporary / ("city" if options_of_h5py is None else layout)
-        if options_of_h5py is not None:
-            for day in days:
-                rewrite(day, place(day, folders[layout]), **options_of_h5py)
+    folders = {"a frame a chunk": temporary / "city"}
+    for day in open_days(temporary / "city"):
+        for layout, options_of_h5py in layouts(day).items():
+            folders[layout] = temporary / layout
+            rewrite(day, place(day, folders[layout]), **options_of_h5py)
+    if hdf5plugin is not None:
+        folders["repacked"] = temporary / "repacked"
+        repack(temporary / AS_DISTRIBUTED, folders["repacked"])
     return folders
+
+
+def layouts(day: DayFile) -> dict[str, dict[str, Any]]:
+    """Options of h5py's `create_dataset` for a day."""
+    found: dict[str, dict[str, Any]] = {AS_DISTRIBUTED: {"compression": "gzip"}, "uncompressed": {}}
+    if hdf5plugin is not None:
+        frame = {"chunks": (1, *day.shape[1:])}
+        found["LZ4"] = {**frame, **hdf5plugin.LZ4()}
+        found["Blosc2 LZ4"] = {**frame, **hdf5plugin.Blosc2(cname="lz4")}
+        found["Blosc2 Zstd"] = {**frame, **hdf5plugin.Blosc2(cname="zstd")}
+    return found
 
 
 def place(day: DayFile, root: Path) -> Path:
@@ -179,7 +199,7 @@ def place(day: DayFile, root: Path) -> Path:
     return folder / day.path.name
 
 
-def rewrite(day: DayFile, path: Path, **options: str) -> None:
+def rewrite(day: DayFile, path: Path, **options: Any) -> None:
     with h5py.File(path, "w") as file:
         file.create_dataset("array", data=DayReader().read(day, 0, day.shape[0]), **options)
 

@@ -189,13 +189,23 @@ def test_layouts_hold_the_same_days(tmp_path):
         (day,) = open_days(root)
         with h5py.File(day.path) as file:
             found[layout] = file["array"].chunks, file["array"].compression, file["array"][:]
-    assert {layout: how for layout, (*how, _) in found.items()} == {
-        "a frame a chunk": [(1, 40, 32, 3), "gzip"],
+    frame = (1, 40, 32, 3)
+    expected = {
+        "a frame a chunk": [frame, "gzip"],
         "h5py's chunks": [h5py._hl.filters.guess_chunk((288, 40, 32, 3), None, 1), "gzip"],
         "uncompressed": [None, None],
     }
+    if loading.hdf5plugin is not None:
+        expected |= {layout: [frame, "unknown"] for layout in ("LZ4", "Blosc2 LZ4", "Blosc2 Zstd", "repacked")}
+    assert {layout: how for layout, (*how, _) in found.items()} == expected
     first, *others = [frames for *_, frames in found.values()]
     assert first.any() and all(np.array_equal(first, other) for other in others)
+
+
+def test_without_hdf5plugin_the_other_layouts_are_measured(monkeypatch, run):
+    monkeypatch.setattr(loading, "hdf5plugin", None)
+    text = run(*TOY, "--height", 32, "--width", 32, "--workers", 0)
+    assert "h5py's chunks: without workers" in text and "hdf5plugin is not installed" in text and "LZ4" not in text
 
 
 def test_chunks_are_those_that_the_description_names():

@@ -1,4 +1,4 @@
-"""The command line: crevnet fit | evaluate | predict | show | data synth. What each does is in `commands`."""
+"""The command line: crevnet fit | evaluate | predict | show | data synth | data repack. What each does is in `commands`."""
 
 from __future__ import annotations
 
@@ -69,6 +69,8 @@ def _run(arguments: list[str]) -> None:
         commands.predict(chosen.run, chosen.data, chosen.checkpoint, chosen.feedback, *when, chosen.channel, out)
     elif command == "show":
         commands.show(chosen.path, chosen.slot, chosen.out)
+    elif chosen.command == "repack":
+        commands.repack_data(chosen.repack.source, chosen.repack.target)
     else:
         commands.synth(chosen.synth.root, chosen.synth.city)
 
@@ -121,13 +123,19 @@ def _parser(arguments: list[str]) -> Parser:
     show.add_argument("--out", type=Path | None, default=None, help="draw the day's slot to this PNG")
     parsers.add_subcommand("show", show, help="show what a run or a day file holds")
 
-    data = Parser(description="Make data.")
-    parsers.add_subcommand("data", data, help="make data")
+    data = Parser(description="Make data, or make them fast to read.")
+    parsers.add_subcommand("data", data, help="make data, or make them fast to read")
     kinds = data.add_subcommands(dest="command", required=True, metavar="COMMAND")
     synth = Parser(description="Write a synthetic city, in exactly Traffic4cast's files.")
     synth.add_argument("root", type=Path, help="folder to write the city to")
     synth.add_class_arguments(SyntheticCity, "city")
     kinds.add_subcommand("synth", synth, help="write a synthetic city")
+    repack = Parser(
+        description="Rewrite a folder's HDF5 files so that training reads them fast: the same frames, one a chunk."
+    )
+    repack.add_argument("source", type=Path, help="folder with the files, as for --data.root")
+    repack.add_argument("target", type=Path, help="folder to write them to, under the same names")
+    kinds.add_subcommand("repack", repack, help="rewrite files so that training reads them fast")
     return parser
 
 

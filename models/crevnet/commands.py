@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from crevnet.data import (
     cached_road_map,
     layout_of,
     open_day,
+    repack,
     unit_interval,
     write_city,
 )
@@ -141,11 +143,25 @@ def show(path: Path, slot: int, out: Path | None) -> None:
 
 def synth(root: Path, city: SyntheticCity) -> None:
     days = city.training_days + city.validation_days
+    with _progress(f"{city.name}: {days} days of {city.height} x {city.width}") as progress:
+        paths = write_city(city, root, progress)
+    console.print(f"wrote {len(paths)} days to {root / city.name} (next: crevnet fit --data.root {root})")
+
+
+def repack_data(source: Path, target: Path) -> None:
+    with _progress(f"{source} to {target}") as progress:
+        paths = repack(source, target, progress)
+    size = sum(path.stat().st_size for path in paths) / 2**30
+    console.print(f"{target} holds {len(paths)} files, {size:.2f} GiB (next: crevnet fit --data.root {target})")
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[float], None]]:
+    """A bar on the terminal, moved by calls with the share of the work that is done."""
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"{city.name}: {days} days of {city.height} x {city.width}", total=1.0)
-        paths = write_city(city, root, lambda done: progress.update(task, completed=done))
-    console.print(f"wrote {len(paths)} days to {root / city.name} (next: crevnet fit --data.root {root})")
+        task = progress.add_task(title, total=1.0)
+        yield lambda done: progress.update(task, completed=done)
 
 
 def _print_scores(scores: dict[str, Scores], title: str, layout: Layout, horizons: Sequence[int]) -> None:

@@ -15,6 +15,7 @@ from crevnet.data.layouts import Layout as Layout
 from crevnet.data.layouts import layout_named as layout_named
 from crevnet.data.layouts import layout_of as layout_of
 from crevnet.data.protocol import TEST_SLOTS as TEST_SLOTS
+from crevnet.data.repack import repack as repack
 from crevnet.data.road_map import cached_road_map as cached_road_map
 from crevnet.data.road_map import road_map as road_map
 from crevnet.data.road_map import road_maps as road_maps

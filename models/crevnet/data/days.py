@@ -4,6 +4,7 @@ The first dataset of a file (usually `array`) is (slots, H, W, C), in 0..255 or,
 slots, H, W and C are read, as long as the files that are used together agree on H, W and C.
 """
 
+import importlib
 import os
 import warnings
 from collections import Counter, OrderedDict
@@ -108,7 +109,7 @@ def open_day(path: Path, city: str | None = None, layout: Layout | None = None) 
     date = layout.date(path)
     if layout.dated and not _is_date(date):
         raise DataError(f"{path} is named for {date}, which is no date; rename it or leave it out")
-    with _first_dataset_of(path) as dataset:
+    with naming(str(path)), opened(path) as dataset:
         if dataset.ndim != 4 or 0 in dataset.shape:
             raise DataError(f"{path} has shape {dataset.shape}, expected (slots, H, W, C), none 0; leave it out")
         if dataset.dtype.name not in layout.dtypes:
@@ -121,9 +122,27 @@ def open_day(path: Path, city: str | None = None, layout: Layout | None = None) 
 
 def read_dataset(path: Path) -> np.ndarray:
     """All of a file's first dataset, as stored; DataError naming the file if it cannot be read."""
-    with _first_dataset_of(path) as dataset:
+    with naming(str(path)), opened(path) as dataset:
         values: np.ndarray = dataset[()]
         return values
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[h5py.Dataset]:
+    """A file's first dataset, open within the context."""
+    dataset = open_dataset(path)
+    with dataset.file:
+        yield dataset
+
+
+def open_dataset(path: Path) -> h5py.Dataset:
+    """A file's first dataset; whoever opens it closes its file. DataError naming the file if it cannot be opened."""
+    with naming(str(path)):
+        if path.is_dir():
+            raise DataError(f"{path} is a folder, expected an HDF5 file; move it away")
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty (0 bytes), expected an HDF5 file; download it again or leave it out")
+        return _first_dataset(h5py.File(path, "r"))
 
 
 class DayReader:
@@ -138,7 +157,7 @@ class DayReader:
 
     def read(self, day: DayFile, start: int, stop: int) -> np.ndarray:
         """Slots start..stop-1 of a day, (stop - start, H, W, C), as stored; DataError naming file and slots if damaged."""
-        with _naming(f"{day.path}, slots {start} to {stop - 1},"):
+        with naming(f"{day.path}, slots {start} to {stop - 1},"):
             return _read_slots(self._dataset(day.path), start, stop)
 
     def _dataset(self, path: Path) -> h5py.Dataset:
@@ -150,7 +169,7 @@ class DayReader:
         if path not in self._open:
             if len(self._open) >= _MAX_OPEN_FILES:
                 self._close_oldest()
-            self._open[path] = _first_dataset(h5py.File(path, "r"))
+            self._open[path] = open_dataset(path)
         self._open.move_to_end(path)
         return self._open[path]
 
@@ -200,23 +219,27 @@ def _is_date(date: str) -> bool:
     return True
 
 
-@contextmanager
-def _first_dataset_of(path: Path) -> Iterator[h5py.Dataset]:
-    """A file's first dataset, open within the context; DataError naming the file for whatever cannot be read."""
-    with _naming(str(path)):
-        if path.is_dir():
-            raise DataError(f"{path} is a folder, expected an HDF5 file; move it away")
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty (0 bytes), expected an HDF5 file; download it again or leave it out")
-        with h5py.File(path, "r") as file:
-            yield _first_dataset(file)
-
-
 def _first_dataset(file: h5py.File) -> h5py.Dataset:
     for item in file.values():
         if isinstance(item, h5py.Dataset):
+            _load_codecs(item)
             return item
     raise DataError(f"{file.filename} holds no dataset, expected one of frames; download it again or leave it out")
+
+
+def _load_codecs(dataset: h5py.Dataset) -> None:
+    """Codecs that HDF5 does not bring itself come with hdf5plugin, which is only needed for files that use them."""
+    properties = dataset.id.get_create_plist()
+    for number in range(properties.get_nfilters()):
+        code, *_, name = properties.get_filter(number)
+        if h5py.h5z.filter_avail(code):
+            continue
+        try:
+            importlib.import_module("hdf5plugin")
+        except ImportError as error:
+            raise DataError(
+                f"{dataset.file.filename} is packed with {name.decode()}: pip install hdf5plugin to read it"
+            ) from error
 
 
 def _read_slots(dataset: h5py.Dataset, start: int, stop: int) -> np.ndarray:
@@ -229,7 +252,7 @@ def _read_slots(dataset: h5py.Dataset, start: int, stop: int) -> np.ndarray:
 
 
 @contextmanager
-def _naming(what: str) -> Iterator[None]:
+def naming(what: str) -> Iterator[None]:
     """Turn what h5py raises on damaged files into a DataError that begins with `what`."""
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,8 +16,21 @@ from rich.markup import escape
 
 from crevnet.config import PRESETS
 from crevnet.data import DataError, SyntheticCity
+from crevnet.models import MODELS
 from crevnet.network import Feedback
-from crevnet.settings import DataSettings, Parser, RunSettings, SettingsError, add_sections, load_settings
+from crevnet.settings import (
+    DataSettings,
+    Parser,
+    RunSettings,
+    SettingsError,
+    add_sections,
+    default_model,
+    load_settings,
+    model_named_in,
+)
+
+_SHORT = re.compile(r"--model(=.*)?")
+"""jsonargparse takes --model itself, for a file with the model's values alone; here it is short for --model.name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> None:
+    arguments = [
+        _SHORT.sub(r"--model.name\1", argument) if _SHORT.fullmatch(argument) else argument for argument in arguments
+    ]
     parser = _parser(arguments)
     try:
         parsed = parser.parse_args(arguments)
@@ -74,12 +91,14 @@ def _parser(arguments: list[str]) -> Parser:
     fit.add_argument(
         "--config", action="config", help="YAML file with any of the values below, a run's config.yaml say"
     )
-    fit.add_argument("--preset", type=Literal[tuple(PRESETS)], default="paper", help="the architecture to start from")
+    fit.add_argument("--preset", type=Literal[tuple(PRESETS)], default="paper", help="CrevNet's size to start from")
     fit.add_argument("--out", type=Path, default=Path("runs/crevnet"), help="the run's folder")
     fit.add_argument(
         "--resume", type=Path | None, default=None, help="go on with the run in this folder, as configured there"
     )
     add_sections(fit, _fit_defaults(arguments))
+    (named,) = (action for action in fit._actions if action.option_strings == ["--model"])
+    named.metavar, named.help = "NAME", f"which model: {', '.join(MODELS)}"
     parsers.add_subcommand("fit", fit, help="train a model")
 
     evaluate = Parser(description="Score a trained model on its validation days, beside the naive forecasts.")
@@ -116,17 +135,31 @@ def _add_run(parser: Parser, arguments: list[str]) -> None:
     parser.add_argument("run", type=Path, help="the folder that `crevnet fit` wrote")
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="which of its checkpoints")
     parser.add_argument(
-        "--feedback", type=Feedback, default="latent", help="what is fed back: latents, or decoded frames"
+        "--feedback",
+        type=Feedback | None,
+        default=None,
+        help="what CrevNet feeds back: latents, which it does if not given, or decoded frames",
     )
     parser.add_class_arguments(DataSettings, "data", default=_data_of_run(arguments))
 
 
 def _fit_defaults(arguments: list[str]) -> RunSettings:
-    """The defaults of fit's options: those of the run to resume, else with the preset that the command line names."""
+    """The defaults of fit's options: those of the run to resume, else of the model and the preset that the command line, or
+    its configuration file, names."""
     run = _value_of("--resume", arguments)
     if run is not None:
         return load_settings(Path(run))
-    return RunSettings(PRESETS.get(_value_of("--preset", arguments) or "", PRESETS["paper"]))
+    name, preset = _model_named(arguments), _value_of("--preset", arguments)
+    if name != "crevnet":
+        if preset is not None:
+            raise SettingsError(f"--preset {preset} is a size of crevnet: leave it out with --model {name}")
+        return RunSettings(default_model(name))
+    return RunSettings(PRESETS.get(preset or "", PRESETS["paper"]))
+
+
+def _model_named(arguments: list[str]) -> str:
+    config = _value_of("--config", arguments)
+    return _value_of("--model.name", arguments) or (model_named_in(Path(config)) if config else "crevnet")
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:

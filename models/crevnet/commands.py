@@ -16,8 +16,9 @@ from rich.table import Table
 from torch.utils.data import default_collate
 
 from crevnet import figures, forecasts
+from crevnet.config import CrevNetConfig
 from crevnet.data import DataError, DayFile, DayReader, SyntheticCity, cached_road_map, open_day, write_city
-from crevnet.evaluation import CrevNetForecast, Scores, mean_over_cities, score
+from crevnet.evaluation import NetworkForecast, Scores, mean_over_cities, score
 from crevnet.network import Feedback
 from crevnet.settings import DataSettings, RunSettings, SettingsError, load_settings
 from crevnet.training import CityData, checkpoint_path, load_network, train
@@ -30,13 +31,15 @@ MORNING = 96
 
 def fit(settings: RunSettings, folder: Path, resume: bool) -> None:
     best = train(settings, folder, resume)
-    console.print(f"best validation MSE {best:.4e}; run folder {folder} (next: crevnet evaluate {folder})")
+    console.print(
+        f"best validation {settings.model.score_name} {best:.4e}; run folder {folder} (next: crevnet evaluate {folder})"
+    )
 
 
-def evaluate(run: Path, data: DataSettings, checkpoint: str, feedback: Feedback, out: Path | None) -> None:
+def evaluate(run: Path, data: DataSettings, checkpoint: str, feedback: Feedback | None, out: Path | None) -> None:
     model = load_settings(run).model
-    network = load_network(run, model, checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     cities = CityData(data, model)
+    forecast = _trained(run, checkpoint, feedback, cities)
     means = forecasts.pixel_means(cities.training_days, data.training_slots)
     by_city: dict[str, dict[str, Scores]] = {}
     windows = 0
@@ -46,7 +49,7 @@ def evaluate(run: Path, data: DataSettings, checkpoint: str, feedback: Feedback,
         with torch.inference_mode():
             by_city[city] = score(
                 {
-                    "CrevNet": CrevNetForecast(network, feedback),
+                    model.title: forecast,
                     "zeros": forecasts.zeros(model.horizon),
                     "last frame": forecasts.last_frame(model.horizon),
                     "mean of last three": forecasts.mean_of_three(model.horizon),
@@ -75,7 +78,7 @@ def predict(
     run: Path,
     data: DataSettings,
     checkpoint: str,
-    feedback: Feedback,
+    feedback: Feedback | None,
     city: str | None,
     date: str | None,
     slot: int | None,
@@ -83,8 +86,8 @@ def predict(
     out: Path,
 ) -> None:
     model = load_settings(run).model
-    network = load_network(run, model, checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     cities = CityData(data, model)
+    forecast = _trained(run, checkpoint, feedback, cities)
     day = _chosen(cities.validation_days, city, date)
     slots = day.slot_range(data.validation_slots)
     if not 0 <= channel < model.channels:
@@ -101,11 +104,11 @@ def predict(
     window = default_collate([cities.window(day, slot - model.past)])
     past, truth = window["frames"][:, : model.past], window["frames"][0, model.past :]
     with torch.inference_mode():
-        forecast = CrevNetForecast(network, feedback)(past, window)[0].clamp(0, 1)
+        predicted = forecast(past, window)[0].clamp(0, 1)
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"{day.city}-{day.date}-{slot:03d}"
-    _write_prediction(stem.with_suffix(".h5"), forecast.numpy(), day, slot)
-    arrays = past[0].numpy(), truth.numpy(), forecast.numpy()
+    _write_prediction(stem.with_suffix(".h5"), predicted.numpy(), day, slot)
+    arrays = past[0].numpy(), truth.numpy(), predicted.numpy()
     title = f"{day.city}, {day.date}, predicted from {slot // 12:02d}:{slot % 12 * 5:02d}"
     figures.save(figures.forecast_figure(*arrays, title, channel), stem.with_suffix(".png"))
     figures.forecast_animation(*arrays, stem.with_suffix(".gif"), channel)
@@ -129,6 +132,19 @@ def synth(root: Path, city: SyntheticCity) -> None:
         task = progress.add_task(f"{city.name}: {days} days of {city.height} x {city.width}", total=1.0)
         paths = write_city(city, root, lambda done: progress.update(task, completed=done))
     console.print(f"wrote {len(paths)} days to {root / city.name} (next: crevnet fit --data.root {root})")
+
+
+def _trained(run: Path, checkpoint: str, feedback: Feedback | None, cities: CityData) -> NetworkForecast:
+    """The run's network, on the GPU where there is one. Raises DataError where it cannot do what it is to."""
+    model = load_settings(run).model
+    if feedback is not None and not isinstance(model, CrevNetConfig):
+        raise DataError(f"--feedback {feedback} is for CrevNet, and {run} is a run of {model.title}: leave it out")
+    network = load_network(run, model, checkpoint)
+    try:
+        network.check_generation(*cities.validation_days[0].shape[1:3])
+    except ValueError as error:
+        raise DataError(f"{run}: {error}; its loss on the validation days is in TensorBoard's logs") from error
+    return NetworkForecast(network.to("cuda" if torch.cuda.is_available() else "cpu"), feedback)
 
 
 def _print_scores(scores: dict[str, Scores], title: str) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from crevnet.forecasts import Forecast, Window
-from crevnet.network import CrevNet, Feedback
+from crevnet.network import Feedback
+from crevnet.video_model import VideoModel
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,17 @@ def score(forecasts: Mapping[str, Forecast], batches: Iterable[Mapping[str, Any]
     return {name: scoring.scores() for name, scoring in scorings.items()}
 
 
-class CrevNetForecast:
-    """A trained network as a forecast."""
+class NetworkForecast:
+    """A trained network as a forecast. What CrevNet feeds back may be chosen; other models feed back frames."""
 
-    def __init__(self, model: CrevNet, feedback: Feedback) -> None:
-        self._model = model.eval()
-        self._feedback = feedback
+    def __init__(self, network: VideoModel[Any], feedback: Feedback | None = None) -> None:
+        self._network = network.eval()
+        self._options = {} if feedback is None else {"feedback": feedback}
 
     def __call__(self, past: Tensor, window: Window) -> Tensor:
-        device = next(self._model.parameters()).device
-        static = window["static"].to(device) if self._model.config.static else None
-        return self._model.generate(past.to(device), static, feedback=self._feedback).to(past.device)
+        device = next(self._network.parameters()).device
+        static = window["static"].to(device) if self._network.config.static else None
+        return self._network.generate(past.to(device), static, **self._options).to(past.device)
 
 
 def mean_over_cities(by_city: Mapping[str, Mapping[str, Scores]]) -> dict[str, Scores]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from crevnet import CrevNet, CrevNetConfig
-from crevnet.evaluation import CrevNetForecast, Scores, Scoring, mean_over_cities, score
+from crevnet.evaluation import NetworkForecast, Scores, Scoring, mean_over_cities, score
 
 
 def scores_of(*batches):
@@ -123,7 +123,7 @@ def test_network_as_a_forecast(static, feedback):
     model = CrevNet(config).train()
     past, channels = torch.rand(3, 3, 3, 9, 6), torch.rand(3, config.static_channels, 9, 6)
     with torch.inference_mode():
-        found = CrevNetForecast(model, feedback)(past, {"static": channels})
+        found = NetworkForecast(model, feedback)(past, {"static": channels})
     expected = model.generate(past, channels if static else None, 2, feedback)
     assert found.shape == (3, 2, 3, 9, 6) and torch.equal(found, expected)
     assert not model.training

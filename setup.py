@@ -25,6 +25,7 @@ setup(
             "numpy",
             "rich",
             "tensorboard",
+            "torchmetrics",
         ],
         "bench": ["matplotlib", "pytest-benchmark", "revlib", "revtorch", "rich"],
         "dev": ["hypothesis", "mypy", "pytest", "ruff"],

@@ -20,6 +20,7 @@ from crevnet.config import CrevNetConfig
 from crevnet.data import DataError, DayFile, DayReader, SyntheticCity, cached_road_map, open_day, write_city
 from crevnet.evaluation import NetworkForecast, Scores, mean_over_cities, score
 from crevnet.network import Feedback
+from crevnet.score_table import score_tables
 from crevnet.settings import DataSettings, RunSettings, SettingsError, load_settings
 from crevnet.training import CityData, checkpoint_path, load_network, train
 
@@ -149,17 +150,11 @@ def _trained(run: Path, checkpoint: str, feedback: Feedback | None, cities: City
 
 def _print_scores(scores: dict[str, Scores], title: str) -> None:
     any_scores = next(iter(scores.values()))
-    table = Table(title=title, title_justify="left")
-    table.add_column("forecast")
     channels = [figures.channel_name(c) for c in range(len(any_scores.mse_by_channel))]
     horizons = [f"+{5 * (k + 1)} min" for k in range(len(any_scores.mse_by_horizon))]
-    for name in ("MSE", "MAE", "MSE on roads", *channels, *horizons):
-        table.add_column(name, justify="right", no_wrap=True)
-    best = min(s.mse for s in scores.values())
-    for name, s in scores.items():
-        values = (s.mse, s.mae, s.mse_on_roads, *s.mse_by_channel, *s.mse_by_horizon)
-        table.add_row(name, *(f"{v:.3e}" for v in values), style="bold" if s.mse == best else None)
-    Console(highlight=False, width=max(console.width, 34 + 12 * len(table.columns))).print(table)
+    console.print(title)
+    for table in score_tables(scores, channels, horizons):
+        Console(highlight=False, width=max(console.width, 34 + 12 * len(table.columns))).print(table)
 
 
 def _chosen(days: Sequence[DayFile], city: str | None, date: str | None) -> DayFile:

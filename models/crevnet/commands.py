@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 
 from crevnet import figures, forecasts
 from crevnet.config import CrevNetConfig
-from crevnet.data import DataError, DayFile, DayReader, SyntheticCity, cached_road_map, open_day, write_city
+from crevnet.data import DataError, DayFile, DayReader, SyntheticCity, cached_road_map, open_day, slot_means, write_city
 from crevnet.evaluation import NetworkForecast, Scores, mean_over_cities, score
 from crevnet.network import Feedback
 from crevnet.score_table import score_tables
@@ -42,6 +42,8 @@ def evaluate(run: Path, data: DataSettings, checkpoint: str, feedback: Feedback 
     cities = CityData(data, model)
     forecast = _trained(run, checkpoint, feedback, cities)
     means = forecasts.pixel_means(cities.training_days, data.training_slots)
+    with console.status("reading all training days, for the means of their slots"):
+        by_slot = slot_means(cities.training_days, data.training_slots)
     by_city: dict[str, dict[str, Scores]] = {}
     windows = 0
     for city in sorted({day.city for day in cities.validation_days}):
@@ -55,6 +57,7 @@ def evaluate(run: Path, data: DataSettings, checkpoint: str, feedback: Feedback 
                     "last frame": forecasts.last_frame(model.horizon),
                     "mean of last three": forecasts.mean_of_three(model.horizon),
                     "mean of training days": forecasts.training_mean(means[city], model.horizon),
+                    "mean of the slot": forecasts.slot_mean(by_slot, model.horizon),
                 },
                 batches,
                 model.past,

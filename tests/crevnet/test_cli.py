@@ -143,7 +143,14 @@ def test_evaluate_against_scores_computed_directly(which_run, feedback, which, p
             assert found["mean over cities"][name][measure] == pytest.approx(mean, rel=1e-5), (name, measure)
     truth = [points(seed)[s : s + 2] / 255 for seed in (2, 4) for s in (3, 8, 13, 18)]
     assert found["mean over cities"]["zeros"]["mse"] == pytest.approx(np.square(truth).mean(), rel=1e-5)
-    assert list(found["Here"]) == ["CrevNet", "zeros", "last frame", "mean of last three", "mean of training days"]
+    assert list(found["Here"]) == [
+        "CrevNet",
+        "zeros",
+        "last frame",
+        "mean of last three",
+        "mean of training days",
+        "mean of the slot",
+    ]
     rows, scores = (
         [line.split() for line in said.splitlines() if "CrevNet" in line],
         found["mean over cities"]["CrevNet"],

@@ -33,6 +33,10 @@ _SHORT = re.compile(r"--model(=.*)?")
 """jsonargparse takes --model itself, for a file with the model's values alone; here it is short for --model.name."""
 
 
+_HOW_TO_READ = ("stride", "batch_size", "workers")
+"""Data settings that make no difference to which frames are evaluated."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. An error is one line on stderr and exit status 2."""
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -70,7 +74,7 @@ def _run(arguments: list[str]) -> None:
         settings = RunSettings(chosen.model, chosen.data, chosen.training)
         commands.fit(settings, chosen.resume or chosen.out, resume=chosen.resume is not None)
     elif command == "evaluate":
-        commands.evaluate(chosen.run, chosen.data, chosen.checkpoint, chosen.feedback, chosen.json)
+        commands.evaluate(chosen.run, chosen.data, chosen.checkpoint, chosen.feedback, chosen.ensemble, chosen.json)
     elif command == "predict":
         when = (chosen.city, chosen.date, chosen.slot)
         out = chosen.out or chosen.run
@@ -101,12 +105,15 @@ def _parser(arguments: list[str]) -> Parser:
     named.metavar, named.help = "NAME", f"which model: {', '.join(MODELS)}"
     parsers.add_subcommand("fit", fit, help="train a model")
 
-    evaluate = Parser(description="Score a trained model on its validation days, beside the naive forecasts.")
+    evaluate = Parser(description="Score trained models on their validation days, beside the naive forecasts.")
+    evaluate.add_argument("run", type=Path, nargs="+", help="the folders that `crevnet fit` wrote")
+    evaluate.add_argument("--ensemble", action="store_true", help="score the mean of the runs' forecasts too")
     _add_run(evaluate, arguments)
     evaluate.add_argument("--json", type=Path | None, default=None, help="write the scores to this file too")
-    parsers.add_subcommand("evaluate", evaluate, help="score a trained model beside the naive forecasts")
+    parsers.add_subcommand("evaluate", evaluate, help="score trained models beside the naive forecasts")
 
     predict = Parser(description="Predict the frames after a slot of a validation day. Writes HDF5, a PNG and a GIF.")
+    predict.add_argument("run", type=Path, help="the folder that `crevnet fit` wrote")
     _add_run(predict, arguments)
     predict.add_argument("--city", type=str | None, default=None, help="which city; the first if not given")
     predict.add_argument("--date", type=str | None, default=None, help="which day, YYYYMMDD; the first if not given")
@@ -132,7 +139,6 @@ def _parser(arguments: list[str]) -> Parser:
 
 
 def _add_run(parser: Parser, arguments: list[str]) -> None:
-    parser.add_argument("run", type=Path, help="the folder that `crevnet fit` wrote")
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="which of its checkpoints")
     parser.add_argument(
         "--feedback",
@@ -140,7 +146,7 @@ def _add_run(parser: Parser, arguments: list[str]) -> None:
         default=None,
         help="what CrevNet feeds back: latents, which it does if not given, or decoded frames",
     )
-    parser.add_class_arguments(DataSettings, "data", default=_data_of_run(arguments))
+    parser.add_class_arguments(DataSettings, "data", default=_data_of_runs(arguments))
 
 
 def _fit_defaults(arguments: list[str]) -> RunSettings:
@@ -172,13 +178,24 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
     return None
 
 
-def _data_of_run(arguments: list[str]) -> dict[str, Any] | None:
-    """The data settings of the run that the command line names: the defaults of its data options."""
-    if arguments[:1] in (["evaluate"], ["predict"]):
-        for argument in arguments[1:]:
-            if Path(argument, "config.yaml").is_file():
-                return asdict(load_settings(Path(argument)).data)
-    return None
+def _data_of_runs(arguments: list[str]) -> dict[str, Any] | None:
+    """The data settings of the runs that the command line names: the defaults of its data options. Raises SettingsError where
+    the runs have been given different data, and the command line does not say which to take."""
+    if arguments[:1] not in (["evaluate"], ["predict"]):
+        return None
+    runs = [argument for argument in arguments[1:] if Path(argument, "config.yaml").is_file()]
+    settings = {run: asdict(load_settings(Path(run)).data) for run in runs}
+    if not settings:
+        return None
+    (first, data), *others = settings.items()
+    for run, other in others:
+        for name, value in data.items():
+            given = _value_of(f"--data.{name}", arguments) is not None
+            if other[name] != value and name not in _HOW_TO_READ and not given:
+                raise SettingsError(
+                    f"{first} and {run} have different data, data.{name} is {value} and {other[name]}: say --data.{name}"
+                )
+    return data
 
 
 if __name__ == "__main__":

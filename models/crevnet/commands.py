@@ -15,14 +15,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from torch.utils.data import default_collate
 
-from crevnet import figures, forecasts
-from crevnet.config import CrevNetConfig
-from crevnet.data import DataError, DayFile, DayReader, SyntheticCity, cached_road_map, open_day, slot_means, write_city
-from crevnet.evaluation import NetworkForecast, Scores, mean_over_cities, score
+from crevnet import figures
+from crevnet.comparison import compare, trained
+from crevnet.data import DataError, DayFile, DayReader, SyntheticCity, cached_road_map, open_day, write_city
+from crevnet.evaluation import Scores, mean_over_cities
 from crevnet.network import Feedback
 from crevnet.score_table import score_tables
 from crevnet.settings import DataSettings, RunSettings, SettingsError, load_settings
-from crevnet.training import CityData, checkpoint_path, load_network, train
+from crevnet.training import CityData, checkpoint_path, train
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -37,42 +37,29 @@ def fit(settings: RunSettings, folder: Path, resume: bool) -> None:
     )
 
 
-def evaluate(run: Path, data: DataSettings, checkpoint: str, feedback: Feedback | None, out: Path | None) -> None:
-    model = load_settings(run).model
-    cities = CityData(data, model)
-    forecast = _trained(run, checkpoint, feedback, cities)
-    means = forecasts.pixel_means(cities.training_days, data.training_slots)
-    with console.status("reading all training days, for the means of their slots"):
-        by_slot = slot_means(cities.training_days, data.training_slots)
-    by_city: dict[str, dict[str, Scores]] = {}
-    windows = 0
-    for city in sorted({day.city for day in cities.validation_days}):
-        batches = cities.validation_batches(city)
-        windows += len(batches.dataset)  # type: ignore[arg-type]
-        with torch.inference_mode():
-            by_city[city] = score(
-                {
-                    model.title: forecast,
-                    "zeros": forecasts.zeros(model.horizon),
-                    "last frame": forecasts.last_frame(model.horizon),
-                    "mean of last three": forecasts.mean_of_three(model.horizon),
-                    "mean of training days": forecasts.training_mean(means[city], model.horizon),
-                    "mean of the slot": forecasts.slot_mean(by_slot, model.horizon),
-                },
-                batches,
-                model.past,
-            )
-    table = mean_over_cities(by_city)
-    _print_scores(
-        table, f"{', '.join(by_city)}: {windows} windows, {model.past} frames seen, {model.horizon} predicted"
-    )
+def evaluate(
+    runs: Sequence[Path],
+    data: DataSettings,
+    checkpoint: str,
+    feedback: Feedback | None,
+    ensemble: bool,
+    out: Path | None,
+) -> None:
+    if len(set(runs)) < len(runs):
+        raise SettingsError(f"a run is named twice: {' '.join(map(str, runs))}")
+    if ensemble and len(runs) == 1:
+        raise SettingsError("--ensemble is the mean of several runs: name more of them")
+    found = compare(runs, data, checkpoint, feedback, ensemble)
+    table = mean_over_cities(found.by_city)
+    cities = ", ".join(found.by_city)
+    _print_scores(table, f"{cities}: {found.windows} windows, {found.past} frames seen, {found.horizon} predicted")
     if out is not None:
         result = {
-            "windows": windows,
+            "windows": found.windows,
             "feedback": feedback,
             "checkpoint": checkpoint,
             "mean over cities": table,
-            **by_city,
+            **found.by_city,
         }
         plain = {k: {n: asdict(s) for n, s in v.items()} if isinstance(v, dict) else v for k, v in result.items()}
         out.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
@@ -91,7 +78,7 @@ def predict(
 ) -> None:
     model = load_settings(run).model
     cities = CityData(data, model)
-    forecast = _trained(run, checkpoint, feedback, cities)
+    forecast = trained(run, checkpoint, feedback, cities)
     day = _chosen(cities.validation_days, city, date)
     slots = day.slot_range(data.validation_slots)
     if not 0 <= channel < model.channels:
@@ -136,19 +123,6 @@ def synth(root: Path, city: SyntheticCity) -> None:
         task = progress.add_task(f"{city.name}: {days} days of {city.height} x {city.width}", total=1.0)
         paths = write_city(city, root, lambda done: progress.update(task, completed=done))
     console.print(f"wrote {len(paths)} days to {root / city.name} (next: crevnet fit --data.root {root})")
-
-
-def _trained(run: Path, checkpoint: str, feedback: Feedback | None, cities: CityData) -> NetworkForecast:
-    """The run's network, on the GPU where there is one. Raises DataError where it cannot do what it is to."""
-    model = load_settings(run).model
-    if feedback is not None and not isinstance(model, CrevNetConfig):
-        raise DataError(f"--feedback {feedback} is for CrevNet, and {run} is a run of {model.title}: leave it out")
-    network = load_network(run, model, checkpoint)
-    try:
-        network.check_generation(*cities.validation_days[0].shape[1:3])
-    except ValueError as error:
-        raise DataError(f"{run}: {error}; its loss on the validation days is in TensorBoard's logs") from error
-    return NetworkForecast(network.to("cuda" if torch.cuda.is_available() else "cpu"), feedback)
 
 
 def _print_scores(scores: dict[str, Scores], title: str) -> None:

@@ -5,17 +5,24 @@ Values are in [0, 1] (values / 255), forecasts are clipped to that. A mean is ov
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from crevnet.config import ModelConfig
 from crevnet.forecasts import Forecast, Window
 from crevnet.metrics import MEASURES, measure
 from crevnet.network import Feedback
 from crevnet.video_model import VideoModel
+
+StaticOf = Callable[[ModelConfig, Window], Tensor | None]
+
+ENSEMBLE = "mean of the runs"
 
 
 @dataclass(frozen=True)
@@ -69,28 +76,44 @@ class Scoring:
         return Scores(**values, mse_on_roads=self._on_roads / max(self._road_values, 1))
 
 
-def score(forecasts: Mapping[str, Forecast], batches: Iterable[Mapping[str, Any]], past: int) -> dict[str, Scores]:
+def score(
+    forecasts: Mapping[str, Forecast], batches: Iterable[Mapping[str, Any]], past: int, ensemble: Sequence[str] = ()
+) -> dict[str, Scores]:
     """Score every forecast on the same windows: batches with "frames" (B, past + horizon, C, H, W), "road_map" (B, 1, H, W),
-    and what the forecasts need: "static" (B, S, H, W) for networks."""
-    scorings = {name: Scoring() for name in forecasts}
+    and what the forecasts need.
+
+    ensemble: names of forecasts whose mean, of what they gave before it was clipped, is scored beside them.
+    """
+    scorings: dict[str, Scoring] = defaultdict(Scoring)
     for batch in batches:
         seen, truth = batch["frames"][:, :past], batch["frames"][:, past:]
-        for name, forecast in forecasts.items():
-            scorings[name].add(forecast(seen, batch), truth, batch["road_map"])
+        found = {name: forecast(seen, batch) for name, forecast in forecasts.items()}
+        if ensemble:
+            members = {name: found[name] for name in ensemble}
+            found = {**members, ENSEMBLE: torch.stack(list(members.values())).mean(0), **found}
+        for name, predicted in found.items():
+            scorings[name].add(predicted, truth, batch["road_map"])
     return {name: scoring.scores() for name, scoring in scorings.items()}
 
 
 class NetworkForecast:
-    """A trained network as a forecast. What CrevNet feeds back may be chosen; other models feed back frames."""
+    """A trained network as a forecast from the last frames, as many as it has been trained on.
 
-    def __init__(self, network: VideoModel[Any], feedback: Feedback | None = None) -> None:
+    Args:
+        static_of: the static channels (B, S, H, W) that a model sees beside a batch of windows, or None.
+        feedback: what CrevNet feeds back, latents if not given; other models feed back frames.
+    """
+
+    def __init__(self, network: VideoModel[Any], static_of: StaticOf, feedback: Feedback | None = None) -> None:
         self._network = network.eval()
+        self._static_of = static_of
         self._options = {} if feedback is None else {"feedback": feedback}
 
     def __call__(self, past: Tensor, window: Window) -> Tensor:
-        device = next(self._network.parameters()).device
-        static = window["static"].to(device) if self._network.config.static else None
-        return self._network.generate(past.to(device), static, **self._options).to(past.device)
+        config, device = self._network.config, next(self._network.parameters()).device
+        static = self._static_of(config, window)
+        seen = past[:, -config.past :].to(device)
+        return self._network.generate(seen, None if static is None else static.to(device), **self._options).to(past)
 
 
 def mean_over_cities(by_city: Mapping[str, Mapping[str, Scores]]) -> dict[str, Scores]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,17 @@ class CityData:
     def window(self, day: DayFile, start: int) -> dict[str, Any]:
         """The window of `day` that begins at slot `start`, as an item of Traffic4cast."""
         return Traffic4cast([day], self._window, starts=[start], road_maps=self.road_maps, static=self.static)[0]
+
+    def static_of(self, model: ModelConfig, window: Mapping[str, Any]) -> Tensor | None:
+        """What `model` sees beside a batch of validation windows, whose last frames are its own window: (B, S, H, W); None
+        where it takes no static inputs."""
+        if not model.static:
+            return None
+        inputs = self.static.only(model.static)
+        days = {(day.city, day.date): day for day in self.validation_days}
+        later = self._window - model.window
+        named = zip(window["city"], window["date"], window["start"], strict=True)
+        return torch.stack([inputs(days[city, date], int(start) + later) for city, date, start in named])
 
     def _open(self, split: str) -> list[DayFile]:
         settings = self._settings

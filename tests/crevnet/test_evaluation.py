@@ -166,7 +166,10 @@ def test_network_as_a_forecast(static, feedback):
     model = CrevNet(config).train()
     past, channels = torch.rand(3, 3, 3, 9, 6), torch.rand(3, config.static_channels, 9, 6)
     with torch.inference_mode():
-        found = NetworkForecast(model, feedback)(past, {"static": channels})
+        longer, window = torch.cat((past.flip(1), past), 1), {"static": channels}  # of which it sees the last ones
+        found = NetworkForecast(model, lambda model, window: window["static"] if model.static else None, feedback)(
+            longer, window
+        )
     expected = model.generate(past, channels if static else None, 2, feedback)
     assert found.shape == (3, 2, 3, 9, 6) and torch.equal(found, expected)
     assert not model.training

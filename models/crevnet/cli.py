@@ -14,8 +14,9 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
-from crevnet.config import PRESETS
+from crevnet.config import PRESETS, ModelConfig
 from crevnet.data import DataError, SyntheticCity
+from crevnet.data.layouts import LayoutName
 from crevnet.models import MODELS
 from crevnet.network import Feedback
 from crevnet.settings import (
@@ -27,13 +28,13 @@ from crevnet.settings import (
     default_model,
     load_settings,
     model_named_in,
+    with_protocol,
 )
 
 _SHORT = re.compile(r"--model(=.*)?")
 """jsonargparse takes --model itself, for a file with the model's values alone; here it is short for --model.name."""
 
-
-_HOW_TO_READ = ("stride", "batch_size", "workers")
+_HOW_TO_READ = ("stride", "flips", "batch_size", "workers")
 """Data settings that make no difference to which frames are evaluated."""
 
 
@@ -96,6 +97,12 @@ def _parser(arguments: list[str]) -> Parser:
         "--config", action="config", help="YAML file with any of the values below, a run's config.yaml say"
     )
     fit.add_argument("--preset", type=Literal[tuple(PRESETS)], default="paper", help="CrevNet's size to start from")
+    fit.add_argument(
+        "--protocol",
+        type=LayoutName | None,
+        default=None,
+        help="the competition to start from: its data, channels and frames; or movies, without a road map",
+    )
     fit.add_argument("--out", type=Path, default=Path("runs/crevnet"), help="the run's folder")
     fit.add_argument(
         "--resume", type=Path | None, default=None, help="go on with the run in this folder, as configured there"
@@ -116,9 +123,13 @@ def _parser(arguments: list[str]) -> Parser:
     predict.add_argument("run", type=Path, help="the folder that `crevnet fit` wrote")
     _add_run(predict, arguments)
     predict.add_argument("--city", type=str | None, default=None, help="which city; the first if not given")
-    predict.add_argument("--date", type=str | None, default=None, help="which day, YYYYMMDD; the first if not given")
+    predict.add_argument(
+        "--date", type=str | None, default=None, help="which day, YYYY-MM-DD, or movie; the first if not given"
+    )
     predict.add_argument("--slot", type=int | None, default=None, help="first slot to predict; 08:00 if not given")
-    predict.add_argument("--channel", type=int, default=1, help="channel in the pictures: 0 volume, 1 speed, 2 heading")
+    predict.add_argument(
+        "--channel", type=int | None, default=None, help="channel in the pictures; 1 if not given, speed"
+    )
     predict.add_argument("--out", type=Path | None, default=None, help="folder for the results; the run's if not given")
     parsers.add_subcommand("predict", predict, help="predict frames; write HDF5 and pictures")
 
@@ -150,22 +161,22 @@ def _add_run(parser: Parser, arguments: list[str]) -> None:
 
 
 def _fit_defaults(arguments: list[str]) -> RunSettings:
-    """The defaults of fit's options: those of the run to resume, else of the model and the preset that the command line, or
-    its configuration file, names."""
+    """The defaults of fit's options: those of the run to resume, else of the model, the preset and the protocol that the command
+    line names, the model by its configuration file too."""
     run = _value_of("--resume", arguments)
     if run is not None:
         return load_settings(Path(run))
-    name, preset = _model_named(arguments), _value_of("--preset", arguments)
-    if name != "crevnet":
-        if preset is not None:
-            raise SettingsError(f"--preset {preset} is a size of crevnet: leave it out with --model {name}")
-        return RunSettings(default_model(name))
-    return RunSettings(PRESETS.get(preset or "", PRESETS["paper"]))
+    return with_protocol(RunSettings(_model_named(arguments)), _value_of("--protocol", arguments))
 
 
-def _model_named(arguments: list[str]) -> str:
-    config = _value_of("--config", arguments)
-    return _value_of("--model.name", arguments) or (model_named_in(Path(config)) if config else "crevnet")
+def _model_named(arguments: list[str]) -> ModelConfig:
+    config, preset = _value_of("--config", arguments), _value_of("--preset", arguments)
+    name = _value_of("--model.name", arguments) or (model_named_in(Path(config)) if config else "crevnet")
+    if name == "crevnet":
+        return PRESETS.get(preset or "", PRESETS["paper"])
+    if preset is not None:
+        raise SettingsError(f"--preset {preset} is a size of crevnet: leave it out with --model {name}")
+    return default_model(name)
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:

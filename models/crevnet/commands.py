@@ -17,12 +17,23 @@ from torch.utils.data import default_collate
 
 from crevnet import figures
 from crevnet.comparison import compare, trained
-from crevnet.data import DataError, DayFile, DayReader, SyntheticCity, cached_road_map, open_day, write_city
-from crevnet.evaluation import Scores, mean_over_cities
+from crevnet.data import (
+    DataError,
+    DayFile,
+    DayReader,
+    SyntheticCity,
+    cached_road_map,
+    layout_of,
+    open_day,
+    unit_interval,
+    write_city,
+)
+from crevnet.data.city_data import CityData
+from crevnet.evaluation import mean_over_cities
 from crevnet.network import Feedback
 from crevnet.score_table import score_tables
 from crevnet.settings import DataSettings, RunSettings, SettingsError, load_settings
-from crevnet.training import CityData, checkpoint_path, train
+from crevnet.training import checkpoint_path, train
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -52,10 +63,14 @@ def evaluate(
     found = compare(runs, data, checkpoint, feedback, ensemble)
     table = mean_over_cities(found.by_city)
     cities = ", ".join(found.by_city)
-    _print_scores(table, f"{cities}: {found.windows} windows, {found.past} frames seen, {found.horizon} predicted")
+    console.print(f"{cities}: {found.windows} windows, {found.past} frames seen, {found.horizon} predicted")
+    channels = [found.layout.channel_name(c) for c in range(found.channels)]
+    for shown in score_tables(table, channels, [found.layout.lead(horizon) for horizon in found.horizons]):
+        Console(highlight=False, width=max(console.width, 34 + 12 * len(shown.columns))).print(shown)
     if out is not None:
         result = {
             "windows": found.windows,
+            "horizons": list(found.horizons),
             "feedback": feedback,
             "checkpoint": checkpoint,
             "mean over cities": table,
@@ -73,7 +88,7 @@ def predict(
     city: str | None,
     date: str | None,
     slot: int | None,
-    channel: int,
+    channel: int | None,
     out: Path,
 ) -> None:
     model = load_settings(run).model
@@ -81,6 +96,8 @@ def predict(
     forecast = trained(run, checkpoint, feedback, cities)
     day = _chosen(cities.validation_days, city, date)
     slots = day.slot_range(data.validation_slots)
+    if channel is None:
+        channel = min(1, model.channels - 1)  # Traffic4cast's speed
     if not 0 <= channel < model.channels:
         raise DataError(f"--channel {channel}: the model has channels 0 to {model.channels - 1}")
     first, last = slots.start + model.past, slots.stop - model.horizon
@@ -97,14 +114,15 @@ def predict(
     with torch.inference_mode():
         predicted = forecast(past, window)[0].clamp(0, 1)
     out.mkdir(parents=True, exist_ok=True)
-    stem = out / f"{day.city}-{day.date}-{slot:03d}"
-    _write_prediction(stem.with_suffix(".h5"), predicted.numpy(), day, slot)
+    stem = f"{day.city}-{day.date}-{slot:03d}"  # of a movie's name, which may hold dots
+    written = {suffix: out / f"{stem}{suffix}" for suffix in (".h5", ".png", ".gif")}
+    _write_prediction(written[".h5"], predicted.numpy(), day, slot)
     arrays = past[0].numpy(), truth.numpy(), predicted.numpy()
-    title = f"{day.city}, {day.date}, predicted from {slot // 12:02d}:{slot % 12 * 5:02d}"
-    figures.save(figures.forecast_figure(*arrays, title, channel), stem.with_suffix(".png"))
-    figures.forecast_animation(*arrays, stem.with_suffix(".gif"), channel)
-    for suffix in (".h5", ".png", ".gif"):
-        console.print(f"wrote {stem.with_suffix(suffix)}")
+    title = f"{day.city}, {day.date}, predicted from {cities.layout.time(slot)}"
+    figures.save(figures.forecast_figure(*arrays, title, cities.layout, channel), written[".png"])
+    figures.forecast_animation(*arrays, written[".gif"], cities.layout, channel)
+    for path in written.values():
+        console.print(f"wrote {path}")
 
 
 def show(path: Path, slot: int, out: Path | None) -> None:
@@ -125,17 +143,9 @@ def synth(root: Path, city: SyntheticCity) -> None:
     console.print(f"wrote {len(paths)} days to {root / city.name} (next: crevnet fit --data.root {root})")
 
 
-def _print_scores(scores: dict[str, Scores], title: str) -> None:
-    any_scores = next(iter(scores.values()))
-    channels = [figures.channel_name(c) for c in range(len(any_scores.mse_by_channel))]
-    horizons = [f"+{5 * (k + 1)} min" for k in range(len(any_scores.mse_by_horizon))]
-    console.print(title)
-    for table in score_tables(scores, channels, horizons):
-        Console(highlight=False, width=max(console.width, 34 + 12 * len(table.columns))).print(table)
-
-
 def _chosen(days: Sequence[DayFile], city: str | None, date: str | None) -> DayFile:
-    found = [day for day in days if city in (None, day.city) and date in (None, day.date)]
+    dates = [day.date for day in days] if date is None else [date, date.replace("-", "")]
+    found = [day for day in days if city in (None, day.city) and day.date in dates]
     if not found:
         there = ", ".join(f"{day.city} {day.date}" for day in days[:10])
         raise DataError(f"no validation day for --city {city} --date {date}; there are {there}")
@@ -171,19 +181,19 @@ def _show_day(day: DayFile, slot: int, out: Path | None) -> None:
     if not 0 <= slot < day.shape[0]:
         raise DataError(f"--slot {slot}: {day.path} has slots 0 to {day.shape[0] - 1}")
     roads = cached_road_map([day])[0].numpy()
-    frame = DayReader().read(day, slot, slot + 1)[0]
+    frame = unit_interval(torch.from_numpy(DayReader().read(day, slot, slot + 1)[0])).numpy()
     table = Table(title=str(day.path), title_justify="left", show_header=False)
     table.add_row("slots, height, width, channels", " x ".join(map(str, day.shape)))
     table.add_row("pixels that ever have data", f"{(roads > 0).mean():.1%}")
+    layout = layout_of(day.path)
     for c in range(day.shape[3]):
-        values = frame[..., c]
+        values = frame[..., c] * 255
         known = values[values > 0]
         what = (
             f"{known.size / values.size:.1%} of the pixels, mean {known.mean():.1f} of 255" if known.size else "no data"
         )
-        table.add_row(f"{figures.channel_name(c)}, slot {slot}", what)
+        table.add_row(f"{layout.channel_name(c)}, slot {slot}", what)
     console.print(table)
     if out is not None:
-        channels = frame.transpose(2, 0, 1).astype(np.float32) / 255
-        figures.save(figures.day_figure(channels, roads, f"{day.path.name}, slot {slot}"), out)
+        figures.save(figures.day_figure(frame.transpose(2, 0, 1), roads, f"{day.path.name}, slot {slot}", layout), out)
         console.print(f"wrote {out}")

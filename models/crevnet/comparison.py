@@ -12,11 +12,12 @@ from lightning.fabric.utilities import move_data_to_device
 
 from crevnet import forecasts
 from crevnet.config import CrevNetConfig, ModelConfig
-from crevnet.data import DataError, slot_means
+from crevnet.data import DataError, Layout, slot_means
+from crevnet.data.city_data import CityData
 from crevnet.evaluation import NetworkForecast, Scores, score
 from crevnet.network import Feedback
 from crevnet.settings import DataSettings, load_settings
-from crevnet.training import CityData, load_network
+from crevnet.training import load_network
 from crevnet.video_model import VideoModel
 
 
@@ -25,14 +26,20 @@ class Comparison:
     """Scores of each city's forecasts, and what they are of.
 
     Attributes:
+        layout: what channels and slots mean.
         windows: how many, of all cities.
-        past, horizon: frames that each window has to be seen, and to be predicted.
+        channels: of a frame.
+        past, horizon: frames of each window that are there to be seen, and to be predicted.
+        horizons: which of the predicted frames are scored.
     """
 
     by_city: dict[str, dict[str, Scores]]
+    layout: Layout
     windows: int
+    channels: int
     past: int
     horizon: int
+    horizons: tuple[int, ...]
 
 
 def compare(
@@ -51,7 +58,8 @@ def compare(
         for run, model in models.items()
     }
     means = forecasts.pixel_means(cities.training_days, data.training_slots)
-    by_slot = slot_means(cities.training_days, data.training_slots)
+    by_slot = slot_means(cities.training_days, data.training_slots) if cities.layout.dated else {}
+    horizons = cities.layout.horizons(wanted.horizon)
     by_city: dict[str, dict[str, Scores]] = {}
     windows = 0
     for city in sorted({day.city for day in cities.validation_days}):
@@ -62,12 +70,14 @@ def compare(
             "last frame": forecasts.last_frame(wanted.horizon),
             "mean of last three": forecasts.mean_of_three(wanted.horizon),
             "mean of training days": forecasts.training_mean(means[city], wanted.horizon),
-            "mean of the slot": forecasts.slot_mean(by_slot, wanted.horizon),
         }
+        if by_slot:
+            untrained["mean of the slot"] = forecasts.slot_mean(by_slot, wanted.horizon)
         with torch.inference_mode():
             there = (move_data_to_device(batch, device()) for batch in batches)
-            by_city[city] = score({**networks, **untrained}, there, wanted.past, list(networks) if ensemble else ())
-    return Comparison(by_city, windows, wanted.past, wanted.horizon)
+            members = list(networks) if ensemble else []
+            by_city[city] = score({**networks, **untrained}, there, wanted.past, horizons, members)
+    return Comparison(by_city, cities.layout, windows, wanted.channels, wanted.past, wanted.horizon, horizons)
 
 
 def common_model(models: Mapping[Path, ModelConfig]) -> ModelConfig:

@@ -77,13 +77,19 @@ class Scoring:
 
 
 def score(
-    forecasts: Mapping[str, Forecast], batches: Iterable[Mapping[str, Any]], past: int, ensemble: Sequence[str] = ()
+    forecasts: Mapping[str, Forecast],
+    batches: Iterable[Mapping[str, Any]],
+    past: int,
+    horizons: Sequence[int] | None = None,
+    ensemble: Sequence[str] = (),
 ) -> dict[str, Scores]:
     """Score every forecast on the same windows: batches with "frames" (B, past + horizon, C, H, W), "road_map" (B, 1, H, W),
     and what the forecasts need.
 
+    horizons: which of the future frames to score, 1 being the first; all if not given.
     ensemble: names of forecasts whose mean, of what they gave before it was clipped, is scored beside them.
     """
+    scored = slice(None) if horizons is None else [horizon - 1 for horizon in horizons]
     scorings: dict[str, Scoring] = defaultdict(Scoring)
     for batch in batches:
         seen, truth = batch["frames"][:, :past], batch["frames"][:, past:]
@@ -92,7 +98,7 @@ def score(
             members = {name: found[name] for name in ensemble}
             found = {**members, ENSEMBLE: torch.stack(list(members.values())).mean(0), **found}
         for name, predicted in found.items():
-            scorings[name].add(predicted, truth, batch["road_map"])
+            scorings[name].add(predicted[:, scored], truth[:, scored], batch["road_map"])
     return {name: scoring.scores() for name, scoring in scorings.items()}
 
 

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from crevnet.data.traffic4cast import DataError, DayFile
+from crevnet.data.days import DayFile
+from crevnet.data.errors import DataError
 
 
 def cache_path(kind: str, days: Sequence[DayFile], *options: object) -> Path:

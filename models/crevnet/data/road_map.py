@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from crevnet.data.cache import cache_path, replacing
-from crevnet.data.traffic4cast import DayFile, check_frame_sizes, sample_frames
+from crevnet.data.days import DayFile, check_frame_sizes, sample_frames
 
 
 def road_map(days: Sequence[DayFile], slots: tuple[int, int] | None = None, frames: int = 1200) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from crevnet.data.cache import cache_path, replacing
-from crevnet.data.traffic4cast import DayFile, DayReader, check_frame_sizes
+from crevnet.data.days import DayFile, DayReader, check_frame_sizes
 
 AROUND = 3
 """Slots on either side that a slot's mean is taken over too: a quarter of an hour before and after."""

@@ -196,10 +196,13 @@ class Parser(jsonargparse.ArgumentParser):
             values = namespace.get(section, jsonargparse.Namespace())
             if not isinstance(values, jsonargparse.Namespace):
                 raise TypeError(f"{section} is {values!r}, expected a section with values")
-        for action in self._actions:  # a list that is missing is null too, but not wrong for that
+        for action in self._actions:  # a list that is missing is null, too
             if action.nargs == "+" and namespace.get(action.dest) is None:
                 raise TypeError(f"the following arguments are required: {action.dest}")
-        super().validate(namespace, *arguments, **options | {"skip_unset": False})
+        strict = (
+            {} if self._subcommands_action else {"skip_unset": False}
+        )  # each command's own parser comes to its values
+        super().validate(namespace, *arguments, **options | strict)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise SettingsError(f"{' '.join(message.split())} (see {self.prog} --help)") from ex

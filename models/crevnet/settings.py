@@ -196,8 +196,8 @@ class Parser(jsonargparse.ArgumentParser):
             values = namespace.get(section, jsonargparse.Namespace())
             if not isinstance(values, jsonargparse.Namespace):
                 raise TypeError(f"{section} is {values!r}, expected a section with values")
-        for action in self._actions:  # a list that is missing is null, too
-            if action.nargs == "+" and namespace.get(action.dest) is None:
+        for action in self._actions:  # what is missing is null, too
+            if not action.option_strings and action.nargs in (None, "+") and namespace.get(action.dest) is None:
                 raise TypeError(f"the following arguments are required: {action.dest}")
         strict = (
             {} if self._subcommands_action else {"skip_unset": False}

@@ -60,7 +60,8 @@ def evaluate(
         raise SettingsError(f"a run is named twice: {' '.join(map(str, runs))}")
     if ensemble and len(runs) == 1:
         raise SettingsError("--ensemble is the mean of several runs: name more of them")
-    found = compare(runs, data, checkpoint, feedback, ensemble)
+    with console.status("scoring; the first time, all training days are read for their slots' means"):
+        found = compare(runs, data, checkpoint, feedback, ensemble)
     table = mean_over_cities(found.by_city)
     cities = ", ".join(found.by_city)
     console.print(f"{cities}: {found.windows} windows, {found.past} frames seen, {found.horizon} predicted")

@@ -25,6 +25,7 @@ setup(
             "numpy",
             "rich",
             "tensorboard",
+            "torchmetrics",
         ],
         "packed": ["hdf5plugin"],
         "bench": ["hdf5plugin", "matplotlib", "pytest-benchmark", "revlib", "revtorch", "rich"],

@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import revflow
-from crevnet import PRESETS, CrevNet, CrevNetConfig
-from crevnet.baselines import BASELINES, Task, convlstm, make_baseline, prednet, predrnn, predrnnpp, unet, vpn
+from crevnet import MODELS, PRESETS, CrevNetConfig, VideoModel, make_network
+from crevnet.baselines import StackedConfig, convlstm, prednet, predrnn, predrnnpp, unet, vpn
 from revflow.recurrence import States
 
 Precision = Literal["32-true", "16-mixed"]
 
-MODELS = ("crevnet", *BASELINES)
-PATCHED = tuple(name for name, model in BASELINES.items() if model.takes_patches)
+PATCHED = tuple(name for name, model in MODELS.items() if issubclass(model.config, StackedConfig))
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Training:
         """Bytes."""
         return _parameters(replace(self, schedule="plain", batch=1))
 
-    def trainee(self) -> tuple[nn.Module, list[Tensor]]:
+    def trainee(self) -> tuple[VideoModel[Any], list[Tensor]]:
         """A new network, and a window of frames and the road map that go with it."""
         shape = (self.height, self.width)
         frames = torch.rand(self.batch, self.steps + 1, self.config.channels, *shape, device=self.device)
@@ -108,7 +107,7 @@ class Training:
             network = self.network()
         return network, [frames, static]
 
-    def loss(self, network: nn.Module, inputs: list[Tensor]) -> Tensor:
+    def loss(self, network: VideoModel[Any], inputs: list[Tensor]) -> Tensor:
         with SCHEDULES[self.schedule].context(), self._autocast():
             return network.loss(*inputs)
 
@@ -125,16 +124,17 @@ class Training:
             optimizer.step()
             yield
 
-    def network(self) -> nn.Module:
+    def network(self) -> VideoModel[Any]:
         """A new one, on torch's default device."""
         if self.model == "crevnet":
-            network = CrevNet(self.config)
+            network = make_network(self.config)
             network.predictor.forward = _within(SCHEDULES[self.schedule].predictor, network.predictor.forward)
         else:
             # The windows of `paper`: 3 frames are to be predicted.
             horizon = min(3, self.steps)
-            task = Task(self.config.channels, 1, self.steps + 1 - horizon, horizon, self.patch)
-            network = make_baseline(self.model, task)
+            patch = {"patch": self.patch} if self.model in PATCHED else {}
+            past = self.steps + 1 - horizon
+            network = make_network(MODELS[self.model].config(past=past, horizon=horizon, **patch))
         if SCHEDULES[self.schedule].checkpoints:
             _checkpoint_blocks(network)
         return network

@@ -177,10 +177,8 @@ class Compiled(Training):
     """Of a network that is compiled."""
 
     def trainee(self) -> tuple[CrevNet, list[Tensor]]:
-        from crevnet.training import compile_network  # which needs Lightning
-
         network, inputs = super().trainee()
-        compile_network(network)
+        network.compile_parts()
         return network, inputs
 
 

@@ -11,6 +11,7 @@ import methods
 import networks
 import speed
 import trials
+from crevnet import CrevNet
 
 CPU = torch.device("cpu")
 # Of a conditioner, where the last of so many groups is not checkpointed and every other conditioner runs again.
@@ -123,7 +124,7 @@ def test_every_evaluation_is_under_autocast_and_compiled(monkeypatch, method):
 
 def test_compiled_crevnet(monkeypatch, run):
     compiled = []
-    monkeypatch.setattr("crevnet.training.compile_network", compiled.append)
+    monkeypatch.setattr(CrevNet, "compile_parts", lambda network: compiled.append(network))
     rows, text = run("--only", "crevnet", "--steps", "1", "--schedule", "checkpoint", "reversible", "--compile")
     assert len(compiled) == 4  # plain and reversible, to be measured and to be timed
     assert {row["method"]: row["note"] for row in rows}[

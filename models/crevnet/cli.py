@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
-from crevnet.config import PRESETS
+from crevnet.config import PRESETS, ModelConfig
 from crevnet.data import DataError, SyntheticCity
 from crevnet.data.layouts import LayoutName
+from crevnet.models import MODELS
 from crevnet.network import Feedback
 from crevnet.settings import (
     DataSettings,
@@ -23,9 +25,17 @@ from crevnet.settings import (
     RunSettings,
     SettingsError,
     add_sections,
+    default_model,
     load_settings,
+    model_named_in,
     with_protocol,
 )
+
+_SHORT = re.compile(r"--model(=.*)?")
+"""jsonargparse takes --model itself, for a file with the model's values alone; here it is short for --model.name."""
+
+_HOW_TO_READ = ("stride", "flips", "batch_size", "workers")
+"""Data settings that make no difference to which frames are evaluated."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> None:
+    arguments = [
+        _SHORT.sub(r"--model.name\1", argument) if _SHORT.fullmatch(argument) else argument for argument in arguments
+    ]
     parser = _parser(arguments)
     try:
         parsed = parser.parse_args(arguments)
@@ -62,7 +75,7 @@ def _run(arguments: list[str]) -> None:
         settings = RunSettings(chosen.model, chosen.data, chosen.training)
         commands.fit(settings, chosen.resume or chosen.out, resume=chosen.resume is not None)
     elif command == "evaluate":
-        commands.evaluate(chosen.run, chosen.data, chosen.checkpoint, chosen.feedback, chosen.json)
+        commands.evaluate(chosen.run, chosen.data, chosen.checkpoint, chosen.feedback, chosen.ensemble, chosen.json)
     elif command == "predict":
         when = (chosen.city, chosen.date, chosen.slot)
         out = chosen.out or chosen.run
@@ -85,7 +98,7 @@ def _parser(arguments: list[str]) -> Parser:
     fit.add_argument(
         "--config", action="config", help="YAML file with any of the values below, a run's config.yaml say"
     )
-    fit.add_argument("--preset", type=Literal[tuple(PRESETS)], default="paper", help="the architecture to start from")
+    fit.add_argument("--preset", type=Literal[tuple(PRESETS)], default="paper", help="CrevNet's size to start from")
     fit.add_argument(
         "--protocol",
         type=LayoutName | None,
@@ -97,14 +110,19 @@ def _parser(arguments: list[str]) -> Parser:
         "--resume", type=Path | None, default=None, help="go on with the run in this folder, as configured there"
     )
     add_sections(fit, _fit_defaults(arguments))
+    (named,) = (action for action in fit._actions if action.option_strings == ["--model"])
+    named.metavar, named.help = "NAME", f"which model: {', '.join(MODELS)}"
     parsers.add_subcommand("fit", fit, help="train a model")
 
-    evaluate = Parser(description="Score a trained model on its validation days, beside the naive forecasts.")
+    evaluate = Parser(description="Score trained models on their validation days, beside the naive forecasts.")
+    evaluate.add_argument("run", type=Path, nargs="+", help="the folders that `crevnet fit` wrote")
+    evaluate.add_argument("--ensemble", action="store_true", help="score the mean of the runs' forecasts too")
     _add_run(evaluate, arguments)
     evaluate.add_argument("--json", type=Path | None, default=None, help="write the scores to this file too")
-    parsers.add_subcommand("evaluate", evaluate, help="score a trained model beside the naive forecasts")
+    parsers.add_subcommand("evaluate", evaluate, help="score trained models beside the naive forecasts")
 
     predict = Parser(description="Predict the frames after a slot of a validation day. Writes HDF5, a PNG and a GIF.")
+    predict.add_argument("run", type=Path, help="the folder that `crevnet fit` wrote")
     _add_run(predict, arguments)
     predict.add_argument("--city", type=str | None, default=None, help="which city; the first if not given")
     predict.add_argument(
@@ -140,21 +158,33 @@ def _parser(arguments: list[str]) -> Parser:
 
 
 def _add_run(parser: Parser, arguments: list[str]) -> None:
-    parser.add_argument("run", type=Path, help="the folder that `crevnet fit` wrote")
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="which of its checkpoints")
     parser.add_argument(
-        "--feedback", type=Feedback, default="latent", help="what is fed back: latents, or decoded frames"
+        "--feedback",
+        type=Feedback | None,
+        default=None,
+        help="what CrevNet feeds back: latents, which it does if not given, or decoded frames",
     )
-    parser.add_class_arguments(DataSettings, "data", default=_data_of_run(arguments))
+    parser.add_class_arguments(DataSettings, "data", default=_data_of_runs(arguments))
 
 
 def _fit_defaults(arguments: list[str]) -> RunSettings:
-    """The defaults of fit's options: those of the run to resume, else with the preset and protocol that are named."""
+    """The defaults of fit's options: those of the run to resume, else of the model, the preset and the protocol that the command
+    line names, the model by its configuration file too."""
     run = _value_of("--resume", arguments)
     if run is not None:
         return load_settings(Path(run))
-    preset = PRESETS.get(_value_of("--preset", arguments) or "", PRESETS["paper"])
-    return with_protocol(RunSettings(preset), _value_of("--protocol", arguments))
+    return with_protocol(RunSettings(_model_named(arguments)), _value_of("--protocol", arguments))
+
+
+def _model_named(arguments: list[str]) -> ModelConfig:
+    config, preset = _value_of("--config", arguments), _value_of("--preset", arguments)
+    name = _value_of("--model.name", arguments) or (model_named_in(Path(config)) if config else "crevnet")
+    if name == "crevnet":
+        return PRESETS.get(preset or "", PRESETS["paper"])
+    if preset is not None:
+        raise SettingsError(f"--preset {preset} is a size of crevnet: leave it out with --model {name}")
+    return default_model(name)
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
@@ -167,13 +197,24 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
     return None
 
 
-def _data_of_run(arguments: list[str]) -> dict[str, Any] | None:
-    """The data settings of the run that the command line names: the defaults of its data options."""
-    if arguments[:1] in (["evaluate"], ["predict"]):
-        for argument in arguments[1:]:
-            if Path(argument, "config.yaml").is_file():
-                return asdict(load_settings(Path(argument)).data)
-    return None
+def _data_of_runs(arguments: list[str]) -> dict[str, Any] | None:
+    """The data settings of the runs that the command line names: the defaults of its data options. Raises SettingsError where
+    the runs have been given different data, and the command line does not say which to take."""
+    if arguments[:1] not in (["evaluate"], ["predict"]):
+        return None
+    runs = [argument for argument in arguments[1:] if Path(argument, "config.yaml").is_file()]
+    settings = {run: asdict(load_settings(Path(run)).data) for run in runs}
+    if not settings:
+        return None
+    (first, data), *others = settings.items()
+    for run, other in others:
+        for name, value in data.items():
+            given = _value_of(f"--data.{name}", arguments) is not None
+            if other[name] != value and name not in _HOW_TO_READ and not given:
+                raise SettingsError(
+                    f"{first} and {run} have different data, data.{name} is {value} and {other[name]}: say --data.{name}"
+                )
+    return data
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from torch.utils.data import default_collate
 
-from crevnet import figures, forecasts
+from crevnet import figures
+from crevnet.comparison import compare, trained
 from crevnet.data import (
     DataError,
     DayFile,
     DayReader,
-    Layout,
     SyntheticCity,
     cached_road_map,
     layout_of,
@@ -31,10 +31,11 @@ from crevnet.data import (
     write_city,
 )
 from crevnet.data.city_data import CityData
-from crevnet.evaluation import CrevNetForecast, Scores, mean_over_cities, score
+from crevnet.evaluation import mean_over_cities
 from crevnet.network import Feedback
+from crevnet.score_table import score_tables
 from crevnet.settings import DataSettings, RunSettings, SettingsError, load_settings
-from crevnet.training import checkpoint_path, load_network, train
+from crevnet.training import checkpoint_path, train
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -44,44 +45,39 @@ MORNING = 96
 
 def fit(settings: RunSettings, folder: Path, resume: bool) -> None:
     best = train(settings, folder, resume)
-    console.print(f"best validation MSE {best:.4e}; run folder {folder} (next: crevnet evaluate {folder})")
+    console.print(
+        f"best validation {settings.model.score_name} {best:.4e}; run folder {folder} (next: crevnet evaluate {folder})"
+    )
 
 
-def evaluate(run: Path, data: DataSettings, checkpoint: str, feedback: Feedback, out: Path | None) -> None:
-    model = load_settings(run).model
-    network = load_network(run, model, checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
-    cities = CityData(data, model)
-    horizons = cities.layout.horizons(model.horizon)
-    means = forecasts.pixel_means(cities.training_days, data.training_slots)
-    by_city: dict[str, dict[str, Scores]] = {}
-    windows = 0
-    for city in sorted({day.city for day in cities.validation_days}):
-        batches = cities.validation_batches(city)
-        windows += len(batches.dataset)  # type: ignore[arg-type]
-        with torch.inference_mode():
-            by_city[city] = score(
-                {
-                    "CrevNet": CrevNetForecast(network, feedback),
-                    "zeros": forecasts.zeros(model.horizon),
-                    "last frame": forecasts.last_frame(model.horizon),
-                    "mean of last three": forecasts.mean_of_three(model.horizon),
-                    "mean of training days": forecasts.training_mean(means[city], model.horizon),
-                },
-                batches,
-                model.past,
-                horizons,
-            )
-    table = mean_over_cities(by_city)
-    title = f"{', '.join(by_city)}: {windows} windows, {model.past} frames seen, {model.horizon} predicted"
-    _print_scores(table, title, cities.layout, horizons)
+def evaluate(
+    runs: Sequence[Path],
+    data: DataSettings,
+    checkpoint: str,
+    feedback: Feedback | None,
+    ensemble: bool,
+    out: Path | None,
+) -> None:
+    if len(set(runs)) < len(runs):
+        raise SettingsError(f"a run is named twice: {' '.join(map(str, runs))}")
+    if ensemble and len(runs) == 1:
+        raise SettingsError("--ensemble is the mean of several runs: name more of them")
+    with console.status("scoring; the first time, all training days are read for their slots' means"):
+        found = compare(runs, data, checkpoint, feedback, ensemble)
+    table = mean_over_cities(found.by_city)
+    cities = ", ".join(found.by_city)
+    console.print(f"{cities}: {found.windows} windows, {found.past} frames seen, {found.horizon} predicted")
+    channels = [found.layout.channel_name(c) for c in range(found.channels)]
+    for shown in score_tables(table, channels, [found.layout.lead(horizon) for horizon in found.horizons]):
+        Console(highlight=False, width=max(console.width, 34 + 12 * len(shown.columns))).print(shown)
     if out is not None:
         result = {
-            "windows": windows,
-            "horizons": list(horizons),
+            "windows": found.windows,
+            "horizons": list(found.horizons),
             "feedback": feedback,
             "checkpoint": checkpoint,
             "mean over cities": table,
-            **by_city,
+            **found.by_city,
         }
         plain = {k: {n: asdict(s) for n, s in v.items()} if isinstance(v, dict) else v for k, v in result.items()}
         out.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
@@ -91,7 +87,7 @@ def predict(
     run: Path,
     data: DataSettings,
     checkpoint: str,
-    feedback: Feedback,
+    feedback: Feedback | None,
     city: str | None,
     date: str | None,
     slot: int | None,
@@ -99,8 +95,8 @@ def predict(
     out: Path,
 ) -> None:
     model = load_settings(run).model
-    network = load_network(run, model, checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     cities = CityData(data, model)
+    forecast = trained(run, checkpoint, feedback, cities)
     day = _chosen(cities.validation_days, city, date)
     slots = day.slot_range(data.validation_slots)
     if channel is None:
@@ -119,12 +115,12 @@ def predict(
     window = default_collate([cities.window(day, slot - model.past)])
     past, truth = window["frames"][:, : model.past], window["frames"][0, model.past :]
     with torch.inference_mode():
-        forecast = CrevNetForecast(network, feedback)(past, window)[0].clamp(0, 1)
+        predicted = forecast(past, window)[0].clamp(0, 1)
     out.mkdir(parents=True, exist_ok=True)
     stem = f"{day.city}-{day.date}-{slot:03d}"  # of a movie's name, which may hold dots
     written = {suffix: out / f"{stem}{suffix}" for suffix in (".h5", ".png", ".gif")}
-    _write_prediction(written[".h5"], forecast.numpy(), day, slot)
-    arrays = past[0].numpy(), truth.numpy(), forecast.numpy()
+    _write_prediction(written[".h5"], predicted.numpy(), day, slot)
+    arrays = past[0].numpy(), truth.numpy(), predicted.numpy()
     title = f"{day.city}, {day.date}, predicted from {cities.layout.time(slot)}"
     figures.save(figures.forecast_figure(*arrays, title, cities.layout, channel), written[".png"])
     figures.forecast_animation(*arrays, written[".gif"], cities.layout, channel)
@@ -162,20 +158,6 @@ def _progress(title: str) -> Iterator[Callable[[float], None]]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=1.0)
         yield lambda done: progress.update(task, completed=done)
-
-
-def _print_scores(scores: dict[str, Scores], title: str, layout: Layout, horizons: Sequence[int]) -> None:
-    any_scores = next(iter(scores.values()))
-    table = Table(title=title, title_justify="left")
-    table.add_column("forecast")
-    channels = [layout.channel_name(c) for c in range(len(any_scores.mse_by_channel))]
-    for name in ("MSE", "MAE", "MSE on roads", *channels, *map(layout.lead, horizons)):
-        table.add_column(name, justify="right", no_wrap=True)
-    best = min(s.mse for s in scores.values())
-    for name, s in scores.items():
-        values = (s.mse, s.mae, s.mse_on_roads, *s.mse_by_channel, *s.mse_by_horizon)
-        table.add_row(name, *(f"{v:.3e}" for v in values), style="bold" if s.mse == best else None)
-    Console(highlight=False, width=max(console.width, 34 + 12 * len(table.columns))).print(table)
 
 
 def _chosen(days: Sequence[DayFile], city: str | None, date: str | None) -> DayFile:

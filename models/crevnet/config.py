@@ -1,14 +1,15 @@
-"""What a CrevNet is made of, and the presets."""
+"""What a model is made of: what every one is given, CrevNet's architecture, and its presets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import revflow
 from revflow.recurrence import States
 
 Cell = Literal["st-lstm", "convlstm"]
+Loss = Literal["all", "future", "padded"]
 Static = Literal["road_map", "connectivity", "clock"]
 
 STATIC_CHANNELS: dict[Static, int] = {"road_map": 1, "connectivity": 8, "clock": 4}
@@ -16,58 +17,38 @@ STATIC_CHANNELS: dict[Static, int] = {"road_map": 1, "connectivity": 8, "clock":
 
 
 @dataclass(frozen=True)
-class CrevNetConfig:
-    """The architecture.
+class ModelConfig:
+    """What every video model is to predict, and from what.
 
     Args:
+        name: which model.
         channels: data channels of a frame (Traffic4cast 2019: volume, speed, heading).
         static: inputs that stay as they are within a window, and are not predicted: the road_map; the connectivity of roads
             with their eight neighbours (2021's static files); the clock, time of day and day of the week.
-        blocks: reversible blocks in each stage of the autoencoder; a block counts as three layers in the paper.
-        strides: downsampling of each stage, 1 or 2. The frame itself is downsampled by 2 in front of the first stage.
-        bottleneck: a block's inner width is its stream's width divided by this.
-        modules: number of reversible predictive modules.
-        cell: the recurrent cell of each module.
         past: frames seen.
         horizon: frames predicted.
-        exact_bits: compute on a grid of multiples of 2^-exact_bits (revflow.Grid), so that what is rebuilt is equal to the
-            last bit; in ordinary floating point if not given. 16 bits hold values up to 256 in float32.
-        states: how training keeps the modules' states h, c and m for its backward pass: kept; bfloat16, rounded, which
-            takes half the memory; offloaded to the CPU's; or a number n, those of every n-th time step, the others being
-            computed again (revflow.ReversibleRecurrence).
     """
 
+    title: ClassVar[str]
+    """The model's name in tables."""
+    score_name: ClassVar[str] = "MSE"
+    """What checkpoints are compared by, on the validation days."""
+    losses: ClassVar[tuple[Loss, ...]] = ("all", "future")
+    """The predictions that its training loss may be taken over."""
+    feeds_back: ClassVar[bool] = True
+    """Whether it goes from frame to frame, so that training may feed its own predictions."""
+
+    name: str
     channels: int = 3
     static: tuple[Static, ...] = ("road_map",)
-    blocks: tuple[int, ...] = (3, 3, 3, 3)
-    strides: tuple[int, ...] = (1, 2, 2, 2)
-    bottleneck: int = 4
-    modules: int = 8
-    cell: Cell = "st-lstm"
     past: int = 9
     horizon: int = 3
-    exact_bits: int | None = None
-    states: States = "kept"
 
     def __post_init__(self) -> None:
-        for name in ("channels", "bottleneck", "modules", "past", "horizon"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} has to be at least 1, not {getattr(self, name)}")
-        if not self.blocks or len(self.blocks) != len(self.strides):
-            raise ValueError(
-                f"blocks and strides need one entry a stage; got {len(self.blocks)} and {len(self.strides)} entries"
-            )
-        if min(self.blocks) < 1 or not set(self.strides) <= {1, 2}:
-            raise ValueError(f"blocks have to be at least 1 and strides 1 or 2; got {self.blocks} and {self.strides}")
+        for name in ("channels", "past", "horizon"):
+            check_at_least_one(name, getattr(self, name))
         if len(set(self.static)) < len(self.static) or not set(self.static) <= set(STATIC_CHANNELS):
             raise ValueError(f"static takes each of {', '.join(STATIC_CHANNELS)} once; got {self.static}")
-        if self.cell not in ("st-lstm", "convlstm"):
-            raise ValueError(f"cell has to be st-lstm or convlstm, not {self.cell!r}")
-        if self.exact_bits is not None and not 1 <= self.exact_bits <= 52:
-            raise ValueError(f"exact_bits has to be from 1 to 52, or none, not {self.exact_bits}")
-        is_number = type(self.states) is int and self.states >= 1
-        if not is_number and self.states not in ("kept", "bfloat16", "offloaded"):
-            raise ValueError(f"states has to be kept, bfloat16, offloaded, or a number from 1 on, not {self.states!r}")
 
     @property
     def input_channels(self) -> int:
@@ -77,6 +58,65 @@ class CrevNetConfig:
     @property
     def static_channels(self) -> int:
         return sum(STATIC_CHANNELS[name] for name in self.static)
+
+    @property
+    def window(self) -> int:
+        """Frames in a training window."""
+        return self.past + self.horizon
+
+
+def check_at_least_one(name: str, value: int) -> None:
+    """Raises ValueError where a value that counts something is not positive."""
+    if value < 1:
+        raise ValueError(f"{name} has to be at least 1, not {value}")
+
+
+@dataclass(frozen=True)
+class CrevNetConfig(ModelConfig):
+    """CrevNet's architecture.
+
+    Args:
+        blocks: reversible blocks in each stage of the autoencoder; a block counts as three layers in the paper.
+        strides: downsampling of each stage, 1 or 2. The frame itself is downsampled by 2 in front of the first stage.
+        bottleneck: a block's inner width is its stream's width divided by this.
+        modules: number of reversible predictive modules.
+        cell: the recurrent cell of each module.
+        exact_bits: compute on a grid of multiples of 2^-exact_bits (revflow.Grid), so that what is rebuilt is equal to the
+            last bit; in ordinary floating point if not given. 16 bits hold values up to 256 in float32.
+        states: how training keeps the modules' states h, c and m for its backward pass: kept; bfloat16, rounded, which
+            takes half the memory; offloaded to the CPU's; or a number n, those of every n-th time step, the others being
+            computed again (revflow.ReversibleRecurrence).
+    """
+
+    title: ClassVar[str] = "CrevNet"
+    losses: ClassVar[tuple[Loss, ...]] = ("all", "future", "padded")
+
+    name: Literal["crevnet"] = "crevnet"
+    blocks: tuple[int, ...] = (3, 3, 3, 3)
+    strides: tuple[int, ...] = (1, 2, 2, 2)
+    bottleneck: int = 4
+    modules: int = 8
+    cell: Cell = "st-lstm"
+    exact_bits: int | None = None
+    states: States = "kept"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("bottleneck", "modules"):
+            check_at_least_one(name, getattr(self, name))
+        if not self.blocks or len(self.blocks) != len(self.strides):
+            raise ValueError(
+                f"blocks and strides need one entry a stage; got {len(self.blocks)} and {len(self.strides)} entries"
+            )
+        if min(self.blocks) < 1 or not set(self.strides) <= {1, 2}:
+            raise ValueError(f"blocks have to be at least 1 and strides 1 or 2; got {self.blocks} and {self.strides}")
+        if self.cell not in ("st-lstm", "convlstm"):
+            raise ValueError(f"cell has to be st-lstm or convlstm, not {self.cell!r}")
+        if self.exact_bits is not None and not 1 <= self.exact_bits <= 52:
+            raise ValueError(f"exact_bits has to be from 1 to 52, or none, not {self.exact_bits}")
+        is_number = type(self.states) is int and self.states >= 1
+        if not is_number and self.states not in ("kept", "bfloat16", "offloaded"):
+            raise ValueError(f"states has to be kept, bfloat16, offloaded, or a number from 1 on, not {self.states!r}")
 
     @property
     def grid(self) -> revflow.Grid | None:
@@ -99,11 +139,6 @@ class CrevNetConfig:
             width *= stride**2
             widths.append(width)
         return tuple(widths)
-
-    @property
-    def window(self) -> int:
-        """Frames in a training window."""
-        return self.past + self.horizon
 
 
 PRESETS = {

@@ -1,65 +1,79 @@
-"""Scores of forecasts: the competition's MSE and MAE, by channel, by horizon and over the roads alone.
+"""Scores of forecasts: MSE, MAE, PSNR and SSIM, each by channel and by horizon, and the MSE over the roads alone.
 
-Values are in [0, 1] (values / 255), forecasts are clipped to that. A mean is over windows, horizons, channels and pixels.
+Values are in [0, 1] (values / 255), forecasts are clipped to that. A mean is over windows, horizons and channels alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from crevnet.config import ModelConfig
 from crevnet.forecasts import Forecast, Window
-from crevnet.network import CrevNet, Feedback
+from crevnet.metrics import MEASURES, measure
+from crevnet.network import Feedback
+from crevnet.video_model import VideoModel
+
+StaticOf = Callable[[ModelConfig, Window], Tensor | None]
+
+ENSEMBLE = "mean of the runs"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One forecast's errors over all windows."""
+    """One forecast's scores over all windows; `crevnet.metrics` says how each is taken."""
 
     mse: float
-    mae: float
     mse_by_channel: tuple[float, ...]
     mse_by_horizon: tuple[float, ...]
+    mae: float
+    mae_by_channel: tuple[float, ...]
+    mae_by_horizon: tuple[float, ...]
+    psnr: float
+    psnr_by_channel: tuple[float, ...]
+    psnr_by_horizon: tuple[float, ...]
+    ssim: float
+    ssim_by_channel: tuple[float, ...]
+    ssim_by_horizon: tuple[float, ...]
     mse_on_roads: float
     """Over the pixels where the road map is positive."""
 
 
 class Scoring:
-    """Adds up errors window by window, in float64."""
+    """Adds up measures window by window, in float64."""
 
     def __init__(self) -> None:
-        self._squared: Tensor | None = None
-        self._absolute = 0.0
+        self._sums: Tensor | None = None
+        self._windows = 0
         self._on_roads = 0.0
-        self._values = 0
-        self._road_values = 0.0
+        self._road_values = 0
 
     def add(self, forecast: Tensor, truth: Tensor, roads: Tensor) -> None:
         """forecast and truth (B, horizon, C, H, W); roads (B, 1, H, W), positive on roads."""
-        error = forecast.clamp(0, 1).double() - truth.double()
-        squared = error.square()
-        by_horizon_and_channel = squared.sum((0, 3, 4)).cpu()
-        self._squared = by_horizon_and_channel + (0 if self._squared is None else self._squared)
-        self._absolute += error.abs().sum().item()
-        on_road = (roads > 0)[:, None].expand_as(squared)
-        self._on_roads += squared[on_road].sum().item()
-        self._road_values += on_road.sum().item()
-        self._values += squared.numel()
+        for window_forecast, window_truth, window_roads in zip(forecast.clamp(0, 1), truth, roads, strict=True):
+            found = measure(window_forecast, window_truth).cpu()
+            self._sums = found if self._sums is None else self._sums + found
+            self._windows += 1
+            on_road = window_roads[0] > 0
+            error = window_forecast[..., on_road].double() - window_truth[..., on_road].double()
+            self._on_roads += error.square().sum().item()
+            self._road_values += error.numel()
 
     def scores(self) -> Scores:
-        if self._squared is None:
+        if self._sums is None:
             raise ValueError("no window was scored")
-        horizons, channels = self._squared.shape
-        return Scores(
-            mse=self._squared.sum().item() / self._values,
-            mae=self._absolute / self._values,
-            mse_by_channel=tuple((self._squared.sum(0) / (self._values / channels)).tolist()),
-            mse_by_horizon=tuple((self._squared.sum(1) / (self._values / horizons)).tolist()),
-            mse_on_roads=self._on_roads / max(self._road_values, 1),
-        )
+        values: dict[str, Any] = {}
+        for name, by_horizon_and_channel in zip(MEASURES, self._sums / self._windows, strict=True):
+            values[name] = by_horizon_and_channel.mean().item()
+            values[f"{name}_by_channel"] = tuple(by_horizon_and_channel.mean(0).tolist())
+            values[f"{name}_by_horizon"] = tuple(by_horizon_and_channel.mean(1).tolist())
+        return Scores(**values, mse_on_roads=self._on_roads / max(self._road_values, 1))
 
 
 def score(
@@ -67,53 +81,53 @@ def score(
     batches: Iterable[Mapping[str, Any]],
     past: int,
     horizons: Sequence[int] | None = None,
+    ensemble: Sequence[str] = (),
 ) -> dict[str, Scores]:
     """Score every forecast on the same windows: batches with "frames" (B, past + horizon, C, H, W), "road_map" (B, 1, H, W),
-    and what the forecasts need: "static" (B, S, H, W) for networks.
+    and what the forecasts need.
 
     horizons: which of the future frames to score, 1 being the first; all if not given.
+    ensemble: names of forecasts whose mean, of what they gave before it was clipped, is scored beside them.
     """
     scored = slice(None) if horizons is None else [horizon - 1 for horizon in horizons]
-    scorings = {name: Scoring() for name in forecasts}
+    scorings: dict[str, Scoring] = defaultdict(Scoring)
     for batch in batches:
         seen, truth = batch["frames"][:, :past], batch["frames"][:, past:]
-        for name, forecast in forecasts.items():
-            scorings[name].add(forecast(seen, batch)[:, scored], truth[:, scored], batch["road_map"])
+        found = {name: forecast(seen, batch) for name, forecast in forecasts.items()}
+        if ensemble:
+            members = {name: found[name] for name in ensemble}
+            found = {**members, ENSEMBLE: torch.stack(list(members.values())).mean(0), **found}
+        for name, predicted in found.items():
+            scorings[name].add(predicted[:, scored], truth[:, scored], batch["road_map"])
     return {name: scoring.scores() for name, scoring in scorings.items()}
 
 
-class CrevNetForecast:
-    """A trained network as a forecast."""
+class NetworkForecast:
+    """A trained network as a forecast from the last frames, as many as it has been trained on.
 
-    def __init__(self, model: CrevNet, feedback: Feedback) -> None:
-        self._model = model.eval()
-        self._feedback = feedback
+    Args:
+        static_of: the static channels (B, S, H, W) that a model sees beside a batch of windows, or None.
+        feedback: what CrevNet feeds back, latents if not given; other models feed back frames.
+    """
+
+    def __init__(self, network: VideoModel[Any], static_of: StaticOf, feedback: Feedback | None = None) -> None:
+        self._network = network.eval()
+        self._static_of = static_of
+        self._options = {} if feedback is None else {"feedback": feedback}
 
     def __call__(self, past: Tensor, window: Window) -> Tensor:
-        device = next(self._model.parameters()).device
-        static = window["static"].to(device) if self._model.config.static else None
-        return self._model.generate(past.to(device), static, feedback=self._feedback).to(past.device)
+        config, device = self._network.config, next(self._network.parameters()).device
+        static = self._static_of(config, window)
+        seen = past[:, -config.past :].to(device)
+        return self._network.generate(seen, None if static is None else static.to(device), **self._options).to(past)
 
 
 def mean_over_cities(by_city: Mapping[str, Mapping[str, Scores]]) -> dict[str, Scores]:
     """The mean over cities, as in the competition."""
     cities = list(by_city.values())
-    return {
-        name: Scores(
-            mse=_mean(c[name].mse for c in cities),
-            mae=_mean(c[name].mae for c in cities),
-            mse_by_channel=_means(c[name].mse_by_channel for c in cities),
-            mse_by_horizon=_means(c[name].mse_by_horizon for c in cities),
-            mse_on_roads=_mean(c[name].mse_on_roads for c in cities),
-        )
-        for name in cities[0]
-    }
+    return {name: _mean([city[name] for city in cities]) for name in cities[0]}
 
 
-def _mean(values: Iterable[float]) -> float:
-    known = list(values)
-    return sum(known) / len(known)
-
-
-def _means(rows: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
-    return tuple(_mean(column) for column in zip(*rows, strict=True))
+def _mean(scores: Sequence[Scores]) -> Scores:
+    means = {f.name: np.mean([getattr(s, f.name) for s in scores], axis=0).tolist() for f in fields(Scores)}
+    return Scores(**{name: tuple(mean) if isinstance(mean, list) else mean for name, mean in means.items()})

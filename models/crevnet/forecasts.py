@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crevnet.data import DayFile, sample_frames, unit_interval
+from crevnet.data import DayFile, SlotMeans, sample_frames, unit_interval
 
 Window = Mapping[str, Any]
 """A batch of windows, as the items of Windows are collated."""
@@ -36,6 +36,17 @@ def mean_of_three(horizon: int) -> Forecast:
 def training_mean(mean: Tensor, horizon: int) -> Forecast:
     """The same `mean` (C, H, W) at every time: each pixel's mean over the training days."""
     return lambda past, _: _repeated(mean.to(past).expand(past.shape[0], -1, -1, -1), horizon)
+
+
+def slot_mean(means: Mapping[str, SlotMeans], horizon: int) -> Forecast:
+    """The historical mean of the city at the time of day that is predicted; windows have to hold "city" and "start"."""
+
+    def forecast(past: Tensor, window: Window) -> Tensor:
+        first = [int(start) + past.shape[1] for start in window["start"]]
+        frames = [means[city].frames(slot, horizon) for city, slot in zip(window["city"], first, strict=True)]
+        return torch.stack(frames).to(past)
+
+    return forecast
 
 
 def pixel_means(days: Sequence[DayFile], slots: tuple[int, int] | None = None, frames: int = 1200) -> dict[str, Tensor]:

@@ -6,23 +6,22 @@ the static channels behind the others, and padded at the bottom and the right to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from crevnet.autoencoder import Latent, TwoWayAutoencoder
-from crevnet.config import CrevNetConfig
+from crevnet.config import CrevNetConfig, Loss
 from crevnet.predictor import Predictor, PredictorState
-from crevnet.shapes import check_window
+from crevnet.shapes import cropped, mean_squared_error, padded, with_static
+from crevnet.video_model import VideoModel
 
 Feedback = Literal["latent", "frame"]
-Loss = Literal["all", "future", "padded", "generated"]
 
 
-class CrevNet(nn.Module):
+class CrevNet(VideoModel[CrevNetConfig]):
     """Predicts the next frames of a video, at any frame size.
 
     `forward` gives the one-step predictions that it is trained on, `generate` the frames after the past ones, `loss` the
@@ -31,8 +30,7 @@ class CrevNet(nn.Module):
     """
 
     def __init__(self, config: CrevNetConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.autoencoder = TwoWayAutoencoder(config)
         self.predictor = Predictor(config)
 
@@ -46,30 +44,31 @@ class CrevNet(nn.Module):
         Returns (B, T, C, H, W).
         """
         self._check(frames, static)
-        latents = self._latents(frames, static, frames.shape[1])
+        latents = self._latents(frames, static, [True] * frames.shape[1])
         return torch.stack([self._crop(self.autoencoder.decode(latent), frames) for latent in latents], 1)
 
-    def loss(self, frames: Tensor, static: Tensor | None = None, over: Loss = "all") -> Tensor:
+    def loss(
+        self, frames: Tensor, static: Tensor | None = None, over: Loss = "all", fed: Sequence[bool] | None = None
+    ) -> Tensor:
         """Mean squared error of the one-step predictions within a window of past and future frames (B, T, C, H, W).
 
         over: "all" predictions, data channels inside the frame alone; "future": those of the last `horizon` frames alone;
-            "padded": all of them with the padding and the static channels, as in the authors' code (which sums over the steps);
-            "generated": as "all", with the frames after the first future one generated as `generate` does, in latent space.
+            "padded": all of them with the padding and the static channels, as in the authors' code (which sums over the steps).
+        fed: which of the future frames are encoded, one entry for each but the last; where it is false, the predicted latent is
+            fed instead, as `generate` does. All are encoded if not given.
         """
-        self._check(frames, static)
-        count = frames.shape[1] - 1
-        seen = frames[:, : self.config.past] if over == "generated" else frames[:, :-1]
-        first = count - self.config.horizon if over == "future" else 0
+        self._check(frames, static, at_least=2)
+        first = self._first(over, frames.shape[1] - 1)
         # Step by step: a stack of all predictions, its gradient and a padded window would each take a frame a step more.
         errors = []
-        for t, latent in enumerate(self._latents(seen, static, count)):
+        for t, latent in enumerate(self._latents(frames, static, self._truly_fed(frames.shape[1], fed))):
             if t >= first:
                 prediction, truth = self.autoencoder.decode(latent), frames[:, t + 1]
                 if over == "padded":
                     truth = self._pad(truth, static)
                 else:
                     prediction = self._crop(prediction, frames)
-                errors.append(_mean_squared_error(prediction, truth))
+                errors.append(mean_squared_error(prediction, truth))
         return torch.stack(errors).mean()
 
     @torch.no_grad()
@@ -82,13 +81,13 @@ class CrevNet(nn.Module):
             "frame" decodes the prediction, puts the static channels and the padding back, and encodes it (the authors' code).
         """
         self._check(past, static)
-        state = None
+        horizon, state = self._horizon(horizon), None
         for frame in past.unbind(1):
             latent: Latent = self.autoencoder.encode(self._pad(frame, static))
             state = self.predictor.initial_state(latent) if state is None else state
             latent, state = self.predictor(latent, state)
         frames = [self._crop(self.autoencoder.decode(latent), past)]
-        while len(frames) < (self.config.horizon if horizon is None else horizon):
+        while len(frames) < horizon:
             if feedback == "frame":
                 latent = self.autoencoder.encode(self._pad(frames[-1], static))
             latent, state = self.predictor(latent, state)
@@ -99,17 +98,6 @@ class CrevNet(nn.Module):
         """Frames as the network sees them, (B, T, C, H, W) -> (B, T, Ci, Hp, Wp): static channels added, padded with zeros."""
         self._check(frames, static)
         return self._pad(frames, None if static is None else static[:, None].expand(-1, frames.shape[1], -1, -1, -1))
-
-    def _check(self, frames: Tensor, static: Tensor | None) -> None:
-        check_window(frames, static, self.config.channels, self.config.static_channels)
-
-    def _pad(self, frames: Tensor, static: Tensor | None) -> Tensor:
-        """(..., C, H, W), (..., S, H, W) -> (..., Ci, Hp, Wp)."""
-        if static is not None:
-            frames = torch.cat((frames, static), -3)
-        height, width = frames.shape[-2:]
-        d = self.config.downsampling
-        return F.pad(frames, (0, -width % d, 0, -height % d))
 
     def step(self, frame: Tensor, state: PredictorState | None = None) -> tuple[Tensor, PredictorState]:
         """One time step on whole frames: (B, Ci, Hp, Wp) -> the predicted next one, of the same shape, and the state.
@@ -130,22 +118,26 @@ class CrevNet(nn.Module):
         """
         return self.autoencoder.decode(self.predictor.inverse(self.autoencoder.encode(prediction), before, after))
 
-    def _latents(self, frames: Tensor, static: Tensor | None, steps: int) -> Iterator[Latent]:
-        """The latents of the frames that follow each of `frames` (B, T, C, H, W), and, from the predicted latents, of those
-        that follow the last of them."""
+    def compile_parts(self, **options: Any) -> None:
+        """The autoencoder's conditioners, and the two parts of a predictive module, as the engine runs them by themselves."""
+        self.autoencoder.blocks.compile_conditioners(**options)
+        self.predictor.stack.compile_cells(**options)
+
+    def _latents(self, frames: Tensor, static: Tensor | None, fed: Sequence[bool]) -> Iterator[Latent]:
+        """The predicted latents of the frames that follow each of `frames` (B, T, C, H, W), from the frame itself where it is
+        `fed`, and else from its own predicted latent."""
         state = None
-        for t in range(steps):
-            if t < frames.shape[1]:
+        for t, true in enumerate(fed):
+            if true:
                 latent: Latent = self.autoencoder.encode(self._pad(frames[:, t], static))
             state = self.predictor.initial_state(latent) if state is None else state
             latent, state = self.predictor(latent, state)
             yield latent
 
+    def _pad(self, frames: Tensor, static: Tensor | None) -> Tensor:
+        """(..., C, H, W), (..., S, H, W) -> (..., Ci, Hp, Wp)."""
+        return padded(with_static(frames, static), self.config.downsampling)
+
     def _crop(self, frames: Tensor, like: Tensor) -> Tensor:
         """(..., Ci, Hp, Wp) -> (..., C, H, W), the data channels inside the frame."""
-        return frames[..., : self.config.channels, : like.shape[-2], : like.shape[-1]]
-
-
-def _mean_squared_error(predictions: Tensor, truth: Tensor) -> Tensor:
-    # PyTorch's result is a scalar in a buffer that is as large as the predictions; a copy is not.
-    return F.mse_loss(predictions, truth).clone()
+        return cropped(frames[..., : self.config.channels, :, :], like)

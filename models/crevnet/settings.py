@@ -9,12 +9,12 @@ from typing import Any, Literal, NoReturn, get_args
 import jsonargparse
 import yaml
 
-from crevnet.config import CrevNetConfig
+from crevnet.config import CrevNetConfig, Loss, ModelConfig
 from crevnet.data.dates import read_dates
 from crevnet.data.flips import Flips
 from crevnet.data.layouts import LayoutName
 from crevnet.data.protocol import HeadingOrder, ProtocolName, protocol
-from crevnet.network import Loss
+from crevnet.models import MODELS
 
 
 class SettingsError(Exception):
@@ -95,8 +95,11 @@ class TrainingSettings:
         batches: training batches in an epoch; all of them if not given.
         validation_batches: validation batches after each epoch; all of them if not given.
         learning_rate: Adam's.
-        loss: "all" one-step predictions of a window; those of the "future" frames alone; "padded": all of them with
-            padding and road map, as in the authors' code; "generated": all, the future frames generated from predictions.
+        loss: "all" predictions of a window; those of the "future" frames alone; "padded": all of them with padding and road
+            map, as in the authors' code, for CrevNet alone.
+        sampling_steps: scheduled sampling (Bengio et al. 2015): future frames are fed to the model with a probability that
+            falls linearly from 1 to 0 over so many steps of the optimizer, and else its own predictions; 0 feeds predictions
+            from the beginning. Without it the true frames are always fed. Not for unet and vpn.
         accumulate: batches whose gradients are added up before each step of the optimizer.
         precision: Lightning's name for it: 32-true, 16-mixed (V100), bf16-mixed, 64-true.
         max_minutes: stop after so many minutes of training, resumed runs counted in, wherever it is.
@@ -113,6 +116,7 @@ class TrainingSettings:
     validation_batches: int | None = None
     learning_rate: float = 2e-4
     loss: Loss = "all"
+    sampling_steps: int | None = None
     accumulate: int = 1
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
     max_minutes: float | None = None
@@ -131,6 +135,8 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1e6:
                 raise ValueError(f"training.{name} has to be positive and below a million, not {value}")
+        if self.sampling_steps is not None and self.sampling_steps < 0:
+            raise ValueError(f"training.sampling_steps cannot be negative; got {self.sampling_steps}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"training.seed has to be from 0 to 4294967295, not {self.seed}")
 
@@ -139,12 +145,20 @@ class TrainingSettings:
 class RunSettings:
     """All of a run's settings, kept as config.yaml in its folder."""
 
-    model: CrevNetConfig = field(default_factory=CrevNetConfig)
+    model: ModelConfig = field(default_factory=CrevNetConfig)
     data: DataSettings = field(default_factory=DataSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
     def __post_init__(self) -> None:
-        if self.training.compile and self.model.exact_bits is not None:
+        if self.training.loss not in self.model.losses:
+            raise SettingsError(
+                f"training.loss {self.training.loss} is not for {self.model.name}: choose {' or '.join(self.model.losses)}"
+            )
+        if self.training.sampling_steps is not None and not self.model.feeds_back:
+            raise SettingsError(
+                f"training.sampling_steps is not for {self.model.name}, which is never fed what it predicted: leave it out"
+            )
+        if self.training.compile and isinstance(self.model, CrevNetConfig) and self.model.exact_bits is not None:
             raise SettingsError(
                 "training.compile rounds otherwise in the backward pass than in the forward pass, and model.exact_bits is there "
                 "to have no such difference: choose one of them"
@@ -182,17 +196,38 @@ class Parser(jsonargparse.ArgumentParser):
             values = namespace.get(section, jsonargparse.Namespace())
             if not isinstance(values, jsonargparse.Namespace):
                 raise TypeError(f"{section} is {values!r}, expected a section with values")
-        super().validate(namespace, *arguments, **options | {"skip_unset": False})
+        for action in self._actions:  # what is missing is null, too
+            if not action.option_strings and action.nargs in (None, "+") and namespace.get(action.dest) is None:
+                raise TypeError(f"the following arguments are required: {action.dest}")
+        strict = (
+            {} if self._subcommands_action else {"skip_unset": False}
+        )  # each command's own parser comes to its values
+        super().validate(namespace, *arguments, **options | strict)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise SettingsError(f"{' '.join(message.split())} (see {self.prog} --help)") from ex
 
 
 def add_sections(parser: Parser, defaults: RunSettings) -> None:
-    """Options for every value of a run's settings."""
-    parser.add_class_arguments(CrevNetConfig, "model", default=asdict(defaults.model))
+    """Options for every value of a run's settings, of the model that the defaults name."""
+    parser.add_class_arguments(type(defaults.model), "model", default=asdict(defaults.model))
     parser.add_class_arguments(DataSettings, "data", default=asdict(defaults.data))
     parser.add_class_arguments(TrainingSettings, "training", default=asdict(defaults.training))
+
+
+def default_model(name: str) -> ModelConfig:
+    """The model of that name, in its paper's size. Raises SettingsError for a name that there is not."""
+    if name not in MODELS:
+        raise SettingsError(f"there is no model {name}: choose one of {', '.join(MODELS)}")
+    return MODELS[name].config()
+
+
+def model_named_in(path: Path) -> str:
+    """The name in a configuration file's section for the model; CrevNet's where it has none, or cannot be read."""
+    try:
+        return str(yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["name"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return "crevnet"
 
 
 def load_settings(run: Path) -> RunSettings:
@@ -201,8 +236,8 @@ def load_settings(run: Path) -> RunSettings:
     if not path.is_file():
         raise SettingsError(f"{run} is no run's folder, it has no config.yaml: train one with crevnet fit --out {run}")
     parser = Parser(prog="crevnet")
-    add_sections(parser, RunSettings())
     try:
+        add_sections(parser, RunSettings(default_model(model_named_in(path))))
         sections = parser.instantiate(parser.parse_path(str(path)))
         return RunSettings(sections.model, sections.data, sections.training)
     except (SettingsError, ValueError, TypeError, yaml.YAMLError) as error:

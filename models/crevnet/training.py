@@ -17,35 +17,36 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from crevnet.config import CrevNetConfig
+from crevnet.config import ModelConfig
 from crevnet.data import DataError
 from crevnet.data.city_data import CityData
-from crevnet.network import CrevNet
+from crevnet.models import make_network
+from crevnet.scheduled_sampling import fed_frames
 from crevnet.settings import RunSettings, TrainingSettings
+from crevnet.video_model import VideoModel
 
 
 class CrevNetTask(lightning.LightningModule):
-    """The training step, the validation score (MSE of the generated future frames) and the optimizer."""
+    """The training step, the model's validation score and the optimizer."""
 
-    def __init__(self, model: CrevNetConfig, training: TrainingSettings) -> None:
+    def __init__(self, model: ModelConfig, training: TrainingSettings) -> None:
         super().__init__()
-        self.network = CrevNet(model)
+        self.network = make_network(model)
         self.training_settings = training
         if training.channels_last:
             self.network.to(memory_format=torch.channels_last)
         if training.compile:
-            compile_network(self.network)
+            self.network.compile_parts()
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
-        loss = self.network.loss(batch["frames"], self._static(batch), self.training_settings.loss)
+        fed = self._fed(batch["frames"])
+        loss = self.network.loss(batch["frames"], self._static(batch), self.training_settings.loss, fed)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["frames"]))
         return loss
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
-        past = self.network.config.past
-        forecast = self.network.generate(batch["frames"][:, :past], self._static(batch)).clamp(0, 1)
-        mse = torch.nn.functional.mse_loss(forecast, batch["frames"][:, past:])
-        self.log("val/mse", mse, prog_bar=True, sync_dist=True, batch_size=len(batch["frames"]))
+        score = self.network.score(batch["frames"], self._static(batch))
+        self.log(score_tag(self.network.config), score, prog_bar=True, sync_dist=True, batch_size=len(batch["frames"]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return FusedAdam(self.network.parameters(), self.training_settings.learning_rate)
@@ -53,6 +54,13 @@ class CrevNetTask(lightning.LightningModule):
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         super().optimizer_step(*arguments, **options)
         self.zero_grad()  # Lightning would let them live on, through the next forward pass
+
+    def _fed(self, frames: Tensor) -> list[bool] | None:
+        """Which of the future frames the model is fed as they are, all if none."""
+        steps, model = self.training_settings.sampling_steps, self.network.config
+        if steps is None:
+            return None
+        return fed_frames(frames.shape[1] - model.past - 1, steps, self.global_step, self.training_settings.seed)
 
     def _static(self, batch: dict[str, Any]) -> Tensor | None:
         return batch["static"] if self.network.config.static else None
@@ -73,12 +81,9 @@ class FusedAdam(torch.optim.Adam):
                 state[name] = torch.empty_like(parameter).copy_(state[name])
 
 
-def compile_network(network: CrevNet, **options: Any) -> None:
-    """Compile what takes the time, in place, by `torch.compile(..., **options)`: the autoencoder's conditioners, and the two
-    parts of a predictive module, as the engine runs them by themselves. The keys of the network's state stay.
-    """
-    network.autoencoder.blocks.compile_conditioners(**options)
-    network.predictor.stack.compile_cells(**options)
+def score_tag(model: ModelConfig) -> str:
+    """What the validation score is called in the logs: val/mse, say."""
+    return f"val/{model.score_name.lower()}"
 
 
 class _ProgressBar(RichProgressBar):
@@ -91,7 +96,7 @@ class _ProgressBar(RichProgressBar):
 
 
 def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
-    """Train, and leave config.yaml, checkpoints and TensorBoard's logs in `folder`. Returns the best validation MSE."""
+    """Train, and leave config.yaml, checkpoints and TensorBoard's logs in `folder`. Returns the best validation score."""
     training = settings.training
     last = checkpoint_path(folder, "last")
     if resume and not last.is_file():
@@ -107,7 +112,7 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     batches, validation_batches = data.training_batches(), data.validation_batches()
     settings.save(folder)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    best = ModelCheckpoint(last.parent, "best", monitor="val/mse", enable_version_counter=False)
+    best = ModelCheckpoint(last.parent, "best", monitor=score_tag(settings.model), enable_version_counter=False)
     trainer = _trainer(training, folder, [best, ModelCheckpoint(last.parent, "last", enable_version_counter=False)])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers")  # a choice: data.workers
@@ -120,7 +125,7 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
         raise DataError("training stopped before its first validation: raise --training.max_minutes")
     score = best.best_model_score.item()
     if not math.isfinite(score):
-        raise DataError(f"training diverged, its best validation MSE is {score}: lower --training.learning_rate")
+        raise DataError(f"training diverged, its best validation score is {score}: lower --training.learning_rate")
     return score
 
 
@@ -150,7 +155,7 @@ def checkpoint_path(folder: Path, which: str) -> Path:
     return folder / "checkpoints" / f"{which}.ckpt"
 
 
-def load_network(folder: Path, model: CrevNetConfig, which: str) -> CrevNet:
+def load_network(folder: Path, model: ModelConfig, which: str) -> VideoModel[Any]:
     """The trained network of the run in `folder`: its "best" or "last" checkpoint."""
     path = checkpoint_path(folder, which)
     if not path.is_file():
@@ -159,7 +164,7 @@ def load_network(folder: Path, model: CrevNetConfig, which: str) -> CrevNet:
         state = dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
     except Exception as error:  # a damaged file fails in many ways
         raise DataError(f"{path} is no readable checkpoint ({type(error).__name__}): train again") from error
-    network = CrevNet(model)
+    network = make_network(model)
     try:
         network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
     except RuntimeError as error:

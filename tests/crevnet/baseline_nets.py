@@ -3,36 +3,43 @@
 import numpy as np
 import torch
 
-from crevnet.baselines import VPN, ConvLSTM, PredNet, PredRNN, PredRNNPlusPlus, Task, UNet
+from crevnet import MODELS, make_network
 
+LAYERS = {"hidden": 3, "layers": 2, "kernel": 3, "patch": 1}
 TINY = {
-    "convlstm": lambda task: ConvLSTM(task, hidden=3, layers=2, kernel=3),
-    "predrnn": lambda task: PredRNN(task, hidden=3, layers=2, kernel=3),
-    "predrnnpp": lambda task: PredRNNPlusPlus(task, hidden=3, layers=2, kernel=3),
-    "vpn": lambda task: VPN(task, width=4, dilations=(1, 2), decoder_blocks=2),
-    "prednet": lambda task: PredNet(task, widths=(4, 5)),
-    "unet": lambda task: UNet(task, depth=3, width=4),
+    "convlstm": LAYERS,
+    "predrnn": LAYERS,
+    "predrnnpp": LAYERS,
+    "vpn": {"width": 4, "dilations": (1, 2), "decoder_blocks": 2},
+    "prednet": {"widths": (4, 5)},
+    "unet": {"depth": 3, "width": 4},
 }
-TASK = Task(channels=2, past=3, horizon=2)
-MAPPED = Task(channels=2, static_channels=1, past=3, horizon=2)
+TASK = {"channels": 2, "static": (), "past": 3, "horizon": 2}
+MAPPED = {**TASK, "static": ("road_map",)}
 
 
-def make(model, task=TASK, seed=0):
-    """A model in float64; `model` is a name in TINY, or makes one of a task."""
+def make(name, task=TASK, seed=0, **sizes):
+    """A tiny model in float64."""
     torch.manual_seed(seed)
-    net = (TINY[model] if isinstance(model, str) else model)(task).double()
-    if isinstance(net, PredNet):
+    net = make_network(MODELS[name].config(**{**TINY[name], **task, **sizes})).double()
+    if name == "prednet":
         net.predictions[0].bias.data.fill_(0.4)  # so that predictions lie within (0, 1), where SatLU has a slope
     return net
+
+
+def full_size(name, **options):
+    """A model without data, in its paper's size, on frames of three channels unless told otherwise."""
+    with torch.device("meta"):
+        return make_network(MODELS[name].config(**{"static": (), **options}))
 
 
 def window(task=TASK, steps=None, batch=2, height=6, width=5, seed=0):
     """Frames (B, T, C, H, W), and the road map or None."""
     generator = torch.Generator().manual_seed(seed)
-    steps = task.past + task.horizon if steps is None else steps
-    frames = torch.rand(batch, steps, task.channels, height, width, generator=generator, dtype=torch.float64)
+    steps = task["past"] + task["horizon"] if steps is None else steps
+    frames = torch.rand(batch, steps, task["channels"], height, width, generator=generator, dtype=torch.float64)
     roads = torch.rand(batch, 1, height, width, generator=generator, dtype=torch.float64)
-    return frames, roads if task.static_channels else None
+    return frames, roads if task["static"] else None
 
 
 def weights(net):

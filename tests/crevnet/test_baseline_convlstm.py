@@ -2,10 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
-from baseline_nets import MAPPED, TASK, conv, make, sigmoid, weights, window
-
-from crevnet.baselines import ConvLSTM, Task
+from baseline_nets import MAPPED, TASK, conv, full_size, make, sigmoid, weights, window
 
 
 def reference(net, frames, roads, hidden, layers):
@@ -32,7 +29,7 @@ def reference(net, frames, roads, hidden, layers):
 @pytest.mark.parametrize("task", [TASK, MAPPED], ids=["plain", "mapped"])
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_predictions_by_the_equations(task, kernel):
-    net = make(lambda task: ConvLSTM(task, hidden=4, layers=3, kernel=kernel), task)
+    net = make("convlstm", task, hidden=4, layers=3, kernel=kernel)
     frames, roads = window(task)
     expected = reference(net, frames.numpy(), None if roads is None else roads.numpy(), 4, 3)
     np.testing.assert_allclose(net(frames, roads).detach().numpy(), expected, rtol=1e-10, atol=1e-12)
@@ -40,8 +37,7 @@ def test_predictions_by_the_equations(task, kernel):
 
 @pytest.mark.parametrize(("channels", "patch"), [(3, 1), (3, 4), (8, 2)])
 def test_parameters_by_formula(channels, patch):
-    with torch.device("meta"):
-        net = ConvLSTM(Task(channels=channels, patch=patch))
+    net = full_size("convlstm", channels=channels, patch=patch)
     n, frame = 128, channels * patch**2
     gates = 25 * 4 * n * (frame + n) + 3 * 25 * 4 * n * (n + n) + 4 * 4 * n
     assert sum(p.numel() for p in net.parameters()) == gates + n * frame + frame

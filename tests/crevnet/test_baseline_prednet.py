@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
-from baseline_nets import MAPPED, TASK, conv, make, sigmoid, weights, window
+from baseline_nets import MAPPED, TASK, conv, full_size, make, sigmoid, weights, window
 
-from crevnet.baselines import PredNet, Task
+from crevnet.baselines import PredNetConfig
 
 
 def relu(x):
@@ -55,7 +54,7 @@ def reference(net, frames, roads, channels):
 @pytest.mark.parametrize("task", [TASK, MAPPED], ids=["plain", "mapped"])
 @pytest.mark.parametrize("widths", [(), (4,), (4, 6, 5)])
 def test_predictions_by_the_algorithm(task, widths):
-    net = make(lambda task: PredNet(task, widths), task)
+    net = make("prednet", task, widths=widths)
     frames, roads = window(task, height=8, width=16)
     expected = reference(net, frames.numpy(), None if roads is None else roads.numpy(), 2)
     np.testing.assert_allclose(net(frames, roads).detach().numpy(), expected, rtol=1e-10, atol=1e-12)
@@ -69,8 +68,7 @@ def test_predictions_saturate(bias, value):
 
 
 def test_parameters_by_formula():
-    with torch.device("meta"):
-        net = PredNet(Task())
+    net = full_size("prednet")
     n = (3, 48, 96, 192)
     gates = sum(9 * 4 * n[k] * (2 * n[k] + n[k] + (n[k + 1] if k < 3 else 0)) + 4 * n[k] for k in range(4))
     predictions = sum(9 * k * k + k for k in n)
@@ -81,4 +79,4 @@ def test_parameters_by_formula():
 
 def test_widths_that_cannot_be():
     with pytest.raises(ValueError, match="widths has to be at least 1, not 0"):
-        PredNet(TASK, widths=(4, 0))
+        PredNetConfig(widths=(4, 0))

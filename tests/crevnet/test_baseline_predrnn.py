@@ -2,10 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
-from baseline_nets import MAPPED, TASK, conv, make, sigmoid, weights, window
-
-from crevnet.baselines import PredRNN, Task
+from baseline_nets import MAPPED, TASK, conv, full_size, make, sigmoid, weights, window
 
 
 def st_lstm(w, cell, x, h, c, m):
@@ -51,7 +48,7 @@ def reference(net, frames, roads, hidden, layers):
 
 @pytest.mark.parametrize("task", [TASK, MAPPED], ids=["plain", "mapped"])
 def test_predictions_by_the_equations(task):
-    net = make(lambda task: PredRNN(task, hidden=4, layers=3, kernel=3), task)
+    net = make("predrnn", task, hidden=4, layers=3, kernel=3)
     frames, roads = window(task)
     expected = reference(net, frames.numpy(), None if roads is None else roads.numpy(), 4, 3)
     np.testing.assert_allclose(net(frames, roads).detach().numpy(), expected, rtol=1e-10, atol=1e-12)
@@ -59,8 +56,7 @@ def test_predictions_by_the_equations(task):
 
 @pytest.mark.parametrize(("channels", "patch"), [(3, 1), (3, 4), (8, 2)])
 def test_parameters_by_formula(channels, patch):
-    with torch.device("meta"):
-        net = PredRNN(Task(channels=channels, patch=patch))
+    net = full_size("predrnn", channels=channels, patch=patch)
     n, frame = 128, channels * patch**2
     inputs = 25 * 7 * n * (frame + 3 * n)
     states = 4 * 25 * (4 + 3 + 2) * n * n

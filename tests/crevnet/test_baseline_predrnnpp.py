@@ -2,10 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
-from baseline_nets import MAPPED, TASK, conv, make, sigmoid, weights, window
-
-from crevnet.baselines import PredRNNPlusPlus, Task
+from baseline_nets import MAPPED, TASK, conv, full_size, make, sigmoid, weights, window
 
 
 def causal_lstm(w, cell, x, h, c, m):
@@ -65,7 +62,7 @@ def reference(net, frames, roads, hidden, layers):
 @pytest.mark.parametrize("task", [TASK, MAPPED], ids=["plain", "mapped"])
 @pytest.mark.parametrize("layers", [1, 3])
 def test_predictions_by_the_equations(task, layers):
-    net = make(lambda task: PredRNNPlusPlus(task, hidden=4, layers=layers, kernel=3), task)
+    net = make("predrnnpp", task, hidden=4, layers=layers, kernel=3)
     frames, roads = window(task)
     expected = reference(net, frames.numpy(), None if roads is None else roads.numpy(), 4, layers)
     np.testing.assert_allclose(net(frames, roads).detach().numpy(), expected, rtol=1e-10, atol=1e-12)
@@ -73,8 +70,7 @@ def test_predictions_by_the_equations(task, layers):
 
 @pytest.mark.parametrize(("channels", "patch"), [(3, 1), (3, 4), (8, 2)])
 def test_parameters_by_formula(channels, patch):
-    with torch.device("meta"):
-        net = PredRNNPlusPlus(Task(channels=channels, patch=patch))
+    net = full_size("predrnnpp", channels=channels, patch=patch)
     n, frame = 128, channels * patch**2
     inputs = 25 * 7 * n * (frame + 3 * n)
     states = 4 * 25 * (4 + 3 + 3 + 4 + 1) * n * n
@@ -86,7 +82,6 @@ def test_parameters_by_formula(channels, patch):
 
 def test_published_count_has_a_convolution_that_is_never_used():
     """38.3 million: PyTorch implementations make a 5x5 one of [c, m] in each cell, 2 n -> n, and call it nowhere."""
-    with torch.device("meta"):
-        net = PredRNNPlusPlus(Task())
+    net = full_size("predrnnpp", patch=1)
     unused = 4 * 25 * 2 * 128 * 128
     assert round((sum(p.numel() for p in net.parameters()) + unused) / 1e6, 1) == 38.3

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from baseline_nets import MAPPED, TASK, conv, make, sigmoid, weights, window
+from baseline_nets import MAPPED, TASK, conv, full_size, make, sigmoid, weights, window
 
-from crevnet.baselines import VPN, Task
+from crevnet.baselines import VPNConfig
 
 DILATIONS = (1, 2)
 
 
-def vpn(task):
-    return VPN(task, width=6, dilations=DILATIONS, decoder_blocks=2)
+def vpn(task=TASK):
+    return make("vpn", task, width=6, dilations=DILATIONS, decoder_blocks=2)
 
 
 def colour(feature, features, channels):
@@ -71,7 +71,7 @@ def reference(net, frames, roads):
 
 @pytest.mark.parametrize("task", [TASK, MAPPED], ids=["plain", "mapped"])
 def test_logits_by_the_equations(task):
-    net = make(vpn, task)
+    net = vpn(task)
     frames, roads = window(task, steps=3)
     expected = reference(net, frames.numpy(), None if roads is None else roads.numpy())
     np.testing.assert_allclose(net(frames, roads).detach().numpy(), expected, rtol=1e-10, atol=1e-12)
@@ -80,8 +80,9 @@ def test_logits_by_the_equations(task):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_values_depend_on_former_frames_and_on_the_values_before_them(channels):
     """Zero exactly where there must be no dependence; of the k-th row above, pixels up to k to the right are seen."""
-    net = make(vpn, Task(channels=channels))
-    frames, _ = window(Task(channels=channels), steps=3, batch=1, height=4, width=5)
+    task = {**TASK, "channels": channels}
+    net = vpn(task)
+    frames, _ = window(task, steps=3, batch=1, height=4, width=5)
     frames.requires_grad_()
     logits = net(frames)[0, 0]  # of the second frame
     for channel, row, column in np.ndindex(channels, 4, 5):
@@ -96,7 +97,7 @@ def test_values_depend_on_former_frames_and_on_the_values_before_them(channels):
 
 
 def test_logits_of_later_frames_depend_on_all_former_ones():
-    net = make(vpn)
+    net = vpn()
     frames, _ = window(steps=4, batch=1)
     frames.requires_grad_()
     (gradient,) = torch.autograd.grad(net(frames)[:, 2, 0, :, 0, 0].logsumexp(1).sum(), frames)
@@ -104,7 +105,7 @@ def test_logits_of_later_frames_depend_on_all_former_ones():
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_values_in_nats():
-    net = make(vpn)
+    net = vpn()
     frames, _ = window(steps=3)
     probabilities = net(frames).detach().softmax(3).numpy()
     total, values = 0.0, np.rint(255 * frames[:, 1:].numpy()).astype(int)
@@ -115,7 +116,7 @@ def test_loss_is_the_mean_cross_entropy_of_the_values_in_nats():
 
 @pytest.mark.parametrize("task", [TASK, MAPPED], ids=["plain", "mapped"])
 def test_generated_values_are_expectations_given_the_generated_ones_before_them(task):
-    net = make(vpn, task)
+    net = vpn(task)
     past, roads = window(task, steps=2, height=3, width=2)
     generated = net.generate(past, roads, horizon=2)
     probabilities = net(torch.cat((past, generated), 1), roads)[:, 1:].softmax(3)
@@ -124,8 +125,9 @@ def test_generated_values_are_expectations_given_the_generated_ones_before_them(
 
 
 def test_masked_entries_get_no_gradient():
-    net = make(vpn, Task(channels=3))
-    net.loss(window(Task(channels=3))[0]).backward()
+    task = {**TASK, "channels": 3}
+    net = vpn(task)
+    net.loss(window(task)[0]).backward()
     for name in ("from_frame", "decoder.0.block.1.gates.3", "decoder.2"):
         weight = net.get_parameter(f"{name}.weight")
         seen = masked(np.ones(weight.shape), 3, "A" if name == "from_frame" else "B") != 0
@@ -133,8 +135,7 @@ def test_masked_entries_get_no_gradient():
 
 
 def test_parameters_by_formula():
-    with torch.device("meta"):
-        net = VPN(Task())
+    net = full_size("vpn")
     c = 128
     unit = 4 * (9 * c * c + c)
     block = (2 * c * c + c) + 2 * unit + (2 * c * c + 2 * c)
@@ -153,4 +154,4 @@ def test_parameters_by_formula():
 )
 def test_sizes_that_cannot_be(option, message):
     with pytest.raises(ValueError, match=message):
-        VPN(TASK, **option)
+        VPNConfig(channels=2, **option)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from baseline_nets import MAPPED, TASK, TINY, make, window
+from baseline_nets import MAPPED, TASK, TINY, full_size, make, window
 from torch.nn import functional as F
 
 import revflow
-from crevnet.baselines import BASELINES, Task, UNet, make_baseline
-from crevnet.baselines.baseline import mean_squared_error
+from crevnet import MODELS, make_network
+from crevnet.shapes import mean_squared_error
 
 RECURRENT = ["convlstm", "predrnn", "predrnnpp", "prednet"]
 PATCHED = ["convlstm", "predrnn", "predrnnpp"]
@@ -18,11 +18,6 @@ def count(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def full_size(name):
-    with torch.device("meta"):
-        return make_baseline(name, Task())
-
-
 # --- sizes
 
 
@@ -31,11 +26,11 @@ def full_size(name):
     [("convlstm", 11.5), ("predrnn", 23.5), ("predrnnpp", 35.0), ("vpn", 29.9), ("prednet", 6.9), ("unet", 31.1)],
 )
 def test_parameters_in_the_papers_sizes(name, millions):
-    assert round(count(full_size(name)) / 1e6, 1) == millions
+    assert round(count(full_size(name, **({"patch": 1} if name in PATCHED else {}))) / 1e6, 1) == millions
 
 
 def test_every_baseline_is_tested():
-    assert list(BASELINES) == list(TINY)
+    assert list(MODELS) == ["crevnet", *TINY]
 
 
 # --- training
@@ -98,7 +93,7 @@ def test_what_a_step_keeps_for_backward(name, layer, beside):
 
     def kept(steps):
         def step():
-            net = make_baseline(name, Task(channels=1))
+            net = make_network(MODELS[name].config(channels=1, static=(), patch=1))
             return net, net.loss(torch.rand(1, steps, 1, 16, 16))
 
         return revflow.measure_memory(step, predict=True).kept
@@ -134,11 +129,9 @@ def test_frames_are_padded_with_zeros_at_the_bottom_and_the_right(name, task, si
 @pytest.mark.parametrize(("patch", "size"), [(2, (6, 4)), (2, (5, 3)), (4, (6, 5))])
 def test_patches_are_channels(name, patch, size):
     """A model of patches is the model of single pixels, of as many channels, on rearranged frames."""
-    task = Task(channels=2, patch=patch)
-    folded = Task(channels=2 * patch**2)
-    net, other = make(name, task), make(name, folded)
+    net, other = make(name, patch=patch), make(name, {**TASK, "channels": 2 * patch**2})
     other.load_state_dict(net.state_dict())
-    frames, _ = window(task, steps=3, height=size[0], width=size[1])
+    frames, _ = window(steps=3, height=size[0], width=size[1])
     whole = F.pad(frames, (0, -size[1] % patch, 0, -size[0] % patch))
     offsets = [(c, i, j) for c in range(2) for i in range(patch) for j in range(patch)]
     predictions = other(torch.stack([whole[:, :, c, i::patch, j::patch] for c, i, j in offsets], 2))
@@ -209,18 +202,7 @@ def test_static_channels_are_seen_and_not_predicted(name):
 )
 def test_tasks_that_cannot_be(option, message):
     with pytest.raises(ValueError, match=message):
-        Task(**option)
-
-
-@pytest.mark.parametrize("name", [name for name in TINY if name not in PATCHED])
-def test_patches_where_there_are_none(name):
-    with pytest.raises(ValueError, match=r"patch has to be 1 for \w+, which works on single pixels; got 2"):
-        make_baseline(name, Task(patch=2))
-
-
-def test_names_that_are_not_there():
-    with pytest.raises(ValueError, match=r"name has to be one of convlstm, .*unet, not 'lstm'"):
-        make_baseline("lstm", Task())
+        MODELS["convlstm"].config(**option)
 
 
 @pytest.mark.parametrize("name", PATCHED)
@@ -234,7 +216,7 @@ def test_names_that_are_not_there():
 )
 def test_layers_that_cannot_be(name, option, message):
     with pytest.raises(ValueError, match=message):
-        BASELINES[name](TASK, **option)
+        MODELS[name].config(**option)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -266,8 +248,8 @@ def test_lengths_that_cannot_be(name):
 
 
 def test_unet_takes_the_task_s_number_of_frames():
-    net = UNet(TASK, depth=2, width=2)
-    with pytest.raises(ValueError, match="frames have to be 3 in time for this task; got 2"):
-        net(torch.rand(1, 2, 2, 4, 4))
-    with pytest.raises(ValueError, match="frames have to be 5 in time for this task; got 4"):
-        net.loss(torch.rand(1, 4, 2, 4, 4))
+    net = make("unet")
+    with pytest.raises(ValueError, match="frames have to be 3 in time for this model; got 2"):
+        net(torch.rand(1, 2, 2, 4, 4).double())
+    with pytest.raises(ValueError, match="frames have to be 5 in time for this model; got 4"):
+        net.loss(torch.rand(1, 4, 2, 4, 4).double())

@@ -108,6 +108,9 @@ def directly(run, points, feedback, which):
                 "mae": np.abs(e).mean(),
                 "mse_by_channel": (e**2).mean((0, 1, 3, 4)),
                 "mse_by_horizon": (e**2).mean((0, 2, 3, 4)),
+                "mae_by_channel": np.abs(e).mean((0, 1, 3, 4)),
+                "psnr": (-10 * np.log10((e**2).mean((3, 4)))).mean(),
+                "psnr_by_horizon": (-10 * np.log10((e**2).mean((3, 4)))).mean((0, 2)),
                 "mse_on_roads": (e**2)[..., on_road].mean(),
             }
             for e in (np.array(errors), np.array(last_errors))
@@ -141,10 +144,24 @@ def test_evaluate_against_scores_computed_directly(which_run, feedback, which, p
             assert found["mean over cities"][name][measure] == pytest.approx(mean, rel=1e-5), (name, measure)
     truth = [points(seed)[s : s + 2] / 255 for seed in (2, 4) for s in (3, 8, 13, 18)]
     assert found["mean over cities"]["zeros"]["mse"] == pytest.approx(np.square(truth).mean(), rel=1e-5)
-    assert list(found["Here"]) == ["CrevNet", "zeros", "last frame", "mean of last three", "mean of training days"]
-    row = next(line for line in said.splitlines() if "CrevNet" in line)
-    assert f"{found['mean over cities']['CrevNet']['mse']:.3e}" in row
-    assert f"{found['mean over cities']['CrevNet']['mse_by_horizon'][1]:.3e}" in row
+    assert list(found["Here"]) == [
+        "CrevNet",
+        "zeros",
+        "last frame",
+        "mean of last three",
+        "mean of training days",
+        "mean of the slot",
+    ]
+    rows, scores = (
+        [line.split() for line in said.splitlines() if "CrevNet" in line],
+        found["mean over cities"]["CrevNet"],
+    )
+    for row, (measure, form) in zip(
+        rows, {"mse": ".3e", "mae": ".3e", "psnr": ".2f", "ssim": ".4f"}.items(), strict=True
+    ):
+        on_roads = [scores["mse_on_roads"]] if measure == "mse" else []
+        shown = [scores[measure], *on_roads, *scores[f"{measure}_by_channel"], *scores[f"{measure}_by_horizon"]]
+        assert [word for word in row if word[0].isdigit()] == [format(value, form) for value in shown]
     assert "8 windows, 3 frames seen, 2 predicted" in said
 
 

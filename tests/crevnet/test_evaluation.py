@@ -1,11 +1,14 @@
 """The scores, on arrays small enough to compute by hand."""
 
+import math
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
 
 from crevnet import CrevNet, CrevNetConfig
-from crevnet.evaluation import CrevNetForecast, Scores, Scoring, mean_over_cities, score
+from crevnet.evaluation import NetworkForecast, Scores, Scoring, mean_over_cities, score
 
 
 def scores_of(*batches):
@@ -39,7 +42,7 @@ def test_forecasts_are_clipped_and_truth_is_not():
     assert scores_of((forecast * 0 - 7, truth, roads)).mse == 0
     assert scores_of((forecast * 0 + 9, truth + 1, roads)).mse == 0
     assert scores_of((forecast * 0 + 9, truth, roads)).mse == 1
-    assert scores_of((torch.where(forecast == 1, 4.0, forecast), truth + 1, roads)) == clipped
+    assert scores_of((torch.where(forecast == 1, 4.0, forecast), truth + 1, roads)).mae == clipped.mae
 
 
 def test_without_roads_the_score_on_roads_is_zero():
@@ -52,33 +55,67 @@ def test_nothing_scored_is_an_error():
         Scoring().scores()
 
 
+def blurred(frame):
+    """By a Gaussian of 11 x 11 pixels and a deviation of 1.5, weights one by one, the frame reflected at its borders."""
+    offsets = range(-5, 6)
+    weights = {(i, j): np.exp(-(i**2 + j**2) / (2 * 1.5**2)) for i in offsets for j in offsets}
+    (height, width), wide = frame.shape, np.pad(frame, 5, mode="reflect")
+    total = sum(w * wide[5 + i : 5 + i + height, 5 + j : 5 + j + width] for (i, j), w in weights.items())
+    return total / sum(weights.values())
+
+
+def ssim_by_formula(x, y):
+    """Wang et al. 2004, eq. 13, averaged over the pixels of two frames (H, W)."""
+    mx, my = blurred(x), blurred(y)
+    vx, vy, cov = blurred(x * x) - mx**2, blurred(y * y) - my**2, blurred(x * y) - mx * my
+    return ((2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))).mean()
+
+
 def reference(forecast, truth, roads):
     """The same with numpy, over all windows at once, in float64."""
-    error = np.clip(forecast.double().numpy(), 0, 1) - truth.double().numpy()
+    clipped, true = np.clip(forecast.double().numpy(), 0, 1), truth.double().numpy()
+    error = clipped - true
     on_road = np.broadcast_to(roads.numpy()[:, None] > 0, error.shape)
-    squared = error**2
-    return Scores(
-        squared.mean(),
-        np.abs(error).mean(),
-        tuple(squared.mean((0, 1, 3, 4))),
-        tuple(squared.mean((0, 2, 3, 4))),
-        squared[on_road].mean(),
-    )
+    mse = (error**2).mean((3, 4))
+    ssim = np.zeros(mse.shape)
+    for index in np.ndindex(*mse.shape):
+        ssim[index] = ssim_by_formula(clipped[index], true[index])
+    measures = {"mse": mse, "mae": np.abs(error).mean((3, 4)), "psnr": 10 * np.log10(1 / mse), "ssim": ssim}
+    values = {"mse_on_roads": (error**2)[on_road].mean()}
+    for name, figures in measures.items():
+        values[name] = figures.mean()
+        values[f"{name}_by_channel"] = tuple(figures.mean((0, 1)))
+        values[f"{name}_by_horizon"] = tuple(figures.mean((0, 2)))
+    return Scores(**values)
 
 
 def assert_close(found, expected):
-    assert found.mse == pytest.approx(expected.mse, rel=1e-9)
-    assert found.mae == pytest.approx(expected.mae, rel=1e-9)
-    assert found.mse_by_channel == pytest.approx(expected.mse_by_channel, rel=1e-9)
-    assert found.mse_by_horizon == pytest.approx(expected.mse_by_horizon, rel=1e-9)
-    assert found.mse_on_roads == pytest.approx(expected.mse_on_roads, rel=1e-9)
+    for field in fields(Scores):
+        tolerance = {"rel": 0, "abs": 1e-5} if field.name.startswith("ssim") else {"rel": 1e-9}  # SSIM is in float32
+        assert getattr(found, field.name) == pytest.approx(getattr(expected, field.name), **tolerance), field.name
+
+
+def test_a_frame_without_an_error_has_100_decibels_and_an_ssim_of_1():
+    truth = torch.rand(1, 2, 1, 7, 8)
+    forecast = truth.clone()
+    forecast[:, 1] = (truth[:, 1] - 0.1).abs()  # an error of 0.1 where the truth is above, and less elsewhere
+    found = scores_of((forecast, truth, torch.ones(1, 1, 7, 8)))
+    assert found.psnr_by_horizon[0] == pytest.approx(100) and found.ssim_by_horizon[0] == pytest.approx(1, abs=1e-6)
+    assert 20 <= found.psnr_by_horizon[1] < 25 and found.psnr == pytest.approx(sum(found.psnr_by_horizon) / 2)
+
+
+@pytest.mark.parametrize("size", [(5, 9), (9, 5), (1, 1)])
+def test_frames_too_small_for_ssim_have_none(size):
+    frames = torch.rand(1, 1, 1, *size)
+    found = scores_of((frames, 1 - frames, torch.ones(1, 1, *size)))
+    assert math.isnan(found.ssim) and 0 < found.psnr < 100
 
 
 def test_batches_of_different_size_pool_by_window():
     generator = torch.Generator().manual_seed(0)
-    forecast = torch.randn(7, 3, 2, 5, 4, generator=generator)
-    truth = torch.rand(7, 3, 2, 5, 4, generator=generator)
-    roads = (torch.rand(7, 1, 5, 4, generator=generator) - 0.6).clamp(min=0)  # each window has another number of roads
+    forecast = torch.randn(7, 3, 2, 8, 7, generator=generator)
+    truth = torch.rand(7, 3, 2, 8, 7, generator=generator)
+    roads = (torch.rand(7, 1, 8, 7, generator=generator) - 0.6).clamp(min=0)  # each window has another number of roads
     expected = reference(forecast, truth, roads)
     for cuts in ((7,), (1, 6), (3, 3, 1), (1,) * 7):
         parts = zip(forecast.split(cuts), truth.split(cuts), roads.split(cuts), strict=True)
@@ -87,14 +124,14 @@ def test_batches_of_different_size_pool_by_window():
 
 def test_every_forecast_sees_the_past_and_is_scored_on_the_rest():
     generator = torch.Generator().manual_seed(1)
-    frames = torch.rand(5, 6, 2, 3, 4, generator=generator)
-    roads = torch.ones(5, 1, 3, 4)
+    frames = torch.rand(5, 6, 2, 6, 9, generator=generator)
+    roads = torch.ones(5, 1, 6, 9)
     seen = []
 
     def half(past, window):
         seen.append(past)
         assert len(window["road_map"]) == len(past)
-        return torch.full((len(past), 2, 2, 3, 4), 0.5)
+        return torch.full((len(past), 2, 2, 6, 9), 0.5)
 
     def last(past, window):
         return past[:, -1:].expand(-1, 2, -1, -1, -1)
@@ -107,12 +144,18 @@ def test_every_forecast_sees_the_past_and_is_scored_on_the_rest():
     assert_close(found["last"], reference(frames[:, 3:4].expand(-1, 2, -1, -1, -1), truth, roads))
 
 
+def flat(number, channels, horizons):
+    """Scores of which everything is the same number, but for the MSE by channel and horizon."""
+    values = dict.fromkeys((field.name for field in fields(Scores)), number)
+    values |= {name: (number,) * 2 for name in values if name.endswith(("by_channel", "by_horizon"))}
+    return Scores(**{**values, "mse_by_channel": channels, "mse_by_horizon": horizons})
+
+
 def test_mean_over_cities_weighs_each_city_alike():
-    one = Scores(1.0, 2.0, (3.0, 4.0), (5.0, 6.0, 7.0), 8.0)
-    two = Scores(0.0, 1.0, (1.0, 0.0), (0.0, 2.0, 3.0), 4.0)
-    three = Scores(5.0, 0.0, (2.0, 2.0), (1.0, 1.0, 2.0), 0.0)
+    one, two = flat(1.0, (3.0, 4.0), (5.0, 6.0, 7.0)), flat(2.0, (1.0, 0.0), (0.0, 2.0, 3.0))
+    three = flat(6.0, (2.0, 2.0), (1.0, 1.0, 2.0))
     found = mean_over_cities({"a": {"x": one, "y": two}, "b": {"x": two, "y": two}, "c": {"x": three, "y": two}})
-    assert found == {"x": Scores(2.0, 1.0, (2.0, 2.0), (2.0, 3.0, 4.0), 4.0), "y": two}
+    assert found == {"x": flat(3.0, (2.0, 2.0), (2.0, 3.0, 4.0)), "y": two}
 
 
 @pytest.mark.parametrize("static", [("road_map", "clock"), ()])
@@ -123,7 +166,10 @@ def test_network_as_a_forecast(static, feedback):
     model = CrevNet(config).train()
     past, channels = torch.rand(3, 3, 3, 9, 6), torch.rand(3, config.static_channels, 9, 6)
     with torch.inference_mode():
-        found = CrevNetForecast(model, feedback)(past, {"static": channels})
+        longer, window = torch.cat((past.flip(1), past), 1), {"static": channels}  # of which it sees the last ones
+        found = NetworkForecast(model, lambda model, window: window["static"] if model.static else None, feedback)(
+            longer, window
+        )
     expected = model.generate(past, channels if static else None, 2, feedback)
     assert found.shape == (3, 2, 3, 9, 6) and torch.equal(found, expected)
     assert not model.training

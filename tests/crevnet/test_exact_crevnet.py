@@ -28,16 +28,16 @@ def uniform(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("autocast", AUTOCAST, ids=["float32", "autocast"])
-@pytest.mark.parametrize("over", ["all", "generated"])
+@pytest.mark.parametrize("fed", [None, (False, False)], ids=["taught", "fed-back"])
 @pytest.mark.parametrize("cell", ["st-lstm", "convlstm"])
-def test_loss_predictions_and_gradients_over_12_steps(cell, over, autocast):
+def test_loss_predictions_and_gradients_over_12_steps(cell, fed, autocast):
     net = network(replace(TINY, cell=cell, past=9, horizon=3))
     frames, roads = uniform(2, 12, 3, 22, 17), uniform(2, 1, 22, 17)
     results = []
     for way in (nullcontext, revflow.ordinary_autograd):
         net.zero_grad()
         with way(), torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
-            predictions, loss = net(frames, roads), net.loss(frames, roads, over)
+            predictions, loss = net(frames, roads), net.loss(frames, roads, fed=fed)
         loss.backward()
         results.append([predictions, loss, *(p.grad for p in net.parameters())])
     assert all(map(torch.equal, *results))

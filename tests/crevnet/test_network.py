@@ -282,7 +282,7 @@ def test_generated_loss_is_that_of_the_frames_that_generate_gives():
     one_step = model(frames[:, :3], roads)[:, :2]
     predictions = torch.cat((one_step, model.generate(frames[:, :3], roads)), 1)
     expected = (predictions - frames[:, 1:]).square().mean()
-    loss = model.loss(frames, roads, over="generated")
+    loss = model.loss(frames, roads, fed=[False, False])
     assert abs(loss.item() - expected.item()) < 1e-12
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -17,7 +17,17 @@ from crevnet.training import load_network, train
     [
         *(RunSettings(model) for model in PRESETS.values()),
         RunSettings(
-            CrevNetConfig(8, ("clock", "road_map"), (1, 2, 3), (2, 1, 2), 3, 5, "convlstm", 12, 6),
+            CrevNetConfig(
+                channels=8,
+                static=("clock", "road_map"),
+                past=12,
+                horizon=6,
+                blocks=(1, 2, 3),
+                strides=(2, 1, 2),
+                bottleneck=3,
+                modules=5,
+                cell="convlstm",
+            ),
             DataSettings(
                 root=Path("some where/data: 1"),
                 cities=["Berlin", "Sankt Pölten", "123"],
@@ -31,7 +41,7 @@ from crevnet.training import load_network, train
                 batch_size=5,
                 workers=2,
             ),
-            TrainingSettings(7, 11, 13, 1e-5, "padded", 4, "bf16-mixed", 0.5, "gpu", 2, 99, True, True),
+            TrainingSettings(7, 11, 13, 1e-5, "padded", 1000, 4, "bf16-mixed", 0.5, "gpu", 2, 99, True, True),
         ),
     ],
 )

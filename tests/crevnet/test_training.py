@@ -3,7 +3,7 @@
 import copy
 import shutil
 from dataclasses import replace
-from functools import partial
+from functools import partial, partialmethod
 
 import lightning
 import numpy as np
@@ -16,7 +16,7 @@ from crevnet import CrevNet
 from crevnet.data import DataError
 from crevnet.data.city_data import CityData
 from crevnet.settings import DataSettings, load_settings
-from crevnet.training import CrevNetTask, compile_network, load_network, train
+from crevnet.training import CrevNetTask, load_network, train
 
 WINDOW = 5
 
@@ -297,7 +297,7 @@ def test_compiled_network_has_the_same_gradients_keys_and_forecasts(settings, wi
     torch.manual_seed(0)
     network = CrevNet(replace(settings.model, cell=cell, blocks=(1,), strides=(1,))).double()
     compiled, graphs = copy.deepcopy(network), Graphs()
-    compile_network(compiled, backend=graphs)
+    compiled.compile_parts(backend=graphs)
     assert list(compiled.state_dict()) == list(network.state_dict())
     expected = gradients_of(network, frames, roads)
     assert_same_gradients(gradients_of(compiled, frames, roads), expected, 1e-10)
@@ -325,7 +325,7 @@ def test_compiled_network_has_the_same_gradients_keys_and_forecasts(settings, wi
 
 def test_runs_go_on_compiled_and_uncompiled(one_window, window, tmp_path, monkeypatch, fresh_compiler):
     graphs = Graphs()
-    monkeypatch.setattr("crevnet.training.compile_network", partial(compile_network, backend=graphs))
+    monkeypatch.setattr(CrevNet, "compile_parts", partialmethod(CrevNet.compile_parts, backend=graphs))
     counts = []
     for epochs, compiled in ((1, False), (2, True), (3, False)):
         training = replace(one_window.training, epochs=epochs, compile=compiled)
@@ -340,7 +340,7 @@ def test_inductor_s_gradients(settings, window, fresh_compiler):
     torch.manual_seed(0)
     network = CrevNet(replace(settings.model, blocks=(1,), strides=(1,), modules=1))
     compiled = copy.deepcopy(network)
-    compile_network(compiled)
+    compiled.compile_parts()
     assert_same_gradients(gradients_of(compiled, *window), gradients_of(network, *window), 1e-5)
 
 

@@ -5,12 +5,22 @@ Shapes: x is (B, N, H, W); h and c are (B, hidden, H, W).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor, nn
 
-from crevnet.baselines.baseline import Task
-from crevnet.baselines.recurrent import StackedBaseline
+from crevnet.baselines.recurrent import StackedBaseline, StackedConfig
 from crevnet.cells import CellState
+
+
+@dataclass(frozen=True)
+class ConvLSTMConfig(StackedConfig):
+    """ConvLSTM's sizes."""
+
+    title: ClassVar[str] = "ConvLSTM"
+    name: Literal["convlstm"] = "convlstm"
 
 
 class ConvLSTM(StackedBaseline[tuple[CellState, ...]]):
@@ -19,8 +29,8 @@ class ConvLSTM(StackedBaseline[tuple[CellState, ...]]):
     11.5 million parameters as it is here: 4 layers of 128 channels and 5x5 convolutions.
     """
 
-    def __init__(self, task: Task, hidden: int = 128, layers: int = 4, kernel: int = 5) -> None:
-        super().__init__(task, ConvLSTMCell, hidden, layers, kernel, bias=True)
+    def __init__(self, config: ConvLSTMConfig) -> None:
+        super().__init__(config, ConvLSTMCell, bias=True)
 
     def initial_state(self, frame: Tensor) -> tuple[CellState, ...]:
         zeros = self.zeros(frame)

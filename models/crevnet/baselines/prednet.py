@@ -8,17 +8,18 @@ Shapes, layer l counted from 0: targets A, predictions Â and representations R 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crevnet.baselines.baseline import Task, check_at_least_one
 from crevnet.baselines.convlstm import lstm
 from crevnet.baselines.recurrent import RecurrentBaseline
 from crevnet.cells import CellState
+from crevnet.config import ModelConfig, check_at_least_one
 
 
 class PredNetState(NamedTuple):
@@ -30,7 +31,26 @@ class PredNetState(NamedTuple):
     """Â of the first layer: the frame that is expected next, (B, Ci, H, W)."""
 
 
-class PredNet(RecurrentBaseline[PredNetState]):
+@dataclass(frozen=True)
+class PredNetConfig(ModelConfig):
+    """PredNet's sizes.
+
+    Args:
+        widths: channels of the layers above the first one, which has the frame's. Frames are padded to multiples of
+            2^len(widths). The default is the paper's network for natural video, with 6.9 million parameters.
+    """
+
+    title: ClassVar[str] = "PredNet"
+    name: Literal["prednet"] = "prednet"
+    widths: tuple[int, ...] = (48, 96, 192)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for width in self.widths:
+            check_at_least_one("widths", width)
+
+
+class PredNet(RecurrentBaseline[PredNetConfig, PredNetState]):
     """A hierarchy in which each layer predicts its input, and passes on to the next one only what it predicted wrongly.
 
     The paper's algorithm 1: a time step goes down from the top layer to update the representations, and then up with the
@@ -39,19 +59,12 @@ class PredNet(RecurrentBaseline[PredNetState]):
 
     The loss is the squared error of predicted frames, as for the other recurrent models; the paper's is the mean of the first
     layer's errors ("L_0"), which is an absolute error, or of all layers' ("L_all"). Predictions saturate at 0 and 1 (SatLU).
-
-    Args:
-        task: what is predicted. Frames are padded to multiples of 2^len(widths).
-        widths: channels of the layers above the first one, which has the frame's. The default is the paper's network for
-            natural video, with 6.9 million parameters.
     """
 
-    def __init__(self, task: Task, widths: Sequence[int] = (48, 96, 192)) -> None:
-        super().__init__(task, multiple=2 ** len(widths))
-        for width in widths:
-            check_at_least_one("widths", width)
-        self.widths = (task.input_channels, *widths)
-        above = (*widths, None)
+    def __init__(self, config: PredNetConfig) -> None:
+        super().__init__(config, multiple=2 ** len(config.widths))
+        self.widths = (config.input_channels, *config.widths)
+        above = (*config.widths, None)
         self.representations = nn.ModuleList(Representation(n, up) for n, up in zip(self.widths, above, strict=True))
         self.predictions = nn.ModuleList(nn.Conv2d(n, n, 3, padding=1) for n in self.widths)
         self.targets = nn.ModuleList(nn.Conv2d(2 * n, up, 3, padding=1) for n, up in pairwise(self.widths))
@@ -63,7 +76,7 @@ class PredNet(RecurrentBaseline[PredNetState]):
 
     def step(self, frame: Tensor, state: PredNetState) -> tuple[Tensor, PredNetState]:
         state = self._down(self._up(frame, state), state.cells)
-        return state.expected[:, : self.task.channels], state
+        return state.expected[:, : self.config.channels], state
 
     def _up(self, frame: Tensor, state: PredNetState) -> list[Tensor]:
         """The errors E of every layer, eqs. 1 to 3, first layer first."""

@@ -6,14 +6,14 @@ Shapes: x is (B, N, H, W); h, c and m are (B, hidden, H, W).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from crevnet.baselines.baseline import Task
-from crevnet.baselines.recurrent import StackedBaseline
+from crevnet.baselines.recurrent import StackedBaseline, StackedConfig
 from crevnet.cells import CellState
 
 FORGET_BIAS = 1.0
@@ -28,6 +28,14 @@ class PredRNNState(NamedTuple):
     """The memory m that left the top layer."""
 
 
+@dataclass(frozen=True)
+class PredRNNConfig(StackedConfig):
+    """PredRNN's sizes."""
+
+    title: ClassVar[str] = "PredRNN"
+    name: Literal["predrnn"] = "predrnn"
+
+
 class PredRNN(StackedBaseline[PredRNNState]):
     """Layers of ST-LSTM. The memory m zigzags: up through the layers of one step, and from the top one to the first one of
     the next step.
@@ -35,8 +43,8 @@ class PredRNN(StackedBaseline[PredRNNState]):
     23.5 million parameters as it is here: 4 layers of 128 channels and 5x5 convolutions, without biases, as in the code.
     """
 
-    def __init__(self, task: Task, hidden: int = 128, layers: int = 4, kernel: int = 5) -> None:
-        super().__init__(task, STLSTMCell, hidden, layers, kernel, bias=False)
+    def __init__(self, config: PredRNNConfig) -> None:
+        super().__init__(config, STLSTMCell, bias=False)
 
     def initial_state(self, frame: Tensor) -> PredRNNState:
         zeros = self.zeros(frame)

@@ -7,15 +7,15 @@ Shapes: x is (B, N, H, W); h, c, m and z are (B, hidden, H, W).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from crevnet.baselines.baseline import Task
 from crevnet.baselines.predrnn import FORGET_BIAS
-from crevnet.baselines.recurrent import StackedBaseline
+from crevnet.baselines.recurrent import StackedBaseline, StackedConfig
 from crevnet.cells import CellState
 
 
@@ -30,6 +30,14 @@ class PredRNNPlusPlusState(NamedTuple):
     """z of the gradient highway unit."""
 
 
+@dataclass(frozen=True)
+class PredRNNPlusPlusConfig(StackedConfig):
+    """PredRNN++'s sizes."""
+
+    title: ClassVar[str] = "PredRNN++"
+    name: Literal["predrnnpp"] = "predrnnpp"
+
+
 class PredRNNPlusPlus(StackedBaseline[PredRNNPlusPlusState]):
     """Layers of causal LSTM, with a gradient highway unit between the first and the second one. The memory m zigzags as in
     PredRNN.
@@ -38,9 +46,9 @@ class PredRNNPlusPlus(StackedBaseline[PredRNNPlusPlusState]):
     hold one more convolution of [c, m] in every cell, and never use it.
     """
 
-    def __init__(self, task: Task, hidden: int = 128, layers: int = 4, kernel: int = 5) -> None:
-        super().__init__(task, CausalLSTMCell, hidden, layers, kernel, bias=True)
-        self.highway = GradientHighwayUnit(hidden, kernel)
+    def __init__(self, config: PredRNNPlusPlusConfig) -> None:
+        super().__init__(config, CausalLSTMCell, bias=True)
+        self.highway = GradientHighwayUnit(config.hidden, config.kernel)
 
     def initial_state(self, frame: Tensor) -> PredRNNPlusPlusState:
         zeros = self.zeros(frame)

@@ -7,44 +7,55 @@ https://arxiv.org/abs/1505.04597.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crevnet.baselines.baseline import (
-    Baseline,
-    Task,
-    check_at_least_one,
-    cropped,
-    mean_squared_error,
-    padded,
-    with_static,
-)
+from crevnet.config import Loss, ModelConfig, check_at_least_one
+from crevnet.shapes import cropped, mean_squared_error, padded, with_static
+from crevnet.video_model import VideoModel
 
 
-class UNet(Baseline):
-    """Predicts all frames of the horizon at once, from the past ones in a stack of channels, with the static ones once.
+@dataclass(frozen=True)
+class UNetConfig(ModelConfig):
+    """The U-Net's sizes.
 
     Args:
-        task: what is predicted, from exactly `task.past` frames.
         depth: number of resolutions. Frames are padded to multiples of 2^(depth - 1).
         width: channels at full resolution; twice as many at each lower one.
     """
 
-    def __init__(self, task: Task, depth: int = 5, width: int = 64) -> None:
-        super().__init__(task)
-        check_at_least_one("depth", depth)
-        check_at_least_one("width", width)
-        widths = [width * 2**level for level in range(depth)]
-        inputs = [task.past * task.channels + task.static_channels, *widths[:-1]]
+    title: ClassVar[str] = "U-Net"
+    feeds_back: ClassVar[bool] = False
+    name: Literal["unet"] = "unet"
+    depth: int = 5
+    width: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least_one("depth", self.depth)
+        check_at_least_one("width", self.width)
+
+
+class UNet(VideoModel[UNetConfig]):
+    """Predicts all frames of the horizon at once, from exactly `past` ones in a stack of channels, with the static ones once."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        widths = [config.width * 2**level for level in range(config.depth)]
+        inputs = [config.past * config.channels + config.static_channels, *widths[:-1]]
         self.down = nn.ModuleList(Block(inside, out) for inside, out in zip(inputs, widths, strict=True))
         self.up = nn.ModuleList(UpBlock(2 * out, out) for out in reversed(widths[:-1]))
-        self.to_frames = nn.Conv2d(width, task.horizon * task.channels, 1)
+        self.to_frames = nn.Conv2d(config.width, config.horizon * config.channels, 1)
 
     def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
         """(B, past, C, H, W) -> the frames after them, (B, horizon, C, H, W)."""
         self._check(frames, static)
-        self._check_count(frames, self.task.past)
+        self._check_count(frames, self.config.past)
         x = padded(with_static(frames.flatten(1, 2), static), 2 ** len(self.up))
         skips = []
         for block in self.down[:-1]:
@@ -53,13 +64,17 @@ class UNet(Baseline):
         x = self.down[-1](x)
         for block, skip in zip(self.up, reversed(skips), strict=True):
             x = block(x, skip)
-        return cropped(self.to_frames(x), frames).unflatten(1, (self.task.horizon, self.task.channels))
+        return cropped(self.to_frames(x), frames).unflatten(1, (self.config.horizon, self.config.channels))
 
-    def loss(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
-        """Mean squared error of the predicted frames of a window (B, past + horizon, C, H, W)."""
+    def loss(
+        self, frames: Tensor, static: Tensor | None = None, over: Loss = "all", fed: Sequence[bool] | None = None
+    ) -> Tensor:
+        """Mean squared error of the predicted frames of a window (B, past + horizon, C, H, W): "all" are future ones."""
         self._check(frames, static)
-        self._check_count(frames, self.task.past + self.task.horizon)
-        past, future = frames.split([self.task.past, self.task.horizon], 1)
+        self._check_count(frames, self.config.window)
+        self._first(over, self.config.horizon)
+        self._truly_fed(frames.shape[1], fed)
+        past, future = frames.split([self.config.past, self.config.horizon], 1)
         return mean_squared_error(self(past, static), future)
 
     @torch.no_grad()
@@ -74,7 +89,7 @@ class UNet(Baseline):
     @staticmethod
     def _check_count(frames: Tensor, count: int) -> None:
         if frames.shape[1] != count:
-            raise ValueError(f"frames have to be {count} in time for this task; got {frames.shape[1]}")
+            raise ValueError(f"frames have to be {count} in time for this model; got {frames.shape[1]}")
 
 
 class Block(nn.Sequential):

@@ -1,62 +1,81 @@
 """VPN: Video Pixel Networks (Kalchbrenner et al. 2017, https://arxiv.org/abs/1610.00527).
 
-Shapes: as in crevnet.baselines.baseline. Features are (B, 2 c, H, W) outside of blocks and (B, c, H, W) inside; nowhere is
+Shapes: as in crevnet.video_model. Features are (B, 2 c, H, W) outside of blocks and (B, c, H, W) inside; nowhere is
 the resolution lowered, so frames are not padded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crevnet.baselines.baseline import Baseline, Task, check_at_least_one, with_static
 from crevnet.baselines.convlstm import ConvLSTMCell
 from crevnet.cells import CellState
+from crevnet.config import Loss, ModelConfig, check_at_least_one
+from crevnet.shapes import with_static
+from crevnet.video_model import VideoModel
 
 VALUES = 256
 
+MOST_GENERATED = 4096
+"""Values of a frame, channels among them, up to which generating it is worth waiting for."""
 
-class VPN(Baseline):
+
+@dataclass(frozen=True)
+class VPNConfig(ModelConfig):
+    """VPN's sizes.
+
+    Args:
+        width: channels inside of a block.
+        dilations: of each encoder block's convolutions.
+        decoder_blocks: number of masked blocks.
+    """
+
+    title: ClassVar[str] = "VPN"
+    score_name: ClassVar[str] = "cross-entropy"
+    feeds_back: ClassVar[bool] = False
+    name: Literal["vpn"] = "vpn"
+    width: int = 128
+    dilations: tuple[int, ...] = (1, 2, 4, 8, 1, 2, 4, 8)
+    decoder_blocks: int = 12
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for dilation in self.dilations:
+            check_at_least_one("dilations", dilation)
+        check_at_least_one("decoder_blocks", self.decoder_blocks)
+        if self.width < self.channels:
+            raise ValueError(f"width has to be at least 1 for each of {self.channels} channels, not {self.width}")
+
+
+class VPN(VideoModel[VPNConfig]):
     """The probability of each of 256 values, for every channel of every pixel of the next frame.
 
     A value is conditioned on all former frames, by the encoders and a ConvLSTM, and on the values before it in its own frame,
     in the order of rows, columns and channels, by masked convolutions. As in every stack of masked 3x3 convolutions, of
     a frame's k-th row above only the pixels up to k to the right are seen.
 
-    29.9 million parameters as it is here.
-
-    Args:
-        task: what is predicted.
-        width: c, channels inside of a block.
-        dilations: of each encoder block's convolutions.
-        decoder_blocks: number of masked blocks.
+    29.9 million parameters as it is here. Checkpoints are compared by the loss, since a frame is generated value by value.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        width: int = 128,
-        dilations: Sequence[int] = (1, 2, 4, 8, 1, 2, 4, 8),
-        decoder_blocks: int = 12,
-    ) -> None:
-        super().__init__(task)
-        check_at_least_one("decoder_blocks", decoder_blocks)
-        if width < task.channels:
-            raise ValueError(f"width has to be at least 1 for each of {task.channels} channels, not {width}")
-        channels, features = task.channels, 2 * width
+    def __init__(self, config: VPNConfig) -> None:
+        super().__init__(config)
+        width, channels, features = config.width, config.channels, 2 * config.width
         self.features = features
         self.encoder = nn.Sequential(
-            nn.Conv2d(task.input_channels, features, 3, padding=1),
-            *[ResidualMultiplicativeBlock(width, dilation) for dilation in dilations],
+            nn.Conv2d(config.input_channels, features, 3, padding=1),
+            *[ResidualMultiplicativeBlock(width, dilation) for dilation in config.dilations],
         )
         self.recurrence = ConvLSTMCell(features, features, 3)
         self.from_frame = MaskedConv2d(channels, features, 3, groups=channels, sees_own_group=False)
         self.decoder = nn.Sequential(
-            *[ResidualMultiplicativeBlock(width, masked_groups=channels) for _ in range(decoder_blocks)],
+            *[ResidualMultiplicativeBlock(width, masked_groups=channels) for _ in range(config.decoder_blocks)],
             MaskedConv2d(features, VALUES * channels, 1, groups=channels),
         )
 
@@ -66,13 +85,32 @@ class VPN(Baseline):
         self._check(frames, static, at_least=2)
         return torch.stack(list(self._logits(frames, static)), 1)
 
-    def loss(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy, in nats a value, of the values round(255 x) of all frames but the first."""
+    def loss(
+        self, frames: Tensor, static: Tensor | None = None, over: Loss = "all", fed: Sequence[bool] | None = None
+    ) -> Tensor:
+        """Mean cross-entropy, in nats a value, of the values round(255 x) of all frames but the first, or the future ones."""
         self._check(frames, static, at_least=2)
+        self._truly_fed(frames.shape[1], fed)
+        first = self._first(over, frames.shape[1] - 1)
+        values = (frames[:, 1:] * (VALUES - 1)).round().long().unbind(1)
         # Step by step: a stack of all logits, and its gradient, would each take 256 frames a step more.
-        logits, values = self._logits(frames, static), (frames[:, 1:] * (VALUES - 1)).round().long().unbind(1)
-        losses = [F.cross_entropy(z.flatten(0, 1), v.flatten(0, 1)) for z, v in zip(logits, values, strict=True)]
+        losses = [
+            F.cross_entropy(logits.flatten(0, 1), values[t].flatten(0, 1))
+            for t, logits in enumerate(self._logits(frames, static, first), first)
+        ]
         return torch.stack(losses).mean()
+
+    def score(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
+        """The mean cross-entropy of the future frames' values, given the true values before each."""
+        return self.loss(frames, static, "future")
+
+    def check_generation(self, height: int, width: int) -> None:
+        values = self.config.channels * height * width
+        if values > MOST_GENERATED:
+            raise ValueError(
+                f"VPN generates a frame value by value, in {values} passes at {height} x {width}: frames of at most "
+                f"{MOST_GENERATED} values can be generated"
+            )
 
     @torch.no_grad()
     def generate(self, past: Tensor, static: Tensor | None = None, horizon: int | None = None) -> Tensor:
@@ -91,12 +129,13 @@ class VPN(Baseline):
             frames.append(self._expected(state.h, past))
         return torch.stack(frames, 1)
 
-    def _logits(self, frames: Tensor, static: Tensor | None) -> Iterator[Tensor]:
-        """(B, C, 256, H, W) of each frame but the first."""
+    def _logits(self, frames: Tensor, static: Tensor | None, first: int = 0) -> Iterator[Tensor]:
+        """(B, C, 256, H, W) of each frame but the first, from prediction `first` on."""
         state = self._initial_state(frames)
-        for frame, following in pairwise(frames.unbind(1)):
+        for t, (frame, following) in enumerate(pairwise(frames.unbind(1))):
             state = self._encode(frame, static, state)
-            yield self._decode(state.h, following)
+            if t >= first:
+                yield self._decode(state.h, following)
 
     def _initial_state(self, frames: Tensor) -> CellState:
         zeros = frames.new_zeros(frames.shape[0], self.features, *frames.shape[-2:])
@@ -108,7 +147,7 @@ class VPN(Baseline):
 
     def _decode(self, context: Tensor, frame: Tensor) -> Tensor:
         """Logits (B, C, 256, H, W) of a frame's values, each from the context and the frame's values (B, C, H, W) before it."""
-        return self.decoder(context + self.from_frame(frame)).unflatten(1, (self.task.channels, VALUES))
+        return self.decoder(context + self.from_frame(frame)).unflatten(1, (self.config.channels, VALUES))
 
     def _expected(self, context: Tensor, past: Tensor) -> Tensor:
         """A frame like those of `past`, value by value: those to come are zero, and masked."""

@@ -19,6 +19,8 @@ from crevnet.data.repack import repack as repack
 from crevnet.data.road_map import cached_road_map as cached_road_map
 from crevnet.data.road_map import road_map as road_map
 from crevnet.data.road_map import road_maps as road_maps
+from crevnet.data.slot_means import SlotMeans as SlotMeans
+from crevnet.data.slot_means import slot_means as slot_means
 from crevnet.data.static import StaticInputs as StaticInputs
 from crevnet.data.static import static_maps as static_maps
 from crevnet.data.synthetic import SyntheticCity as SyntheticCity

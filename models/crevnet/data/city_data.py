@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
-from crevnet.config import CrevNetConfig
+from crevnet.config import ModelConfig
 from crevnet.data.dates import DateChoice
 from crevnet.data.days import DayFile, check_frame_sizes, open_days
 from crevnet.data.errors import DataError
@@ -32,7 +33,7 @@ class CityData:
         static: the static channels of a window.
     """
 
-    def __init__(self, settings: DataSettings, model: CrevNetConfig, seed: int = 0) -> None:
+    def __init__(self, settings: DataSettings, model: ModelConfig, seed: int = 0) -> None:
         if settings.root is None:
             raise DataError(
                 "no data folder was given: say --data.root FOLDER, or make a city with `crevnet data synth`"
@@ -85,6 +86,17 @@ class CityData:
     def window(self, day: DayFile, start: int) -> dict[str, Any]:
         """The window of `day` that begins at slot `start`, as an item of Windows."""
         return self._windows([day], starts=[start])[0]
+
+    def static_of(self, model: ModelConfig, window: Mapping[str, Any]) -> torch.Tensor | None:
+        """What `model` sees beside a batch of validation windows, whose last frames are its own window: (B, S, H, W); None
+        where it takes no static inputs."""
+        if not model.static:
+            return None
+        inputs = self.static.only(model.static)
+        days = {(day.city, day.date): day for day in self.validation_days}
+        later = self._model.window - model.window
+        named = zip(window["city"], window["date"], window["start"], strict=True)
+        return torch.stack([inputs(days[city, date], int(start) + later) for city, date, start in named])
 
     def _test_windows(self, days: Sequence[DayFile], city: str) -> Windows:
         """Those before the slots of a city that the competition of 2019 asks for."""

@@ -1,17 +1,15 @@
 """Road maps: how often each pixel of a city has data, computed once and kept in the user's cache folder."""
 
-import hashlib
-import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from crevnet.data.cache import cache_path, replacing
 from crevnet.data.days import DayFile, check_frame_sizes, sample_frames
-from crevnet.data.errors import DataError
 
 
 def road_map(days: Sequence[DayFile], slots: tuple[int, int] | None = None, frames: int = 1200) -> torch.Tensor:
@@ -31,17 +29,18 @@ def road_map(days: Sequence[DayFile], slots: tuple[int, int] | None = None, fram
 
 
 def cached_road_map(days: Sequence[DayFile], slots: tuple[int, int] | None = None, frames: int = 1200) -> torch.Tensor:
-    """`road_map`, kept as .npy in `$CREVNET_CACHE/road_maps` (by default `~/.cache/crevnet/road_maps`).
+    """`road_map`, kept as .npy in the cache folder's `road_maps`.
 
     A change of the files, of slots or of frames computes it anew; so does a cache file that cannot be read. A cache
     folder that cannot be written is no error.
     """
-    path = _cache_folder() / f"{_key(days, slots, frames)}.npy"
+    path = cache_path("road_maps", days, slots, frames)
     cached = _load(path)
     if cached is not None and days and cached.shape == (1, *days[0].shape[1:3]):
         return torch.from_numpy(cached)
     computed = road_map(days, slots, frames)
-    _save(path, computed.numpy())
+    with suppress(OSError), replacing(path) as file:  # the cache only saves time
+        np.save(file, computed.numpy(), allow_pickle=False)
     return computed
 
 
@@ -53,24 +52,6 @@ def road_maps(days: Sequence[DayFile], slots: tuple[int, int] | None = None) -> 
     return {city: cached_road_map(of_city, slots) for city, of_city in by_city.items()}
 
 
-def _cache_folder() -> Path:
-    folder = os.environ.get("CREVNET_CACHE")
-    if not folder:
-        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "crevnet")
-    return Path(folder) / "road_maps"
-
-
-def _key(days: Sequence[DayFile], slots: tuple[int, int] | None, frames: int) -> str:
-    files = []
-    for day in days:
-        try:
-            status = day.path.stat()
-        except OSError as error:
-            raise DataError(f"{day.path} cannot be read ({error.strerror}); open the days again") from error
-        files.append((str(day.path.resolve()), status.st_size, status.st_mtime_ns))
-    return hashlib.sha256(repr((files, slots, frames)).encode()).hexdigest()
-
-
 def _load(path: Path) -> np.ndarray | None:
     try:
         with path.open("rb") as file:
@@ -78,19 +59,3 @@ def _load(path: Path) -> np.ndarray | None:
     except (OSError, ValueError):
         return None
     return array if array.dtype == np.float32 else None
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written under another name first, so that no reader ever meets a half-written map.
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-            try:
-                np.save(file, array, allow_pickle=False)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError:
-        return  # the cache only saves time

@@ -28,6 +28,10 @@ class StaticInputs:
         self.names = tuple(names)
         self._maps = maps
 
+    def only(self, names: Sequence[Static]) -> "StaticInputs":
+        """Of these names, all of which are among its own."""
+        return StaticInputs(names, self._maps)
+
     def __call__(self, day: DayFile, start: int) -> torch.Tensor:
         """float32 (S, H, W) for the window that begins at slot `start` of a day; S may be 0."""
         height, width = day.shape[1:3]

@@ -1,0 +1,93 @@
+"""What every video model gives, CrevNet and the baselines alike, so that training and scores need not tell them apart.
+
+Shapes: B batch, T frames, C data channels, S static ones, H x W a frame's height and width. Values in [0, 1].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crevnet.config import Loss, ModelConfig, check_at_least_one
+from crevnet.shapes import check_window
+
+Config = TypeVar("Config", bound=ModelConfig)
+
+
+class VideoModel(nn.Module, ABC, Generic[Config]):
+    """A network that predicts the next frames of a video, at any frame size.
+
+    Its methods raise ValueError for frames and static channels that are not its configuration's.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
+        """The predictions that the model is trained on, of `frames` (B, T, C, H, W) and `static` (B, S, H, W)."""
+
+    @abstractmethod
+    def loss(
+        self,
+        frames: Tensor,
+        static: Tensor | None = None,
+        over: Loss = "all",
+        fed: Sequence[bool] | None = None,
+    ) -> Tensor:
+        """The training loss, a scalar, within a window of past and future frames (B, past + horizon, C, H, W).
+
+        over: "all" of the model's predictions, or those of the last `horizon` frames alone, "future".
+        fed: which of the future frames are fed as they are, one entry for each but the last; where it is false, the
+            prediction is fed instead. All are fed if not given.
+        """
+
+    @abstractmethod
+    def generate(self, past: Tensor, static: Tensor | None = None, horizon: int | None = None) -> Tensor:
+        """The frames after `past` (B, T, C, H, W): (B, horizon, C, H, W), not clipped. The configuration's horizon if not
+        given."""
+
+    def check_generation(self, height: int, width: int) -> None:
+        """Raises ValueError where frames of that size cannot be generated in a reasonable time, with the reason."""
+
+    def score(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
+        """What checkpoints are compared by, of windows as `loss` takes them; the lower, the better: the mean squared error
+        of the generated frames, clipped to [0, 1]."""
+        past = self.config.past
+        forecast = self.generate(frames[:, :past], static).clamp(0, 1)
+        return F.mse_loss(forecast, frames[:, past:])
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compile what takes the time, in place, by `torch.compile(..., **options)`. The keys of the model's state stay."""
+        for child in self.children():
+            for part in child if isinstance(child, nn.ModuleList) else (child,):
+                part.compile(**options)
+
+    def _check(self, frames: Tensor, static: Tensor | None, at_least: int = 1) -> None:
+        check_window(frames, static, self.config.channels, self.config.static_channels, at_least)
+
+    def _horizon(self, horizon: int | None) -> int:
+        if horizon is None:
+            return self.config.horizon
+        check_at_least_one("horizon", horizon)
+        return horizon
+
+    def _first(self, over: Loss, predictions: int) -> int:
+        """The first of so many predictions that a loss is taken over."""
+        if over not in self.config.losses:
+            raise ValueError(f"over has to be one of {', '.join(self.config.losses)}, not {over!r}")
+        return predictions - self.config.horizon if over == "future" else 0
+
+    def _truly_fed(self, frames: int, fed: Sequence[bool] | None) -> list[bool]:
+        """For each frame of a window but the last, whether it is fed as it is."""
+        if fed is not None and not self.config.feeds_back:
+            raise ValueError(f"{self.config.title} feeds nothing back, so that fed makes no sense")
+        future = frames - 1 - self.config.past
+        if fed is not None and len(fed) != future:
+            raise ValueError(f"fed has to have {future} entries for {frames} frames; got {len(fed)}")
+        return [True] * (frames - 1) if fed is None else [True] * self.config.past + list(fed)

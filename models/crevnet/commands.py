@@ -16,11 +16,12 @@ from rich.table import Table
 from torch.utils.data import default_collate
 
 from crevnet import figures, forecasts
+from crevnet.checkpoints import checkpoint_path, load_network
 from crevnet.data import DataError, DayFile, DayReader, SyntheticCity, cached_road_map, open_day, write_city
 from crevnet.evaluation import CrevNetForecast, Scores, mean_over_cities, score
 from crevnet.network import Feedback
 from crevnet.settings import DataSettings, RunSettings, SettingsError, load_settings
-from crevnet.training import CityData, checkpoint_path, load_network, train
+from crevnet.training import CityData, train
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
 
+from crevnet.checkpoints import AtomicCheckpointIO, Checkpoints, checkpoint_path, resumable_steps
 from crevnet.config import CrevNetConfig
 from crevnet.data import DataError, DayFile, StaticInputs, Traffic4cast, check_frame_sizes, open_days, road_maps
+from crevnet.failures import DivergedError, explained
+from crevnet.files import remove_unfinished
 from crevnet.network import CrevNet
+from crevnet.sampling import EpochShuffle, WindowLoader, window_loader
 from crevnet.settings import DataSettings, RunSettings, TrainingSettings
 
 
@@ -38,6 +43,8 @@ class CrevNetTask(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
         loss = self.network.loss(batch["frames"], self._static(batch), self.training_settings.loss)
+        if not torch.isfinite(loss):  # GradScaler's infinite gradients are those of a loss that is finite
+            raise DivergedError(f"the loss is {loss.item()} in step {self.trainer.global_step + 1}")
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["frames"]))
         return loss
 
@@ -65,8 +72,11 @@ class FusedAdam(torch.optim.Adam):
         super().__init__(parameters, learning_rate, fused=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """A state that any Adam has saved: it says which one, and would make this one that again."""
-        groups = [{**group, "fused": True} for group in state_dict["param_groups"]]
+        """A state that any Adam has saved: it says which one, and would make this one that again, at its learning rate."""
+        groups = [
+            {**saved, "fused": True, "lr": own["lr"]}
+            for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=True)
+        ]
         super().load_state_dict({**state_dict, "param_groups": groups})
         for parameter, state in self.state.items():
             for name in ("exp_avg", "exp_avg_sq"):  # the kernel walks through memory, so their layout has to be one
@@ -88,24 +98,6 @@ class _ProgressBar(RichProgressBar):
         metrics = super().get_metrics(*arguments)
         metrics.pop("v_num", None)
         return metrics
-
-
-class EpochShuffle(Sampler[int]):
-    """Another order of `count` windows each epoch, the same in a resumed run: it follows from the seed and the epoch."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self._count, self._seed, self._epoch = count, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning says which epoch begins."""
-        self._epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        return iter(torch.randperm(self._count, generator=generator).tolist())
-
-    def __len__(self) -> int:
-        return self._count
 
 
 class CityData:
@@ -135,7 +127,7 @@ class CityData:
                     f"{day.city} has validation days but no training day for its road map: choose --data.cities"
                 )
 
-    def training_batches(self) -> DataLoader[dict[str, Any]]:
+    def training_batches(self) -> WindowLoader:
         windows = Traffic4cast(
             self.training_days,
             self._window,
@@ -144,9 +136,10 @@ class CityData:
             road_maps=self.road_maps,
             static=self.static,
         )
-        return self._loader(windows, EpochShuffle(len(windows), self._seed))
+        shuffle = EpochShuffle(len(windows), self._seed)
+        return window_loader(windows, self._settings.batch_size, self._settings.workers, shuffle)
 
-    def validation_batches(self, city: str | None = None) -> DataLoader[dict[str, Any]]:
+    def validation_batches(self, city: str | None = None) -> WindowLoader:
         """The validation windows of one city, or of all."""
         days = [day for day in self.validation_days if city in (None, day.city)]
         stride = self._settings.validation_stride or self._window
@@ -158,7 +151,7 @@ class CityData:
             road_maps=self.road_maps,
             static=self.static,
         )
-        return self._loader(windows, None)
+        return window_loader(windows, self._settings.batch_size, self._settings.workers, None)
 
     def window(self, day: DayFile, start: int) -> dict[str, Any]:
         """The window of `day` that begins at slot `start`, as an item of Traffic4cast."""
@@ -168,12 +161,6 @@ class CityData:
         settings = self._settings
         assert settings.root is not None
         return open_days(settings.root, split, settings.cities, settings.skip_damaged)
-
-    def _loader(self, windows: Traffic4cast, sampler: Sampler[int] | None) -> DataLoader[dict[str, Any]]:
-        workers = self._settings.workers
-        return DataLoader(
-            windows, self._settings.batch_size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0
-        )
 
 
 def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
@@ -188,66 +175,74 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
         )
     lightning.seed_everything(training.seed, workers=True, verbose=False)
     data = CityData(settings.data, settings.model, training.seed)
+    steps = 0
     if resume:
-        load_network(folder, settings.model, "last")  # a checkpoint that does not fit is said before training begins
+        steps = resumable_steps(folder, settings.model)
+        for place in (folder, last.parent):
+            remove_unfinished(place)
     batches, validation_batches = data.training_batches(), data.validation_batches()
     settings.save(folder)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    best = ModelCheckpoint(last.parent, "best", monitor="val/mse", enable_version_counter=False)
-    trainer = _trainer(training, folder, [best, ModelCheckpoint(last.parent, "last", enable_version_counter=False)])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*does not have many workers")  # a choice: data.workers
-        warnings.filterwarnings("ignore", ".*LeafSpec")  # Lightning's own business with PyTorch
-        warnings.filterwarnings("ignore", "Checkpoint directory .* not empty")  # resumed
-        trainer.fit(
-            CrevNetTask(settings.model, training), batches, validation_batches, ckpt_path=last if resume else None
-        )
-    if best.best_model_score is None:
-        raise DataError("training stopped before its first validation: raise --training.max_minutes")
-    score = best.best_model_score.item()
-    if not math.isfinite(score):
-        raise DataError(f"training diverged, its best validation MSE is {score}: lower --training.learning_rate")
-    return score
-
-
-def _trainer(training: TrainingSettings, folder: Path, checkpoints: list[Callback]) -> lightning.Trainer:
+    checkpoints = Checkpoints(folder, training.checkpoint_minutes, _order(settings, batches))
     try:
-        return lightning.Trainer(
-            accelerator=training.accelerator,
-            devices=training.devices,
-            precision=training.precision,
-            max_epochs=training.epochs,
-            max_time=None if training.max_minutes is None else timedelta(minutes=training.max_minutes),
-            limit_train_batches=training.batches,
-            limit_val_batches=training.validation_batches,
-            accumulate_grad_batches=training.accumulate,
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,
-            logger=TensorBoardLogger(folder, name=None, version="tensorboard"),
-            callbacks=[*checkpoints, _ProgressBar()],
-            enable_model_summary=False,
-        )
+        trainer = _trainer(training, folder, checkpoints, steps)
     except MisconfigurationException as error:  # no such accelerator here, say
         raise DataError(" ".join(str(error).split())) from error
-
-
-def checkpoint_path(folder: Path, which: str) -> Path:
-    """Where the "best" or the "last" checkpoint of the run in `folder` is."""
-    return folder / "checkpoints" / f"{which}.ckpt"
-
-
-def load_network(folder: Path, model: CrevNetConfig, which: str) -> CrevNet:
-    """The trained network of the run in `folder`: its "best" or "last" checkpoint."""
-    path = checkpoint_path(folder, which)
-    if not path.is_file():
-        raise DataError(f"{path} does not exist: train first, with crevnet fit --out {folder}")
     try:
-        state = dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
-    except Exception as error:  # a damaged file fails in many ways
-        raise DataError(f"{path} is no readable checkpoint ({type(error).__name__}): train again") from error
-    network = CrevNet(model)
+        with _quiet():
+            task = CrevNetTask(settings.model, training)
+            trainer.fit(task, batches, validation_batches, ckpt_path=last if resume else None, weights_only=True)
+    except BaseException as error:
+        trainer.fit_loop.teardown()  # where validation fails, Lightning leaves the training loader's workers behind
+        explanation = explained(error, settings, last)
+        if explanation is None:
+            raise
+        raise explanation from error
+    if checkpoints.best == math.inf:
+        raise DataError("training stopped before its first validation: raise --training.max_minutes")
+    return checkpoints.best
+
+
+def _trainer(training: TrainingSettings, folder: Path, checkpoints: Checkpoints, steps: int) -> lightning.Trainer:
+    return lightning.Trainer(
+        accelerator=training.accelerator,
+        devices=training.devices,
+        precision=training.precision,
+        max_epochs=training.epochs,
+        max_time=None if training.max_minutes is None else timedelta(minutes=training.max_minutes),
+        limit_train_batches=training.batches,
+        limit_val_batches=training.validation_batches,
+        accumulate_grad_batches=training.accumulate,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        logger=TensorBoardLogger(folder, name=None, version="tensorboard", purge_step=steps),  # the others come again
+        callbacks=[checkpoints, _ProgressBar()],
+        plugins=[AtomicCheckpointIO()],
+        enable_model_summary=False,
+    )
+
+
+def _order(settings: RunSettings, batches: WindowLoader) -> dict[str, Any]:
+    """What the order of the windows, and of the optimizer's steps between them, follows from."""
+    data, training = settings.data, settings.training
+    return {
+        "windows": len(batches.dataset),  # type: ignore[arg-type]
+        "batch_size": data.batch_size,
+        "batches": training.batches,
+        "accumulate": training.accumulate,
+        "seed": training.seed,
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Lightning says that is no news, and what TensorBoard's thread prints before its error is raised here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    hook = threading.excepthook
+    threading.excepthook = lambda _: None
     try:
-        network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
-    except RuntimeError as error:
-        raise DataError(f"{path} belongs to another architecture than the config.yaml of {folder}") from error
-    return network
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers")  # a choice: data.workers
+            warnings.filterwarnings("ignore", ".*LeafSpec")  # Lightning's own business with PyTorch
+            yield
+    finally:
+        threading.excepthook = hook

@@ -3,7 +3,8 @@
 1. A checkpoint holds the weights after a step of the optimizer, with Lightning's counters and the random numbers of that
    moment. Gradients that are still being added up are not part of it: those batches are used again.
 2. The weights stay as they are until the next step of the optimizer. So the checkpoint can be written at any time until
-   then: when its time has come, just before that step, as the loss is known to be finite; or when something fails.
+   then: when its time has come, just before that step, as the loss is known to be finite; or when something fails
+   that is not the weights' doing.
 3. A file takes its predecessor's place when it is whole and on the disk.
 """
 
@@ -23,7 +24,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from crevnet.config import CrevNetConfig
 from crevnet.data import DataError
-from crevnet.failures import CheckpointError, DivergedError, TrainingError, reason_of_system
+from crevnet.failures import NUMERICAL, CheckpointError, DivergedError, reason_of_system
 from crevnet.files import replace_file
 from crevnet.network import CrevNet
 
@@ -37,12 +38,19 @@ def load_checkpoint(folder: Path, which: str) -> dict[str, Any]:
     """The "best" or the "last" checkpoint of the run in `folder`, on the CPU. DataError where it is missing or damaged."""
     path = checkpoint_path(folder, which)
     if not path.is_file():
+        if checkpoint_path(folder, "last").is_file():
+            raise DataError(
+                f"{path} does not exist, as no epoch has ended: take --checkpoint last, or --resume {folder}"
+            )
         raise DataError(f"{path} does not exist: train first, with crevnet fit --out {folder}")
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         dict(checkpoint["state_dict"])
     except Exception as error:  # a damaged file fails in many ways
-        raise DataError(f"{path} is no readable checkpoint ({type(error).__name__}): train again") from error
+        other = checkpoint_path(folder, "last" if which == "best" else "best").name
+        raise DataError(
+            f"{path} is no readable checkpoint ({type(error).__name__}): copy {other} over it, or train again"
+        ) from error
     return checkpoint
 
 
@@ -131,7 +139,7 @@ class Checkpoints(Checkpoint):
 
     def on_exception(self, trainer: lightning.Trainer, module: Any, exception: BaseException) -> None:
         together = trainer.world_size == 1  # other devices would not come to write with this one
-        if self._moment is not None and together and not isinstance(exception, TrainingError):
+        if self._moment is not None and together and not isinstance(exception, (*NUMERICAL, CheckpointError)):
             with suppress(CheckpointError):
                 self._write(trainer, "last")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import revflow
 from crevnet.data import DataError
 from crevnet.settings import RunSettings
 
@@ -21,6 +22,10 @@ class TrainingError(Exception):
 
 class DivergedError(TrainingError):
     """A loss or a validation score that is no finite number."""
+
+
+NUMERICAL = (DivergedError, revflow.ReconstructionError, OverflowError)
+"""What weights bring about that have diverged; the last, where streams leave the grid of exact arithmetic."""
 
 
 class CheckpointError(TrainingError):
@@ -40,11 +45,16 @@ def explained(error: BaseException, settings: RunSettings, last: Path) -> Traini
 
     `last` is where the run's last checkpoint would be.
     """
+    way_on = "; no checkpoint had been written yet"
+    if last.is_file():
+        diverging = isinstance(error, NUMERICAL) and last.with_name("best.ckpt").is_file()
+        other = ", or from best.ckpt, copied over it," if diverging else ""
+        way_on = f"; {last} is kept: go on from it{other} with crevnet fit --resume {last.parent.parent}"
     if isinstance(error, SystemExit):  # Lightning's; its SIGTERMException alone has no exit status
         number = signal.SIGINT if error.code else signal.SIGTERM
-        return StoppedError(f"stopped by {number.name}{_way_on(last)}", number)
+        return StoppedError(f"stopped by {number.name}{way_on}", number)
     reason = _reason(error, settings)
-    return TrainingError(f"{reason}{_way_on(last)}") if reason else None
+    return TrainingError(f"{reason}{way_on}") if reason else None
 
 
 def reason_of_system(error: BaseException) -> OSError | None:
@@ -54,9 +64,13 @@ def reason_of_system(error: BaseException) -> OSError | None:
 
 def _reason(error: BaseException, settings: RunSettings) -> str | None:
     training = settings.training
-    if isinstance(error, DivergedError):
-        half = "" if training.precision.startswith(("32", "64")) else ", or train in --training.precision 32-true"
-        return f"{error}: lower --training.learning_rate (it is {training.learning_rate:g}){half}"
+    if isinstance(error, NUMERICAL):
+        advice = f"lower --training.learning_rate (it is {training.learning_rate:g})"
+        if training.precision in ("16-mixed", "bf16-mixed"):
+            advice += ", or train in --training.precision 32-true"
+        if not isinstance(error, DivergedError):
+            advice += f", or choose other --model.exact_bits (it is {settings.model.exact_bits})"
+        return f"{_first_sentence(error)}: {advice}"
     if isinstance(error, (DataError, CheckpointError)):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
@@ -71,12 +85,6 @@ def _reason(error: BaseException, settings: RunSettings) -> str | None:
     if system is not None and system.errno in _FULL:
         return f"the run's folder could not be written to ({system.strerror}): make room"
     return None
-
-
-def _way_on(last: Path) -> str:
-    if not last.is_file():
-        return "; no checkpoint had been written yet"
-    return f"; {last} is kept: go on from it with crevnet fit --resume {last.parent.parent}"
 
 
 def _first_sentence(error: BaseException) -> str:

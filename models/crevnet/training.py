@@ -191,6 +191,8 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
         with _quiet():
             task = CrevNetTask(settings.model, training)
             trainer.fit(task, batches, validation_batches, ckpt_path=last if resume else None, weights_only=True)
+    except MisconfigurationException as error:  # fewer epochs than have been trained
+        raise DataError(" ".join(str(error).split())) from error
     except BaseException as error:
         trainer.fit_loop.teardown()  # where validation fails, Lightning leaves the training loader's workers behind
         explanation = explained(error, settings, last)

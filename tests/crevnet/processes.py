@@ -106,6 +106,10 @@ def sent(number: int, what: signal.Signals, to_group: bool = False) -> None:
     at_call(CrevNet, "loss", number, send)
 
 
+def workers_killed(number: int) -> None:
+    at_call(CrevNet, "loss", number, lambda: [worker.kill() for worker in multiprocessing.active_children()])
+
+
 def with_little_disk(size: int) -> None:
     """No file grows beyond `size` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

@@ -155,8 +155,6 @@ class Checkpoints(Checkpoint):
             _begin_epoch_anew(checkpoint["loops"]["fit_loop"])
 
     def _write(self, trainer: lightning.Trainer, which: str) -> None:
-        for logger in trainer.loggers:
-            logger.save()  # curves of steps that will not be made again
         trainer.save_checkpoint(checkpoint_path(self._folder, which))
         self._written = time.monotonic()
 

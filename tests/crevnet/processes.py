@@ -8,14 +8,18 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from crevnet import CrevNet
 from crevnet.cli import main
+from crevnet.data import DataError
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["crevnet.commands"])
@@ -48,13 +52,13 @@ def _command(arguments: list[str], output: Path, before: Callable[[], None]) -> 
     main(arguments)
 
 
-def at_call(owner, name: str, number: int, action: Callable[[], object]) -> None:
-    """Do something in front of one call of a function."""
+def at_call(owner, name: str, number: int | None, action: Callable[[], object]) -> None:
+    """Do something in front of one call of a function, or of each."""
     function, calls = getattr(owner, name), []
 
     def watched(*arguments, **options):
         calls.append(1)
-        if len(calls) == number:
+        if number in (None, len(calls)):
             action()
         return function(*arguments, **options)
 
@@ -66,6 +70,11 @@ def kill() -> None:
 
 
 def killed_in_step(number: int) -> None:
+    """With curves that TensorBoard's thread has not written yet, if nobody has asked for them (Lightning does, each step)."""
+    asked = threading.Event()
+    at_call(EventFileWriter, "add_event", None, asked.clear)
+    at_call(EventFileWriter, "flush", None, asked.set)
+    at_call(RecordWriter, "write", None, partial(asked.wait, 2))
     at_call(CrevNet, "loss", number, kill)
 
 
@@ -113,3 +122,15 @@ def workers_killed(number: int) -> None:
 def with_little_disk(size: int) -> None:
     """No file grows beyond `size` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def with_little_disk_from(number: int, size: int) -> None:
+    at_call(CrevNet, "loss", number, partial(with_little_disk, size))
+
+
+def everything_wrong(number: int, size: int) -> None:
+    def action():
+        with_little_disk(size)
+        raise DataError("a file is damaged")
+
+    at_call(CrevNet, "loss", number, action)

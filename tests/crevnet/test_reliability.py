@@ -11,7 +11,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from processes import at_call, end, start, with_little_disk
+from processes import at_call, end, everything_wrong, start, with_little_disk, with_little_disk_from
 from test_resuming import assert_same_run, checkpoint, scalars
 
 from crevnet import CrevNet
@@ -120,10 +120,22 @@ def test_checkpoint_that_finds_no_room(options, whole, tmp_path, crevnet):
 
 def test_curves_that_find_no_room(options, tmp_path):
     run = tmp_path / "run"
-    assert end(start((*options, "--out", run), tmp_path / "said", partial(with_little_disk, 4000))) == 2
+    little = partial(with_little_disk_from, BATCHES + 3, 1000)  # TensorBoard's thread finds it out
+    assert end(start((*options, "--out", run), tmp_path / "said", little)) == 2
     said = (tmp_path / "said").read_text()
     assert "Traceback" not in said
-    assert re.search(r"(?m)^crevnet: .*File too large.*make room", said)
+    assert re.search(
+        r"(?m)^crevnet: the run's folder could not be written to \(File too large\): make room; .*last.ckpt", said
+    )
+    assert checkpoint(run)["global_step"] == BATCHES
+
+
+def test_first_failure_is_the_one_that_is_named(options, tmp_path):
+    """Though what has been computed finds no room then."""
+    process = start((*options, "--out", tmp_path / "run"), tmp_path / "said", partial(everything_wrong, 3, 2000))
+    assert end(process) == 2
+    assert "crevnet: a file is damaged; no checkpoint had been written yet\n" in (tmp_path / "said").read_text()
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_settings_that_find_no_room(own_run, tmp_path):

@@ -250,7 +250,36 @@ def test_random_numbers_go_on(short, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_weights_that_are_changing_are_not_kept(short, whole, tmp_path, monkeypatch):
+    """Interrupted within a step of the optimizer: the checkpoint of before it stays."""
+    adam, steps = torch._fused_adam_, []
+
+    def interrupted(*arguments, **options):
+        adam(*arguments, **options)
+        steps.append(1)
+        if len(steps) == 4:
+            raise DataError("in the middle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_fused_adam_", interrupted)
+        with pytest.raises(TrainingError, match="in the middle"):
+            train(short, tmp_path)
+    assert checkpoint(tmp_path)["global_step"] == 3
+    train(short, tmp_path, resume=True)
+    assert_same_run(tmp_path, whole)
+
+
 # --- resumed with other settings
+
+
+def test_best_checkpoint_stays_the_best(run, settings, tmp_path, monkeypatch):
+    """If the epochs after it, of a run that goes on elsewhere, have worse scores."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    before = (copy / "checkpoints" / "best.ckpt").read_bytes()
+    monkeypatch.setattr(CrevNet, "generate", lambda net, past, *_: torch.ones_like(past[:, :2]))
+    found = train(replace(settings, training=replace(settings.training, epochs=2)), copy, resume=True)
+    assert found == checkpoint(run)["best"] < 1
+    assert (copy / "checkpoints" / "best.ckpt").read_bytes() == before
 
 
 def test_resumed_with_another_learning_rate(short, tmp_path, monkeypatch):

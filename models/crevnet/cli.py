@@ -15,9 +15,18 @@ from rich.markup import escape
 
 from crevnet.config import PRESETS
 from crevnet.data import DataError, SyntheticCity
+from crevnet.data.layouts import LayoutName
 from crevnet.failures import StoppedError, TrainingError
 from crevnet.network import Feedback
-from crevnet.settings import DataSettings, Parser, RunSettings, SettingsError, add_sections, load_settings
+from crevnet.settings import (
+    DataSettings,
+    Parser,
+    RunSettings,
+    SettingsError,
+    add_sections,
+    load_settings,
+    with_protocol,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -79,6 +88,12 @@ def _parser(arguments: list[str]) -> Parser:
         "--config", action="config", help="YAML file with any of the values below, a run's config.yaml say"
     )
     fit.add_argument("--preset", type=Literal[tuple(PRESETS)], default="paper", help="the architecture to start from")
+    fit.add_argument(
+        "--protocol",
+        type=LayoutName | None,
+        default=None,
+        help="the competition to start from: its data, channels and frames; or movies, without a road map",
+    )
     fit.add_argument("--out", type=Path, default=Path("runs/crevnet"), help="the run's folder")
     fit.add_argument(
         "--resume", type=Path | None, default=None, help="go on with the run in this folder, as configured there"
@@ -94,9 +109,13 @@ def _parser(arguments: list[str]) -> Parser:
     predict = Parser(description="Predict the frames after a slot of a validation day. Writes HDF5, a PNG and a GIF.")
     _add_run(predict, arguments)
     predict.add_argument("--city", type=str | None, default=None, help="which city; the first if not given")
-    predict.add_argument("--date", type=str | None, default=None, help="which day, YYYYMMDD; the first if not given")
+    predict.add_argument(
+        "--date", type=str | None, default=None, help="which day, YYYY-MM-DD, or movie; the first if not given"
+    )
     predict.add_argument("--slot", type=int | None, default=None, help="first slot to predict; 08:00 if not given")
-    predict.add_argument("--channel", type=int, default=1, help="channel in the pictures: 0 volume, 1 speed, 2 heading")
+    predict.add_argument(
+        "--channel", type=int | None, default=None, help="channel in the pictures; 1 if not given, speed"
+    )
     predict.add_argument("--out", type=Path | None, default=None, help="folder for the results; the run's if not given")
     parsers.add_subcommand("predict", predict, help="predict frames; write HDF5 and pictures")
 
@@ -126,11 +145,12 @@ def _add_run(parser: Parser, arguments: list[str]) -> None:
 
 
 def _fit_defaults(arguments: list[str]) -> RunSettings:
-    """The defaults of fit's options: those of the run to resume, else with the preset that the command line names."""
+    """The defaults of fit's options: those of the run to resume, else with the preset and protocol that are named."""
     run = _value_of("--resume", arguments)
     if run is not None:
         return load_settings(Path(run))
-    return RunSettings(PRESETS.get(_value_of("--preset", arguments) or "", PRESETS["paper"]))
+    preset = PRESETS.get(_value_of("--preset", arguments) or "", PRESETS["paper"])
+    return with_protocol(RunSettings(preset), _value_of("--protocol", arguments))
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:

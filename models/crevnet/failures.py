@@ -13,7 +13,7 @@ import revflow
 from crevnet.data import DataError
 from crevnet.settings import RunSettings
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 class TrainingError(Exception):
@@ -82,8 +82,8 @@ def _reason(error: BaseException, settings: RunSettings) -> str | None:
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return f"a process that reads data has died ({_first_sentence(error)}): lower --data.workers, or find it more memory"
     system = reason_of_system(error)
-    if system is not None and system.errno in _FULL:
-        return f"the run's folder could not be written to ({system.strerror}): make room"
+    if system is not None and system.errno in _DISK:
+        return f"the run's folder could not be written to ({system.strerror}): make room, or mend the disk"
     return None
 
 

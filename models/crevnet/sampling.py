@@ -7,16 +7,20 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 
-from crevnet.data import DataError, Traffic4cast
+from crevnet.data.errors import DataError
 
 
 class EpochShuffle(Sampler[int]):
-    """Another order of `count` windows each epoch, the same in a resumed run: it follows from the seed and the epoch."""
+    """Another order of `count` windows each epoch, the same in a resumed run: it follows from the seed and the epoch.
 
-    def __init__(self, count: int, seed: int) -> None:
-        self._count, self._seed, self._epoch = count, seed, 0
+    With `variants` of each window, such as mirror images, one of them is drawn: an epoch holds `count` of the items 0 to
+    variants * count - 1, item `n * count + i` being variant `n` of window `i`.
+    """
+
+    def __init__(self, count: int, seed: int, variants: int = 1) -> None:
+        self._count, self._seed, self._variants, self._epoch = count, seed, variants, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning says which epoch begins."""
@@ -24,7 +28,9 @@ class EpochShuffle(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        return iter(torch.randperm(self._count, generator=generator).tolist())
+        order = torch.randperm(self._count, generator=generator)
+        variants = torch.randint(self._variants, (self._count,), generator=generator)
+        return iter((order + self._count * variants).tolist())
 
     def __len__(self) -> int:
         return self._count
@@ -71,7 +77,9 @@ class WindowLoader(DataLoader[dict[str, Any]]):
         self._skip = state["used"]
 
 
-def window_loader(windows: Traffic4cast, batch_size: int, workers: int, sampler: Sampler[int] | None) -> WindowLoader:
+def window_loader(
+    windows: Dataset[dict[str, Any]], batch_size: int, workers: int, sampler: Sampler[int] | None = None
+) -> WindowLoader:
     """Batches of windows, in the sampler's order or, without one, in theirs."""
     batches = ResumableBatchSampler(sampler or SequentialSampler(windows), batch_size, drop_last=False)
     own = torch.Generator()  # else each epoch would draw from the generator that a model's dropout draws from

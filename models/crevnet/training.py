@@ -21,12 +21,13 @@ from torch import Tensor
 
 from crevnet.checkpoints import AtomicCheckpointIO, Checkpoints, checkpoint_path, resumable_steps
 from crevnet.config import CrevNetConfig
-from crevnet.data import DataError, DayFile, StaticInputs, Traffic4cast, check_frame_sizes, open_days, road_maps
+from crevnet.data import DataError
+from crevnet.data.city_data import CityData
 from crevnet.failures import DivergedError, explained
 from crevnet.files import remove_unfinished
 from crevnet.network import CrevNet
-from crevnet.sampling import EpochShuffle, WindowLoader, window_loader
-from crevnet.settings import DataSettings, RunSettings, TrainingSettings
+from crevnet.sampling import WindowLoader
+from crevnet.settings import RunSettings, TrainingSettings
 
 
 class CrevNetTask(lightning.LightningModule):
@@ -100,69 +101,6 @@ class _ProgressBar(RichProgressBar):
         return metrics
 
 
-class CityData:
-    """The days, road maps and windows of a run's cities."""
-
-    def __init__(self, settings: DataSettings, model: CrevNetConfig, seed: int = 0) -> None:
-        if settings.root is None:
-            raise DataError(
-                "no data folder was given: say --data.root FOLDER, or make a city with `crevnet data synth`"
-            )
-        self._settings = settings
-        self._window = model.window
-        self._seed = seed
-        self.training_days = self._open(settings.training_split)
-        channels = self.training_days[0].shape[3]
-        if channels != model.channels:
-            raise DataError(
-                f"{self.training_days[0].path} has {channels} channels, the model {model.channels}: set --model.channels"
-            )
-        self.road_maps = road_maps(self.training_days, settings.training_slots)
-        self.static = StaticInputs(model.static, {"road_map": self.road_maps})
-        self.validation_days = self._open(settings.validation_split)
-        check_frame_sizes([*self.training_days, *self.validation_days])
-        for day in self.validation_days:
-            if day.city not in self.road_maps:
-                raise DataError(
-                    f"{day.city} has validation days but no training day for its road map: choose --data.cities"
-                )
-
-    def training_batches(self) -> WindowLoader:
-        windows = Traffic4cast(
-            self.training_days,
-            self._window,
-            self._settings.training_slots,
-            self._settings.stride,
-            road_maps=self.road_maps,
-            static=self.static,
-        )
-        shuffle = EpochShuffle(len(windows), self._seed)
-        return window_loader(windows, self._settings.batch_size, self._settings.workers, shuffle)
-
-    def validation_batches(self, city: str | None = None) -> WindowLoader:
-        """The validation windows of one city, or of all."""
-        days = [day for day in self.validation_days if city in (None, day.city)]
-        stride = self._settings.validation_stride or self._window
-        windows = Traffic4cast(
-            days,
-            self._window,
-            self._settings.validation_slots,
-            stride,
-            road_maps=self.road_maps,
-            static=self.static,
-        )
-        return window_loader(windows, self._settings.batch_size, self._settings.workers, None)
-
-    def window(self, day: DayFile, start: int) -> dict[str, Any]:
-        """The window of `day` that begins at slot `start`, as an item of Traffic4cast."""
-        return Traffic4cast([day], self._window, starts=[start], road_maps=self.road_maps, static=self.static)[0]
-
-    def _open(self, split: str) -> list[DayFile]:
-        settings = self._settings
-        assert settings.root is not None
-        return open_days(settings.root, split, settings.cities, settings.skip_damaged)
-
-
 def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     """Train, and leave config.yaml, checkpoints and TensorBoard's logs in `folder`. Returns the best validation MSE."""
     training = settings.training
@@ -178,8 +116,8 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     steps = 0
     if resume:
         steps = resumable_steps(folder, settings.model)
-        for place in (folder, last.parent):
-            remove_unfinished(place)
+    for place in (folder, last.parent):
+        remove_unfinished(place)
     batches, validation_batches = data.training_batches(), data.validation_batches()
     settings.save(folder)
     checkpoints = Checkpoints(folder, training.checkpoint_minutes, _order(settings, batches))

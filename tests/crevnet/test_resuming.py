@@ -26,7 +26,7 @@ from processes import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crevnet import CrevNet
-from crevnet.data import DataError, Traffic4cast, open_day
+from crevnet.data import DataError, Windows, open_day
 from crevnet.failures import TrainingError
 from crevnet.sampling import EpochShuffle, window_loader
 from crevnet.settings import load_settings
@@ -295,8 +295,8 @@ def test_resumed_with_another_learning_rate(short, tmp_path, monkeypatch):
 
 
 def test_epoch_begins_anew_with_another_batch_size(short, tmp_path, monkeypatch):
-    seen, item = [], Traffic4cast.__getitem__
-    monkeypatch.setattr(Traffic4cast, "__getitem__", lambda windows, i: seen.append(i) or item(windows, i))
+    seen, item = [], Windows.__getitem__
+    monkeypatch.setattr(Windows, "__getitem__", lambda windows, i: seen.append(i) or item(windows, i))
     settings = replace(short, training=replace(short.training, batches=None, epochs=1))
     with monkeypatch.context() as patch:
         interrupt(patch, "loss", 3)
@@ -318,7 +318,7 @@ def test_epoch_begins_anew_with_another_batch_size(short, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_goes_on_without_reading_what_was_used(workers, points, write_day, tmp_path):
-    windows = Traffic4cast([open_day(write_day(tmp_path, points(0)))], 5)
+    windows = Windows([open_day(write_day(tmp_path, points(0)))], 5)
 
     def loader():
         made = window_loader(windows, 3, workers, EpochShuffle(len(windows), seed=1))
@@ -333,9 +333,9 @@ def test_loader_goes_on_without_reading_what_was_used(workers, points, write_day
     assert sorted(chain.from_iterable(batches)) == list(range(16)) and len(batches) == len(first) == 6
     second = loader()
     second.load_state_dict(states[1])
-    seen, item = [], Traffic4cast.__getitem__
+    seen, item = [], Windows.__getitem__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Traffic4cast, "__getitem__", lambda windows, i: seen.append(i) or item(windows, i))
+        patch.setattr(Windows, "__getitem__", lambda windows, i: seen.append(i) or item(windows, i))
         assert [batch["start"].tolist() for batch in second] == batches[2:]
     assert seen == ([] if workers else list(chain.from_iterable(batches[2:])))  # workers have lists of their own
     assert [batch["start"].tolist() for batch in second] == batches  # the next epoch is whole

@@ -81,7 +81,8 @@ def window_loader(
     windows: Dataset[dict[str, Any]], batch_size: int, workers: int, sampler: Sampler[int] | None = None
 ) -> WindowLoader:
     """Batches of windows, in the sampler's order or, without one, in theirs."""
-    batches = ResumableBatchSampler(sampler or SequentialSampler(windows), batch_size, drop_last=False)
+    order = SequentialSampler(windows) if sampler is None else sampler
+    batches = ResumableBatchSampler(order, batch_size, drop_last=False)
     own = torch.Generator()  # else each epoch would draw from the generator that a model's dropout draws from
     return WindowLoader(
         windows, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, generator=own

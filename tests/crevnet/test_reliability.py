@@ -17,7 +17,6 @@ from test_resuming import assert_same_run, checkpoint, scalars
 from crevnet import CrevNet
 from crevnet.cli import main
 from crevnet.data import DataError
-from crevnet.files import remove_unfinished, replace_file
 from crevnet.training import train
 
 BATCHES = 10
@@ -271,25 +270,7 @@ def test_out_of_memory_in_the_first_step(options, failing, at_step, crevnet, tmp
     crevnet(*options, "--out", tmp_path / "run", "--data.batch_size=1")  # nothing stands in the way
 
 
-# --- files
-
-
-def test_replaced_file_is_the_old_one_or_the_new_one(tmp_path):
-    path = tmp_path / "file"
-    replace_file(path, lambda file: file.write(b"old"))
-
-    def fails(file):
-        file.write(b"new")
-        raise DataError("halfway")
-
-    with pytest.raises(DataError):
-        replace_file(path, fails)
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"old")]
-    replace_file(path, lambda file: file.write(b"new"))
-    assert path.read_bytes() == b"new"
-    (tmp_path / "file.1.unfinished").write_bytes(b"half")
-    remove_unfinished(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+# --- what nobody has foreseen, or should have
 
 
 def test_weights_alone_are_nothing_to_resume(own_run, failing):

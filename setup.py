@@ -20,7 +20,7 @@ setup(
         "crevnet": [
             "h5py",
             "jsonargparse[signatures]>=4.40",
-            "lightning>=2.5",
+            "lightning>=2.6",
             "matplotlib",
             "numpy",
             "rich",

@@ -77,7 +77,7 @@ def test_an_epoch_is_every_window_once_over_its_time(city, clock):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_is_that_of_training(city, workers):
     batches = loader(city, workers).data.training_batches()
-    assert (batches.num_workers, batches.batch_size) == (workers, 2)
+    assert (batches.num_workers, batches.batch_sampler.batch_size) == (workers, 2)
     items = [(*sample,) for batch in batches for sample in zip(batch["date"], batch["start"].tolist(), strict=True)]
     window = PRESETS["tiny"].window
     assert sorted(items) == [(d, s) for d in ("20180101", "20180102") for s in range(137, 142)]  # around slot 144

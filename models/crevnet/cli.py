@@ -17,6 +17,7 @@ from rich.markup import escape
 from crevnet.config import PRESETS, ModelConfig
 from crevnet.data import DataError, SyntheticCity
 from crevnet.data.layouts import LayoutName
+from crevnet.failures import StoppedError, TrainingError
 from crevnet.models import MODELS
 from crevnet.network import Feedback
 from crevnet.settings import (
@@ -44,7 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.showwarning = lambda message, *_, **__: errors.print(f"[yellow]warning:[/] {escape(str(message))}")
     try:
         _run(sys.argv[1:] if arguments is None else list(arguments))
-    except (SettingsError, DataError, OSError) as error:
+    except StoppedError as error:
+        errors.print(f"[red]crevnet:[/] {escape(str(error))}")
+        sys.exit(error.exit_status)
+    except (SettingsError, DataError, TrainingError, OSError) as error:
         errors.print(f"[red]crevnet:[/] {escape(str(error))}")
         sys.exit(2)
     except OverflowError as error:  # of the grid that streams live on in exact arithmetic

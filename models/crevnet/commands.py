@@ -17,6 +17,7 @@ from rich.table import Table
 from torch.utils.data import default_collate
 
 from crevnet import figures
+from crevnet.checkpoints import checkpoint_path
 from crevnet.comparison import compare, trained
 from crevnet.data import (
     DataError,
@@ -35,7 +36,7 @@ from crevnet.evaluation import mean_over_cities
 from crevnet.network import Feedback
 from crevnet.score_table import score_tables
 from crevnet.settings import DataSettings, RunSettings, SettingsError, load_settings
-from crevnet.training import checkpoint_path, train
+from crevnet.training import train
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -11,13 +11,13 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from crevnet import forecasts
+from crevnet.checkpoints import load_network
 from crevnet.config import CrevNetConfig, ModelConfig
 from crevnet.data import DataError, Layout, slot_means
 from crevnet.data.city_data import CityData
 from crevnet.evaluation import NetworkForecast, Scores, score
 from crevnet.network import Feedback
 from crevnet.settings import DataSettings, load_settings
-from crevnet.training import load_network
 from crevnet.video_model import VideoModel
 
 

@@ -60,6 +60,11 @@ class ModelConfig:
         return sum(STATIC_CHANNELS[name] for name in self.static)
 
     @property
+    def score_tag(self) -> str:
+        """What the validation score is called in the logs."""
+        return f"val/{self.score_name.lower()}"
+
+    @property
     def window(self) -> int:
         """Frames in a training window."""
         return self.past + self.horizon

@@ -14,6 +14,7 @@ from crevnet.data.dates import read_dates
 from crevnet.data.flips import Flips
 from crevnet.data.layouts import LayoutName
 from crevnet.data.protocol import HeadingOrder, ProtocolName, protocol
+from crevnet.files import replace_file
 from crevnet.models import MODELS
 
 
@@ -109,6 +110,7 @@ class TrainingSettings:
         channels_last: convolutions in the layout that tensor cores work in; the same values up to rounding.
         compile: run the network's parts by torch.compile, which takes minutes in the first steps; the same values up to
             rounding. Not with exact_bits.
+        checkpoint_minutes: write last.ckpt after so many minutes of training, and after each epoch.
     """
 
     epochs: int = 100
@@ -125,13 +127,14 @@ class TrainingSettings:
     seed: int = 0
     channels_last: bool = False
     compile: bool = False
+    checkpoint_minutes: float = 15
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batches", "validation_batches", "accumulate", "devices"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"training.{name} has to be at least 1, not {value}")
-        for name in ("learning_rate", "max_minutes"):
+        for name in ("learning_rate", "max_minutes", "checkpoint_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1e6:
                 raise ValueError(f"training.{name} has to be positive and below a million, not {value}")
@@ -167,7 +170,7 @@ class RunSettings:
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         plain = yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
-        (folder / "config.yaml").write_text(plain, encoding="utf-8")
+        replace_file(folder / "config.yaml", lambda file: file.write(plain.encode()))
 
 
 def with_protocol(settings: RunSettings, name: str | None) -> RunSettings:

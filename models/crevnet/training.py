@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from crevnet.checkpoints import AtomicCheckpointIO, Checkpoints, checkpoint_path, resumable_steps
 from crevnet.config import ModelConfig
 from crevnet.data import DataError
 from crevnet.data.city_data import CityData
+from crevnet.failures import DivergedError, explained
+from crevnet.files import remove_unfinished
 from crevnet.models import make_network
+from crevnet.sampling import WindowLoader
 from crevnet.scheduled_sampling import fed_frames
 from crevnet.settings import RunSettings, TrainingSettings
-from crevnet.video_model import VideoModel
 
 
 class CrevNetTask(lightning.LightningModule):
@@ -41,12 +46,14 @@ class CrevNetTask(lightning.LightningModule):
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
         fed = self._fed(batch["frames"])
         loss = self.network.loss(batch["frames"], self._static(batch), self.training_settings.loss, fed)
+        if not torch.isfinite(loss):  # GradScaler's infinite gradients are those of a loss that is finite
+            raise DivergedError(f"the loss is {loss.item()} in step {self.trainer.global_step + 1}")
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["frames"]))
         return loss
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
         score = self.network.score(batch["frames"], self._static(batch))
-        self.log(score_tag(self.network.config), score, prog_bar=True, sync_dist=True, batch_size=len(batch["frames"]))
+        self.log(self.network.config.score_tag, score, prog_bar=True, sync_dist=True, batch_size=len(batch["frames"]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return FusedAdam(self.network.parameters(), self.training_settings.learning_rate)
@@ -73,17 +80,15 @@ class FusedAdam(torch.optim.Adam):
         super().__init__(parameters, learning_rate, fused=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """A state that any Adam has saved: it says which one, and would make this one that again."""
-        groups = [{**group, "fused": True} for group in state_dict["param_groups"]]
+        """A state that any Adam has saved: it says which one, and would make this one that again, at its learning rate."""
+        groups = [
+            {**saved, "fused": True, "lr": own["lr"]}
+            for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=True)
+        ]
         super().load_state_dict({**state_dict, "param_groups": groups})
         for parameter, state in self.state.items():
             for name in ("exp_avg", "exp_avg_sq"):  # the kernel walks through memory, so their layout has to be one
                 state[name] = torch.empty_like(parameter).copy_(state[name])
-
-
-def score_tag(model: ModelConfig) -> str:
-    """What the validation score is called in the logs: val/mse, say."""
-    return f"val/{model.score_name.lower()}"
 
 
 class _ProgressBar(RichProgressBar):
@@ -107,66 +112,76 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
         )
     lightning.seed_everything(training.seed, workers=True, verbose=False)
     data = CityData(settings.data, settings.model, training.seed)
+    steps = 0
     if resume:
-        load_network(folder, settings.model, "last")  # a checkpoint that does not fit is said before training begins
+        steps = resumable_steps(folder, settings.model)
+    for place in (folder, last.parent):
+        remove_unfinished(place)
     batches, validation_batches = data.training_batches(), data.validation_batches()
     settings.save(folder)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    best = ModelCheckpoint(last.parent, "best", monitor=score_tag(settings.model), enable_version_counter=False)
-    trainer = _trainer(training, folder, [best, ModelCheckpoint(last.parent, "last", enable_version_counter=False)])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*does not have many workers")  # a choice: data.workers
-        warnings.filterwarnings("ignore", ".*LeafSpec")  # Lightning's own business with PyTorch
-        warnings.filterwarnings("ignore", "Checkpoint directory .* not empty")  # resumed
-        trainer.fit(
-            CrevNetTask(settings.model, training), batches, validation_batches, ckpt_path=last if resume else None
-        )
-    if best.best_model_score is None:
-        raise DataError("training stopped before its first validation: raise --training.max_minutes")
-    score = best.best_model_score.item()
-    if not math.isfinite(score):
-        raise DataError(f"training diverged, its best validation score is {score}: lower --training.learning_rate")
-    return score
-
-
-def _trainer(training: TrainingSettings, folder: Path, checkpoints: list[Callback]) -> lightning.Trainer:
+    checkpoints = Checkpoints(folder, training.checkpoint_minutes, _order(settings, batches))
     try:
-        return lightning.Trainer(
-            accelerator=training.accelerator,
-            devices=training.devices,
-            precision=training.precision,
-            max_epochs=training.epochs,
-            max_time=None if training.max_minutes is None else timedelta(minutes=training.max_minutes),
-            limit_train_batches=training.batches,
-            limit_val_batches=training.validation_batches,
-            accumulate_grad_batches=training.accumulate,
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,
-            logger=TensorBoardLogger(folder, name=None, version="tensorboard"),
-            callbacks=[*checkpoints, _ProgressBar()],
-            enable_model_summary=False,
-        )
+        trainer = _trainer(training, folder, checkpoints, steps)
     except MisconfigurationException as error:  # no such accelerator here, say
         raise DataError(" ".join(str(error).split())) from error
-
-
-def checkpoint_path(folder: Path, which: str) -> Path:
-    """Where the "best" or the "last" checkpoint of the run in `folder` is."""
-    return folder / "checkpoints" / f"{which}.ckpt"
-
-
-def load_network(folder: Path, model: ModelConfig, which: str) -> VideoModel[Any]:
-    """The trained network of the run in `folder`: its "best" or "last" checkpoint."""
-    path = checkpoint_path(folder, which)
-    if not path.is_file():
-        raise DataError(f"{path} does not exist: train first, with crevnet fit --out {folder}")
     try:
-        state = dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
-    except Exception as error:  # a damaged file fails in many ways
-        raise DataError(f"{path} is no readable checkpoint ({type(error).__name__}): train again") from error
-    network = make_network(model)
+        with _quiet():
+            task = CrevNetTask(settings.model, training)
+            trainer.fit(task, batches, validation_batches, ckpt_path=last if resume else None, weights_only=True)
+    except MisconfigurationException as error:  # fewer epochs than have been trained
+        raise DataError(" ".join(str(error).split())) from error
+    except BaseException as error:
+        trainer.fit_loop.teardown()  # where validation fails, Lightning leaves the training loader's workers behind
+        explanation = explained(error, settings, last)
+        if explanation is None:
+            raise
+        raise explanation from error
+    if checkpoints.best == math.inf:
+        raise DataError("training stopped before its first validation: raise --training.max_minutes")
+    return checkpoints.best
+
+
+def _trainer(training: TrainingSettings, folder: Path, checkpoints: Checkpoints, steps: int) -> lightning.Trainer:
+    return lightning.Trainer(
+        accelerator=training.accelerator,
+        devices=training.devices,
+        precision=training.precision,
+        max_epochs=training.epochs,
+        max_time=None if training.max_minutes is None else timedelta(minutes=training.max_minutes),
+        limit_train_batches=training.batches,
+        limit_val_batches=training.validation_batches,
+        accumulate_grad_batches=training.accumulate,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        logger=TensorBoardLogger(folder, name=None, version="tensorboard", purge_step=steps),  # the others come again
+        callbacks=[checkpoints, _ProgressBar()],
+        plugins=[AtomicCheckpointIO()],
+        enable_model_summary=False,
+    )
+
+
+def _order(settings: RunSettings, batches: WindowLoader) -> dict[str, Any]:
+    """What the order of the windows, and of the optimizer's steps between them, follows from."""
+    data, training = settings.data, settings.training
+    return {
+        "windows": len(batches.dataset),  # type: ignore[arg-type]
+        "batch_size": data.batch_size,
+        "batches": training.batches,
+        "accumulate": training.accumulate,
+        "seed": training.seed,
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Lightning says that is no news, and what TensorBoard's thread prints before its error is raised here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    hook = threading.excepthook
+    threading.excepthook = lambda _: None
     try:
-        network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
-    except RuntimeError as error:
-        raise DataError(f"{path} belongs to another architecture than the config.yaml of {folder}") from error
-    return network
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers")  # a choice: data.workers
+            warnings.filterwarnings("ignore", ".*LeafSpec")  # Lightning's own business with PyTorch
+            yield
+    finally:
+        threading.excepthook = hook

@@ -26,6 +26,7 @@ from crevnet.cli import main
         (["fit", "--training.batches", "0"], "training.batches"),
         (["fit", "--training.accumulate", "0"], "training.accumulate"),
         (["fit", "--training.learning_rate", "nan"], "learning_rate"),
+        (["fit", "--training.checkpoint_minutes", "0"], "training.checkpoint_minutes"),
         (["fit", "--training.loss", "some"], "training.loss"),
         (["fit", "--training.precision", "8"], "training.precision"),
         (["fit", "--model.cell", "gru"], "gru"),

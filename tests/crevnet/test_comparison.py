@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from crevnet.baselines import UNetConfig
+from crevnet.checkpoints import load_network
 from crevnet.data import open_days
 from crevnet.data.static import StaticInputs
-from crevnet.training import load_network, train
+from crevnet.training import train
 
 UNET = UNetConfig(past=5, horizon=2, static=("clock", "road_map"), depth=2, width=2)
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from crevnet import CrevNetConfig
+from crevnet.checkpoints import load_network
 from crevnet.data import Windows, layout_named, open_days
 from crevnet.data.city_data import CityData
 from crevnet.data.flips import FLIPS, Flip, FlippedWindows
 from crevnet.sampling import EpochShuffle
 from crevnet.settings import DataSettings
-from crevnet.training import load_network, train
+from crevnet.training import train
 
 HEIGHT, WIDTH = 21, 14
 MOVES = {"NW": (-1, -1), "NE": (-1, 1), "SW": (1, -1), "SE": (1, 1)}

@@ -11,9 +11,10 @@ import yaml
 from baseline_nets import TINY
 
 from crevnet import MODELS, make_network
+from crevnet.checkpoints import load_network
 from crevnet.cli import main
 from crevnet.settings import TrainingSettings, load_settings
-from crevnet.training import CrevNetTask, load_network
+from crevnet.training import CrevNetTask
 
 ONCE = ("--training.epochs=1", "--training.batches=2", "--training.accelerator=cpu")
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from crevnet import PRESETS, CrevNetConfig
+from crevnet.checkpoints import load_network
 from crevnet.data import DataError
 from crevnet.settings import DataSettings, RunSettings, SettingsError, TrainingSettings, load_settings
-from crevnet.training import load_network, train
+from crevnet.training import train
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ from crevnet.training import load_network, train
                 batch_size=5,
                 workers=2,
             ),
-            TrainingSettings(7, 11, 13, 1e-5, "padded", 1000, 4, "bf16-mixed", 0.5, "gpu", 2, 99, True, True),
+            TrainingSettings(7, 11, 13, 1e-5, "padded", 1000, 4, "bf16-mixed", 0.5, "gpu", 2, 99, True, True, 7.5),
         ),
     ],
 )

@@ -13,10 +13,11 @@ from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crevnet import CrevNet
+from crevnet.checkpoints import load_network
 from crevnet.data import DataError
 from crevnet.data.city_data import CityData
 from crevnet.settings import DataSettings, load_settings
-from crevnet.training import CrevNetTask, load_network, train
+from crevnet.training import CrevNetTask, train
 
 WINDOW = 5
 
@@ -198,10 +199,10 @@ def test_what_another_adam_has_saved_is_resumed(one_window, tmp_path, monkeypatc
     def unfused(task):
         return torch.optim.Adam(task.network.parameters(), task.training_settings.learning_rate)
 
-    def scaled(trainer, precision, **options):
+    def scaled(trainer, precision, plugins, **options):
         """Lightning's mixed precision, which it only has for GPUs, on the CPU."""
         plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-        return trainer(plugins=[plugin], **options)
+        return trainer(plugins=[*plugins, plugin], **options)
 
     if change == {"precision": "16-mixed"}:
         monkeypatch.setattr(lightning, "Trainer", partial(scaled, lightning.Trainer))

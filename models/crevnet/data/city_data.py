@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, Dataset, Sampler
 
 from crevnet.config import ModelConfig
 from crevnet.data.dates import DateChoice
@@ -17,10 +17,8 @@ from crevnet.data.layouts import layout_named
 from crevnet.data.protocol import TEST_SLOTS
 from crevnet.data.static import StaticInputs, static_maps
 from crevnet.data.windows import Windows
-from crevnet.sampling import EpochShuffle
+from crevnet.sampling import EpochShuffle, WindowLoader, window_loader
 from crevnet.settings import DataSettings
-
-Batches = DataLoader[dict[str, Any]]
 
 
 class CityData:
@@ -60,7 +58,7 @@ class CityData:
                     f"{day.city} has validation days but no training day for its road map: choose --data.cities"
                 )
 
-    def training_batches(self) -> Batches:
+    def training_batches(self) -> WindowLoader:
         """The training windows in random order. DataError where they would be the validation windows, too."""
         slots = self._settings.training_slots
         both = {day.path for day in self.training_days} & {day.path for day in self.validation_days}
@@ -74,7 +72,7 @@ class CityData:
         flipped = FlippedWindows(windows, flips, self.layout, self._model.static)
         return self._loader(flipped, EpochShuffle(len(windows), self._seed, len(flips)))
 
-    def validation_batches(self, city: str | None = None) -> Batches:
+    def validation_batches(self, city: str | None = None) -> WindowLoader:
         """The validation windows of one city, or of all."""
         days = [day for day in self.validation_days if city in (None, day.city)]
         if self._settings.validation_windows == "test":
@@ -117,11 +115,8 @@ class CityData:
         assert settings.root is not None
         return open_days(settings.root, split, settings.cities, settings.skip_damaged, self.layout, dates)
 
-    def _loader(self, windows: Dataset[dict[str, Any]], sampler: Sampler[int] | None = None) -> Batches:
-        workers = self._settings.workers
-        return DataLoader(
-            windows, self._settings.batch_size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0
-        )
+    def _loader(self, windows: Dataset[dict[str, Any]], sampler: Sampler[int] | None = None) -> WindowLoader:
+        return window_loader(windows, self._settings.batch_size, self._settings.workers, sampler)
 
 
 def _dates(settings: DataSettings) -> tuple[DateChoice, DateChoice]:

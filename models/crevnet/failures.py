@@ -1,0 +1,100 @@
+"""What ends a training run before its time, in one line: why, what is kept, and how to go on."""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import revflow
+from crevnet.config import CrevNetConfig
+from crevnet.data import DataError
+from crevnet.settings import RunSettings
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+
+
+class TrainingError(Exception):
+    """Training cannot go on: one line that says why and what to do."""
+
+
+class DivergedError(TrainingError):
+    """A loss or a validation score that is no finite number."""
+
+
+NUMERICAL = (DivergedError, revflow.ReconstructionError, OverflowError)
+"""What weights bring about that have diverged; the last, where streams leave the grid of exact arithmetic."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint could not be written; the one before it is still there."""
+
+
+class StoppedError(TrainingError):
+    """A signal has stopped training, which has saved its state."""
+
+    def __init__(self, message: str, number: signal.Signals) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + number
+
+
+def explained(error: BaseException, settings: RunSettings, last: Path) -> TrainingError | None:
+    """The one line of what Lightning's fit has raised, with what to do about it; None for what nobody has foreseen.
+
+    `last` is where the run's last checkpoint would be.
+    """
+    way_on = "; no checkpoint had been written yet"
+    if last.is_file():
+        diverging = isinstance(error, NUMERICAL) and last.with_name("best.ckpt").is_file()
+        other = ", or from best.ckpt, copied over it," if diverging else ""
+        way_on = f"; {last} is kept: go on from it{other} with crevnet fit --resume {last.parent.parent}"
+    if isinstance(error, SystemExit):  # Lightning's; its SIGTERMException alone has no exit status
+        number = signal.SIGINT if error.code else signal.SIGTERM
+        return StoppedError(f"stopped by {number.name}{way_on}", number)
+    reason = _reason(error, settings)
+    return TrainingError(f"{reason}{way_on}") if reason else None
+
+
+def reason_of_system(error: BaseException) -> OSError | None:
+    """The operating system's error behind another one."""
+    return next((e for e in _chain(error) if isinstance(e, OSError)), None)
+
+
+def _reason(error: BaseException, settings: RunSettings) -> str | None:
+    model, training = settings.model, settings.training
+    if isinstance(error, NUMERICAL):
+        advice = f"lower --training.learning_rate (it is {training.learning_rate:g})"
+        if training.precision in ("16-mixed", "bf16-mixed"):
+            advice += ", or train in --training.precision 32-true"
+        if not isinstance(error, DivergedError) and isinstance(model, CrevNetConfig):
+            advice += f", or choose other --model.exact_bits (it is {model.exact_bits})"
+        return f"{_first_sentence(error)}: {advice}"
+    if isinstance(error, (DataError, CheckpointError)):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        states = ""
+        if isinstance(model, CrevNetConfig):
+            states = f"keep fewer states (--model.states 3 or offloaded; it is {model.states}), "
+        return (
+            f"out of memory ({_first_sentence(error)}): lower --data.batch_size (it is {settings.data.batch_size}), {states}or "
+            f"train in --training.precision 16-mixed (it is {training.precision})"
+        )
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return f"a process that reads data has died ({_first_sentence(error)}): lower --data.workers, or find it more memory"
+    system = reason_of_system(error)
+    if system is not None and system.errno in _DISK:
+        return f"the run's folder could not be written to ({system.strerror}): make room, or mend the disk"
+    return None
+
+
+def _first_sentence(error: BaseException) -> str:
+    return " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

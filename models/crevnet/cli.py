@@ -1,4 +1,7 @@
-"""The command line: crevnet fit | evaluate | predict | show | data synth. What each does is in `commands`."""
+"""The command line: crevnet fit | evaluate | predict | submit | score | show | data synth | data holdout.
+
+What each does is in `commands` and `competition.commands`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,10 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
+from crevnet.competition import CompetitionSettings, Task
 from crevnet.config import PRESETS
 from crevnet.data import DataError, SyntheticCity
+from crevnet.data.protocol import HeadingOrder, ProtocolName
 from crevnet.network import Feedback
 from crevnet.settings import DataSettings, Parser, RunSettings, SettingsError, add_sections, load_settings
 
@@ -46,6 +51,7 @@ def _run(arguments: list[str]) -> None:
     except ValueError as error:
         raise SettingsError(str(error)) from error
     from crevnet import commands  # Lightning takes seconds to import: not for --help or a mistyped option
+    from crevnet.competition import commands as competition
 
     command = parsed.command
     chosen = options[command]
@@ -60,6 +66,16 @@ def _run(arguments: list[str]) -> None:
         commands.predict(chosen.run, chosen.data, chosen.checkpoint, chosen.feedback, *when, chosen.channel, out)
     elif command == "show":
         commands.show(chosen.path, chosen.slot, chosen.out)
+    elif command == "submit":
+        how = (chosen.test, chosen.checkpoint, chosen.feedback)
+        competition.submit(
+            chosen.run, chosen.weights, _competition(chosen), chosen.data, *how, chosen.out, chosen.overwrite
+        )
+    elif command == "score":
+        competition.score(chosen.submission, _competition(chosen), chosen.truth, chosen.data, chosen.json)
+    elif chosen.command == "holdout":
+        made = chosen.holdout
+        competition.hold_out(_competition(made), made.data, made.count, made.seed, made.out)
     else:
         commands.synth(chosen.synth.root, chosen.synth.city)
 
@@ -96,6 +112,27 @@ def _parser(arguments: list[str]) -> Parser:
     predict.add_argument("--out", type=Path | None, default=None, help="folder for the results; the run's if not given")
     parsers.add_subcommand("predict", predict, help="predict frames; write HDF5 and pictures")
 
+    submit = Parser(
+        description="Predict a competition's test cases. Writes the files that it asks for, and a zip beside."
+    )
+    _add_run(submit, arguments, several=True)
+    _add_competition(submit)
+    submit.add_argument(
+        "--weights", type=list[float] | None, default=None, help="the runs' weights in their mean; equal if not given"
+    )
+    submit.add_argument("--test", type=Path | None, default=None, help="the test cases' folder; data.root if not given")
+    submit.add_argument("--out", type=Path, required=True, help="the submission's folder")
+    submit.add_argument("--overwrite", action="store_true", help="replace files that were made from something else")
+    parsers.add_subcommand("submit", submit, help="predict a competition's test cases")
+
+    score = Parser(description="Score a submission by the competition's formula, beside naive forecasts.")
+    score.add_argument("submission", type=Path, help="a folder or a zip, as `crevnet submit` writes them")
+    score.add_argument("--truth", type=Path, required=True, help="folder of the test cases, with the truth beside them")
+    _add_competition(score)
+    score.add_class_arguments(DataSettings, "data")
+    score.add_argument("--json", type=Path | None, default=None, help="write the scores to this file too")
+    parsers.add_subcommand("score", score, help="score a submission")
+
     show = Parser(description="Show what a run's folder or a day file holds.")
     show.add_argument("path", type=Path, help="a run's folder, or a day file (.h5)")
     show.add_argument("--slot", type=int, default=96, help="the day's slot to draw")
@@ -109,16 +146,45 @@ def _parser(arguments: list[str]) -> Parser:
     synth.add_argument("root", type=Path, help="folder to write the city to")
     synth.add_class_arguments(SyntheticCity, "city")
     kinds.add_subcommand("synth", synth, help="write a synthetic city")
+    holdout = Parser(description="Make test cases with truth of the validation days, to practise a submission on.")
+    _add_competition(holdout)
+    holdout.add_class_arguments(DataSettings, "data")
+    holdout.add_argument("--count", type=int, default=100, help="at most so many a city: days in 2019, hours in 2021")
+    holdout.add_argument("--seed", type=int, default=0, help="of the draw")
+    holdout.add_argument("--out", type=Path, required=True, help="folder to write the test cases to")
+    kinds.add_subcommand("holdout", holdout, help="make test cases with truth of full days")
     return parser
 
 
-def _add_run(parser: Parser, arguments: list[str]) -> None:
-    parser.add_argument("run", type=Path, help="the folder that `crevnet fit` wrote")
+def _add_run(parser: Parser, arguments: list[str], several: bool = False) -> None:
+    what = "the folder that `crevnet fit` wrote"
+    if several:
+        parser.add_argument("run", type=Path, nargs="+", help=f"{what}; of several, the mean is taken")
+    else:
+        parser.add_argument("run", type=Path, help=what)
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="which of its checkpoints")
     parser.add_argument(
         "--feedback", type=Feedback, default="latent", help="what is fed back: latents, or decoded frames"
     )
     parser.add_class_arguments(DataSettings, "data", default=_data_of_run(arguments))
+
+
+def _add_competition(parser: Parser) -> None:
+    parser.add_argument("--protocol", type=ProtocolName, default="2019", help="which competition, by its year")
+    parser.add_argument("--task", type=Task, default="temporal", help="which of 2021's")
+    parser.add_argument(
+        "--heading_order", type=HeadingOrder, default="ne-se-sw-nw", help="of 2021's channels, to name them"
+    )
+    parser.add_argument(
+        "--slots",
+        type=list[int] | None,
+        default=None,
+        help="in 2019, the first predicted slots in cities other than Berlin, Istanbul and Moscow",
+    )
+
+
+def _competition(options: Any) -> CompetitionSettings:
+    return CompetitionSettings(options.protocol, options.task, options.heading_order, options.slots)
 
 
 def _fit_defaults(arguments: list[str]) -> RunSettings:
@@ -141,7 +207,7 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
 
 def _data_of_run(arguments: list[str]) -> dict[str, Any] | None:
     """The data settings of the run that the command line names: the defaults of its data options."""
-    if arguments[:1] in (["evaluate"], ["predict"]):
+    if arguments[:1] in (["evaluate"], ["predict"], ["submit"]):
         for argument in arguments[1:]:
             if Path(argument, "config.yaml").is_file():
                 return asdict(load_settings(Path(argument)).data)

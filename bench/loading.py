@@ -41,8 +41,8 @@ import capacity
 import report
 from crevnet import PRESETS
 from crevnet.data import DataError, DayFile, DayReader, SyntheticCity, open_days, write_city
+from crevnet.data.city_data import CityData
 from crevnet.settings import DataSettings
-from crevnet.training import CityData
 from schedules import Precision, Training
 
 LAYOUTS = {"a frame a chunk": None, "h5py's chunks": {"compression": "gzip"}, "uncompressed": {}}

@@ -20,7 +20,7 @@ import torch
 
 import revflow
 from crevnet import PRESETS, CrevNet
-from crevnet.data import Traffic4cast, open_days, road_map
+from crevnet.data import Windows, open_days, road_map
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
 def run(preset: str, data: Path, city: str, start: int, seed: int) -> str:
     config = PRESETS[preset]
     days = open_days(data, cities=[city])
-    window = Traffic4cast(days[:1], config.window, starts=[start])[0]["frames"][None]
+    window = Windows(days[:1], config.window, starts=[start])[0]["frames"][None]
     roads = road_map(days)[None]
     losses = []
 

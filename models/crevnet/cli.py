@@ -16,12 +16,21 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
-from crevnet.competition import CompetitionSettings, Task
+from crevnet.competition import ChallengeSettings, Task
 from crevnet.config import PRESETS
 from crevnet.data import DataError, SyntheticCity
-from crevnet.data.protocol import HeadingOrder, ProtocolName
+from crevnet.data.layouts import LayoutName
+from crevnet.data.protocol import ProtocolName
 from crevnet.network import Feedback
-from crevnet.settings import DataSettings, Parser, RunSettings, SettingsError, add_sections, load_settings
+from crevnet.settings import (
+    DataSettings,
+    Parser,
+    RunSettings,
+    SettingsError,
+    add_sections,
+    load_settings,
+    with_protocol,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,13 +78,13 @@ def _run(arguments: list[str]) -> None:
     elif command == "submit":
         how = (chosen.test, chosen.checkpoint, chosen.feedback)
         competition.submit(
-            chosen.run, chosen.weights, _competition(chosen), chosen.data, *how, chosen.out, chosen.overwrite
+            chosen.run, chosen.weights, _challenge(chosen), chosen.data, *how, chosen.out, chosen.overwrite
         )
     elif command == "score":
-        competition.score(chosen.submission, _competition(chosen), chosen.truth, chosen.data, chosen.json)
+        competition.score(chosen.submission, _challenge(chosen), chosen.truth, chosen.data, chosen.json)
     elif chosen.command == "holdout":
         made = chosen.holdout
-        competition.hold_out(_competition(made), made.data, made.count, made.seed, made.out)
+        competition.hold_out(_challenge(made), made.data, made.count, made.seed, made.out)
     else:
         commands.synth(chosen.synth.root, chosen.synth.city)
 
@@ -91,6 +100,12 @@ def _parser(arguments: list[str]) -> Parser:
         "--config", action="config", help="YAML file with any of the values below, a run's config.yaml say"
     )
     fit.add_argument("--preset", type=Literal[tuple(PRESETS)], default="paper", help="the architecture to start from")
+    fit.add_argument(
+        "--protocol",
+        type=LayoutName | None,
+        default=None,
+        help="the competition to start from: its data, channels and frames; or movies, without a road map",
+    )
     fit.add_argument("--out", type=Path, default=Path("runs/crevnet"), help="the run's folder")
     fit.add_argument(
         "--resume", type=Path | None, default=None, help="go on with the run in this folder, as configured there"
@@ -106,9 +121,13 @@ def _parser(arguments: list[str]) -> Parser:
     predict = Parser(description="Predict the frames after a slot of a validation day. Writes HDF5, a PNG and a GIF.")
     _add_run(predict, arguments)
     predict.add_argument("--city", type=str | None, default=None, help="which city; the first if not given")
-    predict.add_argument("--date", type=str | None, default=None, help="which day, YYYYMMDD; the first if not given")
+    predict.add_argument(
+        "--date", type=str | None, default=None, help="which day, YYYY-MM-DD, or movie; the first if not given"
+    )
     predict.add_argument("--slot", type=int | None, default=None, help="first slot to predict; 08:00 if not given")
-    predict.add_argument("--channel", type=int, default=1, help="channel in the pictures: 0 volume, 1 speed, 2 heading")
+    predict.add_argument(
+        "--channel", type=int | None, default=None, help="channel in the pictures; 1 if not given, speed"
+    )
     predict.add_argument("--out", type=Path | None, default=None, help="folder for the results; the run's if not given")
     parsers.add_subcommand("predict", predict, help="predict frames; write HDF5 and pictures")
 
@@ -116,7 +135,7 @@ def _parser(arguments: list[str]) -> Parser:
         description="Predict a competition's test cases. Writes the files that it asks for, and a zip beside."
     )
     _add_run(submit, arguments, several=True)
-    _add_competition(submit)
+    _add_challenge(submit)
     submit.add_argument(
         "--weights", type=list[float] | None, default=None, help="the runs' weights in their mean; equal if not given"
     )
@@ -128,8 +147,8 @@ def _parser(arguments: list[str]) -> Parser:
     score = Parser(description="Score a submission by the competition's formula, beside naive forecasts.")
     score.add_argument("submission", type=Path, help="a folder or a zip, as `crevnet submit` writes them")
     score.add_argument("--truth", type=Path, required=True, help="folder of the test cases, with the truth beside them")
-    _add_competition(score)
-    score.add_class_arguments(DataSettings, "data")
+    _add_challenge(score)
+    _add_protocol(score, arguments)
     score.add_argument("--json", type=Path | None, default=None, help="write the scores to this file too")
     parsers.add_subcommand("score", score, help="score a submission")
 
@@ -147,8 +166,8 @@ def _parser(arguments: list[str]) -> Parser:
     synth.add_class_arguments(SyntheticCity, "city")
     kinds.add_subcommand("synth", synth, help="write a synthetic city")
     holdout = Parser(description="Make test cases with truth of the validation days, to practise a submission on.")
-    _add_competition(holdout)
-    holdout.add_class_arguments(DataSettings, "data")
+    _add_challenge(holdout)
+    _add_protocol(holdout, arguments)
     holdout.add_argument("--count", type=int, default=100, help="at most so many a city: days in 2019, hours in 2021")
     holdout.add_argument("--seed", type=int, default=0, help="of the draw")
     holdout.add_argument("--out", type=Path, required=True, help="folder to write the test cases to")
@@ -169,12 +188,12 @@ def _add_run(parser: Parser, arguments: list[str], several: bool = False) -> Non
     parser.add_class_arguments(DataSettings, "data", default=_data_of_run(arguments))
 
 
-def _add_competition(parser: Parser) -> None:
-    parser.add_argument("--protocol", type=ProtocolName, default="2019", help="which competition, by its year")
+def _challenge(options: Any) -> ChallengeSettings:
+    return ChallengeSettings(options.task, options.slots)
+
+
+def _add_challenge(parser: Parser) -> None:
     parser.add_argument("--task", type=Task, default="temporal", help="which of 2021's")
-    parser.add_argument(
-        "--heading_order", type=HeadingOrder, default="ne-se-sw-nw", help="of 2021's channels, to name them"
-    )
     parser.add_argument(
         "--slots",
         type=list[int] | None,
@@ -183,16 +202,19 @@ def _add_competition(parser: Parser) -> None:
     )
 
 
-def _competition(options: Any) -> CompetitionSettings:
-    return CompetitionSettings(options.protocol, options.task, options.heading_order, options.slots)
+def _add_protocol(parser: Parser, arguments: list[str]) -> None:
+    parser.add_argument("--protocol", type=ProtocolName, default="2019", help="the competition, and its data")
+    data = with_protocol(RunSettings(), _value_of("--protocol", arguments)).data
+    parser.add_class_arguments(DataSettings, "data", default=asdict(data))
 
 
 def _fit_defaults(arguments: list[str]) -> RunSettings:
-    """The defaults of fit's options: those of the run to resume, else with the preset that the command line names."""
+    """The defaults of fit's options: those of the run to resume, else with the preset and protocol that are named."""
     run = _value_of("--resume", arguments)
     if run is not None:
         return load_settings(Path(run))
-    return RunSettings(PRESETS.get(_value_of("--preset", arguments) or "", PRESETS["paper"]))
+    preset = PRESETS.get(_value_of("--preset", arguments) or "", PRESETS["paper"])
+    return with_protocol(RunSettings(preset), _value_of("--protocol", arguments))
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:

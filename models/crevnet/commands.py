@@ -16,11 +16,23 @@ from rich.table import Table
 from torch.utils.data import default_collate
 
 from crevnet import figures, forecasts
-from crevnet.data import DataError, DayFile, DayReader, SyntheticCity, cached_road_map, open_day, write_city
+from crevnet.data import (
+    DataError,
+    DayFile,
+    DayReader,
+    Layout,
+    SyntheticCity,
+    cached_road_map,
+    layout_of,
+    open_day,
+    unit_interval,
+    write_city,
+)
+from crevnet.data.city_data import CityData
 from crevnet.evaluation import CrevNetForecast, Scores, mean_over_cities, score
 from crevnet.network import Feedback
 from crevnet.settings import DataSettings, RunSettings, SettingsError, load_settings
-from crevnet.training import CityData, checkpoint_path, load_network, train
+from crevnet.training import checkpoint_path, load_network, train
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -37,6 +49,7 @@ def evaluate(run: Path, data: DataSettings, checkpoint: str, feedback: Feedback,
     model = load_settings(run).model
     network = load_network(run, model, checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     cities = CityData(data, model)
+    horizons = cities.layout.horizons(model.horizon)
     means = forecasts.pixel_means(cities.training_days, data.training_slots)
     by_city: dict[str, dict[str, Scores]] = {}
     windows = 0
@@ -54,14 +67,15 @@ def evaluate(run: Path, data: DataSettings, checkpoint: str, feedback: Feedback,
                 },
                 batches,
                 model.past,
+                horizons,
             )
     table = mean_over_cities(by_city)
-    _print_scores(
-        table, f"{', '.join(by_city)}: {windows} windows, {model.past} frames seen, {model.horizon} predicted"
-    )
+    title = f"{', '.join(by_city)}: {windows} windows, {model.past} frames seen, {model.horizon} predicted"
+    _print_scores(table, title, cities.layout, horizons)
     if out is not None:
         result = {
             "windows": windows,
+            "horizons": list(horizons),
             "feedback": feedback,
             "checkpoint": checkpoint,
             "mean over cities": table,
@@ -79,7 +93,7 @@ def predict(
     city: str | None,
     date: str | None,
     slot: int | None,
-    channel: int,
+    channel: int | None,
     out: Path,
 ) -> None:
     model = load_settings(run).model
@@ -87,6 +101,8 @@ def predict(
     cities = CityData(data, model)
     day = _chosen(cities.validation_days, city, date)
     slots = day.slot_range(data.validation_slots)
+    if channel is None:
+        channel = min(1, model.channels - 1)  # Traffic4cast's speed
     if not 0 <= channel < model.channels:
         raise DataError(f"--channel {channel}: the model has channels 0 to {model.channels - 1}")
     first, last = slots.start + model.past, slots.stop - model.horizon
@@ -103,14 +119,15 @@ def predict(
     with torch.inference_mode():
         forecast = CrevNetForecast(network, feedback)(past, window)[0].clamp(0, 1)
     out.mkdir(parents=True, exist_ok=True)
-    stem = out / f"{day.city}-{day.date}-{slot:03d}"
-    _write_prediction(stem.with_suffix(".h5"), forecast.numpy(), day, slot)
+    stem = f"{day.city}-{day.date}-{slot:03d}"  # of a movie's name, which may hold dots
+    written = {suffix: out / f"{stem}{suffix}" for suffix in (".h5", ".png", ".gif")}
+    _write_prediction(written[".h5"], forecast.numpy(), day, slot)
     arrays = past[0].numpy(), truth.numpy(), forecast.numpy()
-    title = f"{day.city}, {day.date}, predicted from {slot // 12:02d}:{slot % 12 * 5:02d}"
-    figures.save(figures.forecast_figure(*arrays, title, channel), stem.with_suffix(".png"))
-    figures.forecast_animation(*arrays, stem.with_suffix(".gif"), channel)
-    for suffix in (".h5", ".png", ".gif"):
-        console.print(f"wrote {stem.with_suffix(suffix)}")
+    title = f"{day.city}, {day.date}, predicted from {cities.layout.time(slot)}"
+    figures.save(figures.forecast_figure(*arrays, title, cities.layout, channel), written[".png"])
+    figures.forecast_animation(*arrays, written[".gif"], cities.layout, channel)
+    for path in written.values():
+        console.print(f"wrote {path}")
 
 
 def show(path: Path, slot: int, out: Path | None) -> None:
@@ -131,13 +148,12 @@ def synth(root: Path, city: SyntheticCity) -> None:
     console.print(f"wrote {len(paths)} days to {root / city.name} (next: crevnet fit --data.root {root})")
 
 
-def _print_scores(scores: dict[str, Scores], title: str) -> None:
+def _print_scores(scores: dict[str, Scores], title: str, layout: Layout, horizons: Sequence[int]) -> None:
     any_scores = next(iter(scores.values()))
     table = Table(title=title, title_justify="left")
     table.add_column("forecast")
-    channels = [figures.channel_name(c) for c in range(len(any_scores.mse_by_channel))]
-    horizons = [f"+{5 * (k + 1)} min" for k in range(len(any_scores.mse_by_horizon))]
-    for name in ("MSE", "MAE", "MSE on roads", *channels, *horizons):
+    channels = [layout.channel_name(c) for c in range(len(any_scores.mse_by_channel))]
+    for name in ("MSE", "MAE", "MSE on roads", *channels, *map(layout.lead, horizons)):
         table.add_column(name, justify="right", no_wrap=True)
     best = min(s.mse for s in scores.values())
     for name, s in scores.items():
@@ -147,7 +163,8 @@ def _print_scores(scores: dict[str, Scores], title: str) -> None:
 
 
 def _chosen(days: Sequence[DayFile], city: str | None, date: str | None) -> DayFile:
-    found = [day for day in days if city in (None, day.city) and date in (None, day.date)]
+    dates = [day.date for day in days] if date is None else [date, date.replace("-", "")]
+    found = [day for day in days if city in (None, day.city) and day.date in dates]
     if not found:
         there = ", ".join(f"{day.city} {day.date}" for day in days[:10])
         raise DataError(f"no validation day for --city {city} --date {date}; there are {there}")
@@ -183,19 +200,19 @@ def _show_day(day: DayFile, slot: int, out: Path | None) -> None:
     if not 0 <= slot < day.shape[0]:
         raise DataError(f"--slot {slot}: {day.path} has slots 0 to {day.shape[0] - 1}")
     roads = cached_road_map([day])[0].numpy()
-    frame = DayReader().read(day, slot, slot + 1)[0]
+    frame = unit_interval(torch.from_numpy(DayReader().read(day, slot, slot + 1)[0])).numpy()
     table = Table(title=str(day.path), title_justify="left", show_header=False)
     table.add_row("slots, height, width, channels", " x ".join(map(str, day.shape)))
     table.add_row("pixels that ever have data", f"{(roads > 0).mean():.1%}")
+    layout = layout_of(day.path)
     for c in range(day.shape[3]):
-        values = frame[..., c]
+        values = frame[..., c] * 255
         known = values[values > 0]
         what = (
             f"{known.size / values.size:.1%} of the pixels, mean {known.mean():.1f} of 255" if known.size else "no data"
         )
-        table.add_row(f"{figures.channel_name(c)}, slot {slot}", what)
+        table.add_row(f"{layout.channel_name(c)}, slot {slot}", what)
     console.print(table)
     if out is not None:
-        channels = frame.transpose(2, 0, 1).astype(np.float32) / 255
-        figures.save(figures.day_figure(channels, roads, f"{day.path.name}, slot {slot}"), out)
+        figures.save(figures.day_figure(frame.transpose(2, 0, 1), roads, f"{day.path.name}, slot {slot}", layout), out)
         console.print(f"wrote {out}")

@@ -5,7 +5,7 @@ Values are in [0, 1] (values / 255), forecasts are clipped to that. A mean is ov
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,14 +62,23 @@ class Scoring:
         )
 
 
-def score(forecasts: Mapping[str, Forecast], batches: Iterable[Mapping[str, Any]], past: int) -> dict[str, Scores]:
+def score(
+    forecasts: Mapping[str, Forecast],
+    batches: Iterable[Mapping[str, Any]],
+    past: int,
+    horizons: Sequence[int] | None = None,
+) -> dict[str, Scores]:
     """Score every forecast on the same windows: batches with "frames" (B, past + horizon, C, H, W), "road_map" (B, 1, H, W),
-    and what the forecasts need: "static" (B, S, H, W) for networks."""
+    and what the forecasts need: "static" (B, S, H, W) for networks.
+
+    horizons: which of the future frames to score, 1 being the first; all if not given.
+    """
+    scored = slice(None) if horizons is None else [horizon - 1 for horizon in horizons]
     scorings = {name: Scoring() for name in forecasts}
     for batch in batches:
         seen, truth = batch["frames"][:, :past], batch["frames"][:, past:]
         for name, forecast in forecasts.items():
-            scorings[name].add(forecast(seen, batch), truth, batch["road_map"])
+            scorings[name].add(forecast(seen, batch)[:, scored], truth[:, scored], batch["road_map"])
     return {name: scoring.scores() for name, scoring in scorings.items()}
 
 

@@ -15,12 +15,15 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-CHANNELS = ("volume", "speed", "heading")
+from crevnet.data import Layout
+
 Frames = NDArray[np.float32]
 """(T, C, H, W) in [0, 1]."""
 
 
-def forecast_figure(past: Frames, truth: Frames, forecast: Frames, title: str, channel: int = 1) -> Figure:
+def forecast_figure(
+    past: Frames, truth: Frames, forecast: Frames, title: str, layout: Layout, channel: int = 1
+) -> Figure:
     """A column a predicted frame: the last input, the truth, the forecast and its error, for one channel."""
     horizon = len(truth)
     rows = [
@@ -43,16 +46,18 @@ def forecast_figure(past: Frames, truth: Frames, forecast: Frames, title: str, c
             shown = axis.imshow(image, vmin=limits[0], vmax=limits[1], cmap="RdBu_r" if name == "error" else "magma")
             axis.set_xticks([])
             axis.set_yticks([])
-            minutes = 5 * (column + 1 - (horizon if name == "input" else 0))
-            axis.set_title(f"{minutes:+d} min" if minutes else "now", fontsize=9)
+            steps = column + 1 - (horizon if name == "input" else 0)
+            axis.set_title(layout.lead(steps) if steps else "now", fontsize=9)
             if column == 0:
                 axis.set_ylabel(name, fontsize=11)
         figure.colorbar(shown, ax=axes[row, :].tolist(), fraction=0.04)
-    figure.suptitle(f"{title}: {channel_name(channel)}", fontsize=11)
+    figure.suptitle(f"{title}: {layout.channel_name(channel)}", fontsize=11)
     return figure
 
 
-def forecast_animation(past: Frames, truth: Frames, forecast: Frames, path: Path, channel: int = 1) -> None:
+def forecast_animation(
+    past: Frames, truth: Frames, forecast: Frames, path: Path, layout: Layout, channel: int = 1
+) -> None:
     """A GIF: the past, then truth and prediction side by side."""
     left, right = np.concatenate((past, truth))[:, channel], np.concatenate((past, forecast))[:, channel]
     brightest = max(float(np.quantile(left, 0.999)), 1 / 255)
@@ -68,17 +73,17 @@ def forecast_animation(past: Frames, truth: Frames, forecast: Frames, path: Path
     def draw(t: int) -> Sequence[matplotlib.image.AxesImage]:
         for image, frames in zip(images, (left, right), strict=True):
             image.set_data(frames[t])
-        minutes = 5 * (t + 1 - len(past))
-        figure.suptitle(f"{minutes:+d} min, {'seen' if t < len(past) else 'predicted'}: {channel_name(channel)}")
+        lead, kind = layout.lead(t + 1 - len(past)), "seen" if t < len(past) else "predicted"
+        figure.suptitle(f"{lead}, {kind}: {layout.channel_name(channel)}")
         return images
 
     FuncAnimation(figure, draw, frames=len(left)).save(path, PillowWriter(fps=3))
     plt.close(figure)
 
 
-def day_figure(frame: Frames, road_map: Frames, title: str) -> Figure:
+def day_figure(frame: Frames, road_map: Frames, title: str, layout: Layout) -> Figure:
     """One frame (C, H, W), a panel a channel, and the road map (H, W) beside them."""
-    panels = [(channel_name(c), frame[c]) for c in range(len(frame))] + [("road map", road_map)]
+    panels = [(layout.channel_name(c), frame[c]) for c in range(len(frame))] + [("road map", road_map)]
     height, width = road_map.shape
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4 * len(panels) * width / height, 4.6), squeeze=False, layout="constrained"
@@ -94,8 +99,3 @@ def day_figure(frame: Frames, road_map: Frames, title: str) -> Figure:
 def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def channel_name(channel: int) -> str:
-    """What Traffic4cast 2019 holds in a channel."""
-    return CHANNELS[channel] if channel < len(CHANNELS) else f"channel {channel}"

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crevnet.data import DayFile, sample_frames
+from crevnet.data import DayFile, sample_frames, unit_interval
 
 Window = Mapping[str, Any]
-"""A batch of windows, as Traffic4cast's items are collated."""
+"""A batch of windows, as the items of Windows are collated."""
 Forecast = Callable[[Tensor, Window], Tensor]
 
 
@@ -45,7 +45,7 @@ def pixel_means(days: Sequence[DayFile], slots: tuple[int, int] | None = None, f
         chosen = [day for day in days if day.city == city]
         total, count = torch.zeros(()), 0
         for frame in sample_frames(chosen, slots, frames):
-            total = total + torch.from_numpy(frame.astype("float32")).div_(255)
+            total = total + unit_interval(torch.from_numpy(frame))
             count += 1
         means[city] = (total / count).permute(2, 0, 1)
     return means

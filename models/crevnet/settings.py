@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import jsonargparse
 import yaml
 
 from crevnet.config import CrevNetConfig
+from crevnet.data.dates import read_dates
+from crevnet.data.flips import Flips
+from crevnet.data.layouts import LayoutName
+from crevnet.data.protocol import HeadingOrder, ProtocolName, protocol
 from crevnet.network import Loss
 
 
@@ -22,27 +26,44 @@ class DataSettings:
     """Where the frames are, and which of them to use.
 
     Args:
-        root: folder that holds the cities, <root>/<City>/<City>_training/YYYYMMDD_100m_bins.h5
+        root: folder that holds the cities, <root>/<City>/<City>_training/YYYYMMDD_100m_bins.h5 (2019),
+            <root>/<CITY>/training/YYYY-MM-DD_<CITY>_8ch.h5 (2021), or movies, <root>/training/*.h5.
+        protocol: which of these it holds. Movies are HDF5 files (frames, H, W, C), uint8 or int16 in 0..255, or floating point
+            in [0, 1].
+        heading_order: of the channels of 2021, whose organisers' own files disagree.
         cities: names of the cities to use; all that are found if not given.
         training_split: which of a city's folders to train on.
+        training_dates: train on these days alone, YYYY-MM-DD, a list or a text file of one a line; days that are missing are
+            passed over. If not given, all days, but for those of validation_dates where both are of one folder.
         training_slots: train on this range of each day's slots, [first, past-the-last]; the whole day if not given.
         validation_split: which of a city's folders to validate and evaluate on.
+        validation_dates: validate on these days alone, as above.
         validation_slots: validate on this range of each day's slots; the whole day if not given.
+        validation_windows: strided, one every validation_stride slots; test, those before the five slots of each city that
+            2019's competition asks for.
         stride: start a training window every so many slots.
         validation_stride: start a validation window every so many slots; by default windows do not overlap.
+        flips: train on mirror images, too: horizontal, east for west, vertical, north for south, or both. Headings are mirrored,
+            too. Each epoch draws, for every window, one of its images or the window as it is.
         skip_damaged: leave damaged day files out with a warning, instead of stopping.
         batch_size: windows in a batch.
         workers: processes that read ahead; 0 reads in the training process.
     """
 
     root: Path | None = None
+    protocol: LayoutName = "2019"
+    heading_order: HeadingOrder = "ne-se-sw-nw"
     cities: list[str] | None = None
     training_split: str = "training"
+    training_dates: list[str] | Path | None = None
     training_slots: tuple[int, int] | None = None
     validation_split: str = "validation"
+    validation_dates: list[str] | Path | None = None
     validation_slots: tuple[int, int] | None = None
+    validation_windows: Literal["strided", "test"] = "strided"
     stride: int = 1
     validation_stride: int | None = None
+    flips: Flips = "none"
     skip_damaged: bool = False
     batch_size: int = 1
     workers: int = 0
@@ -56,6 +77,13 @@ class DataSettings:
             raise ValueError("data.cities names no city: name some, or leave it out for all")
         if self.workers < 0:
             raise ValueError(f"data.workers cannot be negative; got {self.workers}")
+        for name in ("training_dates", "validation_dates"):  # a run keeps the dates: a file might change
+            object.__setattr__(self, name, read_dates(f"data.{name}", getattr(self, name)))
+        for name in ("cities", "training_dates", "validation_dates"):
+            if self.protocol == "movies" and getattr(self, name) is not None:
+                raise ValueError(f"data.{name} is given, but movies have neither cities nor dates: leave it out")
+        if self.validation_windows == "test" and self.protocol != "2019":
+            raise ValueError(f"data.validation_windows test is 2019's, and data.protocol {self.protocol}: say strided")
 
 
 @dataclass(frozen=True)
@@ -128,11 +156,33 @@ class RunSettings:
         (folder / "config.yaml").write_text(plain, encoding="utf-8")
 
 
+def with_protocol(settings: RunSettings, name: str | None) -> RunSettings:
+    """The settings with what a competition, or a folder of movies, asks for; as they are where none, or no such, is named."""
+    model, data = settings.model, settings.data
+    if name == "movies":
+        return replace(settings, model=replace(model, static=()), data=replace(data, protocol=name))
+    if name not in get_args(ProtocolName):
+        return settings
+    asked = protocol(name)
+    model = replace(model, channels=len(asked.channels), past=asked.past, horizon=asked.horizon, static=("road_map",))
+    # 2019 asks for slots, 2021 has all its days in one folder
+    parted = {"validation_windows": "test"} if name == "2019" else {"validation_split": "training"}
+    return replace(settings, model=model, data=replace(data, protocol=name, **parted))
+
+
 class Parser(jsonargparse.ArgumentParser):
     """Raises SettingsError where argparse would print its usage and exit; knows no abbreviations."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+
+    def validate(self, namespace: jsonargparse.Namespace, *arguments: Any, **options: Any) -> None:
+        """Refuses what the base class lets pass in files: a section that holds no values, and null for a value that has to be."""
+        for section in self.groups or ():
+            values = namespace.get(section, jsonargparse.Namespace())
+            if not isinstance(values, jsonargparse.Namespace):
+                raise TypeError(f"{section} is {values!r}, expected a section with values")
+        super().validate(namespace, *arguments, **options | {"skip_unset": False})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise SettingsError(f"{' '.join(message.split())} (see {self.prog} --help)") from ex

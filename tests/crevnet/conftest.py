@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import days_2021
 import h5py
 import numpy as np
 import pytest
@@ -62,6 +63,12 @@ def _write_day(
 @pytest.fixture(scope="session")
 def write_day() -> Callable[..., Path]:
     return _write_day
+
+
+@pytest.fixture
+def cities_2021(tmp_path: Path) -> Path:
+    """The data folder of `days_2021`, to be damaged at will."""
+    return days_2021.write_cities(tmp_path / "cities-2021")
 
 
 def write_cities(root: Path) -> Path:

@@ -10,10 +10,10 @@ import torch
 
 from crevnet import forecasts
 from crevnet.cli import main
-from crevnet.data import Traffic4cast, open_days
+from crevnet.data import Windows, open_days
+from crevnet.data.city_data import CityData
 from crevnet.evaluation import score
 from crevnet.settings import DataSettings, load_settings
-from crevnet.training import CityData
 
 ROOT = Path(__file__).parents[1] / "data" / "air-traffic"
 CITY = "Quickstart"
@@ -102,7 +102,7 @@ def test_naive_scores_as_published_with_the_data(city, zeros, last):
     """The errors in the README beside the files: targets 10 to 287."""
     days = open_days(ROOT, cities=[city])
     roads = torch.ones(1, 495, 436)
-    windows = Traffic4cast(days, 11, road_maps={city: roads})
+    windows = Windows(days, 11, road_maps={city: roads})
     batches = torch.utils.data.DataLoader(windows, 2)
     found = score({"zeros": forecasts.zeros(1), "last": forecasts.last_frame(1)}, batches, 10)
     assert len(windows) == 278

@@ -128,8 +128,9 @@ def test_evaluate_against_scores_computed_directly(which_run, feedback, which, p
     out = tmp_path / "scores.json"
     said = crevnet("evaluate", run, "--json", out, "--feedback", feedback, "--checkpoint", which)
     found = json.loads(out.read_text())
-    assert found.keys() == {"windows", "feedback", "checkpoint", "mean over cities", "Here", "There"}
+    assert found.keys() == {"windows", "horizons", "feedback", "checkpoint", "mean over cities", "Here", "There"}
     assert (found["windows"], found["feedback"], found["checkpoint"]) == (8, feedback, which)
+    assert found["horizons"] == [1, 2]
     expected = directly(run, points, feedback, which)
     for number, name in enumerate(("CrevNet", "last frame")):
         for measure in expected["Here"][number]:

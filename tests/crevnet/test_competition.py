@@ -8,7 +8,7 @@ import pytest
 import torch
 from practice import array, fake_runs, predicted, rounded, scores, write_array
 
-from crevnet.competition import Traffic4cast2021, forecasting
+from crevnet.competition import Challenge2021, forecasting
 from crevnet.data import DataError
 
 HORIZONS_2019, HORIZONS_2021 = (1, 2, 3), (1, 2, 3, 6, 9, 12)
@@ -130,7 +130,7 @@ def test_round_trip_of_2019(held_out, full_days, points, crevnet, tmp_path, monk
 
 @pytest.fixture(scope="module")
 def hours(tmp_path_factory):
-    """Test cases of 2021 with their truth: (past, truth, weekday, slot) of each city."""
+    """Test cases of 2021 with their truth, training days and static files: (past, truth, when, training, static) of each city."""
     root, cases = tmp_path_factory.mktemp("hours"), {}
     rng = np.random.default_rng(0)
     for city, count in (("BERLIN", 3), ("MELBOURNE", 2)):
@@ -140,25 +140,34 @@ def hours(tmp_path_factory):
         write_array(root / city / f"{city}_test_temporal.h5", past)
         write_array(root / city / f"{city}_test_additional_temporal.h5", when.astype(np.uint8))
         write_array(root / city / f"{city}_test_temporal_truth.h5", truth)
-        cases[city] = (past, truth, when)
+        training = rng.integers(0, 256, (2, 288, 5, 4, 8), dtype=np.uint8)
+        for number, day in enumerate(training):
+            write_array(root / city / "training" / f"2019-01-0{number + 1}_{city}_8ch.h5", day)
+        static = rng.integers(0, 256, (9, 5, 4), dtype=np.uint8)
+        write_array(root / city / f"{city}_static.h5", static)
+        cases[city] = (past, truth, when, training, static)
     return root, cases
 
 
 def test_round_trip_of_2021(hours, crevnet, tmp_path, monkeypatch):
-    """Weights that do not add up to 1; static inputs that follow the clock."""
+    """Weights that do not add up to 1; static inputs from the static files and the clock."""
     root, cases = hours
-    runs = fake_runs(tmp_path, monkeypatch, [0.5, 0.9], channels=8, static=("clock",))
+    runs = fake_runs(tmp_path, monkeypatch, [0.5, 0.9], channels=8, static=("connectivity", "clock"))
     networks = [forecasting.load_network(run) for run in runs]
     year, out, scored = ("--protocol", "2021"), tmp_path / "submission", tmp_path / "scores.json"
-    crevnet("submit", *runs, *year, "--test", root, "--out", out, "--weights", "[3,1]")
-    expected, clocks = {}, []
-    for city, (past, truth, when) in cases.items():
+    crevnet("submit", *runs, "--data.protocol", "2021", "--data.root", root, "--out", out, "--weights", "[3,1]")
+    expected, seen = {}, []
+    for city, (past, truth, when, training, static) in cases.items():
         mean = [(3 * predicted(p, 0.5, HORIZONS_2021) + predicted(p, 0.9, HORIZONS_2021)) / 4 for p in past]
         found = array(out / city / f"{city}_test_temporal.h5")
         assert found.dtype == np.uint8 and found.shape == (len(past), 6, 5, 4, 8)
         assert np.abs(found - np.array(mean)).max() <= 0.5 + 1e-3
         first = when[:, 1] + 12
-        others = [naive(p, HORIZONS_2021) for p in past]
+        slot_mean = rounded(training.astype(float).mean(0))
+        others = [
+            {**naive(p, HORIZONS_2021), "historical mean": slot_mean[np.array(HORIZONS_2021) + slot - 1]}
+            for p, slot in zip(past, first, strict=True)
+        ]
         where = (first, HORIZONS_2021, 288, 1)
         expected[city] = {"submission": scores(found, truth, *where)} | {
             name: scores([other[name] for other in others], truth, *where) for name in others[0]
@@ -167,13 +176,12 @@ def test_round_trip_of_2021(hours, crevnet, tmp_path, monkeypatch):
             # of the window's first frame: the networks see the last 3 of the 12 frames
             of_day = (slot + 9) / 288
             angles = 2 * np.pi * np.array([of_day, of_day, (weekday + of_day) / 7, (weekday + of_day) / 7])
-            clocks.append((1 + np.where([1, 0, 1, 0], np.sin(angles), np.cos(angles))) / 2)
+            clock = (1 + np.where([1, 0, 1, 0], np.sin(angles), np.cos(angles))) / 2
+            seen.append(np.concatenate((static[1:] / 255, np.tile(clock[:, None, None], (1, 5, 4)))))
     for network in networks:
-        static = torch.cat(network.static)
-        assert static.shape == (5, 4, 5, 4)
-        assert np.allclose(static.numpy(), np.array(clocks)[:, :, None, None], atol=1e-5)
+        assert np.allclose(torch.cat(network.static).numpy(), np.array(seen), atol=1e-5)
     said = crevnet("score", out, *year, "--truth", root, "--json", scored)
-    assert "without the historical mean" in said and "speed NE" in said and "+60 min" in said
+    assert "speed NE" in said and "+60 min" in said
     found = json.loads(scored.read_text())
     check_scores({city: found[city] for city in expected}, expected)
     score = np.mean([expected[city]["submission"]["mse"] for city in expected])
@@ -181,22 +189,22 @@ def test_round_trip_of_2021(hours, crevnet, tmp_path, monkeypatch):
     assert score > 1  # of values 0..255
 
 
-def test_held_out_hours_of_2021(write_day, points, crevnet, tmp_path):
+def test_held_out_hours_of_2021(points, crevnet, tmp_path):
     """Frames are found again in their days; no two hours of a day share a slot."""
     days = {}
-    for date, seed in (("20190101", 0), ("20190105", 1)):  # a Tuesday and a Saturday
+    for date, seed in (("2019-01-01", 0), ("2019-01-05", 1), ("2019-01-06", 2)):  # a Tuesday and a weekend
         frames = np.tile(points(seed, 80, 5, 4), (1, 1, 1, 3))[..., :8]
         days[date] = frames + np.arange(80, dtype=np.uint8)[:, None, None, None]  # no frame is like another
-        write_day(tmp_path / "data", days[date], "BERN", date, "validation")
+        write_array(tmp_path / "data" / "BERN" / "training" / f"{date}_BERN_8ch.h5", days[date])
     options = ("--protocol", "2021", "--data.root", tmp_path / "data", "--count", "4", "--out", tmp_path / "test")
-    crevnet("data", "holdout", *options)
+    crevnet("data", "holdout", *options, "--data.validation_dates", "[2019-01-01,2019-01-05]")
     folder = tmp_path / "test" / "BERN"
     past, truth = array(folder / "BERN_test_temporal.h5"), array(folder / "BERN_test_temporal_truth.h5")
     when = array(folder / "BERN_test_additional_temporal.h5")
     assert past.shape == (4, 12, 5, 4, 8) and truth.shape == (4, 6, 5, 4, 8) and when.shape == (4, 2)
     assert past.dtype == truth.dtype == when.dtype == np.uint8
     for number, (weekday, slot) in enumerate(when):
-        day = days[{1: "20190101", 5: "20190105"}[weekday]]
+        day = days[{1: "2019-01-01", 5: "2019-01-05"}[weekday]]
         assert np.array_equal(past[number], day[slot : slot + 12])
         assert np.array_equal(truth[number], day[[slot + 11 + h for h in HORIZONS_2021]])
     slots = [(weekday, slot + k) for weekday, slot in when.tolist() for k in range(24)]
@@ -216,6 +224,7 @@ def write_hours(root, past=(2, 12, 5, 4, 8), when=((0, 0), (6, 240)), truth=(2, 
     ("change", "named"),
     [
         ({"past": (2, 11, 5, 4, 8)}, "BERN_test_temporal.h5"),
+        ({"past": (2, 12, 5, 4, 3)}, "BERN_test_temporal.h5 has 3 channels"),
         ({"when": ((0, 0),)}, "BERN_test_additional_temporal.h5"),
         ({"when": ((7, 0), (0, 0))}, "BERN_test_additional_temporal.h5"),
         ({"when": ((0, 0), (0, 265))}, "BERN_test_additional_temporal.h5"),
@@ -225,19 +234,19 @@ def write_hours(root, past=(2, 12, 5, 4, 8), when=((0, 0), (6, 240)), truth=(2, 
 def test_malformed_hours_are_named(change, named, tmp_path):
     write_hours(tmp_path, **change)
     with pytest.raises(DataError, match=named):
-        for file in Traffic4cast2021("temporal").case_files(tmp_path, None):
+        for file in Challenge2021("temporal").case_files(tmp_path, None):
             file.case(0)
             file.truth(0)
 
 
 def test_hours_of_the_other_task_and_city(tmp_path):
     write_hours(tmp_path)
-    (file,) = Traffic4cast2021("temporal").case_files(tmp_path, ["BERN"])
+    (file,) = Challenge2021("temporal").case_files(tmp_path, ["BERN"])
     assert (file.name, file.shape) == ("BERN/BERN_test_temporal.h5", (2, 6, 5, 4, 8))
     with pytest.raises(DataError, match=r"_test_spatiotemporal\.h5"):
-        Traffic4cast2021("spatiotemporal").case_files(tmp_path, None)
+        Challenge2021("spatiotemporal").case_files(tmp_path, None)
     with pytest.raises(DataError, match="PARIS; found BERN"):
-        Traffic4cast2021("temporal").case_files(tmp_path, ["PARIS"])
+        Challenge2021("temporal").case_files(tmp_path, ["PARIS"])
 
 
 # --- holding out
@@ -263,9 +272,9 @@ def test_held_out_days_are_drawn_and_never_replaced(write_day, points, crevnet, 
         (("--protocol", "2021", "--data.root", "short"), "24"),
     ],
 )
-def test_holding_out_what_cannot_be(options, named, full_days, write_day, points, failing, tmp_path, monkeypatch):
+def test_holding_out_what_cannot_be(options, named, full_days, points, failing, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_day(tmp_path / "short", points(0, 23), "Here", "20180101", "validation")
+    write_array(tmp_path / "short" / "BERN" / "training" / "2019-01-01_BERN_8ch.h5", points(0, 23))
     assert named in failing(
         "data", "holdout", "--data.root", full_days, "--out", tmp_path / "out", "--slots", [*SLOTS], *options
     )

@@ -59,7 +59,7 @@ def test_frames_are_spread_over_days_and_slots(data):
         array = blank(4)
         for slot in range(4):
             array[slot].reshape(6, 3)[3 * day + slot // 2] = 1
-        write_day(data, array, date=f"2018010{day}")
+        write_day(data, array, date=f"2018010{day + 1}")
     assert torch.equal(road_map(open_days(data), frames=4), torch.tensor([[[0.25, 0.25, 0], [0.25, 0.25, 0]]]))
 
 

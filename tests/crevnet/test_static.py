@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from crevnet import CrevNetConfig
-from crevnet.data import StaticInputs, Traffic4cast, open_days
-from crevnet.training import CityData
+from crevnet.data import StaticInputs, Windows, open_days
+from crevnet.data.city_data import CityData
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_windows_of_a_run_hold_what_its_model_takes(settings):
 
 
 def test_windows_without_static_inputs_have_none(days):
-    assert "static" not in Traffic4cast(days, 3)[0]
+    assert "static" not in Windows(days, 3)[0]
 
 
 @pytest.mark.parametrize("static", [("clock", "clock"), ("weather",)])

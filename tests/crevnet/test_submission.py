@@ -11,7 +11,7 @@ from practice import array, fake_runs, write_array
 
 from crevnet import CrevNet
 from crevnet.cli import main
-from crevnet.competition import Case, Traffic4cast2019
+from crevnet.competition import Case, Challenge2019
 from crevnet.competition.forecasting import ensemble, submitted
 from crevnet.competition.submission import write_submission
 from crevnet.data import DataError
@@ -104,7 +104,7 @@ def interrupted_after(cases):
 
 
 def test_an_interrupted_submission_goes_on(data, tmp_path):
-    files = Traffic4cast2019([16, 34]).case_files(data, None)
+    files = Challenge2019([16, 34]).case_files(data, None)
     out, done = tmp_path / "submission", []
     with pytest.raises(KeyboardInterrupt):
         write_submission(files, interrupted_after(3), out, "these", False, done.append)
@@ -159,8 +159,9 @@ def test_a_run_for_each_city(data, crevnet, tmp_path, monkeypatch):
         (("--weights", "[1,2]"), "--weights"),
         (("--weights", "[-1]"), "--weights"),
         (("--weights", "[.nan]"), "--weights"),
-        (("--protocol", "2020"), "protocol"),
-        (("--protocol", "2021"), "--task"),
+        (("--data.protocol", "2020"), "protocol"),
+        (("--data.protocol", "2021"), "--task"),
+        (("--data.protocol", "movies"), "movies"),
         (("--test", "absent"), "absent"),
         (("--data.cities", "[Paris]"), "Paris"),
         (("--slots", "[]"), "--slots"),
@@ -179,7 +180,12 @@ def test_submissions_that_cannot_be(options, named, data, failing, tmp_path, mon
 
 @pytest.mark.parametrize(
     ("model", "named"),
-    [({"channels": 8}, "8 channels"), ({"past": 13}, "13 frames"), ({"static": ("road_map",)}, "Here")],
+    [
+        ({"channels": 8}, "8 channels"),
+        ({"past": 13}, "13 frames"),
+        ({"static": ("road_map",)}, "no file of Here"),
+        ({"static": ("connectivity",)}, "no file of Here"),
+    ],
 )
 def test_runs_that_cannot_be_submitted(model, named, data, failing, tmp_path, monkeypatch):
     (run,) = fake_runs(tmp_path, monkeypatch, [0.5], **model)
@@ -187,6 +193,22 @@ def test_runs_that_cannot_be_submitted(model, named, data, failing, tmp_path, mo
     shutil.copy(data / "There/There_training/20180101_100m_bins.h5", tmp_path / "empty/There/There_training")
     where = ("--data.root", tmp_path / "empty", "--test", data)
     assert named in failing("submit", run, *where, "--out", tmp_path / "submission", *SLOTS)
+
+
+def test_days_of_another_frame_size_are_named(data, run, write_day, points, failing, tmp_path):
+    """Than the training days, from which the road map and the historical mean come."""
+    other = tmp_path / "other"
+    for city in ("Here", "There"):
+        write_day(other, points(0, 40, 15, 14), city, "20180101", "training")
+    line = failing("submit", run, "--data.root", other, "--test", data, "--out", tmp_path / "out", *SLOTS)
+    assert f"{run} cannot predict {data / HERE}" in line
+
+
+def test_historical_means_of_another_frame_size_are_named(submission, data, write_day, points, failing, tmp_path):
+    for city in ("Here", "There"):
+        write_day(tmp_path / "other", points(0, 40, 15, 14), city, "20180101", "training")
+    line = failing("score", submission[0], "--truth", data, "--data.root", tmp_path / "other", *SLOTS)
+    assert "(15, 14, 3)" in line and str(data / HERE) in line
 
 
 @pytest.mark.filterwarnings("default")

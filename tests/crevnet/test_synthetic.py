@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
-from crevnet.data import DataError, SyntheticCity, Traffic4cast, open_days, synthetic, write_city
+from crevnet.data import DataError, SyntheticCity, Windows, open_days, synthetic, write_city
 from crevnet.data.road_network import ARTERIAL, LOCAL, MOTORWAY, SPEED_LIMITS, build_road_network
 from crevnet.data.synthetic import CitySimulation, encode_frame
 from crevnet.data.traffic_simulation import STEP_SECONDS, Traffic, TripDemand
@@ -45,7 +45,7 @@ def network():
 def test_files_are_traffic4cast_files(written):
     days = open_days(written)
     assert [(day.city, day.date, day.shape) for day in days] == [("Smallville", "20180101", (288, 48, 40, 3))]
-    assert Traffic4cast(days, frames=13)[100]["frames"].shape == (13, 3, 48, 40)
+    assert Windows(days, frames=13)[100]["frames"].shape == (13, 3, 48, 40)
     with h5py.File(days[0].path) as file:
         assert file["array"].dtype == np.uint8
         assert file["array"].compression == "gzip" and file["array"].chunks[0] < 13

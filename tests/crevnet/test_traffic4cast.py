@@ -2,6 +2,8 @@ import os
 import pickle
 import resource
 from contextlib import contextmanager
+from datetime import date as Date
+from datetime import timedelta
 from pathlib import Path
 
 import h5py
@@ -10,8 +12,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from crevnet.data import TEST_SLOTS, DataError, Traffic4cast, open_days
-from crevnet.data.traffic4cast import DayReader
+from crevnet.data import TEST_SLOTS, DataError, Windows, open_days
+from crevnet.data.days import DayReader
 
 AIR_TRAFFIC = Path(__file__).parents[1] / "data" / "air-traffic"
 SLOTS, HEIGHT, WIDTH, CHANNELS = 12, 6, 5, 3
@@ -71,11 +73,11 @@ def test_days_are_sorted_by_city_and_date_and_may_be_missing(tmp_path):
 def test_missing_root_city_or_split_says_what_was_expected(tmp_path):
     with pytest.raises(DataError, match=r"absent.*<City>_training"):
         open_days(tmp_path / "absent")
-    with pytest.raises(DataError, match=r"holds no day file.*YYYYMMDD_100m_bins\.h5"):
+    with pytest.raises(DataError, match=r"holds no file.*YYYYMMDD_100m_bins\.h5"):
         open_days(tmp_path)
     write_day(tmp_path, values(), "Berlin")
     write_day(tmp_path, values(), "Moscow")
-    with pytest.raises(DataError, match="no day file of Paris; found Berlin, Moscow"):
+    with pytest.raises(DataError, match="no file of Paris; found Berlin, Moscow"):
         open_days(tmp_path, cities=["Berlin", "Paris"])
     with pytest.raises(DataError, match="split 'test'"):
         open_days(tmp_path, "test")
@@ -135,7 +137,7 @@ def test_damaged_file_is_named_or_left_out(tmp_path, kind):
 
 def test_no_undamaged_file_is_an_error(tmp_path):
     make_empty(tmp_path)
-    with pytest.warns(UserWarning), pytest.raises(DataError, match="no undamaged day file"):
+    with pytest.warns(UserWarning), pytest.raises(DataError, match="no undamaged file"):
         open_days(tmp_path, skip_damaged=True)
 
 
@@ -148,7 +150,7 @@ def test_windows_are_the_slices_over_255(tmp_path, dtype, name):
     arrays = {"20180105": values(1, dtype=dtype), "20180109": values(2, dtype=dtype)}
     for date, array in arrays.items():
         write_day(tmp_path, array, date=date, name=name)
-    dataset = Traffic4cast(open_days(tmp_path), frames=3, stride=4)
+    dataset = Windows(open_days(tmp_path), frames=3, stride=4)
     assert [(item["date"], item["start"]) for item in dataset] == [
         (date, start) for date in ("20180105", "20180109") for start in (0, 4, 8)
     ]
@@ -168,7 +170,7 @@ def test_any_frame_size_and_days_of_different_length(tmp_path):
     write_day(tmp_path, values(shape=(2, 3, 7, 8)), date="20180101")  # too short for a window
     write_day(tmp_path, values(shape=(5, 3, 7, 8)), date="20180102")
     write_day(tmp_path, values(shape=(4, 3, 7, 8)), date="20180103")
-    dataset = Traffic4cast(open_days(tmp_path), frames=3)
+    dataset = Windows(open_days(tmp_path), frames=3)
     assert [(item["date"][-1], item["start"]) for item in dataset] == [("2", 0), ("2", 1), ("2", 2), ("3", 0), ("3", 1)]
     assert dataset[0]["frames"].shape == (3, 8, 3, 7)
 
@@ -185,7 +187,7 @@ def test_any_frame_size_and_days_of_different_length(tmp_path):
 )
 def test_windows_lie_within_the_slots(tmp_path, options, starts):
     write_day(tmp_path, values())
-    assert [item["start"] for item in Traffic4cast(open_days(tmp_path), frames=4, **options)] == starts
+    assert [item["start"] for item in Windows(open_days(tmp_path), frames=4, **options)] == starts
 
 
 def test_test_slots_leave_twelve_slots_before_and_three_after():
@@ -208,7 +210,7 @@ def test_test_slots_leave_twelve_slots_before_and_three_after():
         ({"starts": (1,), "slots": (2, 8)}, DataError, "starts: .* slot 1"),
         ({"starts": ()}, DataError, "no window"),
         ({"frames": 13}, DataError, "no window of frames=13"),
-        ({"days": []}, DataError, "0 day files"),
+        ({"days": []}, DataError, "in 0 files"),
         ({"road_maps": {"Moscow": torch.zeros(1, HEIGHT, WIDTH)}}, ValueError, "no map of Berlin, only of Moscow"),
         ({"road_maps": {"Berlin": torch.zeros(HEIGHT, WIDTH)}}, ValueError, r"is \(6, 5\), expected \(1, 6, 5\)"),
     ],
@@ -216,19 +218,19 @@ def test_test_slots_leave_twelve_slots_before_and_three_after():
 def test_bad_arguments_are_named(tmp_path, options, error, message):
     write_day(tmp_path, values())
     with pytest.raises(error, match=message):
-        Traffic4cast(**{"days": open_days(tmp_path), "frames": 4, **options})
+        Windows(**{"days": open_days(tmp_path), "frames": 4, **options})
 
 
 def test_days_of_different_frame_sizes_do_not_mix(tmp_path):
     write_day(tmp_path / "one", values())
     write_day(tmp_path / "two", values(shape=(SLOTS, HEIGHT, WIDTH, 8)), city="Moscow")
     with pytest.raises(DataError, match=r"Moscow.*\(6, 5, 8\)"):
-        Traffic4cast(open_days(tmp_path / "one") + open_days(tmp_path / "two"), frames=2)
+        Windows(open_days(tmp_path / "one") + open_days(tmp_path / "two"), frames=2)
 
 
 def test_only_the_window_is_read(tmp_path):
     path = write_chunked(tmp_path, values())
-    dataset = Traffic4cast(open_days(tmp_path), frames=2)
+    dataset = Windows(open_days(tmp_path), frames=2)
     damage_chunk(path, 5)
     for start in range(SLOTS - 1):
         if start in (4, 5):
@@ -241,7 +243,7 @@ def test_only_the_window_is_read(tmp_path):
 
 def test_file_that_vanished_is_named(tmp_path):
     path = write_day(tmp_path, values())
-    dataset = Traffic4cast(open_days(tmp_path), frames=2)
+    dataset = Windows(open_days(tmp_path), frames=2)
     path.unlink()
     with pytest.raises(DataError, match=path.name):
         dataset[0]
@@ -253,9 +255,9 @@ def test_file_that_vanished_is_named(tmp_path):
 @pytest.mark.parametrize("with_road_maps", [False, True])
 def test_workers_give_the_same_batches(tmp_path, with_road_maps):
     for number in range(3):
-        write_chunked(tmp_path, values(number), date=f"2018010{number}", city="Berlin" if number < 2 else "Moscow")
+        write_chunked(tmp_path, values(number), date=f"2018010{number + 1}", city="Berlin" if number < 2 else "Moscow")
     maps = {city: torch.rand(1, HEIGHT, WIDTH) for city in ("Berlin", "Moscow")} if with_road_maps else None
-    dataset = Traffic4cast(open_days(tmp_path), frames=3, road_maps=maps)
+    dataset = Windows(open_days(tmp_path), frames=3, road_maps=maps)
     here, workers = (list(DataLoader(dataset, batch_size=4, num_workers=count)) for count in (0, 2))
     assert len(here) == len(workers) == 8
     for one, other in zip(here, workers, strict=True):
@@ -282,7 +284,7 @@ def test_forked_process_opens_its_own_handles(tmp_path):
 
 def test_dataset_with_open_files_can_be_pickled(tmp_path):
     write_day(tmp_path, values())
-    dataset = Traffic4cast(open_days(tmp_path), frames=2)
+    dataset = Windows(open_days(tmp_path), frames=2)
     first = dataset[0]
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[0]["frames"], first["frames"])
 
@@ -299,9 +301,9 @@ def more_open_files(number):
 
 def test_more_days_than_file_descriptors(tmp_path):
     for number in range(100):
-        write_day(tmp_path, values(number), date=f"{20180000 + number}")
+        write_day(tmp_path, values(number), date=f"{Date(2018, 1, 1) + timedelta(number):%Y%m%d}")
     with more_open_files(48):
-        dataset = Traffic4cast(open_days(tmp_path), frames=SLOTS)
+        dataset = Windows(open_days(tmp_path), frames=SLOTS)
         for _ in range(2):  # the second time around, the first days have been closed and open again
             for number in range(100):
                 assert dataset[number]["frames"][0, 0, 0, 0] == values(number)[0, 0, 0, 0] / np.float32(255)
@@ -317,9 +319,9 @@ def test_more_days_than_file_descriptors(tmp_path):
 def test_air_traffic_has_the_published_numbers(city, share, zeros, last_frame):
     days = open_days(AIR_TRAFFIC, cities=[city])
     assert [day.shape for day in days] == [(288, 495, 436, 3)]
-    non_zero = [(item["frames"] != 0).float().mean() for item in Traffic4cast(days, frames=1, stride=1)]
+    non_zero = [(item["frames"] != 0).float().mean() for item in Windows(days, frames=1, stride=1)]
     assert round(float(torch.stack(non_zero).mean()), 3) == share
-    pairs = (item["frames"] for item in Traffic4cast(days, frames=2, slots=(9, 288)))  # targets are slots 10 to 287
+    pairs = (item["frames"] for item in Windows(days, frames=2, slots=(9, 288)))  # targets are slots 10 to 287
     errors = torch.stack(
         [torch.stack([after.square().mean(), (after - before).square().mean()]) for before, after in pairs]
     )

@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from crevnet import CrevNet
 from crevnet.data import DataError
+from crevnet.data.city_data import CityData
 from crevnet.settings import DataSettings, load_settings
-from crevnet.training import CityData, CrevNetTask, compile_network, load_network, train
+from crevnet.training import CrevNetTask, compile_network, load_network, train
 
 WINDOW = 5
 

@@ -17,11 +17,12 @@ from rich.table import Table
 
 from crevnet.competition.checking import Submission, problems
 from crevnet.competition.forecasting import RunForecast, SlotMean, ensemble, naive_forecasts
-from crevnet.competition.interface import Competition
+from crevnet.competition.interface import Challenge
 from crevnet.competition.scoring import CompetitionScores, mean_over_cities, score_city
-from crevnet.competition.settings import CompetitionSettings, competition
+from crevnet.competition.settings import ChallengeSettings, challenge
 from crevnet.competition.submission import write_submission, zip_submission
-from crevnet.data import DataError, DayFile, open_days
+from crevnet.data import DataError, DayFile
+from crevnet.data.city_data import open_training_days, open_validation_days
 from crevnet.network import Feedback
 from crevnet.settings import DataSettings, SettingsError
 from crevnet.training import checkpoint_path
@@ -32,7 +33,7 @@ console = Console(highlight=False, soft_wrap=True)
 def submit(
     runs: Sequence[Path],
     weights: Sequence[float] | None,
-    chosen: CompetitionSettings,
+    chosen: ChallengeSettings,
     data: DataSettings,
     test: Path | None,
     checkpoint: str,
@@ -42,17 +43,21 @@ def submit(
 ) -> None:
     if weights is not None and (len(weights) != len(runs) or not all(0 < weight < np.inf for weight in weights)):
         raise SettingsError(f"--weights {list(weights)}: say one positive number for each of the {len(runs)} runs")
-    root = _folder(test or data.root)
-    asked = competition(chosen)
+    root = test or data.root
+    if root is None:
+        raise SettingsError("no folder of test cases was given: say --test FOLDER or --data.root FOLDER")
+    asked = challenge(data, chosen)
     files = asked.case_files(root, data.cities)
     data = replace(data, cities=sorted({file.city for file in files}))
-    members = [RunForecast(run, data, checkpoint, feedback, asked.protocol) for run in runs]
+    days = [file.case(0).day for file in {file.city: file for file in files}.values()]
+    members = [RunForecast(run, data, days, checkpoint, feedback, asked.protocol) for run in runs]
     made_from = {
         "checkpoints": [_digest(checkpoint_path(run, checkpoint)) for run in runs],
         "weights": weights,
         "feedback": feedback,
         "test": str(root.resolve()),
         "training": str(data.root and data.root.resolve()),
+        "protocol": data.protocol,
         **asdict(chosen),
     }
     with _progress(f"{len(files)} files", sum(file.shape[0] for file in files)) as advance:
@@ -62,8 +67,8 @@ def submit(
     )
 
 
-def score(submission: Path, chosen: CompetitionSettings, truth: Path, data: DataSettings, out: Path | None) -> None:
-    asked = competition(chosen)
+def score(submission: Path, chosen: ChallengeSettings, truth: Path, data: DataSettings, out: Path | None) -> None:
+    asked = challenge(data, chosen)
     found = Submission(submission)
     files = asked.case_files(truth, data.cities)
     wrong = problems(found, files)
@@ -75,38 +80,33 @@ def score(submission: Path, chosen: CompetitionSettings, truth: Path, data: Data
         )
     for file in files:
         file.truth(0)  # a truth that is missing is said now, not after minutes
-    naive = dict(naive_forecasts(asked.protocol))
+    naive = naive_forecasts(asked.protocol)
     days = _training_days(replace(data, cities=sorted({file.city for file in files})), truth)
-    if days:
-        naive["historical mean"] = SlotMean(days, asked.protocol)
     by_city = {}
     with _progress(f"{len(files)} files", sum(file.shape[0] for file in files)) as advance:
         for city, of_city in groupby(files, key=lambda file: file.city):
+            if days:
+                naive["historical mean"] = SlotMean([day for day in days if day.city == city], asked.protocol)
             by_city[city] = score_city(found, of_city, naive, asked, advance)
     mean = mean_over_cities(by_city)
     _print_scores(mean, by_city, asked)
     if out is not None:
         everything = {"mean over cities": mean, **by_city}
         plain = {city: {name: asdict(s) for name, s in scores.items()} for city, scores in everything.items()}
-        out.write_text(json.dumps({**asdict(chosen), **plain}, indent=2) + "\n", encoding="utf-8")
+        out.write_text(
+            json.dumps({"protocol": data.protocol, **asdict(chosen), **plain}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
-def hold_out(chosen: CompetitionSettings, data: DataSettings, count: int, seed: int, out: Path) -> None:
+def hold_out(chosen: ChallengeSettings, data: DataSettings, count: int, seed: int, out: Path) -> None:
     if count < 1:
         raise SettingsError(f"--count {count}: draw at least 1")
-    root, asked = _folder(data.root), competition(chosen)
-    days = open_days(root, data.validation_split, data.cities, data.skip_damaged)
+    asked, days = challenge(data, chosen), open_validation_days(data)
     rng = np.random.default_rng(seed)
     for _, of_city in groupby(days, key=lambda day: day.city):
         for path in asked.hold_out(list(of_city), count, rng, out):
             console.print(f"wrote {path}, with its truth beside it")
     console.print(f"next: crevnet submit RUN --test {out} --out FOLDER, and crevnet score FOLDER --truth {out}")
-
-
-def _folder(root: Path | None) -> Path:
-    if root is None:
-        raise SettingsError("no data folder was given: say --data.root FOLDER")
-    return root
 
 
 def _digest(path: Path) -> str:
@@ -117,7 +117,7 @@ def _digest(path: Path) -> str:
 def _training_days(data: DataSettings, truth: Path) -> Sequence[DayFile]:
     """For the historical mean: below data.root, where it is given; else below the truth's folder, if there are any."""
     try:
-        return open_days(data.root or truth, data.training_split, data.cities, data.skip_damaged)
+        return open_training_days(replace(data, root=data.root or truth))
     except DataError as error:
         if data.root is not None:
             raise
@@ -140,7 +140,7 @@ def _progress(what: str, cases: int) -> Iterator[Callable[[int], None]]:
 
 
 def _print_scores(
-    mean: dict[str, CompetitionScores], by_city: dict[str, dict[str, CompetitionScores]], asked: Competition
+    mean: dict[str, CompetitionScores], by_city: dict[str, dict[str, CompetitionScores]], asked: Challenge
 ) -> None:
     unit = "of values / 255" if asked.unit < 1 else "of values 0 to 255"
     horizons = [f"+{5 * horizon} min" for horizon in asked.protocol.horizons]

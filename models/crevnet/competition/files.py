@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 
 from crevnet.data import DataError
+from crevnet.data.protocol import Protocol
 
 
 @contextmanager
@@ -43,6 +44,13 @@ def reading_array(path: Path, expected: str) -> Iterator[h5py.Dataset]:
             yield file["array"]
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}); expected {expected}") from error
+
+
+def check_channels(path: Path, channels: int, asked: Protocol) -> None:
+    if channels != len(asked.channels):
+        raise DataError(
+            f"{path} has {channels} channels, expected {len(asked.channels)} in {asked.name}: check folder and --data.protocol"
+        )
 
 
 def refuse_existing(path: Path) -> None:

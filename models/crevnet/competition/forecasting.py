@@ -11,7 +11,9 @@ from torch import Tensor
 
 from crevnet import forecasts
 from crevnet.competition.interface import Case
-from crevnet.data import DataError, DayFile, DayReader, StaticInputs, open_days, road_maps
+from crevnet.config import Static
+from crevnet.data import DataError, DayFile, DayReader, StaticInputs, layout_named, static_maps
+from crevnet.data.city_data import open_training_days
 from crevnet.data.protocol import Protocol
 from crevnet.network import Feedback
 from crevnet.settings import DataSettings, load_settings
@@ -53,15 +55,19 @@ class SlotMean:
         self._means: dict[tuple[str, int], np.ndarray] = {}
 
     def __call__(self, case: Case) -> np.ndarray:
-        return np.stack([self._mean(case.day.city, case.first + horizon - 1) for horizon in self._asked.horizons])
+        means = np.stack([self._mean(case.day.city, case.first + horizon - 1) for horizon in self._asked.horizons])
+        if means.shape[1:] != case.past.shape[1:]:
+            raise DataError(
+                f"{case.day.city} has training days of frames {means.shape[1:]} (H, W, C), but {case.day.path} has "
+                f"{case.past.shape[1:]}: choose another --data.root"
+            )
+        return means
 
     def _mean(self, city: str, slot: int) -> np.ndarray:
         if (city, slot) not in self._means:
             days = [day for day in self._days if day.city == city and slot < day.shape[0]]
             if not days:
-                raise DataError(
-                    f"{city} has no training day with slot {slot}, so it has no historical mean: leave --data.root out"
-                )
+                raise DataError(f"{city} has no training day with slot {slot} for its historical mean: use whole days")
             total = sum(self._reader.read(day, slot, slot + 1)[0].astype(np.int64) for day in days)
             self._means[city, slot] = submitted(total / len(days))
         return self._means[city, slot]
@@ -71,29 +77,40 @@ class RunForecast:
     """A trained run.
 
     Where it sees fewer frames than are given it takes the last of them, and it generates up to the farthest horizon that is
-    asked for. The maps among its static inputs come from the training days of `data`, of the cities named there.
+    asked for. The maps among its static inputs are found as they are in training, for the cities of `days`.
     """
 
-    def __init__(self, run: Path, data: DataSettings, checkpoint: str, feedback: Feedback, asked: Protocol) -> None:
+    def __init__(
+        self,
+        run: Path,
+        data: DataSettings,
+        days: Sequence[DayFile],
+        checkpoint: str,
+        feedback: Feedback,
+        asked: Protocol,
+    ) -> None:
         self._model = load_settings(run).model
         if self._model.channels != len(asked.channels):
             raise DataError(
                 f"{run} predicts {self._model.channels} channels, the competition of {asked.name} asks for "
-                f"{len(asked.channels)} ({', '.join(asked.channels)}): choose --protocol or another run"
+                f"{len(asked.channels)} ({', '.join(asked.channels)}): choose --data.protocol or another run"
             )
         if self._model.past > asked.past:
             raise DataError(f"{run} sees {self._model.past} frames, but {asked.past} are given: choose another run")
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._network = load_network(run, self._model, checkpoint).to(self._device).eval()
-        self._static = _static_inputs(data, self._model.static)
-        self._feedback, self._asked = feedback, asked
+        self._static = _static_inputs(data, days, self._model.static)
+        self._run, self._feedback, self._asked = run, feedback, asked
 
     def __call__(self, case: Case) -> np.ndarray:
         past = _frames(case)[:, -self._model.past :].to(self._device)
         static = (
             self._static(case.day, case.first - self._model.past)[None].to(self._device) if self._model.static else None
         )
-        found = self._network.generate(past, static, self._asked.horizon, self._feedback)
+        try:
+            found = self._network.generate(past, static, self._asked.horizon, self._feedback)
+        except (RuntimeError, ValueError) as error:  # of frame sizes that do not fit
+            raise DataError(f"{self._run} cannot predict {case.day.path}: {' '.join(str(error).split())}") from error
         return _asked_for(found, self._asked)
 
 
@@ -106,14 +123,14 @@ def ensemble(members: Sequence[CaseForecast], weights: Sequence[float] | None) -
     return mean
 
 
-def _static_inputs(data: DataSettings, names: Sequence[str]) -> StaticInputs:
-    maps = {}
-    if "road_map" in names:
-        if data.root is None:
-            raise DataError("a road map comes from training days: say --data.root FOLDER")
-        days = open_days(data.root, data.training_split, data.cities, data.skip_damaged)
-        maps["road_map"] = road_maps(days, data.training_slots)
-    return StaticInputs(names, maps)
+def _static_inputs(data: DataSettings, days: Sequence[DayFile], names: Sequence[Static]) -> StaticInputs:
+    if not {*names} - {"clock"}:
+        return StaticInputs(names, {})
+    layout = layout_named(data.protocol, data.heading_order)
+    if data.root is None or layout.static_file(data.root, days[0].city) is None:
+        days = open_training_days(data)  # whose frames the road map comes from
+    assert data.root is not None
+    return StaticInputs(names, static_maps(names, layout, data.root, days, data.training_slots))
 
 
 def _frames(case: Case) -> Tensor:

@@ -1,7 +1,7 @@
-"""What a competition is: files of test cases, each answered by one file of predictions, and a unit in which errors count.
+"""What a challenge is: files of test cases, each answered by one file of predictions, and a unit in which errors count.
 
-Shapes: P horizons that are asked for, H x W a frame's height and width, C its channels. Values are uint8, 0..255. In both
-competitions the score is the mean squared error, in the competition's unit, over a file, over a city's files, over cities.
+Shapes: P horizons that are asked for, H x W a frame's height and width, C its channels. Values are uint8, 0..255. In all
+challenges the score is the mean squared error, in the challenge's unit, over a file, over a city's files, over cities.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class CaseFile(ABC):
         """What was to be predicted in that case, uint8 (P, H, W, C); DataError if there is no truth that can be read."""
 
 
-class Competition(ABC):
-    """One of the competitions.
+class Challenge(ABC):
+    """What one of the competitions asks for.
 
     Attributes:
         protocol: what is to be predicted from what.

@@ -12,7 +12,7 @@ import numpy as np
 
 from crevnet.competition.checking import Submission
 from crevnet.competition.forecasting import CaseForecast, submitted
-from crevnet.competition.interface import Case, CaseFile, Competition
+from crevnet.competition.interface import Case, CaseFile, Challenge
 
 HOURS = 24
 
@@ -40,7 +40,7 @@ class ErrorTable:
     A city's files hold as many cases each, of one frame size, so the mean over all frames is the mean over files of their means.
     """
 
-    def __init__(self, competition: Competition) -> None:
+    def __init__(self, competition: Challenge) -> None:
         self._unit, self._horizons = competition.unit, np.array(competition.protocol.horizons)
         asked = len(self._horizons), len(competition.protocol.channels)
         self._errors = np.zeros((HOURS, *asked))  # sums over frames of a frame's mean error
@@ -69,7 +69,7 @@ def score_city(
     submission: Submission,
     files: Iterable[CaseFile],
     naive: Mapping[str, CaseForecast],
-    competition: Competition,
+    competition: Challenge,
     progress: Callable[[int], None],
 ) -> dict[str, CompetitionScores]:
     """The scores of a submission without problems, and of naive forecasts, on all files of one city.

@@ -1,33 +1,32 @@
-"""Which competition, as the command line says it."""
+"""Which challenge, as the command line says it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from crevnet.competition.interface import Competition
-from crevnet.competition.traffic4cast2019 import Traffic4cast2019
-from crevnet.competition.traffic4cast2021 import Task, Traffic4cast2021
-from crevnet.data.protocol import HeadingOrder, ProtocolName
+from crevnet.competition.challenge2019 import Challenge2019
+from crevnet.competition.challenge2021 import Challenge2021, Task
+from crevnet.competition.interface import Challenge
+from crevnet.settings import DataSettings, SettingsError
 
 
 @dataclass(frozen=True)
-class CompetitionSettings:
-    """Which competition.
+class ChallengeSettings:
+    """What a challenge needs to know beside the data's settings.
 
     Args:
-        protocol: its year.
         task: which of 2021's.
-        heading_order: of 2021's channels, which only names them.
         slots: in 2019, the first predicted slots of a test day in cities other than Berlin, Istanbul and Moscow.
     """
 
-    protocol: ProtocolName = "2019"
     task: Task = "temporal"
-    heading_order: HeadingOrder = "ne-se-sw-nw"
     slots: list[int] | None = None
 
 
-def competition(settings: CompetitionSettings) -> Competition:
-    if settings.protocol == "2019":
-        return Traffic4cast2019(settings.slots)
-    return Traffic4cast2021(settings.task, settings.heading_order)
+def challenge(data: DataSettings, settings: ChallengeSettings) -> Challenge:
+    """The challenge of the year that `data.protocol` names."""
+    if data.protocol == "movies":
+        raise SettingsError("--data.protocol movies is no competition: say 2019 or 2021")
+    if data.protocol == "2019":
+        return Challenge2019(settings.slots)
+    return Challenge2021(settings.task, data.heading_order)

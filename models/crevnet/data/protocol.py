@@ -8,6 +8,10 @@ from typing import Literal
 ProtocolName = Literal["2019", "2021"]
 HeadingOrder = Literal["ne-se-sw-nw", "ne-nw-se-sw"]
 
+_ISTANBUL_TEST_SLOTS = (57, 114, 174, 222, 258)
+#: First predicted slots of a test day in the competition of 2019; the 12 slots before each are given.
+TEST_SLOTS = {"Berlin": (30, 69, 126, 186, 234), "Istanbul": _ISTANBUL_TEST_SLOTS, "Moscow": _ISTANBUL_TEST_SLOTS}
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -39,7 +43,10 @@ def protocol(name: ProtocolName, heading_order: HeadingOrder = "ne-se-sw-nw") ->
     """
     if name == "2019":
         return Protocol("2019", ("volume", "speed", "heading"), 12, (1, 2, 3))
-    channels = tuple(
-        f"{what} {heading.upper()}" for heading in heading_order.split("-") for what in ("volume", "speed")
-    )
+    channels = tuple(f"{what} {heading}" for heading in headings(heading_order) for what in ("volume", "speed"))
     return Protocol("2021", channels, 12, (1, 2, 3, 6, 9, 12))
+
+
+def headings(order: HeadingOrder) -> list[str]:
+    """NE, SE, SW and NW in that order."""
+    return order.upper().split("-")

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crevnet.data.traffic4cast import DataError, DayFile, check_frame_sizes, sample_frames
+from crevnet.data.days import DayFile, check_frame_sizes, sample_frames
+from crevnet.data.errors import DataError
 
 
 def road_map(days: Sequence[DayFile], slots: tuple[int, int] | None = None, frames: int = 1200) -> torch.Tensor:

@@ -21,8 +21,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from crevnet.data.errors import DataError
 from crevnet.data.road_network import RoadNetwork, build_road_network
-from crevnet.data.traffic4cast import DataError
 from crevnet.data.traffic_simulation import STEP_SECONDS, Traffic, TripDemand
 
 SLOTS_PER_DAY = 288

@@ -16,14 +16,17 @@ from pathlib import Path
 
 import numpy as np
 
-from crevnet.competition.files import refuse_existing, replacing, writing_array
-from crevnet.competition.interface import Case, CaseFile, Competition
+from crevnet.competition.files import check_channels, refuse_existing, replacing, writing_array
+from crevnet.competition.interface import Case, CaseFile, Challenge
 from crevnet.data import TEST_SLOTS, DataError, DayFile, DayReader, open_day, open_days
 from crevnet.data.protocol import Protocol, protocol
 
 
-class Traffic4cast2019(Competition):
-    """slots: the first predicted slots in cities other than the competition's three, which have their own."""
+class Challenge2019(Challenge):
+    """The task of 2019.
+
+    slots: the first predicted slots in cities other than the competition's three, which have their own.
+    """
 
     unit = 1 / 255**2
 
@@ -33,8 +36,7 @@ class Traffic4cast2019(Competition):
 
     def case_files(self, root: Path, cities: Sequence[str] | None) -> list[CaseFile]:
         reader = DayReader()
-        days = open_days(root, "test", cities)
-        return [DayCases(day, self._slots_of(day), self.protocol, reader) for day in days]
+        return [DayCases(day, self._slots_of(day), self.protocol, reader) for day in open_days(root, "test", cities)]
 
     def hold_out(self, days: Sequence[DayFile], count: int, rng: np.random.Generator, out: Path) -> Iterator[Path]:
         reader = DayReader()
@@ -68,6 +70,7 @@ class DayCases(CaseFile):
     """The blocks of one test day."""
 
     def __init__(self, day: DayFile, slots: Sequence[int], asked: Protocol, reader: DayReader) -> None:
+        check_channels(day.path, day.shape[3], asked)
         self.city = day.city
         self.name = f"{day.city}/{day.city}_test/{day.path.name}"
         self.shape = (len(slots), len(asked.horizons), *day.shape[1:])

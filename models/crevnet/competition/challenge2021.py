@@ -18,8 +18,8 @@ from typing import Literal
 
 import numpy as np
 
-from crevnet.competition.files import reading_array, refuse_existing, writing_array
-from crevnet.competition.interface import Case, CaseFile, Competition
+from crevnet.competition.files import check_channels, reading_array, refuse_existing, writing_array
+from crevnet.competition.interface import Case, CaseFile, Challenge
 from crevnet.data import DataError, DayFile, DayReader
 from crevnet.data.protocol import HeadingOrder, Protocol, protocol
 
@@ -31,8 +31,8 @@ _LAST_START = 240  # the organisers' latest, as slots are kept in a byte
 _A_MONDAY = date(2018, 1, 1)
 
 
-class Traffic4cast2021(Competition):
-    """One of the two tasks of that year."""
+class Challenge2021(Challenge):
+    """One of the two tasks of 2021."""
 
     unit = 1.0
 
@@ -46,7 +46,9 @@ class Traffic4cast2021(Competition):
             path.parent.name: path for path in sorted(root.glob("*/*.h5")) if path == self._path(root, path.parent.name)
         }
         if not found:
-            raise DataError(f"{root} holds no test cases of 2021, expected {layout}: check the folder and --task")
+            raise DataError(
+                f"{root} holds no test cases of 2021, expected {layout}: check folder, --data.protocol and --task"
+            )
         for city in cities or ():
             if city not in found:
                 raise DataError(f"{root} holds no test cases of {city}; found {', '.join(found)}; expected {layout}")
@@ -90,6 +92,7 @@ class HourCases(CaseFile):
         with reading_array(path, f"(cases, {asked.past}, H, W, C), uint8") as hours:
             if hours.ndim != 5 or hours.shape[1] != asked.past or 0 in hours.shape or hours.dtype != np.uint8:
                 raise ValueError(f"shape {hours.shape}, dtype {hours.dtype}")
+            check_channels(path, hours.shape[4], asked)
             self.shape = (hours.shape[0], len(asked.horizons), *hours.shape[2:])
         with reading_array(
             _additional_of(path), f"weekday and first slot of {path}, ({self.shape[0]}, 2)"

@@ -1,0 +1,129 @@
+"""The data of a run: its days, what is known of its cities, and batches of windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
+
+from crevnet.config import CrevNetConfig
+from crevnet.data.dates import DateChoice
+from crevnet.data.days import DayFile, check_frame_sizes, open_days
+from crevnet.data.errors import DataError
+from crevnet.data.flips import FLIPS, FlippedWindows
+from crevnet.data.layouts import layout_named
+from crevnet.data.protocol import TEST_SLOTS
+from crevnet.data.static import StaticInputs, static_maps
+from crevnet.data.windows import Windows
+from crevnet.sampling import EpochShuffle
+from crevnet.settings import DataSettings
+
+Batches = DataLoader[dict[str, Any]]
+
+
+class CityData:
+    """The days, road maps and windows of a run's cities.
+
+    Attributes:
+        layout: what the files' names, channels and slots mean.
+        training_days, validation_days: the files of each split.
+        road_maps: float32 (1, H, W) in [0, 1] for each city.
+        static: the static channels of a window.
+    """
+
+    def __init__(self, settings: DataSettings, model: CrevNetConfig, seed: int = 0) -> None:
+        self._settings = settings
+        self._model = model
+        self._seed = seed
+        self.layout = layout_named(settings.protocol, settings.heading_order)
+        self.training_days = open_training_days(settings)
+        channels = self.training_days[0].shape[3]
+        if channels != model.channels:
+            raise DataError(
+                f"{self.training_days[0].path} has {channels} channels, the model {model.channels}: set --model.channels"
+            )
+        maps = static_maps(model.static, self.layout, settings.root, self.training_days, settings.training_slots)
+        self.road_maps = maps["road_map"]
+        self.static = StaticInputs(model.static, maps)
+        self.validation_days = open_validation_days(settings)
+        check_frame_sizes([*self.training_days, *self.validation_days])
+        for day in self.validation_days:
+            if day.city not in self.road_maps:
+                raise DataError(
+                    f"{day.city} has validation days but no training day for its road map: choose --data.cities"
+                )
+
+    def training_batches(self) -> Batches:
+        """The training windows in random order. DataError where they would be the validation windows, too."""
+        slots = self._settings.training_slots
+        both = {day.path for day in self.training_days} & {day.path for day in self.validation_days}
+        if both and slots is None and self._settings.validation_slots is None:
+            raise DataError(
+                f"{min(both)} is to be trained and validated on: part days by --data.validation_dates, or slots by "
+                "--data.training_slots and --data.validation_slots, or use another --data.validation_split"
+            )
+        windows = self._windows(self.training_days, slots=slots, stride=self._settings.stride)
+        flips = FLIPS[self._settings.flips]
+        flipped = FlippedWindows(windows, flips, self.layout, self._model.static)
+        return self._loader(flipped, EpochShuffle(len(windows), self._seed, len(flips)))
+
+    def validation_batches(self, city: str | None = None) -> Batches:
+        """The validation windows of one city, or of all."""
+        days = [day for day in self.validation_days if city in (None, day.city)]
+        if self._settings.validation_windows == "test":
+            of_cities = dict.fromkeys(day.city for day in days)
+            return self._loader(ConcatDataset([self._test_windows(days, name) for name in of_cities]))
+        stride = self._settings.validation_stride or self._model.window
+        return self._loader(self._windows(days, slots=self._settings.validation_slots, stride=stride))
+
+    def window(self, day: DayFile, start: int) -> dict[str, Any]:
+        """The window of `day` that begins at slot `start`, as an item of Windows."""
+        return self._windows([day], starts=[start])[0]
+
+    def _test_windows(self, days: Sequence[DayFile], city: str) -> Windows:
+        """Those before the slots of a city that the competition of 2019 asks for."""
+        if city not in TEST_SLOTS:
+            raise DataError(
+                f"the competition of 2019 asks for no slots of {city}, only of {', '.join(TEST_SLOTS)}: "
+                "say --data.validation_windows strided"
+            )
+        of_city = [day for day in days if day.city == city]
+        starts = [slot - self._model.past for slot in TEST_SLOTS[city]]
+        return self._windows(of_city, slots=self._settings.validation_slots, starts=starts)
+
+    def _windows(self, days: Sequence[DayFile], **places: Any) -> Windows:
+        return Windows(days, self._model.window, road_maps=self.road_maps, static=self.static, **places)
+
+    def _loader(self, windows: Dataset[dict[str, Any]], sampler: Sampler[int] | None = None) -> Batches:
+        workers = self._settings.workers
+        return DataLoader(
+            windows, self._settings.batch_size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0
+        )
+
+
+def open_training_days(settings: DataSettings) -> list[DayFile]:
+    """The days to train on, checked; DataError without any."""
+    return _open(settings, settings.training_split, _dates(settings)[0])
+
+
+def open_validation_days(settings: DataSettings) -> list[DayFile]:
+    """The days to validate on, checked; DataError without any."""
+    return _open(settings, settings.validation_split, _dates(settings)[1])
+
+
+def _open(settings: DataSettings, split: str, dates: DateChoice) -> list[DayFile]:
+    if settings.root is None:
+        raise DataError("no data folder was given: say --data.root FOLDER, or make a city with `crevnet data synth`")
+    layout = layout_named(settings.protocol, settings.heading_order)
+    return open_days(settings.root, split, settings.cities, settings.skip_damaged, layout, dates)
+
+
+def _dates(settings: DataSettings) -> tuple[DateChoice, DateChoice]:
+    """The days to train and to validate on. In one folder, a list that is not given takes what the other leaves."""
+    lists = settings.training_dates, settings.validation_dates
+    taken = lists if settings.training_split == settings.validation_split else (None, None)
+    return (
+        DateChoice("data.training_dates", lists[0], taken[1]),
+        DateChoice("data.validation_dates", lists[1], taken[0]),
+    )

@@ -1,0 +1,133 @@
+"""A folder of movies of the user's own: every command, against scores computed directly."""
+
+import json
+import re
+
+import h5py
+import numpy as np
+import pytest
+
+from crevnet.data import DataError, Windows, layout_named, open_days
+
+MOVIES = layout_named("movies")
+LENGTHS = {"training/one": 9, "training/two.cut": 12, "validation/three": 11}
+
+
+def values(seed, frames, channels=2):
+    return np.random.default_rng(seed).integers(0, 256, (frames, 21, 14, channels), dtype=np.uint8)
+
+
+def write(path, array, name="frames"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        file[name] = array
+    return path
+
+
+@pytest.fixture(params=["uint8", "int16", "float64"])
+def movies(request, tmp_path):
+    """Three movies of different lengths, seeds 0 to 2: the same in each dtype."""
+    for seed, (name, frames) in enumerate(LENGTHS.items()):
+        array = values(seed, frames)
+        array = array / 255 if request.param == "float64" else array.astype(request.param)
+        write(tmp_path / "movies" / f"{name}.h5", array)
+    (tmp_path / "movies" / "training" / "._one.h5").write_bytes(b"")
+    (tmp_path / "movies" / "training" / "notes.txt").write_text("no movie")
+    return tmp_path / "movies"
+
+
+def test_windows_are_the_frames_in_the_unit_interval(movies):
+    days = open_days(movies, layout=MOVIES)
+    assert [(day.city, day.date, day.shape) for day in days] == [
+        ("movies", "one", (9, 21, 14, 2)),
+        ("movies", "two.cut", (12, 21, 14, 2)),
+    ]
+    windows = Windows(days, frames=9)
+    assert [(item["date"], item["start"]) for item in windows] == [("one", 0), *(("two.cut", s) for s in range(4))]
+    expected = values(1, 12)[2:11].transpose(0, 3, 1, 2) / 255
+    np.testing.assert_allclose(windows[3]["frames"].numpy(), expected, rtol=1e-6)
+
+
+def test_fit_evaluate_and_predict(movies, small, crevnet, tmp_path):
+    run, scores = tmp_path / "run", tmp_path / "scores.json"
+    once = ("--model.channels=2", "--training.epochs=1", "--training.batches=1")
+    crevnet("fit", *small, "--protocol=movies", "--data.root", movies, "--out", run, *once)
+    said = crevnet("evaluate", run, "--json", scores)
+    assert all(word in said for word in ("channel 0", "channel 1", "+1", "+2")) and "min" not in said
+    truth = values(2, 11) / 255
+    errors = np.array([truth[s + 3 : s + 5] - truth[s + 2] for s in (0, 5)])
+    found = json.loads(scores.read_text())["movies"]["last frame"]
+    assert found["mse"] == pytest.approx(np.square(errors).mean(), rel=1e-5)
+    mean = np.concatenate([values(0, 9), values(1, 12)]).mean(0) / 255
+    errors = np.array([truth[s + 3 : s + 5] - mean for s in (0, 5)])
+    found = json.loads(scores.read_text())["movies"]["mean of training days"]
+    assert found["mse"] == pytest.approx(np.square(errors).mean(), rel=1e-5)
+    crevnet("predict", run, "--out", tmp_path, "--date=three", "--slot=4")
+    with h5py.File(tmp_path / "movies-three-004.h5") as file:
+        assert file["array"].shape == (2, 21, 14, 2)
+    assert (tmp_path / "movies-three-004.gif").is_file()
+
+
+def test_predict_keeps_a_name_with_dots(movies, small, crevnet, tmp_path):
+    run = tmp_path / "run"
+    once = ("--model.channels=2", "--training.epochs=1", "--training.batches=1")
+    crevnet("fit", *small, "--data.protocol=movies", "--data.root", movies, "--out", run, *once)
+    crevnet("predict", run, "--data.validation_split=training", "--date=two.cut", "--slot=4", "--channel=0")
+    assert sorted(path.name for path in run.glob("movies-*")) == [
+        f"movies-two.cut-004.{s}" for s in ("gif", "h5", "png")
+    ]
+
+
+def test_a_flat_folder_is_parted_by_slots(small, crevnet, failing, tmp_path):
+    root = tmp_path / "flat"
+    for seed, name in enumerate(("one", "two")):
+        write(root / f"{name}.h5", values(seed, 20))
+    options = (*small, "--protocol=movies", "--model.channels=2", "--data.root", root, "--out", tmp_path / "run")
+    once = ("--training.epochs=1", "--training.batches=1")
+    assert "--data.validation_slots" in failing("fit", *options, *once)
+    crevnet("fit", *options, *once, "--data.training_slots=[0,12]", "--data.validation_slots=[12,20]")
+    assert "2 windows" in crevnet("evaluate", tmp_path / "run")
+
+
+def test_show(movies, crevnet):
+    said = crevnet("show", movies / "training" / "one.h5", "--slot=3")
+    channel = values(0, 9)[3, ..., 1]
+    row = next(line for line in said.splitlines() if "channel 1, slot 3" in line)
+    assert f"{(channel > 0).mean():.1%} of the pixels, mean {channel[channel > 0].mean():.1f} of 255" in row
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.full((4, 2, 3, 1), np.nan), "values nan..nan, expected 0..1"),
+        (np.full((4, 2, 3, 1), 1.5), "values 1.5..1.5, expected 0..1"),
+        (np.full((4, 2, 3, 1), -0.1), "values -0.1..-0.1, expected 0..1"),
+        (np.full((4, 2, 3, 1), 300, dtype=np.int16), "values 300..300, expected 0..255"),
+        (np.zeros((4, 2, 3, 1), dtype=np.int64), "dtype int64, expected uint8, int16, float16, float32 or float64"),
+        (np.zeros((4, 2, 3)), r"shape (4, 2, 3), expected (slots, H, W, C)"),
+    ],
+)
+def test_movies_that_cannot_be(array, reason, tmp_path):
+    path = write(tmp_path / "training" / "one.h5", array)
+    with pytest.raises(DataError, match=f"{re.escape(str(path))}.*{re.escape(reason)}"):
+        open_days(tmp_path, layout=MOVIES)
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--model.static=[clock]", "movies have no dates"),
+        ("--model.static=[connectivity]", "connectivity"),
+        ("--data.cities=[Berlin]", "data.cities"),
+        ("--data.validation_dates=[2019-01-01]", "data.validation_dates"),
+        ("--data.validation_windows=test", "data.validation_windows"),
+        ("--model.channels=3", "--model.channels"),
+        ("--data.validation_split=test", "<root>/test/*.h5"),
+    ],
+)
+def test_what_movies_do_not_have_is_refused(option, named, small, failing, tmp_path):
+    for split in ("training", "validation"):
+        write(tmp_path / "movies" / split / "one.h5", values(0, 9))
+    options = ("--protocol=movies", "--model.channels=2", "--data.root", tmp_path / "movies", "--out", tmp_path / "run")
+    assert named in failing("fit", *small, *options, option)
+    assert not (tmp_path / "run").exists()

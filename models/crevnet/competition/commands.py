@@ -63,7 +63,7 @@ def submit(
     with _progress(f"{len(files)} files", sum(file.shape[0] for file in files)) as advance:
         write_submission(files, ensemble(members, weights), out, json.dumps(made_from), overwrite, advance)
     console.print(
-        f"wrote {len(files)} files to {out} and {zip_submission(out)} (where the truth is: crevnet score {out})"
+        f"wrote {len(files)} files to {out} and {zip_submission(out)} (next, with truth: crevnet score {out} --truth FOLDER)"
     )
 
 

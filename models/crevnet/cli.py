@@ -1,4 +1,7 @@
-"""The command line: crevnet fit | evaluate | predict | show | data synth | data repack. What each does is in `commands`."""
+"""The command line: crevnet fit | evaluate | predict | submit | score | show | data synth | data repack | data holdout.
+
+What each does is in `commands` and `competition.commands`.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,11 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
+from crevnet.competition import ChallengeSettings, Task
 from crevnet.config import PRESETS, ModelConfig
 from crevnet.data import DataError, SyntheticCity
 from crevnet.data.layouts import LayoutName
+from crevnet.data.protocol import ProtocolName
 from crevnet.failures import StoppedError, TrainingError
 from crevnet.models import MODELS
 from crevnet.network import Feedback
@@ -72,6 +77,7 @@ def _run(arguments: list[str]) -> None:
     except ValueError as error:
         raise SettingsError(str(error)) from error
     from crevnet import commands  # Lightning takes seconds to import: not for --help or a mistyped option
+    from crevnet.competition import commands as competition
 
     command = parsed.command
     chosen = options[command]
@@ -86,8 +92,18 @@ def _run(arguments: list[str]) -> None:
         commands.predict(chosen.run, chosen.data, chosen.checkpoint, chosen.feedback, *when, chosen.channel, out)
     elif command == "show":
         commands.show(chosen.path, chosen.slot, chosen.out)
+    elif command == "submit":
+        how = (chosen.test, chosen.checkpoint, chosen.feedback)
+        competition.submit(
+            chosen.run, chosen.weights, _challenge(chosen), chosen.data, *how, chosen.out, chosen.overwrite
+        )
+    elif command == "score":
+        competition.score(chosen.submission, _challenge(chosen), chosen.truth, chosen.data, chosen.json)
     elif chosen.command == "repack":
         commands.repack_data(chosen.repack.source, chosen.repack.target)
+    elif chosen.command == "holdout":
+        made = chosen.holdout
+        competition.hold_out(_challenge(made), made.data, made.count, made.seed, made.out)
     else:
         commands.synth(chosen.synth.root, chosen.synth.city)
 
@@ -139,6 +155,30 @@ def _parser(arguments: list[str]) -> Parser:
     predict.add_argument("--out", type=Path | None, default=None, help="folder for the results; the run's if not given")
     parsers.add_subcommand("predict", predict, help="predict frames; write HDF5 and pictures")
 
+    submit = Parser(
+        description="Predict a competition's test cases. Writes the files that it asks for, and a zip beside."
+    )
+    submit.add_argument(
+        "run", type=Path, nargs="+", help="the folders that `crevnet fit` wrote; of several, the mean is taken"
+    )
+    _add_run(submit, arguments)
+    _add_challenge(submit)
+    submit.add_argument(
+        "--weights", type=list[float] | None, default=None, help="the runs' weights in their mean; equal if not given"
+    )
+    submit.add_argument("--test", type=Path | None, default=None, help="the test cases' folder; data.root if not given")
+    submit.add_argument("--out", type=Path, required=True, help="the submission's folder")
+    submit.add_argument("--overwrite", action="store_true", help="replace files that were made from something else")
+    parsers.add_subcommand("submit", submit, help="predict a competition's test cases")
+
+    score = Parser(description="Score a submission by the competition's formula, beside naive forecasts.")
+    score.add_argument("submission", type=Path, help="a folder or a zip, as `crevnet submit` writes them")
+    score.add_argument("--truth", type=Path, required=True, help="folder of the test cases, with the truth beside them")
+    _add_challenge(score)
+    _add_protocol(score, arguments)
+    score.add_argument("--json", type=Path | None, default=None, help="write the scores to this file too")
+    parsers.add_subcommand("score", score, help="score a submission")
+
     show = Parser(description="Show what a run's folder or a day file holds.")
     show.add_argument("path", type=Path, help="a run's folder, or a day file (.h5)")
     show.add_argument("--slot", type=int, default=96, help="the day's slot to draw")
@@ -158,6 +198,13 @@ def _parser(arguments: list[str]) -> Parser:
     repack.add_argument("source", type=Path, help="folder with the files, as for --data.root")
     repack.add_argument("target", type=Path, help="folder to write them to, under the same names")
     kinds.add_subcommand("repack", repack, help="rewrite files so that training reads them fast")
+    holdout = Parser(description="Make test cases with truth of the validation days, to practise a submission on.")
+    _add_challenge(holdout)
+    _add_protocol(holdout, arguments)
+    holdout.add_argument("--count", type=int, default=100, help="at most so many a city: days in 2019, hours in 2021")
+    holdout.add_argument("--seed", type=int, default=0, help="of the draw")
+    holdout.add_argument("--out", type=Path, required=True, help="folder to write the test cases to")
+    kinds.add_subcommand("holdout", holdout, help="make test cases with truth of full days")
     return parser
 
 
@@ -170,6 +217,26 @@ def _add_run(parser: Parser, arguments: list[str]) -> None:
         help="what CrevNet feeds back: latents, which it does if not given, or decoded frames",
     )
     parser.add_class_arguments(DataSettings, "data", default=_data_of_runs(arguments))
+
+
+def _challenge(options: Any) -> ChallengeSettings:
+    return ChallengeSettings(options.task, options.slots)
+
+
+def _add_challenge(parser: Parser) -> None:
+    parser.add_argument("--task", type=Task, default="temporal", help="which of 2021's")
+    parser.add_argument(
+        "--slots",
+        type=list[int] | None,
+        default=None,
+        help="in 2019, the first predicted slots in cities other than Berlin, Istanbul and Moscow",
+    )
+
+
+def _add_protocol(parser: Parser, arguments: list[str]) -> None:
+    parser.add_argument("--protocol", type=ProtocolName, default="2019", help="the competition, and its data")
+    data = with_protocol(RunSettings(), _value_of("--protocol", arguments)).data
+    parser.add_class_arguments(DataSettings, "data", default=asdict(data))
 
 
 def _fit_defaults(arguments: list[str]) -> RunSettings:
@@ -204,7 +271,7 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
 def _data_of_runs(arguments: list[str]) -> dict[str, Any] | None:
     """The data settings of the runs that the command line names: the defaults of its data options. Raises SettingsError where
     the runs have been given different data, and the command line does not say which to take."""
-    if arguments[:1] not in (["evaluate"], ["predict"]):
+    if arguments[:1] not in (["evaluate"], ["predict"], ["submit"]):
         return None
     runs = [argument for argument in arguments[1:] if Path(argument, "config.yaml").is_file()]
     settings = {run: asdict(load_settings(Path(run)).data) for run in runs}

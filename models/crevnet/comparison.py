@@ -96,14 +96,23 @@ def common_model(models: Mapping[Path, ModelConfig]) -> ModelConfig:
 def trained(run: Path, checkpoint: str, feedback: Feedback | None, cities: CityData) -> NetworkForecast:
     """The run's network, on the GPU where there is one. Raises DataError where it cannot do what it is to."""
     model = load_settings(run).model
-    if feedback is not None and not isinstance(model, CrevNetConfig):
-        raise DataError(f"--feedback {feedback} is for CrevNet, and {run} is a run of {model.title}: leave it out")
-    network: VideoModel[Any] = load_network(run, model, checkpoint)
+    network = load_network(run, model, checkpoint)
+    check_forecasts(run, network, feedback, cities.validation_days[0].shape)
+    return NetworkForecast(network.to(device()), cities.static_of, feedback)
+
+
+def check_forecasts(
+    run: Path, network: VideoModel[Any], feedback: Feedback | None, shape: tuple[int, int, int, int]
+) -> None:
+    """DataError where a run's network cannot forecast as it is to, on days of that `shape` (slots, H, W, C)."""
+    if feedback is not None and not isinstance(network.config, CrevNetConfig):
+        raise DataError(
+            f"--feedback {feedback} is for CrevNet, and {run} is a run of {network.config.title}: leave it out"
+        )
     try:
-        network.check_generation(*cities.validation_days[0].shape[1:3])
+        network.check_generation(*shape[1:3])
     except ValueError as error:
         raise DataError(f"{run}: {error}; its loss on the validation days is in TensorBoard's logs") from error
-    return NetworkForecast(network.to(device()), cities.static_of, feedback)
 
 
 def device() -> torch.device:

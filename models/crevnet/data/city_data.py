@@ -32,16 +32,11 @@ class CityData:
     """
 
     def __init__(self, settings: DataSettings, model: ModelConfig, seed: int = 0) -> None:
-        if settings.root is None:
-            raise DataError(
-                "no data folder was given: say --data.root FOLDER, or make a city with `crevnet data synth`"
-            )
         self._settings = settings
         self._model = model
         self._seed = seed
         self.layout = layout_named(settings.protocol, settings.heading_order)
-        training_dates, validation_dates = _dates(settings)
-        self.training_days = self._open(settings.training_split, training_dates)
+        self.training_days = open_training_days(settings)
         channels = self.training_days[0].shape[3]
         if channels != model.channels:
             raise DataError(
@@ -50,7 +45,7 @@ class CityData:
         maps = static_maps(model.static, self.layout, settings.root, self.training_days, settings.training_slots)
         self.road_maps = maps["road_map"]
         self.static = StaticInputs(model.static, maps)
-        self.validation_days = self._open(settings.validation_split, validation_dates)
+        self.validation_days = open_validation_days(settings)
         check_frame_sizes([*self.training_days, *self.validation_days])
         for day in self.validation_days:
             if day.city not in self.road_maps:
@@ -110,13 +105,25 @@ class CityData:
     def _windows(self, days: Sequence[DayFile], **places: Any) -> Windows:
         return Windows(days, self._model.window, road_maps=self.road_maps, static=self.static, **places)
 
-    def _open(self, split: str, dates: DateChoice) -> list[DayFile]:
-        settings = self._settings
-        assert settings.root is not None
-        return open_days(settings.root, split, settings.cities, settings.skip_damaged, self.layout, dates)
-
     def _loader(self, windows: Dataset[dict[str, Any]], sampler: Sampler[int] | None = None) -> WindowLoader:
         return window_loader(windows, self._settings.batch_size, self._settings.workers, sampler)
+
+
+def open_training_days(settings: DataSettings) -> list[DayFile]:
+    """The days to train on, checked; DataError without any."""
+    return _open(settings, settings.training_split, _dates(settings)[0])
+
+
+def open_validation_days(settings: DataSettings) -> list[DayFile]:
+    """The days to validate on, checked; DataError without any."""
+    return _open(settings, settings.validation_split, _dates(settings)[1])
+
+
+def _open(settings: DataSettings, split: str, dates: DateChoice) -> list[DayFile]:
+    if settings.root is None:
+        raise DataError("no data folder was given: say --data.root FOLDER, or make a city with `crevnet data synth`")
+    layout = layout_named(settings.protocol, settings.heading_order)
+    return open_days(settings.root, split, settings.cities, settings.skip_damaged, layout, dates)
 
 
 def _dates(settings: DataSettings) -> tuple[DateChoice, DateChoice]:

@@ -1,0 +1,58 @@
+"""The HDF5 files of test cases, truths and submissions: one dataset, `array`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from crevnet.data import DataError
+from crevnet.data.protocol import Protocol
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; what is there at the end takes the place of `path`, and after an error is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def writing_array(path: Path, shape: tuple[int, ...], dtype: np.dtype | type = np.uint8) -> Iterator[h5py.Dataset]:
+    """The dataset `array`, zeros at first, of a file that takes its name when it is finished: gzip 9, a chunk a case or frame."""
+    with replacing(path) as partial, h5py.File(partial, "w") as file:
+        yield file.create_dataset(
+            "array", shape, dtype, chunks=(1, *shape[1:]), compression="gzip", compression_opts=9, fillvalue=0
+        )
+
+
+@contextmanager
+def reading_array(path: Path, expected: str) -> Iterator[h5py.Dataset]:
+    """The dataset `array` of a file; `expected` says what should be there in the DataError for a file that cannot be read."""
+    try:
+        with h5py.File(path, "r") as file:
+            yield file["array"]
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}); expected {expected}") from error
+
+
+def check_channels(path: Path, channels: int, asked: Protocol) -> None:
+    if channels != len(asked.channels):
+        raise DataError(
+            f"{path} has {channels} channels, expected {len(asked.channels)} in {asked.name}: check folder and --data.protocol"
+        )
+
+
+def refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise DataError(f"{path} exists already, and is not overwritten: choose another --out, or remove it")

@@ -45,7 +45,8 @@ class CrevNetTask(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
-        score = self.network.score(batch["frames"], self._static(batch))
+        loss = self.training_settings.loss
+        score = self.network.score(batch["frames"], self._static(batch), loss if isinstance(loss, int) else None)
         self.log(score_tag(self.network.config), score, prog_bar=True, sync_dist=True, batch_size=len(batch["frames"]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -195,6 +196,9 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     data = CityData(settings.data, settings.model, training.seed)
     if resume:
         load_network(folder, settings.model, "last")  # a checkpoint that does not fit is said before training begins
+    task = CrevNetTask(settings.model, training)
+    if training.start is not None and not resume:
+        task.network.load_state_dict(load_network(training.start, settings.model, "best").state_dict())
     batches, validation_batches = data.training_batches(), data.validation_batches()
     settings.save(folder)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -204,9 +208,7 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
         warnings.filterwarnings("ignore", ".*does not have many workers")  # a choice: data.workers
         warnings.filterwarnings("ignore", ".*LeafSpec")  # Lightning's own business with PyTorch
         warnings.filterwarnings("ignore", "Checkpoint directory .* not empty")  # resumed
-        trainer.fit(
-            CrevNetTask(settings.model, training), batches, validation_batches, ckpt_path=last if resume else None
-        )
+        trainer.fit(task, batches, validation_batches, ckpt_path=last if resume else None)
     if best.best_model_score is None:
         raise DataError("training stopped before its first validation: raise --training.max_minutes")
     score = best.best_model_score.item()

@@ -41,7 +41,9 @@ from crevnet.training import load_network, train
                 batch_size=5,
                 workers=2,
             ),
-            TrainingSettings(7, 11, 13, 1e-5, "padded", 1000, 4, "bf16-mixed", 0.5, "gpu", 2, 99, True, True),
+            TrainingSettings(
+                7, 11, 13, 1e-5, 2, Path("runs/base"), 1000, 4, "bf16-mixed", 0.5, "gpu", 2, 99, True, True
+            ),
         ),
     ],
 )

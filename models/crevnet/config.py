@@ -9,7 +9,8 @@ import revflow
 from revflow.recurrence import States
 
 Cell = Literal["st-lstm", "convlstm"]
-Loss = Literal["all", "future", "padded"]
+Loss = Literal["all", "future", "padded"] | int
+"""Which predictions a loss is taken over; a number is that of a future frame, 1 being the first."""
 Static = Literal["road_map", "connectivity", "clock"]
 
 STATIC_CHANNELS: dict[Static, int] = {"road_map": 1, "connectivity": 8, "clock": 4}
@@ -34,7 +35,7 @@ class ModelConfig:
     score_name: ClassVar[str] = "MSE"
     """What checkpoints are compared by, on the validation days."""
     losses: ClassVar[tuple[Loss, ...]] = ("all", "future")
-    """The predictions that its training loss may be taken over."""
+    """The predictions that its training loss may be taken over, beside those of one future frame."""
     feeds_back: ClassVar[bool] = True
     """Whether it goes from frame to frame, so that training may feed its own predictions."""
 
@@ -68,6 +69,14 @@ class ModelConfig:
     def window(self) -> int:
         """Frames in a training window."""
         return self.past + self.horizon
+
+    def check_loss(self, over: Loss) -> None:
+        """Raises ValueError where the model has no such loss."""
+        if over not in self.losses and not (type(over) is int and 1 <= over <= self.horizon):
+            raise ValueError(
+                f"the loss of {self.name} is over {', '.join(map(str, self.losses))}, or over one future frame, 1 to "
+                f"{self.horizon}; got {over!r}"
+            )
 
 
 def check_at_least_one(name: str, value: int) -> None:

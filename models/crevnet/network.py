@@ -53,16 +53,17 @@ class CrevNet(VideoModel[CrevNetConfig]):
         """Mean squared error of the one-step predictions within a window of past and future frames (B, T, C, H, W).
 
         over: "all" predictions, data channels inside the frame alone; "future": those of the last `horizon` frames alone;
-            "padded": all of them with the padding and the static channels, as in the authors' code (which sums over the steps).
+            "padded": all of them with the padding and the static channels, as in the authors' code (which sums over the steps);
+            or one of the future frames, by its number.
         fed: which of the future frames are encoded, one entry for each but the last; where it is false, the predicted latent is
             fed instead, as `generate` does. All are encoded if not given.
         """
         self._check(frames, static, at_least=2)
-        first = self._first(over, frames.shape[1] - 1)
+        chosen = self._chosen(over, frames.shape[1] - 1)
         # Step by step: a stack of all predictions, its gradient and a padded window would each take a frame a step more.
         errors = []
-        for t, latent in enumerate(self._latents(frames, static, self._truly_fed(frames.shape[1], fed))):
-            if t >= first:
+        for t, latent in enumerate(self._latents(frames, static, self._truly_fed(frames.shape[1], fed)[: chosen.stop])):
+            if t in chosen:
                 prediction, truth = self.autoencoder.decode(latent), frames[:, t + 1]
                 if over == "padded":
                     truth = self._pad(truth, static)

@@ -97,7 +97,9 @@ class TrainingSettings:
         validation_batches: validation batches after each epoch; all of them if not given.
         learning_rate: Adam's.
         loss: "all" predictions of a window; those of the "future" frames alone; "padded": all of them with padding and road
-            map, as in the authors' code, for CrevNet alone.
+            map, as in the authors' code, for CrevNet alone; or a number: of that future frame alone, 1 being the first, by
+            which checkpoints are compared then too.
+        start: begin with the best weights of the run in this folder, instead of random ones.
         sampling_steps: scheduled sampling (Bengio et al. 2015): future frames are fed to the model with a probability that
             falls linearly from 1 to 0 over so many steps of the optimizer, and else its own predictions; 0 feeds predictions
             from the beginning. Without it the true frames are always fed. Not for unet and vpn.
@@ -118,6 +120,7 @@ class TrainingSettings:
     validation_batches: int | None = None
     learning_rate: float = 2e-4
     loss: Loss = "all"
+    start: Path | None = None
     sampling_steps: int | None = None
     accumulate: int = 1
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
@@ -153,10 +156,10 @@ class RunSettings:
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
     def __post_init__(self) -> None:
-        if self.training.loss not in self.model.losses:
-            raise SettingsError(
-                f"training.loss {self.training.loss} is not for {self.model.name}: choose {' or '.join(self.model.losses)}"
-            )
+        try:
+            self.model.check_loss(self.training.loss)
+        except ValueError as error:
+            raise SettingsError(f"training.loss: {error}") from error
         if self.training.sampling_steps is not None and not self.model.feeds_back:
             raise SettingsError(
                 f"training.sampling_steps is not for {self.model.name}, which is never fed what it predicted: leave it out"

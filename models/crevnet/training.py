@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from crevnet.checkpoints import AtomicCheckpointIO, Checkpoints, checkpoint_path, resumable_steps
+from crevnet.checkpoints import AtomicCheckpointIO, Checkpoints, checkpoint_path, load_network, resumable_steps
 from crevnet.config import ModelConfig
 from crevnet.data import DataError
 from crevnet.data.city_data import CityData
@@ -52,7 +52,8 @@ class CrevNetTask(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
-        score = self.network.score(batch["frames"], self._static(batch))
+        loss = self.training_settings.loss
+        score = self.network.score(batch["frames"], self._static(batch), loss if isinstance(loss, int) else None)
         self.log(self.network.config.score_tag, score, prog_bar=True, sync_dist=True, batch_size=len(batch["frames"]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -115,6 +116,9 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     steps = 0
     if resume:
         steps = resumable_steps(folder, settings.model)
+    start = None
+    if training.start is not None and not resume:
+        start = load_network(training.start, settings.model, "best")
     for place in (folder, last.parent):
         remove_unfinished(place)
     batches, validation_batches = data.training_batches(), data.validation_batches()
@@ -127,6 +131,8 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     try:
         with _quiet():
             task = CrevNetTask(settings.model, training)
+            if start is not None:
+                task.network.load_state_dict(start.state_dict())
             trainer.fit(task, batches, validation_batches, ckpt_path=last if resume else None, weights_only=True)
     except MisconfigurationException as error:  # fewer epochs than have been trained
         raise DataError(" ".join(str(error).split())) from error

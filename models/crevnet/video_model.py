@@ -42,7 +42,8 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
     ) -> Tensor:
         """The training loss, a scalar, within a window of past and future frames (B, past + horizon, C, H, W).
 
-        over: "all" of the model's predictions, or those of the last `horizon` frames alone, "future".
+        over: "all" of the model's predictions; those of the last `horizon` frames alone, "future"; or that of one of these, by
+            its number, 1 being the first.
         fed: which of the future frames are fed as they are, one entry for each but the last; where it is false, the
             prediction is fed instead. All are fed if not given.
         """
@@ -55,12 +56,13 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
     def check_generation(self, height: int, width: int) -> None:
         """Raises ValueError where frames of that size cannot be generated in a reasonable time, with the reason."""
 
-    def score(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
+    def score(self, frames: Tensor, static: Tensor | None = None, number: int | None = None) -> Tensor:
         """What checkpoints are compared by, of windows as `loss` takes them; the lower, the better: the mean squared error
-        of the generated frames, clipped to [0, 1]."""
+        of the generated frames, clipped to [0, 1], or of the one of that number alone, 1 being the first."""
         past = self.config.past
-        forecast = self.generate(frames[:, :past], static).clamp(0, 1)
-        return F.mse_loss(forecast, frames[:, past:])
+        chosen = slice(number and number - 1, number)
+        forecast = self.generate(frames[:, :past], static, number)[:, chosen].clamp(0, 1)
+        return F.mse_loss(forecast, frames[:, past:][:, chosen])
 
     def compile_parts(self, **options: Any) -> None:
         """Compile what takes the time, in place, by `torch.compile(..., **options)`. The keys of the model's state stay."""
@@ -77,11 +79,13 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
         check_at_least_one("horizon", horizon)
         return horizon
 
-    def _first(self, over: Loss, predictions: int) -> int:
-        """The first of so many predictions that a loss is taken over."""
-        if over not in self.config.losses:
-            raise ValueError(f"over has to be one of {', '.join(self.config.losses)}, not {over!r}")
-        return predictions - self.config.horizon if over == "future" else 0
+    def _chosen(self, over: Loss, predictions: int) -> range:
+        """Which of so many predictions, of which the last `horizon` are future ones, a loss is taken over."""
+        self.config.check_loss(over)
+        future = predictions - self.config.horizon
+        if isinstance(over, int):
+            return range(future + over - 1, future + over)
+        return range(future if over == "future" else 0, predictions)
 
     def _truly_fed(self, frames: int, fed: Sequence[bool] | None) -> list[bool]:
         """For each frame of a window but the last, whether it is fed as it is."""

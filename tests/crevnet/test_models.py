@@ -118,7 +118,7 @@ def test_spellings_and_the_papers_sizes(spelling, capsys):
         (["--model", "unet", "--model.hidden", "3"], "--model.hidden"),
         (["--model", "convlstm", "--model.kernel", "4"], "kernel has to be odd"),
         (["--model", "vpn", "--model.width", "2"], "width"),
-        (["--model", "prednet", "--training.loss", "padded"], "training.loss padded is not for prednet"),
+        (["--model", "prednet", "--training.loss", "padded"], "prednet is over all, future, or over one future frame"),
         (["--model", "unet", "--training.sampling_steps", "9"], "training.sampling_steps is not for unet"),
         (["--training.sampling_steps", "-1"], "training.sampling_steps"),
         (["--model", "predrnn", "--resume", "RUN"], "crevnet"),
@@ -154,7 +154,11 @@ def test_loss_over_the_future_alone(name):
         assert torch.equal(whole, future)
     else:
         torch.testing.assert_close(4 * whole, 2 * network.loss(frames[:, :3]) + 2 * future)
-    with pytest.raises(ValueError, match="over has to be one of all, future, not 'padded'"):
+    torch.testing.assert_close(2 * future, network.loss(frames, over=1) + network.loss(frames, over=2))
+    for number in (0, 3, True):
+        with pytest.raises(ValueError, match="1 to 2; got"):
+            network.loss(frames, over=number)
+    with pytest.raises(ValueError, match="over all, future, or over one future frame, 1 to 2; got 'padded'"):
         network.loss(frames, over="padded")
 
 

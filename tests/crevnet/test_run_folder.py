@@ -42,7 +42,9 @@ from crevnet.training import train
                 batch_size=5,
                 workers=2,
             ),
-            TrainingSettings(7, 11, 13, 1e-5, "padded", 1000, 4, "bf16-mixed", 0.5, "gpu", 2, 99, True, True, 7.5),
+            TrainingSettings(
+                7, 11, 13, 1e-5, 2, Path("runs/base"), 1000, 4, "bf16-mixed", 0.5, "gpu", 2, 99, True, True, 7.5
+            ),
         ),
     ],
 )

@@ -339,10 +339,11 @@ def test_runs_go_on_compiled_and_uncompiled(one_window, window, tmp_path, monkey
 @pytest.mark.slow
 def test_inductor_s_gradients(settings, window, fresh_compiler):
     torch.manual_seed(0)
-    network = CrevNet(replace(settings.model, blocks=(1,), strides=(1,), modules=1))
+    frames, roads = (x.double() for x in window)  # float32's rounding errors differ from processor to processor
+    network = CrevNet(replace(settings.model, blocks=(1,), strides=(1,), modules=1)).double()
     compiled = copy.deepcopy(network)
     compiled.compile_parts()
-    assert_same_gradients(gradients_of(compiled, *window), gradients_of(network, *window), 1e-5)
+    assert_same_gradients(gradients_of(compiled, frames, roads), gradients_of(network, frames, roads), 1e-10)
 
 
 def test_same_seed_same_weights_another_seed_others(settings, run, tmp_path):

@@ -52,10 +52,10 @@ class RecurrentBaseline(VideoModel[Config], Generic[Config, State]):
     ) -> Tensor:
         """Mean squared error of the one-step predictions within a window of past and future frames (B, T, C, H, W)."""
         self._check(frames, static, at_least=2)
-        first, truth = self._first(over, frames.shape[1] - 1), frames[:, 1:].unbind(1)
+        chosen, truth = self._chosen(over, frames.shape[1] - 1), frames[:, 1:].unbind(1)
         # Step by step: a stack of all predictions, and its gradient, would each take a frame a step more.
-        predictions = self._predictions(frames, static, self._truly_fed(frames.shape[1], fed))
-        errors = [mean_squared_error(p, truth[t]) for t, p in enumerate(predictions) if t >= first]
+        predictions = self._predictions(frames, static, self._truly_fed(frames.shape[1], fed)[: chosen.stop])
+        errors = [mean_squared_error(p, truth[t]) for t, p in enumerate(predictions) if t in chosen]
         return torch.stack(errors).mean()
 
     @torch.no_grad()

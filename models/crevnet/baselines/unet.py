@@ -72,10 +72,10 @@ class UNet(VideoModel[UNetConfig]):
         """Mean squared error of the predicted frames of a window (B, past + horizon, C, H, W): "all" are future ones."""
         self._check(frames, static)
         self._check_count(frames, self.config.window)
-        self._first(over, self.config.horizon)
+        chosen = list(self._chosen(over, self.config.horizon))
         self._truly_fed(frames.shape[1], fed)
         past, future = frames.split([self.config.past, self.config.horizon], 1)
-        return mean_squared_error(self(past, static), future)
+        return mean_squared_error(self(past, static)[:, chosen], future[:, chosen])
 
     @torch.no_grad()
     def generate(self, past: Tensor, static: Tensor | None = None, horizon: int | None = None) -> Tensor:

@@ -1,4 +1,5 @@
-"""The command line: crevnet fit | evaluate | predict | submit | score | show | data synth | data repack | data holdout.
+"""The command line: crevnet fit | recipe paper | evaluate | predict | submit | score | show | data synth | data repack |
+data holdout.
 
 What each does is in `commands` and `competition.commands`.
 """
@@ -25,6 +26,7 @@ from crevnet.data.protocol import ProtocolName
 from crevnet.failures import StoppedError, TrainingError
 from crevnet.models import MODELS
 from crevnet.network import Feedback
+from crevnet.recipe import RecipeSettings, add_recipe, load_recipe
 from crevnet.settings import (
     DataSettings,
     Parser,
@@ -84,6 +86,10 @@ def _run(arguments: list[str]) -> None:
     if command == "fit":
         settings = RunSettings(chosen.model, chosen.data, chosen.training)
         commands.fit(settings, chosen.resume or chosen.out, resume=chosen.resume is not None)
+    elif command == "recipe":
+        of = chosen.paper
+        base = RunSettings(of.model, of.data, of.training)
+        commands.recipe(of.out, RecipeSettings(base, of.city, of.frame))
     elif command == "evaluate":
         commands.evaluate(chosen.run, chosen.data, chosen.checkpoint, chosen.feedback, chosen.ensemble, chosen.json)
     elif command == "predict":
@@ -115,24 +121,27 @@ def _parser(arguments: list[str]) -> Parser:
     fit = Parser(
         description="Train a model. Leaves its configuration, checkpoints and TensorBoard's logs in a run folder."
     )
-    fit.add_argument(
-        "--config", action="config", help="YAML file with any of the values below, a run's config.yaml say"
-    )
-    fit.add_argument("--preset", type=Literal[tuple(PRESETS)], default="paper", help="CrevNet's size to start from")
-    fit.add_argument(
-        "--protocol",
-        type=LayoutName | None,
-        default=None,
-        help="the competition to start from: its data, channels and frames; or movies, without a road map",
-    )
+    _add_start(fit)
     fit.add_argument("--out", type=Path, default=Path("runs/crevnet"), help="the run's folder")
     fit.add_argument(
         "--resume", type=Path | None, default=None, help="go on with the run in this folder, as configured there"
     )
     add_sections(fit, _fit_defaults(arguments))
-    (named,) = (action for action in fit._actions if action.option_strings == ["--model"])
-    named.metavar, named.help = "NAME", f"which model: {', '.join(MODELS)}"
+    _explain_model(fit)
     parsers.add_subcommand("fit", fit, help="train a model")
+
+    recipe = Parser(description="Train several models, one from the other.")
+    parsers.add_subcommand("recipe", recipe, help="train several models, one from the other")
+    recipes = recipe.add_subcommands(dest="command", required=True, metavar="COMMAND")
+    paper = Parser(
+        description="The paper's: one model of all cities, fine-tuned on each city, and each of those on each predicted "
+        "frame. Goes on where it was stopped, and ends with a table of the scores."
+    )
+    _add_start(paper)
+    paper.add_argument("--out", type=Path, default=Path("runs/recipe"), help="the recipe's folder")
+    add_recipe(paper, _recipe_defaults(arguments))
+    _explain_model(paper)
+    recipes.add_subcommand("paper", paper, help="one model, fine-tuned on each city and each predicted frame")
 
     evaluate = Parser(description="Score trained models on their validation days, beside the naive forecasts.")
     evaluate.add_argument("run", type=Path, nargs="+", help="the folders that `crevnet fit` wrote")
@@ -208,6 +217,25 @@ def _parser(arguments: list[str]) -> Parser:
     return parser
 
 
+def _add_start(parser: Parser) -> None:
+    """Where the values of a run start from."""
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the values below, a run's config.yaml say"
+    )
+    parser.add_argument("--preset", type=Literal[tuple(PRESETS)], default="paper", help="CrevNet's size to start from")
+    parser.add_argument(
+        "--protocol",
+        type=LayoutName | None,
+        default=None,
+        help="the competition to start from: its data, channels and frames; or movies, without a road map",
+    )
+
+
+def _explain_model(parser: Parser) -> None:
+    (named,) = (action for action in parser._actions if action.option_strings == ["--model"])
+    named.metavar, named.help = "NAME", f"which model: {', '.join(MODELS)}"
+
+
 def _add_run(parser: Parser, arguments: list[str]) -> None:
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="which of its checkpoints")
     parser.add_argument(
@@ -246,6 +274,14 @@ def _fit_defaults(arguments: list[str]) -> RunSettings:
     if run is not None:
         return load_settings(Path(run))
     return with_protocol(RunSettings(_model_named(arguments)), _value_of("--protocol", arguments))
+
+
+def _recipe_defaults(arguments: list[str]) -> RecipeSettings:
+    """The defaults of a recipe's options: those of the one that was begun in its folder, else as fit's."""
+    out = _value_of("--out", arguments)
+    if arguments[:1] == ["recipe"] and out is not None and Path(out, "recipe.yaml").is_file():
+        return load_recipe(Path(out))
+    return RecipeSettings(_fit_defaults(arguments))
 
 
 def _model_named(arguments: list[str]) -> ModelConfig:

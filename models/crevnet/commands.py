@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -32,10 +32,12 @@ from crevnet.data import (
     write_city,
 )
 from crevnet.data.city_data import CityData
-from crevnet.evaluation import mean_over_cities
+from crevnet.evaluation import Scores, mean_over_cities
 from crevnet.network import Feedback
+from crevnet.recipe import RecipeSettings
+from crevnet.recipe.paper import Recipe
 from crevnet.score_table import score_tables
-from crevnet.settings import DataSettings, RunSettings, SettingsError, load_settings
+from crevnet.settings import DataSettings, RunSettings, SettingsError, load_settings, save_yaml
 from crevnet.training import train
 
 console = Console(highlight=False, soft_wrap=True)
@@ -49,6 +51,24 @@ def fit(settings: RunSettings, folder: Path, resume: bool) -> None:
     console.print(
         f"best validation {settings.model.score_name} {best:.4e}; run folder {folder} (next: crevnet evaluate {folder})"
     )
+
+
+def recipe(folder: Path, settings: RecipeSettings) -> None:
+    cooked = Recipe(folder, settings)
+    steps = list(cooked.steps())
+    measure = settings.base.model.score_name
+    for number, step in enumerate(steps, 1):
+        where = f"{number} of {len(steps)}, {step.name}"
+        if step.score is None:
+            console.print(f"{where}: {'going on' if step.is_begun else 'training'} in {step.folder}")
+            step.run()
+        console.print(f"{where}: best validation {measure} {step.score:.4e}")
+    with console.status("scoring; the first time, all training days are read for their slots' means"):
+        scores = cooked.scores()
+    channels = [cooked.data.layout.channel_name(c) for c in range(settings.base.model.channels)]
+    _print_scores(scores, channels, [cooked.data.layout.lead(frame) for frame in cooked.frames])
+    save_yaml(folder / "scores.yaml", {name: asdict(found) for name, found in scores.items()})
+    console.print(f"wrote {folder / 'scores.yaml'}")
 
 
 def evaluate(
@@ -69,8 +89,7 @@ def evaluate(
     cities = ", ".join(found.by_city)
     console.print(f"{cities}: {found.windows} windows, {found.past} frames seen, {found.horizon} predicted")
     channels = [found.layout.channel_name(c) for c in range(found.channels)]
-    for shown in score_tables(table, channels, [found.layout.lead(horizon) for horizon in found.horizons]):
-        Console(highlight=False, width=max(console.width, 34 + 12 * len(shown.columns))).print(shown)
+    _print_scores(table, channels, [found.layout.lead(horizon) for horizon in found.horizons])
     if out is not None:
         result = {
             "windows": found.windows,
@@ -159,6 +178,11 @@ def _progress(title: str) -> Iterator[Callable[[float], None]]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=1.0)
         yield lambda done: progress.update(task, completed=done)
+
+
+def _print_scores(scores: Mapping[str, Scores], channels: Sequence[str], horizons: Sequence[str]) -> None:
+    for table in score_tables(scores, channels, horizons):
+        Console(highlight=False, width=max(console.width, 34 + 12 * len(table.columns))).print(table)
 
 
 def _chosen(days: Sequence[DayFile], city: str | None, date: str | None) -> DayFile:

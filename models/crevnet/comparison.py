@@ -16,6 +16,7 @@ from crevnet.config import CrevNetConfig, ModelConfig
 from crevnet.data import DataError, Layout, slot_means
 from crevnet.data.city_data import CityData
 from crevnet.evaluation import NetworkForecast, Scores, score
+from crevnet.forecasts import Forecast
 from crevnet.network import Feedback
 from crevnet.settings import DataSettings, load_settings
 from crevnet.video_model import VideoModel
@@ -57,27 +58,36 @@ def compare(
         model.title if len(runs) == 1 else f"{model.title}, {run}": trained(run, checkpoint, feedback, cities)
         for run, model in models.items()
     }
-    means = forecasts.pixel_means(cities.training_days, data.training_slots)
-    by_slot = slot_means(cities.training_days, data.training_slots) if cities.layout.dated else {}
+    others = untrained(cities, data, wanted.horizon)
     horizons = cities.layout.horizons(wanted.horizon)
     by_city: dict[str, dict[str, Scores]] = {}
     windows = 0
     for city in sorted({day.city for day in cities.validation_days}):
         batches = cities.validation_batches(city)
         windows += len(batches.dataset)  # type: ignore[arg-type]
-        untrained = {
-            "zeros": forecasts.zeros(wanted.horizon),
-            "last frame": forecasts.last_frame(wanted.horizon),
-            "mean of last three": forecasts.mean_of_three(wanted.horizon),
-            "mean of training days": forecasts.training_mean(means[city], wanted.horizon),
-        }
-        if by_slot:
-            untrained["mean of the slot"] = forecasts.slot_mean(by_slot, wanted.horizon)
         with torch.inference_mode():
             there = (move_data_to_device(batch, device()) for batch in batches)
             members = list(networks) if ensemble else []
-            by_city[city] = score({**networks, **untrained}, there, wanted.past, horizons, members)
+            by_city[city] = score({**networks, **others[city]}, there, wanted.past, horizons, members)
     return Comparison(by_city, cities.layout, windows, wanted.channels, wanted.past, wanted.horizon, horizons)
+
+
+def untrained(cities: CityData, data: DataSettings, horizon: int) -> dict[str, dict[str, Forecast]]:
+    """For each city the forecasts that need no training."""
+    means = forecasts.pixel_means(cities.training_days, data.training_slots)
+    alike: dict[str, Forecast] = {
+        "zeros": forecasts.zeros(horizon),
+        "last frame": forecasts.last_frame(horizon),
+        "mean of last three": forecasts.mean_of_three(horizon),
+    }
+    by_slot = {}
+    if cities.layout.dated:
+        of_slots = slot_means(cities.training_days, data.training_slots)
+        by_slot = {"mean of the slot": forecasts.slot_mean(of_slots, horizon)}
+    return {
+        city: {**alike, "mean of training days": forecasts.training_mean(mean, horizon), **by_slot}
+        for city, mean in means.items()
+    }
 
 
 def common_model(models: Mapping[Path, ModelConfig]) -> ModelConfig:

@@ -108,18 +108,26 @@ class NetworkForecast:
     Args:
         static_of: the static channels (B, S, H, W) that a model sees beside a batch of windows, or None.
         feedback: what CrevNet feeds back, latents if not given; other models feed back frames.
+        horizon: frames to forecast, those that it has been trained for if not given.
     """
 
-    def __init__(self, network: VideoModel[Any], static_of: StaticOf, feedback: Feedback | None = None) -> None:
+    def __init__(
+        self,
+        network: VideoModel[Any],
+        static_of: StaticOf,
+        feedback: Feedback | None = None,
+        horizon: int | None = None,
+    ) -> None:
         self._network = network.eval()
-        self._static_of = static_of
+        self._static_of, self._horizon = static_of, horizon
         self._options = {} if feedback is None else {"feedback": feedback}
 
     def __call__(self, past: Tensor, window: Window) -> Tensor:
         config, device = self._network.config, next(self._network.parameters()).device
         static = self._static_of(config, window)
         seen = past[:, -config.past :].to(device)
-        return self._network.generate(seen, None if static is None else static.to(device), **self._options).to(past)
+        static = None if static is None else static.to(device)
+        return self._network.generate(seen, static, self._horizon, **self._options).to(past)
 
 
 def mean_over_cities(by_city: Mapping[str, Mapping[str, Scores]]) -> dict[str, Scores]:

@@ -49,6 +49,18 @@ def slot_mean(means: Mapping[str, SlotMeans], horizon: int) -> Forecast:
     return forecast
 
 
+def by_frame(forecasts: Mapping[int, Forecast]) -> Forecast:
+    """Of each forecast the frame of its number, 1 being the first; NaN up to the last where there is none."""
+
+    def forecast(past: Tensor, window: Window) -> Tensor:
+        joined = past.new_full((past.shape[0], max(forecasts), *past.shape[2:]), torch.nan)
+        for number, of_frame in forecasts.items():
+            joined[:, number - 1] = of_frame(past, window)[:, number - 1]
+        return joined
+
+    return forecast
+
+
 def pixel_means(days: Sequence[DayFile], slots: tuple[int, int] | None = None, frames: int = 1200) -> dict[str, Tensor]:
     """Each city's mean frame (C, H, W), in [0, 1], over at most `frames` frames spread evenly over its days and slots."""
     means = {}

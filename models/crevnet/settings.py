@@ -171,9 +171,14 @@ class RunSettings:
             )
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        plain = yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
-        replace_file(folder / "config.yaml", lambda file: file.write(plain.encode()))
+        save_yaml(folder / "config.yaml", asdict(self))
+
+
+def save_yaml(path: Path, values: dict[str, Any]) -> None:
+    """Write values as YAML, tuples and paths as it knows them; the folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(_plain(values), sort_keys=False)
+    replace_file(path, lambda file: file.write(text.encode()))
 
 
 def with_protocol(settings: RunSettings, name: str | None) -> RunSettings:

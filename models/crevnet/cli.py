@@ -26,7 +26,7 @@ from crevnet.data.protocol import ProtocolName
 from crevnet.failures import StoppedError, TrainingError
 from crevnet.models import MODELS
 from crevnet.network import Feedback
-from crevnet.recipe import RecipeSettings, add_recipe, load_recipe
+from crevnet.recipe import RecipeSettings, add_recipe, base_run, is_recipe, load_recipe
 from crevnet.settings import (
     DataSettings,
     Parser,
@@ -168,7 +168,10 @@ def _parser(arguments: list[str]) -> Parser:
         description="Predict a competition's test cases. Writes the files that it asks for, and a zip beside."
     )
     submit.add_argument(
-        "run", type=Path, nargs="+", help="the folders that `crevnet fit` wrote; of several, the mean is taken"
+        "run",
+        type=Path,
+        nargs="+",
+        help="the folders that `crevnet fit` or `recipe` wrote; of several, the mean is taken",
     )
     _add_run(submit, arguments)
     _add_challenge(submit)
@@ -279,7 +282,7 @@ def _fit_defaults(arguments: list[str]) -> RunSettings:
 def _recipe_defaults(arguments: list[str]) -> RecipeSettings:
     """The defaults of a recipe's options: those of the one that was begun in its folder, else as fit's."""
     out = _value_of("--out", arguments)
-    if arguments[:1] == ["recipe"] and out is not None and Path(out, "recipe.yaml").is_file():
+    if arguments[:1] == ["recipe"] and out is not None and is_recipe(Path(out)):
         return load_recipe(Path(out))
     return RecipeSettings(_fit_defaults(arguments))
 
@@ -309,8 +312,9 @@ def _data_of_runs(arguments: list[str]) -> dict[str, Any] | None:
     the runs have been given different data, and the command line does not say which to take."""
     if arguments[:1] not in (["evaluate"], ["predict"], ["submit"]):
         return None
-    runs = [argument for argument in arguments[1:] if Path(argument, "config.yaml").is_file()]
-    settings = {run: asdict(load_settings(Path(run)).data) for run in runs}
+    folders = [Path(argument) for argument in arguments[1:]]
+    runs = [base_run(folder) if is_recipe(folder) else folder for folder in folders]
+    settings = {run: asdict(load_settings(run).data) for run in runs if (run / "config.yaml").is_file()}
     if not settings:
         return None
     (first, data), *others = settings.items()

@@ -36,9 +36,9 @@ def predicted(past, factor, horizons):
     return np.stack([factor * past[-1 - (h - 1) % PAST].astype(np.float64) for h in horizons])
 
 
-def fake_runs(folder: Path, monkeypatch, factors: list[float], **model) -> list[Path]:
-    """Folders of runs, each with a FakeNetwork, which `networks[run]` gives."""
-    runs = [folder / f"run-{factor}" for factor in factors]
+def fake_runs(folder: Path, monkeypatch, factors: list[float], names: list[str] | None = None, **model) -> list[Path]:
+    """Folders of runs, each with a FakeNetwork."""
+    runs = [folder / name for name in names or [f"run-{factor}" for factor in factors]]
     networks = {run: FakeNetwork(factor) for run, factor in zip(runs, factors, strict=True)}
     for run in runs:
         config = replace(PRESETS["tiny"], **{"past": PAST, "static": (), **model})

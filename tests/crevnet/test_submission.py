@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from practice import array, fake_runs, write_array
+from practice import array, fake_runs, predicted, write_array
 
 from crevnet import CrevNet
 from crevnet.cli import main
@@ -38,6 +38,42 @@ def submission(data, tmp_path, monkeypatch, crevnet):
     (run,) = fake_runs(tmp_path, monkeypatch, [0.5])
     crevnet("submit", run, "--data.root", data, "--out", tmp_path / "submission", *SLOTS)
     return tmp_path / "submission", run
+
+
+# --- a recipe
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """A finished one, whose networks are told by a factor of their own: base, Here and its frames, There and its frames."""
+    names = ["base"] + [
+        name for city in ("Here", "There") for name in (f"city/{city}", *(f"frame/{city}/{k}" for k in (1, 2, 3)))
+    ]
+    factors = [0.5, 0.6, 0.1, 0.2, 0.3, 0.8, 0.2, 0.4, 0.6]
+    folder = tmp_path / "recipe"
+    for run in fake_runs(folder, monkeypatch, factors, names):
+        (run / "finished.yaml").write_text("score: 1.0")
+    (folder / "recipe.yaml").write_text("")
+    return folder
+
+
+def test_a_recipe_submits_the_mean_of_its_stages(recipe, data, crevnet, tmp_path):
+    out = tmp_path / "submission"
+    crevnet("submit", recipe, "--data.root", data, "--out", out, *SLOTS)
+    for name, tuned, framed in ((HERE, 0.6, (0.1, 0.2, 0.3)), (THERE, 0.8, (0.2, 0.4, 0.6))):
+        day = array(data / name)
+        for block, slot in zip(array(out / name), (16, 34), strict=True):
+            past = day[slot - 12 : slot]
+            of_frames = np.stack([predicted(past, factor, (1, 2, 3))[k] for k, factor in enumerate(framed)])
+            mean = (predicted(past, 0.5, (1, 2, 3)) + predicted(past, tuned, (1, 2, 3)) + of_frames) / 3
+            assert np.abs(block - mean).max() <= 0.5 + 1e-3
+
+
+def test_a_recipe_that_is_not_done_is_not_submitted(recipe, data, failing, tmp_path):
+    (recipe / "frame" / "There" / "2" / "finished.yaml").unlink()
+    line = failing("submit", recipe, "--data.root", data, "--out", tmp_path / "submission", *SLOTS)
+    assert str(recipe / "frame" / "There" / "2") in line and f"crevnet recipe paper --out {recipe}" in line
+    assert not (tmp_path / "submission").exists()
 
 
 # --- values

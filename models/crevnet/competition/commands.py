@@ -17,7 +17,15 @@ from rich.table import Table
 
 from crevnet.checkpoints import checkpoint_path
 from crevnet.competition.checking import Submission, problems
-from crevnet.competition.forecasting import RunForecast, SlotMean, ensemble, naive_forecasts
+from crevnet.competition.forecasting import (
+    CaseForecast,
+    RecipeForecast,
+    RunForecast,
+    SlotMean,
+    city_runs,
+    ensemble,
+    naive_forecasts,
+)
 from crevnet.competition.interface import Challenge
 from crevnet.competition.scoring import CompetitionScores, mean_over_cities, score_city
 from crevnet.competition.settings import ChallengeSettings, challenge
@@ -25,6 +33,7 @@ from crevnet.competition.submission import write_submission, zip_submission
 from crevnet.data import DataError, DayFile
 from crevnet.data.city_data import open_training_days, open_validation_days
 from crevnet.network import Feedback
+from crevnet.recipe import base_run, is_recipe
 from crevnet.settings import DataSettings, SettingsError
 
 console = Console(highlight=False, soft_wrap=True)
@@ -50,9 +59,21 @@ def submit(
     files = asked.case_files(root, data.cities)
     data = replace(data, cities=sorted({file.city for file in files}))
     days = [file.case(0).day for file in {file.city: file for file in files}.values()]
-    members = [RunForecast(run, data, days, checkpoint, feedback, asked.protocol) for run in runs]
+
+    def forecast_of(run: Path) -> CaseForecast:
+        return RunForecast(run, data, days, checkpoint, feedback, asked.protocol)
+
+    members: list[CaseForecast] = []
+    made_of: list[Path] = []
+    for run in runs:
+        if is_recipe(run):
+            made_of += [base_run(run), *(part for day in days for part in city_runs(run, day.city, asked.protocol))]
+            members.append(RecipeForecast(run, forecast_of, asked.protocol))
+        else:
+            made_of.append(run)
+            members.append(forecast_of(run))
     made_from = {
-        "checkpoints": [_digest(checkpoint_path(run, checkpoint)) for run in runs],
+        "checkpoints": [_digest(checkpoint_path(run, checkpoint)) for run in made_of],
         "weights": weights,
         "feedback": feedback,
         "test": str(root.resolve()),

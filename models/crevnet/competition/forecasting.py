@@ -18,6 +18,7 @@ from crevnet.data import DataError, DayFile, DayReader, StaticInputs, layout_nam
 from crevnet.data.city_data import open_training_days
 from crevnet.data.protocol import Protocol
 from crevnet.network import Feedback
+from crevnet.recipe.folders import base_run, city_run, frame_run, record
 from crevnet.settings import DataSettings, load_settings
 
 CaseForecast = Callable[[Case], np.ndarray]
@@ -115,6 +116,36 @@ class RunForecast:
         except (RuntimeError, ValueError) as error:  # of frame sizes that do not fit
             raise DataError(f"{self._run} cannot predict {case.day.path}: {' '.join(str(error).split())}") from error
         return _asked_for(found, self._asked)
+
+
+class RecipeForecast:
+    """A recipe's final model: of each city the mean of the base model, the city's, and those of the predicted frames."""
+
+    def __init__(self, folder: Path, forecast_of: Callable[[Path], CaseForecast], asked: Protocol) -> None:
+        self._folder, self._forecast_of, self._asked = folder, forecast_of, asked
+        self._base = forecast_of(base_run(folder))
+        self._city: tuple[str, list[CaseForecast]] | None = None  # one at a time: a city has a network for each frame
+
+    def __call__(self, case: Case) -> np.ndarray:
+        base, tuned, *frames = (forecast(case) for forecast in (self._base, *self._tuned(case.day.city)))
+        joined = np.stack([frame[k] for k, frame in enumerate(frames)])
+        return np.mean([base, tuned, joined], axis=0)
+
+    def _tuned(self, city: str) -> list[CaseForecast]:
+        if self._city is None or self._city[0] != city:
+            self._city = city, [self._forecast_of(run) for run in city_runs(self._folder, city, self._asked)]
+        return self._city[1]
+
+
+def city_runs(folder: Path, city: str, asked: Protocol) -> list[Path]:
+    """Of a recipe, the run of a city and those of its frames, by horizon. DataError where one is not done."""
+    runs = [city_run(folder, city), *(frame_run(folder, city, number) for number in asked.horizons)]
+    for run in runs:
+        if not record(run).is_file():
+            raise DataError(
+                f"{run} is not done: go on with crevnet recipe paper --out {folder}, or choose --data.cities"
+            )
+    return runs
 
 
 def ensemble(members: Sequence[CaseForecast], weights: Sequence[float] | None) -> CaseForecast:

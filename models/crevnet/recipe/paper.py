@@ -19,6 +19,7 @@ from crevnet.comparison import check_forecasts, device, untrained
 from crevnet.data.city_data import CityData
 from crevnet.evaluation import ENSEMBLE, NetworkForecast, Scores, mean_over_cities, score
 from crevnet.forecasts import Forecast, by_frame
+from crevnet.recipe.folders import base_run, city_run, frame_run, record, settings_file
 from crevnet.recipe.settings import FineTuning, RecipeSettings, load_recipe, refuse_changes
 from crevnet.settings import RunSettings, SettingsError, save_yaml
 from crevnet.training import train
@@ -44,7 +45,7 @@ class Step:
     @property
     def score(self) -> float | None:
         """The best validation score, once the step is done."""
-        path = self._record
+        path = record(self.folder)
         return yaml.safe_load(path.read_text(encoding="utf-8"))["score"] if path.is_file() else None
 
     @property
@@ -54,12 +55,8 @@ class Step:
     def run(self) -> float:
         """Train, or go on where training was stopped. Returns the best validation score."""
         found = train(self.settings, self.folder, resume=self.is_begun)
-        save_yaml(self._record, {"score": found})
+        save_yaml(record(self.folder), {"score": found})
         return found
-
-    @property
-    def _record(self) -> Path:
-        return self.folder / "finished.yaml"
 
 
 class Recipe:
@@ -75,7 +72,7 @@ class Recipe:
         self.data = CityData(settings.base.data, settings.base.model, settings.base.training.seed)
         self.cities = sorted({day.city for day in self.data.validation_days})
         self.frames: Sequence[int] = self.data.layout.horizons(settings.base.model.horizon)
-        path = folder / "recipe.yaml"
+        path = settings_file(folder)
         if path.is_file():
             refuse_changes(path, load_recipe(folder), settings)
         elif checkpoint_path(folder, "last").is_file():
@@ -84,16 +81,16 @@ class Recipe:
 
     @property
     def base(self) -> Step:
-        return Step("base", self.folder / "base", self.settings.base)
+        return Step("base", base_run(self.folder), self.settings.base)
 
     def city(self, city: str) -> Step:
-        step = self._tuned(self.base, f"city {city}", Path("city", city), self.settings.city)
+        step = self._tuned(self.base, f"city {city}", city_run(self.folder, city), self.settings.city)
         return replace(step, settings=replace(step.settings, data=replace(step.settings.data, cities=[city])))
 
     def frame(self, city: str, number: int) -> Step:
         """On generated frames, as that one is when the model forecasts."""
         step = self._tuned(
-            self.city(city), f"frame {number}, {city}", Path("frame", city, str(number)), self.settings.frame
+            self.city(city), f"frame {number}, {city}", frame_run(self.folder, city, number), self.settings.frame
         )
         steps = 0 if step.settings.model.feeds_back else None
         training = replace(step.settings.training, loss=number, sampling_steps=steps)
@@ -124,7 +121,7 @@ class Recipe:
 
     def _tuned(self, start: Step, name: str, folder: Path, tuning: FineTuning) -> Step:
         training = replace(tuning.of(start.settings.training), start=start.folder)
-        return Step(name, self.folder / folder, replace(start.settings, training=training))
+        return Step(name, folder, replace(start.settings, training=training))
 
     def _forecast(self, step: Step, horizon: int | None = None) -> Forecast:
         network = load_network(step.folder, step.settings.model, "best")

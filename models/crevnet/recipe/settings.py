@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from crevnet.recipe.folders import settings_file
 from crevnet.settings import (
     Parser,
     RunSettings,
@@ -63,7 +64,7 @@ def add_recipe(parser: Parser, defaults: RecipeSettings) -> None:
 
 def load_recipe(folder: Path) -> RecipeSettings:
     """The recipe.yaml of a recipe's folder. Raises SettingsError where it is wrong."""
-    path = folder / "recipe.yaml"
+    path = settings_file(folder)
     parser = Parser(prog="crevnet")
     try:
         add_recipe(parser, RecipeSettings(RunSettings(default_model(model_named_in(path)))))

@@ -192,7 +192,7 @@ def _parser(arguments: list[str]) -> Parser:
     parsers.add_subcommand("score", score, help="score a submission")
 
     show = Parser(description="Show what a run's folder or a day file holds.")
-    show.add_argument("path", type=Path, help="a run's folder, or a day file (.h5)")
+    show.add_argument("path", type=Path, help="a run's or a recipe's folder, or a day file (.h5)")
     show.add_argument("--slot", type=int, default=96, help="the day's slot to draw")
     show.add_argument("--out", type=Path | None, default=None, help="draw the day's slot to this PNG")
     parsers.add_subcommand("show", show, help="show what a run or a day file holds")

@@ -35,6 +35,7 @@ from crevnet.data.city_data import CityData
 from crevnet.evaluation import Scores, mean_over_cities
 from crevnet.network import Feedback
 from crevnet.recipe import RecipeSettings
+from crevnet.recipe.folders import begun_runs, is_recipe, score_of
 from crevnet.recipe.paper import Recipe
 from crevnet.score_table import score_tables
 from crevnet.settings import DataSettings, RunSettings, SettingsError, load_settings, save_yaml
@@ -151,7 +152,9 @@ def predict(
 def show(path: Path, slot: int, out: Path | None) -> None:
     if out is not None and out.suffix != ".png":
         raise SettingsError(f"--out {out}: name a .png file")
-    if path.is_dir():
+    if is_recipe(path):
+        _show_recipe(path)
+    elif path.is_dir():
         _show_run(path)
     else:
         _show_day(open_day(path), slot, out)
@@ -217,6 +220,17 @@ def _show_run(folder: Path) -> None:
         )
     console.print(table)
     console.print(f"learning curves: tensorboard --logdir {folder}")
+
+
+def _show_recipe(folder: Path) -> None:
+    table = Table(title=str(folder), title_justify="left")
+    table.add_column("run")
+    table.add_column("best validation score", justify="right")
+    for run in begun_runs(folder):
+        score = score_of(run)
+        table.add_row(str(run.relative_to(folder)), "being trained" if score is None else f"{score:.4e}")
+    console.print(table)
+    console.print(f"next: crevnet recipe paper --out {folder}, which goes on with the runs that are not done")
 
 
 def _show_day(day: DayFile, slot: int, out: Path | None) -> None:

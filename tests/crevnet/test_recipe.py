@@ -69,6 +69,13 @@ def test_a_recipe_that_is_stopped_goes_on_and_ends_with_its_table(options, train
     assert found == [(str(out / step), False) for step in STEPS[:4]]
     before = {step: weights(out / step) for step in STEPS[:3]}
 
+    rows = [line.split() for line in crevnet("show", out).splitlines() if "e-0" in line or "trained" in line]
+    shown = [(row[1], row[3]) for row in rows]
+    expected = [
+        (step, f"{yaml.safe_load((out / step / 'finished.yaml').read_text())['score']:.4e}") for step in STEPS[:3]
+    ]
+    assert shown == expected
+
     # Killed between the end of training and its record: the step goes on, and has nothing left to do.
     (out / "city" / "There" / "finished.yaml").unlink()
     found.clear()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 
 def is_recipe(folder: Path) -> bool:
     return settings_file(folder).is_file()
@@ -25,6 +27,25 @@ def frame_run(folder: Path, city: str, number: int) -> Path:
     return folder / "frame" / city / str(number)
 
 
+def begun_runs(folder: Path) -> list[Path]:
+    """Those that have been begun, in the order in which they are trained."""
+    return [
+        run for run in (base_run(folder), *_found(folder / "city", 1), *_found(folder / "frame", 2)) if run.is_dir()
+    ]
+
+
 def record(run: Path) -> Path:
     """What is written when a run of the recipe is done."""
     return run / "finished.yaml"
+
+
+def score_of(run: Path) -> float | None:
+    """The best validation score, once the run is done."""
+    path = record(run)
+    return yaml.safe_load(path.read_text(encoding="utf-8"))["score"] if path.is_file() else None
+
+
+def _found(folder: Path, depth: int) -> list[Path]:
+    """Folders so many levels below another, in the order of their names, numbers by their values."""
+    found = folder.glob("/".join("*" * depth))
+    return sorted(found, key=lambda path: (path.parent.name, path.name.zfill(9)))

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 from lightning.fabric.utilities import move_data_to_device
 
 from crevnet.checkpoints import checkpoint_path, load_network
@@ -19,7 +18,7 @@ from crevnet.comparison import check_forecasts, device, untrained
 from crevnet.data.city_data import CityData
 from crevnet.evaluation import ENSEMBLE, NetworkForecast, Scores, mean_over_cities, score
 from crevnet.forecasts import Forecast, by_frame
-from crevnet.recipe.folders import base_run, city_run, frame_run, record, settings_file
+from crevnet.recipe.folders import base_run, city_run, frame_run, record, score_of, settings_file
 from crevnet.recipe.settings import FineTuning, RecipeSettings, load_recipe, refuse_changes
 from crevnet.settings import RunSettings, SettingsError, save_yaml
 from crevnet.training import train
@@ -45,8 +44,7 @@ class Step:
     @property
     def score(self) -> float | None:
         """The best validation score, once the step is done."""
-        path = record(self.folder)
-        return yaml.safe_load(path.read_text(encoding="utf-8"))["score"] if path.is_file() else None
+        return score_of(self.folder)
 
     @property
     def is_begun(self) -> bool:

@@ -48,6 +48,7 @@ def _command(arguments: list[str], output: Path, before: Callable[[], None]) -> 
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it runs in the background
     before()
     main(arguments)
 

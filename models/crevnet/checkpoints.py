@@ -89,7 +89,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         target = Path(path)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
             replace_file(target, partial(torch.save, checkpoint))
         except (OSError, RuntimeError) as error:  # torch's writer hides the first behind the second
             system = reason_of_system(error)

@@ -176,7 +176,6 @@ class RunSettings:
 
 def save_yaml(path: Path, values: dict[str, Any]) -> None:
     """Write values as YAML, tuples and paths as it knows them; the folder is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(_plain(values), sort_keys=False)
     replace_file(path, lambda file: file.write(text.encode()))
 

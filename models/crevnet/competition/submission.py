@@ -8,10 +8,11 @@ from pathlib import Path
 
 import h5py
 
-from crevnet.competition.files import replacing, writing_array
+from crevnet.competition.files import writing_array
 from crevnet.competition.forecasting import CaseForecast, submitted
 from crevnet.competition.interface import CaseFile
 from crevnet.data import DataError
+from crevnet.files import replacing
 
 
 def write_submission(

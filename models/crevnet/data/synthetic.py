@@ -24,6 +24,7 @@ import numpy as np
 from crevnet.data.errors import DataError
 from crevnet.data.road_network import RoadNetwork, build_road_network
 from crevnet.data.traffic_simulation import STEP_SECONDS, Traffic, TripDemand
+from crevnet.files import replacing
 
 SLOTS_PER_DAY = 288
 VOLUME_PER_RECORD = 2
@@ -169,22 +170,16 @@ def _is_written(path: Path, city: SyntheticCity) -> bool:
 def _write_day(path: Path, simulation: CitySimulation, date: Date) -> Iterator[int]:
     """Write a day under its name once it is complete; yields the number of slots written so far."""
     city = simulation.city
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with h5py.File(partial, "w") as file:
-                frame = (city.height, city.width, 3)
-                # A chunk is one frame, so that a window decompresses nothing but its own slots.
-                array = file.create_dataset(
-                    "array", (SLOTS_PER_DAY, *frame), np.uint8, chunks=(1, *frame), compression="gzip"
-                )
-                array.attrs["synthetic_city"] = _provenance(city)
-                for slot, values in enumerate(simulation.frames(date)):
-                    array[slot] = values
-                    yield slot + 1
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as unfinished, h5py.File(unfinished, "w") as file:
+            frame = (city.height, city.width, 3)
+            # A chunk is one frame, so that a window decompresses nothing but its own slots.
+            array = file.create_dataset(
+                "array", (SLOTS_PER_DAY, *frame), np.uint8, chunks=(1, *frame), compression="gzip"
+            )
+            array.attrs["synthetic_city"] = _provenance(city)
+            for slot, values in enumerate(simulation.frames(date)):
+                array[slot] = values
+                yield slot + 1
     except OSError as error:
         raise DataError(f"{path} cannot be written ({' '.join(str(error).split())}); choose another folder") from error

@@ -21,6 +21,7 @@ import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from crevnet.config import ModelConfig
 from crevnet.data import DataError
@@ -139,10 +140,12 @@ class Checkpoints(Checkpoint):
         self._write(trainer, "last")
 
     def on_exception(self, trainer: lightning.Trainer, module: Any, exception: BaseException) -> None:
-        together = trainer.world_size == 1  # other devices would not come to write with this one
-        if self._moment is not None and together and not isinstance(exception, (*NUMERICAL, CheckpointError)):
-            with suppress(CheckpointError):
-                self._write(trainer, "last")
+        apart = isinstance(trainer.strategy, ModelParallelStrategy)  # other processes would not come to join the parts
+        if self._moment is None or apart or isinstance(exception, (*NUMERICAL, CheckpointError)):
+            return
+        with suppress(CheckpointError):  # as trainer.save_checkpoint does, but that it would wait for the others
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            trainer.strategy.save_checkpoint(checkpoint, checkpoint_path(self._folder, "last"))
 
     def on_save_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         moment = self._moment or {"loops": trainer.fit_loop.state_dict(), "random": _random_state()}

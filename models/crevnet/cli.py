@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,6 +26,7 @@ from crevnet.data.protocol import ProtocolName
 from crevnet.failures import StoppedError, TrainingError
 from crevnet.models import MODELS
 from crevnet.network import Feedback
+from crevnet.processes import is_first, is_first_to_fail
 from crevnet.recipe import RecipeSettings, add_recipe, base_run, is_recipe, load_recipe
 from crevnet.settings import (
     DataSettings,
@@ -48,22 +49,25 @@ _HOW_TO_READ = ("stride", "flips", "batch_size", "workers")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. An error is one line on stderr and exit status 2."""
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_first())
     warnings.showwarning = lambda message, *_, **__: errors.print(f"[yellow]warning:[/] {escape(str(message))}")
     try:
         _run(sys.argv[1:] if arguments is None else list(arguments))
     except StoppedError as error:
-        errors.print(f"[red]crevnet:[/] {escape(str(error))}")
-        sys.exit(error.exit_status)
+        _fail(str(error), error.exit_status)
     except (SettingsError, DataError, TrainingError, OSError) as error:
-        errors.print(f"[red]crevnet:[/] {escape(str(error))}")
-        sys.exit(2)
+        _fail(str(error), 2)
     except OverflowError as error:  # of the grid that streams live on in exact arithmetic
-        errors.print(f"[red]crevnet:[/] {escape(str(error))}; a model's bits are its --model.exact_bits")
-        sys.exit(2)
+        _fail(f"{error}; a model's bits are its --model.exact_bits", 2)
     except KeyboardInterrupt:
-        errors.print("[red]crevnet:[/] interrupted")
-        sys.exit(130)
+        _fail("interrupted", 130)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    """End with a line on stderr; of several processes that train together, the first that fails says its."""
+    errors = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_first_to_fail())
+    errors.print(f"[red]crevnet:[/] {escape(message)}")
+    sys.exit(status)
 
 
 def _run(arguments: list[str]) -> None:
@@ -81,6 +85,7 @@ def _run(arguments: list[str]) -> None:
     from crevnet import commands  # Lightning takes seconds to import: not for --help or a mistyped option
     from crevnet.competition import commands as competition
 
+    commands.console.quiet = not is_first()
     command = parsed.command
     chosen = options[command]
     if command == "fit":

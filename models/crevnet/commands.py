@@ -34,6 +34,7 @@ from crevnet.data import (
 from crevnet.data.city_data import CityData
 from crevnet.evaluation import Scores, mean_over_cities
 from crevnet.network import Feedback
+from crevnet.processes import is_first
 from crevnet.recipe import RecipeSettings
 from crevnet.recipe.folders import begun_runs, is_recipe, score_of
 from crevnet.recipe.paper import Recipe
@@ -64,6 +65,8 @@ def recipe(folder: Path, settings: RecipeSettings) -> None:
             console.print(f"{where}: {'going on' if step.is_begun else 'training'} in {step.folder}")
             step.run()
         console.print(f"{where}: best validation {measure} {step.score:.4e}")
+    if not is_first():
+        return
     with console.status("scoring; the first time, all training days are read for their slots' means"):
         scores = cooked.scores()
     channels = [cooked.data.layout.channel_name(c) for c in range(settings.base.model.channels)]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import revflow
 from crevnet.config import CrevNetConfig
@@ -84,6 +85,10 @@ def _reason(error: BaseException, settings: RunSettings) -> str | None:
         )
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return f"a process that reads data has died ({_first_sentence(error)}): lower --data.workers, or find it more memory"
+    if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return (
+            f"another training process has ended, or cannot be reached ({_first_sentence(error)}): see what it has said"
+        )
     system = reason_of_system(error)
     if system is not None and system.errno in _DISK:
         return f"the run's folder could not be written to ({system.strerror}): make room, or mend the disk"

@@ -1,15 +1,17 @@
-"""Which windows come when: another order each epoch, and the place in it from which a resumed run goes on."""
+"""Which windows come when, and to which process: another order each epoch, and the place in it where a resumed run goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from math import ceil
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 
 from crevnet.data.errors import DataError
+from crevnet.processes import place
 
 
 class EpochShuffle(Sampler[int]):
@@ -36,19 +38,51 @@ class EpochShuffle(Sampler[int]):
         return self._count
 
 
-class ResumableBatchSampler(BatchSampler):
-    """Batches of windows, of which the first `skip` are passed over."""
+class Part(NamedTuple):
+    """What one process has of a batch that several share."""
+
+    share: float
+    """What the mean over its windows counts in the mean of all processes' means: 1 where all have as many windows."""
+    windows: int
+    """Of the whole batch, in all processes."""
+
+
+class SharedBatchSampler(BatchSampler):
+    """This process's part of each batch, of which the first `skip` are passed over.
+
+    A batch holds `batch_size` windows for each process, and these take turns in choosing: so the batches are those of one
+    process with that many times the batch size. All processes have as many batches. The last one may hold fewer windows,
+    and then a process that gets none takes one of the others', with a share of 0.
+    """
 
     skip = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        return islice(super().__iter__(), self.skip, None)
+        rank, processes = place()
+        together = BatchSampler(self.sampler, self.batch_size * processes, drop_last=False)
+        for batch in islice(together, self.skip, None):
+            yield batch[rank::processes] or batch[:1]
+
+    def __len__(self) -> int:
+        return ceil(self._count / (self.batch_size * place()[1]))
+
+    def part(self, number: int) -> Part:
+        """What this process has of a batch, 0 being the epoch's first."""
+        rank, processes = place()
+        whole = self.batch_size * processes
+        windows = min(whole, self._count - number * whole)
+        return Part(len(range(rank, windows, processes)) * processes / windows, windows)
+
+    @property
+    def _count(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
 
 
 class WindowLoader(DataLoader[dict[str, Any]]):
-    """A loader whose state is how many batches of the epoch it has handed out, as Lightning asks of a stateful one.
+    """A loader of a `SharedBatchSampler`'s batches, whose state is how many of the epoch it has handed out, as Lightning asks of
+    a stateful one. Each batch has its `Part`, as "part".
 
-    With a `ResumableBatchSampler` and a state loaded, its next epoch begins behind those batches, and reads none of them.
+    With a state loaded, its next epoch begins behind those batches, and reads none of them.
     DataError, in one line from a worker too, where a window cannot be read.
     """
 
@@ -64,6 +98,7 @@ class WindowLoader(DataLoader[dict[str, Any]]):
         self.batch_sampler.skip = self._used = skip
         try:
             for batch in super().__iter__():
+                batch["part"] = self.batch_sampler.part(self._used)
                 self._used += 1
                 yield batch
         except DataError as error:  # a worker's message ends with its traceback, and that with its error
@@ -80,9 +115,9 @@ class WindowLoader(DataLoader[dict[str, Any]]):
 def window_loader(
     windows: Dataset[dict[str, Any]], batch_size: int, workers: int, sampler: Sampler[int] | None = None
 ) -> WindowLoader:
-    """Batches of windows, in the sampler's order or, without one, in theirs."""
+    """Batches of windows, `batch_size` for each process, in the sampler's order or, without one, in theirs."""
     order = SequentialSampler(windows) if sampler is None else sampler
-    batches = ResumableBatchSampler(order, batch_size, drop_last=False)
+    batches = SharedBatchSampler(order, batch_size, drop_last=False)
     own = torch.Generator()  # else each epoch would draw from the generator that a model's dropout draws from
     return WindowLoader(
         windows, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, generator=own

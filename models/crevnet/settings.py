@@ -107,7 +107,11 @@ class TrainingSettings:
         precision: Lightning's name for it: 32-true, 16-mixed (V100), bf16-mixed, 64-true.
         max_minutes: stop after so many minutes of training, resumed runs counted in, wherever it is.
         accelerator: Lightning's name for it: auto, cpu, gpu.
-        devices: number of devices to train on.
+        devices: number of devices to train on in each machine. data.batch_size is that of each of them; torchrun's number of
+            processes counts instead where it starts them.
+        nodes: number of machines that train together; each runs the same command.
+        strategy: how several devices train together: ddp, each with a copy of everything, or fsdp, each with a part of the
+            parameters, which are gathered for each step, and of Adam's state; auto is ddp.
         seed: of the initial weights and the order of the windows.
         channels_last: convolutions in the layout that tensor cores work in; the same values up to rounding.
         compile: run the network's parts by torch.compile, which takes minutes in the first steps; the same values up to
@@ -127,13 +131,15 @@ class TrainingSettings:
     max_minutes: float | None = None
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
+    nodes: int = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     seed: int = 0
     channels_last: bool = False
     compile: bool = False
     checkpoint_minutes: float = 15
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batches", "validation_batches", "accumulate", "devices"):
+        for name in ("epochs", "batches", "validation_batches", "accumulate", "devices", "nodes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"training.{name} has to be at least 1, not {value}")
@@ -141,6 +147,10 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1e6:
                 raise ValueError(f"training.{name} has to be positive and below a million, not {value}")
+        if self.strategy == "fsdp" and self.precision not in ("32-true", "bf16-mixed"):
+            raise ValueError(
+                f"training.strategy fsdp knows training.precision 32-true and bf16-mixed, not {self.precision}: take one, or ddp"
+            )
         if self.sampling_steps is not None and self.sampling_steps < 0:
             raise ValueError(f"training.sampling_steps cannot be negative; got {self.sampling_steps}")
         if not 0 <= self.seed < 2**32:

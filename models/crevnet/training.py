@@ -10,14 +10,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from crevnet.checkpoints import AtomicCheckpointIO, Checkpoints, checkpoint_path, load_network, resumable_steps
 from crevnet.config import ModelConfig
@@ -26,7 +28,8 @@ from crevnet.data.city_data import CityData
 from crevnet.failures import DivergedError, explained
 from crevnet.files import remove_unfinished
 from crevnet.models import make_network
-from crevnet.sampling import WindowLoader
+from crevnet.processes import launched
+from crevnet.sampling import Part, WindowLoader
 from crevnet.scheduled_sampling import fed_frames
 from crevnet.settings import RunSettings, TrainingSettings
 
@@ -38,23 +41,38 @@ class CrevNetTask(lightning.LightningModule):
         super().__init__()
         self.network = make_network(model)
         self.training_settings = training
+        if training.precision == "64-true":
+            self.network.double()  # Lightning would load a checkpoint's weights first, into float32
         if training.channels_last:
             self.network.to(memory_format=torch.channels_last)
         if training.compile:
             self.network.compile_parts()
 
+    def configure_model(self) -> None:
+        """Under FSDP, part the parameters among the processes: the network's as a whole, since the engine runs its parts."""
+        if self.device_mesh is not None and not isinstance(self.network, FSDPModule):
+            fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
+            for method in ("loss", "score"):
+                register_fsdp_forward_method(self.network, method)
+
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
         fed = self._fed(batch["frames"])
-        loss = self.network.loss(batch["frames"], self._static(batch), self.training_settings.loss, fed)
-        if not torch.isfinite(loss):  # GradScaler's infinite gradients are those of a loss that is finite
-            raise DivergedError(f"the loss is {loss.item()} in step {self.trainer.global_step + 1}")
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["frames"]))
+        own = self.network.loss(batch["frames"], self._static(batch), self.training_settings.loss, fed)
+        loss = own * batch["part"].share
+        mean = self.trainer.strategy.reduce(loss.detach().clone())  # so that all processes find out together
+        if not torch.isfinite(mean):  # GradScaler's infinite gradients are those of a loss that is finite
+            raise DivergedError(f"the loss is {mean.item()} in step {self.trainer.global_step + 1}")
+        self.log("train/loss", mean, prog_bar=True, batch_size=batch["part"].windows)
         return loss
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
         loss = self.training_settings.loss
-        score = self.network.score(batch["frames"], self._static(batch), loss if isinstance(loss, int) else None)
-        self.log(self.network.config.score_tag, score, prog_bar=True, sync_dist=True, batch_size=len(batch["frames"]))
+        own = self.network.score(batch["frames"], self._static(batch), loss if isinstance(loss, int) else None)
+        part: Part = batch["part"]
+        # The weight is that of the whole batch, the same in all processes: Lightning's mean of others is rounded.
+        self.log(
+            self.network.config.score_tag, own * part.share, prog_bar=True, sync_dist=True, batch_size=part.windows
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return FusedAdam(self.network.parameters(), self.training_settings.learning_rate)
@@ -119,15 +137,16 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     start = None
     if training.start is not None and not resume:
         start = load_network(training.start, settings.model, "best")
-    for place in (folder, last.parent):
-        remove_unfinished(place)
     batches, validation_batches = data.training_batches(), data.validation_batches()
-    settings.save(folder)
     checkpoints = Checkpoints(folder, training.checkpoint_minutes, _order(settings, batches))
     try:
         trainer = _trainer(training, folder, checkpoints, steps)
     except MisconfigurationException as error:  # no such accelerator here, say
         raise DataError(" ".join(str(error).split())) from error
+    if trainer.is_global_zero:
+        for place in (folder, last.parent):
+            remove_unfinished(place)
+        settings.save(folder)
     try:
         with _quiet():
             task = CrevNetTask(settings.model, training)
@@ -148,9 +167,13 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
 
 
 def _trainer(training: TrainingSettings, folder: Path, checkpoints: Checkpoints, steps: int) -> lightning.Trainer:
+    devices, nodes = launched(training)
     return lightning.Trainer(
         accelerator=training.accelerator,
-        devices=training.devices,
+        devices=devices,
+        num_nodes=nodes,
+        strategy=_strategy(training, devices * nodes),
+        use_distributed_sampler=False,  # batches are shared by ours
         precision=training.precision,
         max_epochs=training.epochs,
         max_time=None if training.max_minutes is None else timedelta(minutes=training.max_minutes),
@@ -166,12 +189,21 @@ def _trainer(training: TrainingSettings, folder: Path, checkpoints: Checkpoints,
     )
 
 
+def _strategy(training: TrainingSettings, processes: int) -> Strategy | Literal["auto"]:
+    if training.strategy == "fsdp":
+        return ModelParallelStrategy(processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    if training.strategy == "ddp" or processes > 1:
+        return DDPStrategy(gradient_as_bucket_view=True)  # else gradients would be there twice
+    return "auto"
+
+
 def _order(settings: RunSettings, batches: WindowLoader) -> dict[str, Any]:
     """What the order of the windows, and of the optimizer's steps between them, follows from."""
     data, training = settings.data, settings.training
+    devices, nodes = launched(training)
     return {
         "windows": len(batches.dataset),  # type: ignore[arg-type]
-        "batch_size": data.batch_size,
+        "batch_size": data.batch_size * devices * nodes,
         "batches": training.batches,
         "accumulate": training.accumulate,
         "seed": training.seed,

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,7 @@ from crevnet import CrevNet
 from crevnet.cli import main
 from crevnet.data import DataError
 
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # of pytest's the server would know nothing, and import nothing
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["crevnet.commands"])
 

@@ -140,7 +140,8 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     batches, validation_batches = data.training_batches(), data.validation_batches()
     checkpoints = Checkpoints(folder, training.checkpoint_minutes, _order(settings, batches))
     try:
-        trainer = _trainer(training, folder, checkpoints, steps)
+        with _quiet():
+            trainer = _trainer(training, folder, checkpoints, steps)
     except MisconfigurationException as error:  # no such accelerator here, say
         raise DataError(" ".join(str(error).split())) from error
     if trainer.is_global_zero:

@@ -109,14 +109,14 @@ class TrainingSettings:
         accelerator: Lightning's name for it: auto, cpu, gpu.
         devices: number of devices to train on in each machine. data.batch_size is that of each of them; torchrun's number of
             processes counts instead where it starts them.
-        nodes: number of machines that train together; each runs the same command.
-        strategy: how several devices train together: ddp, each with a copy of everything, or fsdp, each with a part of the
-            parameters, which are gathered for each step, and of Adam's state; auto is ddp.
         seed: of the initial weights and the order of the windows.
         channels_last: convolutions in the layout that tensor cores work in; the same values up to rounding.
         compile: run the network's parts by torch.compile, which takes minutes in the first steps; the same values up to
             rounding. Not with exact_bits.
         checkpoint_minutes: write last.ckpt after so many minutes of training, and after each epoch.
+        nodes: number of machines that train together; each runs the same command.
+        strategy: how several devices train together: ddp, each with a copy of everything, or fsdp, each with a part of the
+            parameters, which are gathered for each step, and of Adam's state; auto is ddp.
     """
 
     epochs: int = 100
@@ -131,12 +131,12 @@ class TrainingSettings:
     max_minutes: float | None = None
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
-    nodes: int = 1
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     seed: int = 0
     channels_last: bool = False
     compile: bool = False
     checkpoint_minutes: float = 15
+    nodes: int = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batches", "validation_batches", "accumulate", "devices", "nodes"):

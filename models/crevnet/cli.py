@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from crevnet.competition import ChallengeSettings, Task
-from crevnet.config import PRESETS, ModelConfig
+from crevnet.config import PRESETS
 from crevnet.data import DataError, SyntheticCity
 from crevnet.data.layouts import LayoutName
 from crevnet.data.protocol import ProtocolName
@@ -35,7 +35,7 @@ from crevnet.settings import (
     add_sections,
     default_model,
     load_settings,
-    model_named_in,
+    start_named_in,
     with_protocol,
 )
 
@@ -272,11 +272,19 @@ def _add_protocol(parser: Parser, arguments: list[str]) -> None:
 
 def _fit_defaults(arguments: list[str]) -> RunSettings:
     """The defaults of fit's options: those of the run to resume, else of the model, the preset and the protocol that the command
-    line names, the model by its configuration file too."""
+    line names, or its configuration file."""
     run = _value_of("--resume", arguments)
     if run is not None:
         return load_settings(Path(run))
-    return with_protocol(RunSettings(_model_named(arguments)), _value_of("--protocol", arguments))
+    config = _value_of("--config", arguments)
+    file = {} if config is None else start_named_in(Path(config))
+    name = _value_of("--model.name", arguments) or file.get("model.name", "crevnet")
+    preset = _value_of("--preset", arguments)
+    if name != "crevnet" and preset is not None:
+        raise SettingsError(f"--preset {preset} is a size of crevnet: leave it out with --model {name}")
+    size = PRESETS.get(preset or file.get("preset", ""), PRESETS["paper"])
+    model = size if name == "crevnet" else default_model(name)
+    return with_protocol(RunSettings(model), _value_of("--protocol", arguments) or file.get("protocol"))
 
 
 def _recipe_defaults(arguments: list[str]) -> RecipeSettings:
@@ -285,16 +293,6 @@ def _recipe_defaults(arguments: list[str]) -> RecipeSettings:
     if arguments[:1] == ["recipe"] and out is not None and is_recipe(Path(out)):
         return load_recipe(Path(out))
     return RecipeSettings(_fit_defaults(arguments))
-
-
-def _model_named(arguments: list[str]) -> ModelConfig:
-    config, preset = _value_of("--config", arguments), _value_of("--preset", arguments)
-    name = _value_of("--model.name", arguments) or (model_named_in(Path(config)) if config else "crevnet")
-    if name == "crevnet":
-        return PRESETS.get(preset or "", PRESETS["paper"])
-    if preset is not None:
-        raise SettingsError(f"--preset {preset} is a size of crevnet: leave it out with --model {name}")
-    return default_model(name)
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:

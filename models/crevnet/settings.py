@@ -232,12 +232,21 @@ def default_model(name: str) -> ModelConfig:
     return MODELS[name].config()
 
 
+def start_named_in(path: Path) -> dict[str, str]:
+    """The preset, the protocol and the model.name that a configuration file names; none where it cannot be read."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    values = found if isinstance(found, dict) else {}
+    model = values.get("model")
+    values |= {"model.name": model.get("name") if isinstance(model, dict) else None}
+    return {name: str(values[name]) for name in ("preset", "protocol", "model.name") if values.get(name) is not None}
+
+
 def model_named_in(path: Path) -> str:
     """The name in a configuration file's section for the model; CrevNet's where it has none, or cannot be read."""
-    try:
-        return str(yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["name"])
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-        return "crevnet"
+    return start_named_in(path).get("model.name", "crevnet")
 
 
 def load_settings(run: Path) -> RunSettings:

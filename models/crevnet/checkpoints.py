@@ -79,8 +79,10 @@ def _load_weights(network: VideoModel[Any], checkpoint: dict[str, Any], path: Pa
     try:
         network.load_state_dict({k.removeprefix("network."): v for k, v in checkpoint["state_dict"].items()})
     except RuntimeError as error:
-        folder = path.parent.parent
-        raise DataError(f"{path} belongs to another architecture than the config.yaml of {folder}") from error
+        raise DataError(
+            f"{path} holds weights of another architecture than the {network.config.title} that is asked for: take the model "
+            "settings of the run that trained them"
+        ) from error
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

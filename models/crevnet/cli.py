@@ -26,7 +26,8 @@ from crevnet.data.protocol import ProtocolName
 from crevnet.failures import StoppedError, TrainingError
 from crevnet.models import MODELS
 from crevnet.network import Feedback
-from crevnet.recipe import RecipeSettings, add_recipe, base_run, is_recipe, load_recipe
+from crevnet.recipe.folders import base_run, is_recipe
+from crevnet.recipe.settings import RecipeSettings, add_recipe, load_recipe
 from crevnet.settings import (
     DataSettings,
     Parser,
@@ -44,6 +45,9 @@ _SHORT = re.compile(r"--model(=.*)?")
 
 _HOW_TO_READ = ("stride", "flips", "batch_size", "workers")
 """Data settings that make no difference to which frames are evaluated."""
+
+_VALIDATED = ("validation_slots", "validation_windows", "validation_stride")
+"""Nor have these any meaning for a submission."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -193,7 +197,7 @@ def _parser(arguments: list[str]) -> Parser:
 
     show = Parser(description="Show what a run's folder or a day file holds.")
     show.add_argument("path", type=Path, help="a run's or a recipe's folder, or a day file (.h5)")
-    show.add_argument("--slot", type=int, default=96, help="the day's slot to draw")
+    show.add_argument("--slot", type=int | None, default=None, help="the day's slot to draw; 08:00 if not given")
     show.add_argument("--out", type=Path | None, default=None, help="draw the day's slot to this PNG")
     parsers.add_subcommand("show", show, help="show what a run or a day file holds")
 
@@ -275,6 +279,9 @@ def _fit_defaults(arguments: list[str]) -> RunSettings:
     line names, or its configuration file."""
     run = _value_of("--resume", arguments)
     if run is not None:
+        for option in ("--preset", "--protocol", "--training.start"):
+            if _value_of(option, arguments) is not None:
+                raise SettingsError(f"{option} is for new runs, and {run} has begun: leave it out with --resume")
         return load_settings(Path(run))
     config = _value_of("--config", arguments)
     file = {} if config is None else start_named_in(Path(config))
@@ -315,11 +322,12 @@ def _data_of_runs(arguments: list[str]) -> dict[str, Any] | None:
     settings = {run: asdict(load_settings(run).data) for run in runs if (run / "config.yaml").is_file()}
     if not settings:
         return None
+    indifferent = _HOW_TO_READ + (_VALIDATED if arguments[0] == "submit" else ())
     (first, data), *others = settings.items()
     for run, other in others:
         for name, value in data.items():
             given = _value_of(f"--data.{name}", arguments) is not None
-            if other[name] != value and name not in _HOW_TO_READ and not given:
+            if other[name] != value and name not in indifferent and not given:
                 raise SettingsError(
                     f"{first} and {run} have different data, data.{name} is {value} and {other[name]}: say --data.{name}"
                 )

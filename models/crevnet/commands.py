@@ -34,9 +34,9 @@ from crevnet.data import (
 from crevnet.data.city_data import CityData
 from crevnet.evaluation import Scores, mean_over_cities
 from crevnet.network import Feedback
-from crevnet.recipe import RecipeSettings
-from crevnet.recipe.folders import begun_runs, is_recipe, score_of
+from crevnet.recipe.folders import begun_runs, is_recipe, score_of, scores_file
 from crevnet.recipe.paper import Recipe
+from crevnet.recipe.settings import RecipeSettings
 from crevnet.score_table import score_tables
 from crevnet.settings import DataSettings, RunSettings, SettingsError, load_settings, save_yaml
 from crevnet.training import train
@@ -68,8 +68,8 @@ def recipe(folder: Path, settings: RecipeSettings) -> None:
         scores = cooked.scores()
     channels = [cooked.data.layout.channel_name(c) for c in range(settings.base.model.channels)]
     _print_scores(scores, channels, [cooked.data.layout.lead(frame) for frame in cooked.frames])
-    save_yaml(folder / "scores.yaml", {name: asdict(found) for name, found in scores.items()})
-    console.print(f"wrote {folder / 'scores.yaml'}")
+    save_yaml(scores_file(folder), {name: asdict(found) for name, found in scores.items()})
+    console.print(f"wrote {scores_file(folder)}")
 
 
 def evaluate(
@@ -149,7 +149,7 @@ def predict(
         console.print(f"wrote {path}")
 
 
-def show(path: Path, slot: int, out: Path | None) -> None:
+def show(path: Path, slot: int | None, out: Path | None) -> None:
     if out is not None and out.suffix != ".png":
         raise SettingsError(f"--out {out}: name a .png file")
     if is_recipe(path):
@@ -230,10 +230,15 @@ def _show_recipe(folder: Path) -> None:
         score = score_of(run)
         table.add_row(str(run.relative_to(folder)), "being trained" if score is None else f"{score:.4e}")
     console.print(table)
-    console.print(f"next: crevnet recipe paper --out {folder}, which goes on with the runs that are not done")
+    if scores_file(folder).is_file():
+        console.print(f"its table is in {scores_file(folder)} (next: crevnet submit {folder})")
+    else:
+        console.print(f"next: crevnet recipe paper --out {folder}, which goes on with the runs that are not done")
 
 
-def _show_day(day: DayFile, slot: int, out: Path | None) -> None:
+def _show_day(day: DayFile, slot: int | None, out: Path | None) -> None:
+    if slot is None:
+        slot = MORNING if day.shape[0] > MORNING else day.shape[0] // 2
     if not 0 <= slot < day.shape[0]:
         raise DataError(f"--slot {slot}: {day.path} has slots 0 to {day.shape[0] - 1}")
     roads = cached_road_map([day])[0].numpy()

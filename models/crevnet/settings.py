@@ -16,6 +16,7 @@ from crevnet.data.layouts import LayoutName
 from crevnet.data.protocol import HeadingOrder, ProtocolName, protocol
 from crevnet.files import replace_file
 from crevnet.models import MODELS
+from crevnet.recipe.folders import base_run, is_recipe
 
 
 class SettingsError(Exception):
@@ -252,6 +253,8 @@ def model_named_in(path: Path) -> str:
 def load_settings(run: Path) -> RunSettings:
     """The config.yaml of a run's folder. Raises SettingsError where it is missing or wrong."""
     path = run / "config.yaml"
+    if is_recipe(run):
+        raise SettingsError(f"{run} is a recipe's folder, not a run's: name one of its runs, {base_run(run)} say")
     if not path.is_file():
         raise SettingsError(f"{run} is no run's folder, it has no config.yaml: train one with crevnet fit --out {run}")
     parser = Parser(prog="crevnet")

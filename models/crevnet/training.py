@@ -26,9 +26,10 @@ from crevnet.data.city_data import CityData
 from crevnet.failures import DivergedError, explained
 from crevnet.files import remove_unfinished
 from crevnet.models import make_network
+from crevnet.recipe.folders import is_recipe
 from crevnet.sampling import WindowLoader
 from crevnet.scheduled_sampling import fed_frames
-from crevnet.settings import RunSettings, TrainingSettings
+from crevnet.settings import RunSettings, TrainingSettings, load_settings
 
 
 class CrevNetTask(lightning.LightningModule):
@@ -107,6 +108,8 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     last = checkpoint_path(folder, "last")
     if resume and not last.is_file():
         raise DataError(f"{last} does not exist, so there is nothing to resume: train with --out {folder}")
+    if is_recipe(folder):
+        raise DataError(f"{folder} is a recipe's folder: choose another --out")
     if not resume and last.is_file():
         raise DataError(
             f"{folder} holds a trained run already: go on with it (--resume {folder}), or choose another --out"
@@ -118,6 +121,7 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
         steps = resumable_steps(folder, settings.model)
     start = None
     if training.start is not None and not resume:
+        load_settings(training.start)  # says what is wrong where it is no run's folder
         start = load_network(training.start, settings.model, "best")
     for place in (folder, last.parent):
         remove_unfinished(place)

@@ -77,3 +77,8 @@ def test_what_cannot_be(options, named, small, cities, run, failing, tmp_path):
     options = [str(run) if option == "RUN" else option for option in options]
     assert named in failing("fit", *small, "--data.root", cities, "--out", tmp_path / "run", *options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--preset=tiny", "--protocol=2019", "--training.start=absent"])
+def test_a_run_that_has_begun_does_not_begin_otherwise(option, run, failing):
+    assert f"{option.partition('=')[0]} is for new runs" in failing("fit", "--resume", run, option)

@@ -33,7 +33,7 @@ from crevnet.competition.submission import write_submission, zip_submission
 from crevnet.data import DataError, DayFile
 from crevnet.data.city_data import open_training_days, open_validation_days
 from crevnet.network import Feedback
-from crevnet.recipe import base_run, is_recipe
+from crevnet.recipe.folders import base_run, is_recipe
 from crevnet.settings import DataSettings, SettingsError
 
 console = Console(highlight=False, soft_wrap=True)

@@ -15,6 +15,11 @@ def settings_file(folder: Path) -> Path:
     return folder / "recipe.yaml"
 
 
+def scores_file(folder: Path) -> Path:
+    """The table that a recipe ends with."""
+    return folder / "scores.yaml"
+
+
 def base_run(folder: Path) -> Path:
     return folder / "base"
 
@@ -48,4 +53,4 @@ def score_of(run: Path) -> float | None:
 def _found(folder: Path, depth: int) -> list[Path]:
     """Folders so many levels below another, in the order of their names, numbers by their values."""
     found = folder.glob("/".join("*" * depth))
-    return sorted(found, key=lambda path: (path.parent.name, path.name.zfill(9)))
+    return sorted(found, key=lambda path: (path.parent.name, path.name.isdigit() and int(path.name), path.name))

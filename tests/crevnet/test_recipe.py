@@ -8,7 +8,9 @@ import torch
 import yaml
 
 from crevnet.baselines import vpn
-from crevnet.checkpoints import load_checkpoint, load_network
+from crevnet.checkpoints import checkpoint_path, load_checkpoint, load_network
+from crevnet.data import DataError
+from crevnet.failures import DivergedError, explained
 from crevnet.recipe.folders import begun_runs
 from crevnet.recipe.paper import Recipe
 from crevnet.recipe.settings import FineTuning, RecipeSettings, load_recipe
@@ -198,3 +200,22 @@ def test_runs_are_shown_by_the_names_of_cities_and_the_values_of_numbers(tmp_pat
     for run in reversed(runs):
         run.mkdir(parents=True)
     assert begun_runs(tmp_path) == runs
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (DataError("a damaged day"), "crevnet recipe paper --out RECIPE"),
+        (SystemExit(), "crevnet recipe paper --out RECIPE"),
+        (DivergedError("the loss is nan"), "crevnet fit --resume RUN, and then crevnet recipe paper --out RECIPE"),
+        (torch.OutOfMemoryError("CUDA"), "crevnet fit --resume RUN, and then crevnet recipe paper --out RECIPE"),
+    ],
+)
+@pytest.mark.parametrize("name", ["base", "city/Here", "frame/Here/2"])
+def test_what_ends_a_step_names_the_command_that_goes_on_with_the_recipe(name, error, advice, settings, tmp_path):
+    Recipe(tmp_path, RecipeSettings(settings))
+    last = checkpoint_path(tmp_path / name, "last")
+    last.parent.mkdir(parents=True)
+    last.touch()
+    expected = advice.replace("RECIPE", str(tmp_path)).replace("RUN", str(tmp_path / name))
+    assert str(explained(error, settings, last)).endswith(f"with {expected}")

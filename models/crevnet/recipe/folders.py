@@ -32,6 +32,12 @@ def frame_run(folder: Path, city: str, number: int) -> Path:
     return folder / "frame" / city / str(number)
 
 
+def recipe_of(run: Path) -> Path | None:
+    """The recipe whose run it is, if any."""
+    above = (run.parent, run.parent.parent, run.parent.parent.parent)
+    return next((folder for folder in above if is_recipe(folder)), None)
+
+
 def begun_runs(folder: Path) -> list[Path]:
     """Those that have been begun, in the order in which they are trained."""
     return [

@@ -231,7 +231,7 @@ def _show_recipe(folder: Path) -> None:
         table.add_row(str(run.relative_to(folder)), "being trained" if score is None else f"{score:.4e}")
     console.print(table)
     if scores_file(folder).is_file():
-        console.print(f"its table is in {scores_file(folder)} (next: crevnet submit {folder})")
+        console.print(f"its table is in {scores_file(folder)} (next: crevnet submit {folder} --out FOLDER)")
     else:
         console.print(f"next: crevnet recipe paper --out {folder}, which goes on with the runs that are not done")
 

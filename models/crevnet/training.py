@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
         remove_unfinished(place)
     batches, validation_batches = data.training_batches(), data.validation_batches()
     settings.save(folder)
-    checkpoints = Checkpoints(folder, training.checkpoint_minutes, _order(settings, batches))
+    checkpoints = Checkpoints(folder, training.checkpoint_minutes, _order(settings, batches), _scored(settings))
     try:
         trainer = _trainer(training, folder, checkpoints, steps)
     except MisconfigurationException as error:  # no such accelerator here, say
@@ -180,6 +181,14 @@ def _order(settings: RunSettings, batches: WindowLoader) -> dict[str, Any]:
         "accumulate": training.accumulate,
         "seed": training.seed,
     }
+
+
+def _scored(settings: RunSettings) -> dict[str, Any]:
+    """What the validation score is of."""
+    data, training = asdict(settings.data), settings.training
+    frames = {name: value for name, value in data.items() if name.startswith("validation")}
+    frame = training.loss if isinstance(training.loss, int) else None
+    return {**frames, "cities": data["cities"], "batches": training.validation_batches, "frame": frame}
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from crevnet.checkpoints import load_network
+from crevnet import CrevNet
+from crevnet.checkpoints import load_checkpoint, load_network
 from crevnet.settings import load_settings
 from crevnet.training import train
 
@@ -77,6 +78,19 @@ def test_what_cannot_be(options, named, small, cities, run, failing, tmp_path):
     options = [str(run) if option == "RUN" else option for option in options]
     assert named in failing("fit", *small, "--data.root", cities, "--out", tmp_path / "run", *options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change", [{"loss": 2}, {"loss": "future"}])
+def test_another_score_chooses_the_best_checkpoint_anew(change, one_window, tmp_path, monkeypatch):
+    """The second epoch's score is worse than the first's, which counts if both are of the same frames."""
+    scores = iter((0.1, 0.2))
+    monkeypatch.setattr(CrevNet, "score", lambda *_: torch.tensor(next(scores)))
+    train(one_window, tmp_path)
+    training = replace(one_window.training, epochs=2, **change)
+    best = train(replace(one_window, training=training), tmp_path, resume=True)
+    assert best == pytest.approx(0.2 if change["loss"] == 2 else 0.1)
+    epochs = load_checkpoint(tmp_path, "best")["epoch"]
+    assert epochs == (1 if change["loss"] == 2 else 0)
 
 
 @pytest.mark.parametrize("option", ["--preset=tiny", "--protocol=2019", "--training.start=absent"])

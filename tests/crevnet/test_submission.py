@@ -347,3 +347,8 @@ def test_what_is_neither_a_folder_nor_a_zip(submission, data, failing, tmp_path)
         assert str(tmp_path / path) in failing("score", tmp_path / path, "--truth", data, *SLOTS)
     assert "absent" in failing("score", submission[0], "--truth", tmp_path / "absent", *SLOTS)
     assert "absent" in failing("score", submission[0], "--truth", data, *SLOTS, "--data.root", tmp_path / "absent")
+
+
+def test_a_submission_that_is_not_there(data, failing, tmp_path):
+    line = failing("score", tmp_path / "absent", "--truth", data, *SLOTS)
+    assert f"{tmp_path / 'absent'} is neither a folder nor a zip" in line

@@ -51,6 +51,15 @@ class RecipeSettings:
     city: FineTuning = field(default_factory=FineTuning)
     frame: FineTuning = field(default_factory=FineTuning)
 
+    def __post_init__(self) -> None:
+        if self.base.data.protocol == "movies":
+            raise SettingsError("data.protocol movies has no cities, and a recipe tunes on each: train by crevnet fit")
+        loss = self.base.training.loss
+        if isinstance(loss, int):
+            raise SettingsError(
+                f"training.loss {loss} is of one frame, and a recipe comes to each of them itself: say --training.loss all"
+            )
+
     def sections(self) -> dict[str, Any]:
         return {**asdict(self.base), "city": asdict(self.city), "frame": asdict(self.frame)}
 

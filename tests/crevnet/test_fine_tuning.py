@@ -1,5 +1,6 @@
 """Training that begins with another run's weights, and on one future frame alone."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -54,6 +55,11 @@ def test_checkpoints_are_compared_by_that_frame(tuned, one_window, window):
     forecast = load_network(folder, one_window.model, "best").generate(frames[:, :3], roads).clamp(0, 1)
     errors = (forecast - frames[:, 3:]).square().mean((0, 2, 3, 4))
     assert score == pytest.approx(errors[1].item(), rel=1e-5) and errors[0] != errors[1]
+
+
+def test_a_run_on_one_frame_is_resumed_by_the_command_line(tuned, crevnet, tmp_path):
+    run = shutil.copytree(tuned[0], tmp_path / "run")
+    assert "best validation MSE" in crevnet("fit", "--resume", run, "--training.epochs", "2")
 
 
 def test_a_resumed_run_goes_on_with_its_own_weights(tuned, one_window, run, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from crevnet.evaluation import ENSEMBLE, NetworkForecast, Scores, mean_over_citi
 from crevnet.forecasts import Forecast, by_frame
 from crevnet.models import make_network
 from crevnet.recipe.folders import base_run, city_run, frame_run, record, score_of, settings_file
-from crevnet.recipe.settings import FineTuning, RecipeSettings, load_recipe, refuse_changes
+from crevnet.recipe.settings import FineTuning, RecipeSettings, load_recipe, refuse_changes, refuse_what_is_no_base
 from crevnet.settings import RunSettings, SettingsError, save_yaml
 from crevnet.training import train
 
@@ -67,6 +67,7 @@ class Recipe:
     """
 
     def __init__(self, folder: Path, settings: RecipeSettings) -> None:
+        refuse_what_is_no_base(settings.base)
         self.folder, self.settings = folder, settings
         self.data = CityData(settings.base.data, settings.base.model, settings.base.training.seed)
         self.cities = sorted({day.city for day in self.data.validation_days})

@@ -51,15 +51,6 @@ class RecipeSettings:
     city: FineTuning = field(default_factory=FineTuning)
     frame: FineTuning = field(default_factory=FineTuning)
 
-    def __post_init__(self) -> None:
-        if self.base.data.protocol == "movies":
-            raise SettingsError("data.protocol movies has no cities, and a recipe tunes on each: train by crevnet fit")
-        loss = self.base.training.loss
-        if isinstance(loss, int):
-            raise SettingsError(
-                f"training.loss {loss} is of one frame, and a recipe comes to each of them itself: say --training.loss all"
-            )
-
     def sections(self) -> dict[str, Any]:
         return {**asdict(self.base), "city": asdict(self.city), "frame": asdict(self.frame)}
 
@@ -81,6 +72,17 @@ def load_recipe(folder: Path) -> RecipeSettings:
         return RecipeSettings(RunSettings(found.model, found.data, found.training), found.city, found.frame)
     except (SettingsError, ValueError, TypeError, yaml.YAMLError) as error:
         raise SettingsError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def refuse_what_is_no_base(base: RunSettings) -> None:
+    """SettingsError where a recipe cannot begin with a run of these settings."""
+    if base.data.protocol == "movies":
+        raise SettingsError("data.protocol movies has no cities, and a recipe tunes on each: train by crevnet fit")
+    if isinstance(base.training.loss, int):
+        raise SettingsError(
+            f"training.loss {base.training.loss} is of one frame, and a recipe comes to each of them itself: say "
+            "--training.loss all"
+        )
 
 
 def refuse_changes(path: Path, begun: RecipeSettings, now: RecipeSettings) -> None:

@@ -1,5 +1,6 @@
 """The figures of a run: that what is drawn is what numpy finds, not how it looks."""
 
+import io
 import shutil
 from dataclasses import replace
 
@@ -235,6 +236,16 @@ def test_validation_logs_each_horizon_and_a_picture(settings, points, tmp_path):
     assert [values[best] for values in by_horizon] == pytest.approx(np.mean(expected, 0), rel=1e-5)
     pictures = events.Images("val/truth, prediction, error")
     assert [(p.step, p.width, p.height) for p in pictures] == [(2, 2 * 14, 3 * 21), (4, 2 * 14, 3 * 21)]
+    truth = as_frames(points(2)[10:12])[0].numpy()  # Here's day from the middle slot on, as 08:00 is not in it
+    for picture in pictures:
+        shown = np.array(Image.open(io.BytesIO(picture.encoded_image_string)))
+        assert np.array_equal(shown[:21], figures.forecast_sheet(truth, truth)[:21]) and np.ptp(shown[42:]) > 0
+
+
+def test_a_run_on_one_frame_logs_its_horizon_alone(settings, tmp_path):
+    train(replace(settings, training=replace(settings.training, loss=2)), tmp_path)
+    tags = [tag for tag in learning_curves(tmp_path) if tag.startswith("val/")]
+    assert tags == ["val/mse", "val/mse/+10 min"]
 
 
 def test_sheet_of_a_perfect_forecast():

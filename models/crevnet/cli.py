@@ -1,5 +1,5 @@
-"""The command line: crevnet fit | recipe paper | evaluate | predict | submit | score | show | data synth | data repack |
-data holdout.
+"""The command line: crevnet fit | recipe paper | evaluate | predict | figures | submit | score | show | data synth |
+data repack | data holdout.
 
 What each does is in `commands` and `competition.commands`.
 """
@@ -100,6 +100,9 @@ def _run(arguments: list[str]) -> None:
         when = (chosen.city, chosen.date, chosen.slot)
         out = chosen.out or chosen.run
         commands.predict(chosen.run, chosen.data, chosen.checkpoint, chosen.feedback, *when, chosen.channel, out)
+    elif command == "figures":
+        out = chosen.out or chosen.run / "figures"
+        commands.draw(chosen.run, chosen.data, chosen.checkpoint, chosen.feedback, out)
     elif command == "show":
         commands.show(chosen.path, chosen.slot, chosen.out)
     elif command == "submit":
@@ -167,6 +170,14 @@ def _parser(arguments: list[str]) -> Parser:
     )
     predict.add_argument("--out", type=Path | None, default=None, help="folder for the results; the run's if not given")
     parsers.add_subcommand("predict", predict, help="predict frames; write HDF5 and pictures")
+
+    figures = Parser(
+        description="Draw a run: learning curves, errors by pixel, horizon and hour, an input rebuilt, a prediction."
+    )
+    figures.add_argument("run", type=Path, help="the folder that `crevnet fit` wrote")
+    _add_run(figures, arguments)
+    figures.add_argument("--out", type=Path | None, default=None, help="folder for them; RUN/figures if not given")
+    parsers.add_subcommand("figures", figures, help="draw learning curves, errors and a prediction")
 
     submit = Parser(
         description="Predict a competition's test cases. Writes the files that it asks for, and a zip beside."
@@ -315,7 +326,7 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
 def _data_of_runs(arguments: list[str]) -> dict[str, Any] | None:
     """The data settings of the runs that the command line names: the defaults of its data options. Raises SettingsError where
     the runs have been given different data, and the command line does not say which to take."""
-    if arguments[:1] not in (["evaluate"], ["predict"], ["submit"]):
+    if arguments[:1] not in (["evaluate"], ["predict"], ["figures"], ["submit"]):
         return None
     folders = [Path(argument) for argument in arguments[1:]]
     runs = [base_run(folder) if is_recipe(folder) else folder for folder in folders]

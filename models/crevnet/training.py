@@ -22,11 +22,13 @@ from torch import Tensor
 
 from crevnet.checkpoints import AtomicCheckpointIO, Checkpoints, checkpoint_path, load_network, resumable_steps
 from crevnet.config import ModelConfig
-from crevnet.data import DataError
+from crevnet.data import DataError, Layout
 from crevnet.data.city_data import CityData
+from crevnet.data.layouts import TRAFFIC4CAST_2019
 from crevnet.failures import DivergedError, explained
 from crevnet.files import remove_unfinished
 from crevnet.models import make_network
+from crevnet.monitoring import ValidationPicture
 from crevnet.recipe.folders import is_recipe
 from crevnet.sampling import WindowLoader
 from crevnet.scheduled_sampling import fed_frames
@@ -34,10 +36,11 @@ from crevnet.settings import RunSettings, TrainingSettings, load_settings
 
 
 class CrevNetTask(lightning.LightningModule):
-    """The training step, the model's validation score and the optimizer."""
+    """The training step, the model's validation scores and the optimizer. `layout` says how far ahead a frame is."""
 
-    def __init__(self, model: ModelConfig, training: TrainingSettings) -> None:
+    def __init__(self, model: ModelConfig, training: TrainingSettings, layout: Layout = TRAFFIC4CAST_2019) -> None:
         super().__init__()
+        self._layout = layout
         self.network = make_network(model)
         self.training_settings = training
         if training.channels_last:
@@ -54,9 +57,13 @@ class CrevNetTask(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
-        loss = self.training_settings.loss
-        score = self.network.score(batch["frames"], self._static(batch), loss if isinstance(loss, int) else None)
-        self.log(self.network.config.score_tag, score, prog_bar=True, sync_dist=True, batch_size=len(batch["frames"]))
+        loss, tag = self.training_settings.loss, self.network.config.score_tag
+        number = loss if isinstance(loss, int) else None
+        scores = self.network.scores(batch["frames"], self._static(batch), number)
+        same = {"sync_dist": True, "batch_size": len(batch["frames"])}
+        self.log(tag, scores.mean(), prog_bar=True, **same)
+        for horizon, score in enumerate(scores, number or 1):
+            self.log(f"{tag}/{self._layout.lead(horizon)}", score, **same)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return FusedAdam(self.network.parameters(), self.training_settings.learning_rate)
@@ -130,12 +137,12 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     settings.save(folder)
     checkpoints = Checkpoints(folder, training.checkpoint_minutes, _order(settings, batches), _scored(settings))
     try:
-        trainer = _trainer(training, folder, checkpoints, steps)
+        trainer = _trainer(training, folder, [checkpoints, ValidationPicture(data, settings)], steps)
     except MisconfigurationException as error:  # no such accelerator here, say
         raise DataError(" ".join(str(error).split())) from error
     try:
         with _quiet():
-            task = CrevNetTask(settings.model, training)
+            task = CrevNetTask(settings.model, training, data.layout)
             if start is not None:
                 task.network.load_state_dict(start.state_dict())
             trainer.fit(task, batches, validation_batches, ckpt_path=last if resume else None, weights_only=True)
@@ -152,7 +159,9 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     return checkpoints.best
 
 
-def _trainer(training: TrainingSettings, folder: Path, checkpoints: Checkpoints, steps: int) -> lightning.Trainer:
+def _trainer(
+    training: TrainingSettings, folder: Path, callbacks: list[lightning.Callback], steps: int
+) -> lightning.Trainer:
     return lightning.Trainer(
         accelerator=training.accelerator,
         devices=training.devices,
@@ -165,7 +174,7 @@ def _trainer(training: TrainingSettings, folder: Path, checkpoints: Checkpoints,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         logger=TensorBoardLogger(folder, name=None, version="tensorboard", purge_step=steps),  # the others come again
-        callbacks=[checkpoints, _ProgressBar()],
+        callbacks=[*callbacks, _ProgressBar()],
         plugins=[AtomicCheckpointIO()],
         enable_model_summary=False,
     )

@@ -89,8 +89,8 @@ def test_what_cannot_be(options, named, small, cities, run, failing, tmp_path):
 @pytest.mark.parametrize("change", [{"loss": 2}, {"loss": "future"}])
 def test_another_score_chooses_the_best_checkpoint_anew(change, one_window, tmp_path, monkeypatch):
     """The second epoch's score is worse than the first's, which counts if both are of the same frames."""
-    scores = iter((0.1, 0.2))
-    monkeypatch.setattr(CrevNet, "score", lambda *_: torch.tensor(next(scores)))
+    found = iter((0.1, 0.2))
+    monkeypatch.setattr(CrevNet, "scores", lambda *_: torch.tensor([next(found)]))
     train(one_window, tmp_path)
     training = replace(one_window.training, epochs=2, **change)
     best = train(replace(one_window, training=training), tmp_path, resume=True)

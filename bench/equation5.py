@@ -36,18 +36,14 @@ def recovery_error(network: CrevNet, settings: RunSettings) -> tuple[float, floa
     batch = next(iter(CityData(settings.data, settings.model).validation_batches()))
     frames = network.padded(batch["frames"], batch["static"] if settings.model.static else None)
     frames = frames.to(next(network.parameters()).dtype)
-    smallest, largest = [], []
+    smallest = []
     for module in network.modules():
         if isinstance(module, ReversiblePredictiveModule):
             module.attention.register_forward_hook(lambda *call: smallest.append(torch.sigmoid(-call[2]).min().item()))
-    state = None
-    for t in range(settings.model.past):
-        prediction, after = network.step(frames[:, t], state)
-        if state is not None:
-            recovered = network.recover(prediction, state, after)
-            largest.append((recovered - frames[:, t]).abs().max().item())
-        state = after
-    return max(largest), min(smallest)
+    past = frames[:, : settings.model.past]
+    rebuilt = zip(network.rebuilt(past), past.unbind(1)[1:], strict=True)
+    largest = max((found - frame).abs().max().item() for found, frame in rebuilt)
+    return largest, min(smallest)
 
 
 if __name__ == "__main__":

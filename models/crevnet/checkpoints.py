@@ -80,8 +80,10 @@ def _load_weights(network: VideoModel[Any], checkpoint: dict[str, Any], path: Pa
     try:
         network.load_state_dict({k.removeprefix("network."): v for k, v in checkpoint["state_dict"].items()})
     except RuntimeError as error:
-        folder = path.parent.parent
-        raise DataError(f"{path} belongs to another architecture than the config.yaml of {folder}") from error
+        raise DataError(
+            f"{path} holds weights of another architecture than the {network.config.title} that is asked for: take the model "
+            "settings of the run that trained them"
+        ) from error
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -105,11 +107,12 @@ class Checkpoints(Checkpoint):
         minutes: of training between two last.ckpt.
         order: what the order of the windows follows from. Where it is another one than the checkpoint's, the epoch that
             was interrupted begins anew.
+        scored: what the validation score is of. Where it is something else than the checkpoint's, the best one is chosen anew.
     """
 
-    def __init__(self, folder: Path, minutes: float, order: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, minutes: float, order: dict[str, Any], scored: dict[str, Any]) -> None:
         self.best = math.inf
-        self._folder, self._seconds, self._order = folder, 60 * minutes, order
+        self._folder, self._seconds, self._order, self._scored = folder, 60 * minutes, order, scored
         self._written = time.monotonic()
         self._moment: dict[str, Any] | None = None  # after the last step of the optimizer; None while weights change
 
@@ -150,10 +153,11 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         moment = self._moment or {"loops": trainer.fit_loop.state_dict(), "random": _random_state()}
         checkpoint["loops"]["fit_loop"] = moment["loops"]
-        checkpoint.update(random=moment["random"], order=self._order, best=self.best)
+        checkpoint.update(random=moment["random"], order=self._order, scored=self._scored, best=self.best)
 
     def on_load_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        self.best = checkpoint["best"]
+        if checkpoint.get("scored", self._scored) == self._scored:  # older ones do not say it
+            self.best = checkpoint["best"]
         _set_random_state(checkpoint["random"])
         if checkpoint["order"] != self._order:
             _begin_epoch_anew(checkpoint["loops"]["fit_loop"])

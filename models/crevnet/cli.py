@@ -1,5 +1,5 @@
-"""The command line: crevnet fit | recipe paper | evaluate | predict | submit | score | show | data synth | data repack |
-data holdout.
+"""The command line: crevnet fit | recipe paper | evaluate | predict | figures | submit | score | show | data synth |
+data repack | data holdout.
 
 What each does is in `commands` and `competition.commands`.
 """
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from crevnet.competition import ChallengeSettings, Task
-from crevnet.config import PRESETS, ModelConfig
+from crevnet.config import PRESETS
 from crevnet.data import DataError, SyntheticCity
 from crevnet.data.layouts import LayoutName
 from crevnet.data.protocol import ProtocolName
@@ -27,7 +27,8 @@ from crevnet.failures import StoppedError, TrainingError
 from crevnet.models import MODELS
 from crevnet.network import Feedback
 from crevnet.processes import is_first, is_first_to_fail
-from crevnet.recipe import RecipeSettings, add_recipe, base_run, is_recipe, load_recipe
+from crevnet.recipe.folders import base_run, is_recipe
+from crevnet.recipe.settings import RecipeSettings, add_recipe, load_recipe
 from crevnet.settings import (
     DataSettings,
     Parser,
@@ -36,7 +37,7 @@ from crevnet.settings import (
     add_sections,
     default_model,
     load_settings,
-    model_named_in,
+    start_named_in,
     with_protocol,
 )
 
@@ -45,6 +46,9 @@ _SHORT = re.compile(r"--model(=.*)?")
 
 _HOW_TO_READ = ("stride", "flips", "batch_size", "workers")
 """Data settings that make no difference to which frames are evaluated."""
+
+_VALIDATED = ("validation_slots", "validation_windows", "validation_stride")
+"""Nor have these any meaning for a submission."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,6 +105,9 @@ def _run(arguments: list[str]) -> None:
         when = (chosen.city, chosen.date, chosen.slot)
         out = chosen.out or chosen.run
         commands.predict(chosen.run, chosen.data, chosen.checkpoint, chosen.feedback, *when, chosen.channel, out)
+    elif command == "figures":
+        out = chosen.out or chosen.run / "figures"
+        commands.draw(chosen.run, chosen.data, chosen.checkpoint, chosen.feedback, out)
     elif command == "show":
         commands.show(chosen.path, chosen.slot, chosen.out)
     elif command == "submit":
@@ -169,6 +176,14 @@ def _parser(arguments: list[str]) -> Parser:
     predict.add_argument("--out", type=Path | None, default=None, help="folder for the results; the run's if not given")
     parsers.add_subcommand("predict", predict, help="predict frames; write HDF5 and pictures")
 
+    figures = Parser(
+        description="Draw a run: learning curves, errors by pixel, horizon and hour, an input rebuilt, a prediction."
+    )
+    figures.add_argument("run", type=Path, help="the folder that `crevnet fit` wrote")
+    _add_run(figures, arguments)
+    figures.add_argument("--out", type=Path | None, default=None, help="folder for them; RUN/figures if not given")
+    parsers.add_subcommand("figures", figures, help="draw learning curves, errors and a prediction")
+
     submit = Parser(
         description="Predict a competition's test cases. Writes the files that it asks for, and a zip beside."
     )
@@ -198,7 +213,7 @@ def _parser(arguments: list[str]) -> Parser:
 
     show = Parser(description="Show what a run's folder or a day file holds.")
     show.add_argument("path", type=Path, help="a run's or a recipe's folder, or a day file (.h5)")
-    show.add_argument("--slot", type=int, default=96, help="the day's slot to draw")
+    show.add_argument("--slot", type=int | None, default=None, help="the day's slot to draw; 08:00 if not given")
     show.add_argument("--out", type=Path | None, default=None, help="draw the day's slot to this PNG")
     parsers.add_subcommand("show", show, help="show what a run or a day file holds")
 
@@ -277,11 +292,22 @@ def _add_protocol(parser: Parser, arguments: list[str]) -> None:
 
 def _fit_defaults(arguments: list[str]) -> RunSettings:
     """The defaults of fit's options: those of the run to resume, else of the model, the preset and the protocol that the command
-    line names, the model by its configuration file too."""
+    line names, or its configuration file."""
     run = _value_of("--resume", arguments)
     if run is not None:
+        for option in ("--preset", "--protocol", "--training.start"):
+            if _value_of(option, arguments) is not None:
+                raise SettingsError(f"{option} is for new runs, and {run} has begun: leave it out with --resume")
         return load_settings(Path(run))
-    return with_protocol(RunSettings(_model_named(arguments)), _value_of("--protocol", arguments))
+    config = _value_of("--config", arguments)
+    file = {} if config is None else start_named_in(Path(config))
+    name = _value_of("--model.name", arguments) or file.get("model.name", "crevnet")
+    preset = _value_of("--preset", arguments)
+    if name != "crevnet" and preset is not None:
+        raise SettingsError(f"--preset {preset} is a size of crevnet: leave it out with --model {name}")
+    size = PRESETS.get(preset or file.get("preset", ""), PRESETS["paper"])
+    model = size if name == "crevnet" else default_model(name)
+    return with_protocol(RunSettings(model), _value_of("--protocol", arguments) or file.get("protocol"))
 
 
 def _recipe_defaults(arguments: list[str]) -> RecipeSettings:
@@ -290,16 +316,6 @@ def _recipe_defaults(arguments: list[str]) -> RecipeSettings:
     if arguments[:1] == ["recipe"] and out is not None and is_recipe(Path(out)):
         return load_recipe(Path(out))
     return RecipeSettings(_fit_defaults(arguments))
-
-
-def _model_named(arguments: list[str]) -> ModelConfig:
-    config, preset = _value_of("--config", arguments), _value_of("--preset", arguments)
-    name = _value_of("--model.name", arguments) or (model_named_in(Path(config)) if config else "crevnet")
-    if name == "crevnet":
-        return PRESETS.get(preset or "", PRESETS["paper"])
-    if preset is not None:
-        raise SettingsError(f"--preset {preset} is a size of crevnet: leave it out with --model {name}")
-    return default_model(name)
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
@@ -315,18 +331,19 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
 def _data_of_runs(arguments: list[str]) -> dict[str, Any] | None:
     """The data settings of the runs that the command line names: the defaults of its data options. Raises SettingsError where
     the runs have been given different data, and the command line does not say which to take."""
-    if arguments[:1] not in (["evaluate"], ["predict"], ["submit"]):
+    if arguments[:1] not in (["evaluate"], ["predict"], ["figures"], ["submit"]):
         return None
     folders = [Path(argument) for argument in arguments[1:]]
     runs = [base_run(folder) if is_recipe(folder) else folder for folder in folders]
     settings = {run: asdict(load_settings(run).data) for run in runs if (run / "config.yaml").is_file()}
     if not settings:
         return None
+    indifferent = _HOW_TO_READ + (_VALIDATED if arguments[0] == "submit" else ())
     (first, data), *others = settings.items()
     for run, other in others:
         for name, value in data.items():
             given = _value_of(f"--data.{name}", arguments) is not None
-            if other[name] != value and name not in _HOW_TO_READ and not given:
+            if other[name] != value and name not in indifferent and not given:
                 raise SettingsError(
                     f"{first} and {run} have different data, data.{name} is {value} and {other[name]}: say --data.{name}"
                 )

@@ -18,7 +18,9 @@ from torch.utils.data import default_collate
 
 from crevnet import figures
 from crevnet.checkpoints import checkpoint_path
+from crevnet.chosen_window import MORNING, choose_window, default_channel
 from crevnet.comparison import compare, trained
+from crevnet.curves import learning_curves
 from crevnet.data import (
     DataError,
     DayFile,
@@ -35,17 +37,15 @@ from crevnet.data.city_data import CityData
 from crevnet.evaluation import Scores, mean_over_cities
 from crevnet.network import Feedback
 from crevnet.processes import is_first
-from crevnet.recipe import RecipeSettings
-from crevnet.recipe.folders import begun_runs, is_recipe, score_of
+from crevnet.recipe.folders import begun_runs, is_recipe, score_of, scores_file
 from crevnet.recipe.paper import Recipe
+from crevnet.recipe.settings import RecipeSettings
+from crevnet.run_figures import run_figures
 from crevnet.score_table import score_tables
 from crevnet.settings import DataSettings, RunSettings, SettingsError, load_settings, save_yaml
 from crevnet.training import train
 
 console = Console(highlight=False, soft_wrap=True)
-
-MORNING = 96
-"""The slot of 08:00."""
 
 
 def fit(settings: RunSettings, folder: Path, resume: bool) -> None:
@@ -71,8 +71,8 @@ def recipe(folder: Path, settings: RecipeSettings) -> None:
         scores = cooked.scores()
     channels = [cooked.data.layout.channel_name(c) for c in range(settings.base.model.channels)]
     _print_scores(scores, channels, [cooked.data.layout.lead(frame) for frame in cooked.frames])
-    save_yaml(folder / "scores.yaml", {name: asdict(found) for name, found in scores.items()})
-    console.print(f"wrote {folder / 'scores.yaml'}")
+    save_yaml(scores_file(folder), {name: asdict(found) for name, found in scores.items()})
+    console.print(f"wrote {scores_file(folder)}")
 
 
 def evaluate(
@@ -121,21 +121,11 @@ def predict(
     model = load_settings(run).model
     cities = CityData(data, model)
     forecast = trained(run, checkpoint, feedback, cities)
-    day = _chosen(cities.validation_days, city, date)
-    slots = day.slot_range(data.validation_slots)
+    day, slot = choose_window(cities.validation_days, data.validation_slots, model, city, date, slot)
     if channel is None:
-        channel = min(1, model.channels - 1)  # Traffic4cast's speed
+        channel = default_channel(model)
     if not 0 <= channel < model.channels:
         raise DataError(f"--channel {channel}: the model has channels 0 to {model.channels - 1}")
-    first, last = slots.start + model.past, slots.stop - model.horizon
-    if first > last:
-        raise DataError(f"{day.path}: {len(slots)} slots are too few for a window of {model.window} frames")
-    if slot is None:
-        slot = MORNING if first <= MORNING <= last else (first + last) // 2
-    if not first <= slot <= last:
-        raise DataError(
-            f"--slot {slot}: with {model.past} frames before and {model.horizon} to predict, choose {first} to {last}"
-        )
     window = default_collate([cities.window(day, slot - model.past)])
     past, truth = window["frames"][:, : model.past], window["frames"][0, model.past :]
     with torch.inference_mode():
@@ -145,14 +135,24 @@ def predict(
     written = {suffix: out / f"{stem}{suffix}" for suffix in (".h5", ".png", ".gif")}
     _write_prediction(written[".h5"], predicted.numpy(), day, slot)
     arrays = past[0].numpy(), truth.numpy(), predicted.numpy()
-    title = f"{day.city}, {day.date}, predicted from {cities.layout.time(slot)}"
+    title = f"{figures.run_name(run)}\n{day.city}, {day.date}, predicted from {cities.layout.time(slot)}"
     figures.save(figures.forecast_figure(*arrays, title, cities.layout, channel), written[".png"])
     figures.forecast_animation(*arrays, written[".gif"], cities.layout, channel)
     for path in written.values():
         console.print(f"wrote {path}")
 
 
-def show(path: Path, slot: int, out: Path | None) -> None:
+def draw(run: Path, data: DataSettings, checkpoint: str, feedback: Feedback | None, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with console.status("drawing; the first time, all training days are read for their slots' means"):
+        for name, figure in run_figures(run, data, checkpoint, feedback):
+            path = out / f"{name}.png"
+            figures.save(figure, path)
+            console.print(f"wrote {path}")
+    predict(run, data, checkpoint, feedback, None, None, None, None, out)
+
+
+def show(path: Path, slot: int | None, out: Path | None) -> None:
     if out is not None and out.suffix != ".png":
         raise SettingsError(f"--out {out}: name a .png file")
     if is_recipe(path):
@@ -191,15 +191,6 @@ def _print_scores(scores: Mapping[str, Scores], channels: Sequence[str], horizon
         Console(highlight=False, width=max(console.width, 34 + 12 * len(table.columns))).print(table)
 
 
-def _chosen(days: Sequence[DayFile], city: str | None, date: str | None) -> DayFile:
-    dates = [day.date for day in days] if date is None else [date, date.replace("-", "")]
-    found = [day for day in days if city in (None, day.city) and day.date in dates]
-    if not found:
-        there = ", ".join(f"{day.city} {day.date}" for day in days[:10])
-        raise DataError(f"no validation day for --city {city} --date {date}; there are {there}")
-    return found[0]
-
-
 def _write_prediction(path: Path, forecast: np.ndarray, day: DayFile, slot: int) -> None:
     """(horizon, H, W, C) uint8, 0..255, dataset `array`, as in Traffic4cast's files."""
     values = np.rint(forecast.transpose(0, 2, 3, 1) * 255).astype(np.uint8)
@@ -221,6 +212,10 @@ def _show_run(folder: Path) -> None:
         table.add_row(
             f"{which} checkpoint", f"{path} ({path.stat().st_size / 2**20:.1f} MiB)" if path.exists() else "none"
         )
+    for tag, curve in learning_curves(folder).items():
+        if tag.startswith(("train/", "val/")):
+            value, step = curve.values[-1], curve.steps[-1]
+            table.add_row(tag, f"{value:.4e} at step {step}, {np.nanmin(curve.values):.4e} at best")
     console.print(table)
     console.print(f"learning curves: tensorboard --logdir {folder}")
 
@@ -233,10 +228,15 @@ def _show_recipe(folder: Path) -> None:
         score = score_of(run)
         table.add_row(str(run.relative_to(folder)), "being trained" if score is None else f"{score:.4e}")
     console.print(table)
-    console.print(f"next: crevnet recipe paper --out {folder}, which goes on with the runs that are not done")
+    if scores_file(folder).is_file():
+        console.print(f"its table is in {scores_file(folder)} (next: crevnet submit {folder} --out FOLDER)")
+    else:
+        console.print(f"next: crevnet recipe paper --out {folder}, which goes on with the runs that are not done")
 
 
-def _show_day(day: DayFile, slot: int, out: Path | None) -> None:
+def _show_day(day: DayFile, slot: int | None, out: Path | None) -> None:
+    if slot is None:
+        slot = MORNING if day.shape[0] > MORNING else day.shape[0] // 2
     if not 0 <= slot < day.shape[0]:
         raise DataError(f"--slot {slot}: {day.path} has slots 0 to {day.shape[0] - 1}")
     roads = cached_road_map([day])[0].numpy()

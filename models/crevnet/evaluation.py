@@ -6,7 +6,7 @@ Values are in [0, 1] (values / 255), forecasts are clipped to that. A mean is ov
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -89,17 +89,28 @@ def score(
     horizons: which of the future frames to score, 1 being the first; all if not given.
     ensemble: names of forecasts whose mean, of what they gave before it was clipped, is scored beside them.
     """
-    scored = slice(None) if horizons is None else [horizon - 1 for horizon in horizons]
     scorings: dict[str, Scoring] = defaultdict(Scoring)
-    for batch in batches:
-        seen, truth = batch["frames"][:, :past], batch["frames"][:, past:]
-        found = {name: forecast(seen, batch) for name, forecast in forecasts.items()}
+    for batch, truth, found in predictions(forecasts, batches, past, horizons):
         if ensemble:
             members = {name: found[name] for name in ensemble}
             found = {**members, ENSEMBLE: torch.stack(list(members.values())).mean(0), **found}
         for name, predicted in found.items():
-            scorings[name].add(predicted[:, scored], truth[:, scored], batch["road_map"])
+            scorings[name].add(predicted, truth, batch["road_map"])
     return {name: scoring.scores() for name, scoring in scorings.items()}
+
+
+def predictions(
+    forecasts: Mapping[str, Forecast],
+    batches: Iterable[Window],
+    past: int,
+    horizons: Sequence[int] | None = None,
+) -> Iterator[tuple[Window, Tensor, dict[str, Tensor]]]:
+    """Each batch, the truth in it and what every forecast says, (B, frames, C, H, W); arguments as in `score`."""
+    chosen = slice(None) if horizons is None else [horizon - 1 for horizon in horizons]
+    for batch in batches:
+        seen, truth = batch["frames"][:, :past], batch["frames"][:, past:]
+        found = {name: forecast(seen, batch)[:, chosen] for name, forecast in forecasts.items()}
+        yield batch, truth[:, chosen], found
 
 
 class NetworkForecast:

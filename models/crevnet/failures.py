@@ -13,6 +13,7 @@ import torch.distributed as dist
 import revflow
 from crevnet.config import CrevNetConfig
 from crevnet.data import DataError
+from crevnet.recipe.folders import recipe_of
 from crevnet.settings import RunSettings
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
@@ -51,12 +52,22 @@ def explained(error: BaseException, settings: RunSettings, last: Path) -> Traini
     if last.is_file():
         diverging = isinstance(error, NUMERICAL) and last.with_name("best.ckpt").is_file()
         other = ", or from best.ckpt, copied over it," if diverging else ""
-        way_on = f"; {last} is kept: go on from it{other} with crevnet fit --resume {last.parent.parent}"
+        way_on = f"; {last} is kept: go on from it{other} with {_command(error, last.parent.parent)}"
     if isinstance(error, SystemExit):  # Lightning's; its SIGTERMException alone has no exit status
         number = signal.SIGINT if error.code else signal.SIGTERM
         return StoppedError(f"stopped by {number.name}{way_on}", number)
     reason = _reason(error, settings)
     return TrainingError(f"{reason}{way_on}") if reason else None
+
+
+def _command(error: BaseException, run: Path) -> str:
+    """What goes on with a run. A recipe's has the recipe's settings, so that it takes `fit` to give it others."""
+    resume, recipe = f"crevnet fit --resume {run}", recipe_of(run)
+    if recipe is None:
+        return resume
+    needs_others = isinstance(error, (*NUMERICAL, RuntimeError))
+    go_on = f"crevnet recipe paper --out {recipe}"
+    return f"{resume}, and then {go_on}" if needs_others else go_on
 
 
 def reason_of_system(error: BaseException) -> OSError | None:

@@ -1,4 +1,4 @@
-"""Forecasts that need no training, to stand beside CrevNet's.
+"""Forecasts that need no training, to stand beside a model's.
 
 Each maps the past frames (B, T, C, H, W), and what is known of their windows, to (B, horizon, C, H, W).
 """

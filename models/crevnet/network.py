@@ -119,6 +119,16 @@ class CrevNet(VideoModel[CrevNetConfig]):
         """
         return self.autoencoder.decode(self.predictor.inverse(self.autoencoder.encode(prediction), before, after))
 
+    @torch.no_grad()
+    def rebuilt(self, frames: Tensor) -> Iterator[Tensor]:
+        """Each of `frames` (B, T, Ci, Hp, Wp) but the first, as `recover` makes it of what `step` predicted from it."""
+        state = None
+        for frame in frames.unbind(1):
+            prediction, after = self.step(frame, state)
+            if state is not None:
+                yield self.recover(prediction, state, after)
+            state = after
+
     def compile_parts(self, **options: Any) -> None:
         """The autoencoder's conditioners, and the two parts of a predictive module, as the engine runs them by themselves."""
         self.autoencoder.blocks.compile_conditioners(**options)

@@ -16,6 +16,7 @@ from crevnet.data.layouts import LayoutName
 from crevnet.data.protocol import HeadingOrder, ProtocolName, protocol
 from crevnet.files import replace_file
 from crevnet.models import MODELS
+from crevnet.recipe.folders import base_run, is_recipe
 
 
 class SettingsError(Exception):
@@ -242,17 +243,28 @@ def default_model(name: str) -> ModelConfig:
     return MODELS[name].config()
 
 
+def start_named_in(path: Path) -> dict[str, str]:
+    """The preset, the protocol and the model.name that a configuration file names; none where it cannot be read."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    values = found if isinstance(found, dict) else {}
+    model = values.get("model")
+    values |= {"model.name": model.get("name") if isinstance(model, dict) else None}
+    return {name: str(values[name]) for name in ("preset", "protocol", "model.name") if values.get(name) is not None}
+
+
 def model_named_in(path: Path) -> str:
     """The name in a configuration file's section for the model; CrevNet's where it has none, or cannot be read."""
-    try:
-        return str(yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["name"])
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-        return "crevnet"
+    return start_named_in(path).get("model.name", "crevnet")
 
 
 def load_settings(run: Path) -> RunSettings:
     """The config.yaml of a run's folder. Raises SettingsError where it is missing or wrong."""
     path = run / "config.yaml"
+    if is_recipe(run):
+        raise SettingsError(f"{run} is a recipe's folder, not a run's: name one of its runs, {base_run(run)} say")
     if not path.is_file():
         raise SettingsError(f"{run} is no run's folder, it has no config.yaml: train one with crevnet fit --out {run}")
     parser = Parser(prog="crevnet")

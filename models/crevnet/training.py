@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -23,22 +24,26 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from crevnet.checkpoints import AtomicCheckpointIO, Checkpoints, checkpoint_path, load_network, resumable_steps
 from crevnet.config import ModelConfig
-from crevnet.data import DataError
+from crevnet.data import DataError, Layout
 from crevnet.data.city_data import CityData
+from crevnet.data.layouts import TRAFFIC4CAST_2019
 from crevnet.failures import DivergedError, explained
 from crevnet.files import remove_unfinished
 from crevnet.models import make_network
+from crevnet.monitoring import ValidationPicture
 from crevnet.processes import launched
-from crevnet.sampling import Part, WindowLoader
+from crevnet.recipe.folders import is_recipe
+from crevnet.sampling import WindowLoader
 from crevnet.scheduled_sampling import fed_frames
-from crevnet.settings import RunSettings, TrainingSettings
+from crevnet.settings import RunSettings, TrainingSettings, load_settings
 
 
 class CrevNetTask(lightning.LightningModule):
-    """The training step, the model's validation score and the optimizer."""
+    """The training step, the model's validation scores and the optimizer. `layout` says how far ahead a frame is."""
 
-    def __init__(self, model: ModelConfig, training: TrainingSettings) -> None:
+    def __init__(self, model: ModelConfig, training: TrainingSettings, layout: Layout = TRAFFIC4CAST_2019) -> None:
         super().__init__()
+        self._layout = layout
         self.network = make_network(model)
         self.training_settings = training
         if training.precision == "64-true":
@@ -52,7 +57,7 @@ class CrevNetTask(lightning.LightningModule):
         """Under FSDP, part the parameters among the processes: the network's as a whole, since the engine runs its parts."""
         if self.device_mesh is not None and not isinstance(self.network, FSDPModule):
             fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
-            for method in ("loss", "score"):
+            for method in ("loss", "scores", "generate"):
                 register_fsdp_forward_method(self.network, method)
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
@@ -66,13 +71,14 @@ class CrevNetTask(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
-        loss = self.training_settings.loss
-        own = self.network.score(batch["frames"], self._static(batch), loss if isinstance(loss, int) else None)
-        part: Part = batch["part"]
+        loss, tag, part = self.training_settings.loss, self.network.config.score_tag, batch["part"]
+        number = loss if isinstance(loss, int) else None
+        scores = part.share * self.network.scores(batch["frames"], self._static(batch), number)
         # The weight is that of the whole batch, the same in all processes: Lightning's mean of others is rounded.
-        self.log(
-            self.network.config.score_tag, own * part.share, prog_bar=True, sync_dist=True, batch_size=part.windows
-        )
+        same = {"sync_dist": True, "batch_size": part.windows}
+        self.log(tag, scores.mean(), prog_bar=True, **same)
+        for horizon, score in enumerate(scores, number or 1):
+            self.log(f"{tag}/{self._layout.lead(horizon)}", score, **same)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return FusedAdam(self.network.parameters(), self.training_settings.learning_rate)
@@ -125,6 +131,8 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     last = checkpoint_path(folder, "last")
     if resume and not last.is_file():
         raise DataError(f"{last} does not exist, so there is nothing to resume: train with --out {folder}")
+    if is_recipe(folder):
+        raise DataError(f"{folder} is a recipe's folder: choose another --out")
     if not resume and last.is_file():
         raise DataError(
             f"{folder} holds a trained run already: go on with it (--resume {folder}), or choose another --out"
@@ -136,12 +144,13 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
         steps = resumable_steps(folder, settings.model)
     start = None
     if training.start is not None and not resume:
+        load_settings(training.start)  # says what is wrong where it is no run's folder
         start = load_network(training.start, settings.model, "best")
     batches, validation_batches = data.training_batches(), data.validation_batches()
-    checkpoints = Checkpoints(folder, training.checkpoint_minutes, _order(settings, batches))
+    checkpoints = Checkpoints(folder, training.checkpoint_minutes, _order(settings, batches), _scored(settings))
     try:
         with _quiet():
-            trainer = _trainer(training, folder, checkpoints, steps)
+            trainer = _trainer(training, folder, [checkpoints, ValidationPicture(data, settings)], steps)
     except MisconfigurationException as error:  # no such accelerator here, say
         raise DataError(" ".join(str(error).split())) from error
     if trainer.is_global_zero:
@@ -150,7 +159,7 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
         settings.save(folder)
     try:
         with _quiet():
-            task = CrevNetTask(settings.model, training)
+            task = CrevNetTask(settings.model, training, data.layout)
             if start is not None:
                 task.network.load_state_dict(start.state_dict())
             trainer.fit(task, batches, validation_batches, ckpt_path=last if resume else None, weights_only=True)
@@ -167,7 +176,9 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     return checkpoints.best
 
 
-def _trainer(training: TrainingSettings, folder: Path, checkpoints: Checkpoints, steps: int) -> lightning.Trainer:
+def _trainer(
+    training: TrainingSettings, folder: Path, callbacks: list[lightning.Callback], steps: int
+) -> lightning.Trainer:
     devices, nodes = launched(training)
     return lightning.Trainer(
         accelerator=training.accelerator,
@@ -184,7 +195,7 @@ def _trainer(training: TrainingSettings, folder: Path, checkpoints: Checkpoints,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         logger=TensorBoardLogger(folder, name=None, version="tensorboard", purge_step=steps),  # the others come again
-        callbacks=[checkpoints, _ProgressBar()],
+        callbacks=[*callbacks, _ProgressBar()],
         plugins=[AtomicCheckpointIO()],
         enable_model_summary=False,
     )
@@ -209,6 +220,14 @@ def _order(settings: RunSettings, batches: WindowLoader) -> dict[str, Any]:
         "accumulate": training.accumulate,
         "seed": training.seed,
     }
+
+
+def _scored(settings: RunSettings) -> dict[str, Any]:
+    """What the validation score is of."""
+    data, training = asdict(settings.data), settings.training
+    frames = {name: value for name, value in data.items() if name.startswith("validation")}
+    frame = training.loss if isinstance(training.loss, int) else None
+    return {**frames, "cities": data["cities"], "batches": training.validation_batches, "frame": frame}
 
 
 @contextmanager

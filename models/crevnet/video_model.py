@@ -56,13 +56,14 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
     def check_generation(self, height: int, width: int) -> None:
         """Raises ValueError where frames of that size cannot be generated in a reasonable time, with the reason."""
 
-    def score(self, frames: Tensor, static: Tensor | None = None, number: int | None = None) -> Tensor:
-        """What checkpoints are compared by, of windows as `loss` takes them; the lower, the better: the mean squared error
-        of the generated frames, clipped to [0, 1], or of the one of that number alone, 1 being the first."""
+    def scores(self, frames: Tensor, static: Tensor | None = None, number: int | None = None) -> Tensor:
+        """What checkpoints are compared by, in the mean, of windows as `loss` takes them; the lower, the better: the mean
+        squared error of each generated frame, clipped to [0, 1], (horizon,); or (1,), of the one of that number alone, 1 being
+        the first."""
         past = self.config.past
         chosen = slice(number and number - 1, number)
         forecast = self.generate(frames[:, :past], static, number)[:, chosen].clamp(0, 1)
-        return F.mse_loss(forecast, frames[:, past:][:, chosen])
+        return F.mse_loss(forecast, frames[:, past:][:, chosen], reduction="none").mean((0, 2, 3, 4))
 
     def compile_parts(self, **options: Any) -> None:
         """Compile what takes the time, in place, by `torch.compile(..., **options)`. The keys of the model's state stay."""

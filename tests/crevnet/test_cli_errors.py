@@ -199,7 +199,7 @@ def test_validation_days_of_another_frame_size_are_named(command, own_cities, wr
     assert named in (fit(*options) if command == "fit" else failing(command, run, *options))
 
 
-@pytest.mark.parametrize("command", ["evaluate", "predict", "show"])
+@pytest.mark.parametrize("command", ["evaluate", "predict", "figures", "show"])
 def test_folder_without_a_run(command, failing, tmp_path):
     line = failing(command, tmp_path)
     assert str(tmp_path) in line and "config.yaml" in line
@@ -222,7 +222,7 @@ def test_run_with_a_wrong_config(command, change, named, own_run, failing):
     assert named in line and str(path) in line
 
 
-@pytest.mark.parametrize("command", ["evaluate", "predict"])
+@pytest.mark.parametrize("command", ["evaluate", "predict", "figures"])
 @pytest.mark.parametrize("damage", ["absent", "garbage", "half", "other"])
 def test_run_with_a_damaged_checkpoint(command, damage, own_run, failing):
     path = own_run / "checkpoints" / "best.ckpt"

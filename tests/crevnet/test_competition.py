@@ -155,7 +155,8 @@ def test_round_trip_of_2021(hours, crevnet, tmp_path, monkeypatch):
     runs = fake_runs(tmp_path, monkeypatch, [0.5, 0.9], channels=8, static=("connectivity", "clock"))
     networks = [forecasting.load_network(run) for run in runs]
     year, out, scored = ("--protocol", "2021"), tmp_path / "submission", tmp_path / "scores.json"
-    crevnet("submit", *runs, "--data.protocol", "2021", "--data.root", root, "--out", out, "--weights", "[3,1]")
+    said = crevnet("submit", *runs, "--data.protocol", "2021", "--data.root", root, "--out", out, "--weights", "[3,1]")
+    assert f"crevnet score --protocol 2021 --task temporal {out} --truth FOLDER" in said
     expected, seen = {}, []
     for city, (past, truth, when, training, static) in cases.items():
         mean = [(3 * predicted(p, 0.5, HORIZONS_2021) + predicted(p, 0.9, HORIZONS_2021)) / 4 for p in past]

@@ -1,12 +1,14 @@
 """Training that begins with another run's weights, and on one future frame alone."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from crevnet.checkpoints import load_network
+from crevnet import CrevNet
+from crevnet.checkpoints import load_checkpoint, load_network
 from crevnet.settings import load_settings
 from crevnet.training import train
 
@@ -55,6 +57,11 @@ def test_checkpoints_are_compared_by_that_frame(tuned, one_window, window):
     assert score == pytest.approx(errors[1].item(), rel=1e-5) and errors[0] != errors[1]
 
 
+def test_a_run_on_one_frame_is_resumed_by_the_command_line(tuned, crevnet, tmp_path):
+    run = shutil.copytree(tuned[0], tmp_path / "run")
+    assert "best validation MSE" in crevnet("fit", "--resume", run, "--training.epochs", "2")
+
+
 def test_a_resumed_run_goes_on_with_its_own_weights(tuned, one_window, run, tmp_path, monkeypatch):
     training = replace(one_window.training, start=run, loss=2, learning_rate=1e-4)
     for epochs in (1, 2):
@@ -77,3 +84,21 @@ def test_what_cannot_be(options, named, small, cities, run, failing, tmp_path):
     options = [str(run) if option == "RUN" else option for option in options]
     assert named in failing("fit", *small, "--data.root", cities, "--out", tmp_path / "run", *options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change", [{"loss": 2}, {"loss": "future"}])
+def test_another_score_chooses_the_best_checkpoint_anew(change, one_window, tmp_path, monkeypatch):
+    """The second epoch's score is worse than the first's, which counts if both are of the same frames."""
+    found = iter((0.1, 0.2))
+    monkeypatch.setattr(CrevNet, "scores", lambda *_: torch.tensor([next(found)]))
+    train(one_window, tmp_path)
+    training = replace(one_window.training, epochs=2, **change)
+    best = train(replace(one_window, training=training), tmp_path, resume=True)
+    assert best == pytest.approx(0.2 if change["loss"] == 2 else 0.1)
+    epochs = load_checkpoint(tmp_path, "best")["epoch"]
+    assert epochs == (1 if change["loss"] == 2 else 0)
+
+
+@pytest.mark.parametrize("option", ["--preset=tiny", "--protocol=2019", "--training.start=absent"])
+def test_a_run_that_has_begun_does_not_begin_otherwise(option, run, failing):
+    assert f"{option.partition('=')[0]} is for new runs" in failing("fit", "--resume", run, option)

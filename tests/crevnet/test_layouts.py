@@ -196,6 +196,23 @@ def test_protocol_gives_the_defaults(options, model, data, capsys):
     assert tuple(config["data"][k] for k in ("protocol", "validation_split", "validation_windows")) == data
 
 
+@pytest.mark.parametrize(
+    ("options", "modules", "past"), [((), 6, 12), (("--preset=tiny",), 2, 12), (("--protocol=movies",), 6, 5)]
+)
+def test_a_configuration_file_names_preset_and_protocol_too(options, modules, past, capsys, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("preset: authors\nprotocol: '2021'\n")
+    model = config_of(capsys, "--config", str(path), *options)["model"]
+    assert (model["modules"], model["past"]) == (modules, past)
+
+
+def test_a_printed_configuration_of_another_model_is_one(capsys, tmp_path):
+    path = tmp_path / "settings.yaml"
+    printed = config_of(capsys, "--model", "unet", "--model.depth", "3")
+    path.write_text(yaml.safe_dump(printed))
+    assert config_of(capsys, "--config", str(path)) == printed
+
+
 def test_fit_evaluate_and_predict_by_the_protocol_of_2021(cities_2021, small, crevnet, tmp_path):
     (tmp_path / "dates.txt").write_text("2019-01-02\n")
     architecture = [option for option in small if "past" not in option and "horizon" not in option]

@@ -90,6 +90,7 @@ def test_a_flat_folder_is_parted_by_slots(small, crevnet, failing, tmp_path):
 
 
 def test_show(movies, crevnet):
+    assert "slot 4" in crevnet("show", movies / "training" / "one.h5")
     said = crevnet("show", movies / "training" / "one.h5", "--slot=3")
     channel = values(0, 9)[3, ..., 1]
     row = next(line for line in said.splitlines() if "channel 1, slot 3" in line)

@@ -7,9 +7,13 @@ import pytest
 import torch
 import yaml
 
-from crevnet.checkpoints import load_checkpoint, load_network
-from crevnet.recipe import FineTuning, RecipeSettings, load_recipe
+from crevnet.baselines import vpn
+from crevnet.checkpoints import checkpoint_path, load_checkpoint, load_network
+from crevnet.data import DataError
+from crevnet.failures import DivergedError, explained
+from crevnet.recipe.folders import begun_runs
 from crevnet.recipe.paper import Recipe
+from crevnet.recipe.settings import FineTuning, RecipeSettings, load_recipe
 from crevnet.settings import SettingsError, load_settings
 
 CITIES, FRAMES = ("Here", "There"), (1, 2)
@@ -75,6 +79,7 @@ def test_a_recipe_that_is_stopped_goes_on_and_ends_with_its_table(options, train
         (step, f"{yaml.safe_load((out / step / 'finished.yaml').read_text())['score']:.4e}") for step in STEPS[:3]
     ]
     assert shown == expected
+    assert f"next: crevnet recipe paper --out {out}" in crevnet("show", out)
 
     # Killed between the end of training and its record: the step goes on, and has nothing left to do.
     (out / "city" / "There" / "finished.yaml").unlink()
@@ -106,6 +111,8 @@ def test_a_recipe_that_is_stopped_goes_on_and_ends_with_its_table(options, train
         assert scores[name]["mse"] == pytest.approx(np.mean(expected), rel=1e-5), name
         assert name in said
     assert len({scores[name]["mse"] for name in names}) == 4 and "zeros" in scores
+
+    assert f"next: crevnet submit {out}" in crevnet("show", out)
 
     found.clear()
     assert "7 of 7, frame 2, There: best validation MSE" in crevnet("recipe", "paper", "--out", out)
@@ -148,6 +155,9 @@ def test_a_recipe_that_was_begun_keeps_its_settings(change, named, settings, tmp
         (("recipe",), "command"),
         (("recipe", "soup"), "soup"),
         (("recipe", "paper", "--city.epochs=0"), "epochs"),
+        (("recipe", "paper", "--protocol=movies"), "train by crevnet fit"),
+        (("recipe", "paper", "--data.protocol=movies"), "train by crevnet fit"),
+        (("recipe", "paper", "--training.loss=2"), "say --training.loss all"),
         (("recipe", "paper", "--frame.learning_rate=-1"), "learning_rate"),
         (("recipe", "paper", "--out=OUT"), "--data.root"),
     ],
@@ -164,3 +174,51 @@ def test_not_into_a_run(run, options, failing):
 def test_a_damaged_recipe_is_named(options, cities, failing, tmp_path):
     (tmp_path / "recipe.yaml").write_text("base: [")
     assert str(tmp_path / "recipe.yaml") in failing(*options, "--out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("evaluate",), ("predict",), ("fit", "--resume"), ("fit", "--training.start"), ("fit", "--out")]
+)
+def test_a_recipe_is_no_run(arguments, settings, small, cities, failing, tmp_path):
+    recipe, new = tmp_path / "recipe", tmp_path / "new"
+    Recipe(recipe, RecipeSettings(settings))
+    fit = (*small, "--data.root", cities, "--training.batches=1", "--training.epochs=1")
+    others = {"fit --training.start": (*fit, "--out", new), "fit --out": fit}
+    line = failing(*arguments, recipe, *others.get(" ".join(arguments), ()))
+    assert f"{recipe} is a recipe's folder" in line
+    assert not new.exists() and [path.name for path in recipe.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_model_that_cannot_forecast_is_refused_before_it_is_trained(options, failing, monkeypatch, tmp_path):
+    monkeypatch.setattr(vpn, "MOST_GENERATED", 100)
+    others = [
+        option for option in options if not option.startswith(("--model.blocks", "--model.strides", "--model.modules"))
+    ]
+    assert "choose another --model" in failing(*others, "--model", "vpn", "--out", tmp_path / "recipe")
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_are_shown_by_the_names_of_cities_and_the_values_of_numbers(tmp_path):
+    runs = [tmp_path / name for name in ("city/ANTWERP", "city/BERLIN", "frame/ANTWERP/9", "frame/ANTWERP/12")]
+    for run in reversed(runs):
+        run.mkdir(parents=True)
+    assert begun_runs(tmp_path) == runs
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (DataError("a damaged day"), "crevnet recipe paper --out RECIPE"),
+        (SystemExit(), "crevnet recipe paper --out RECIPE"),
+        (DivergedError("the loss is nan"), "crevnet fit --resume RUN, and then crevnet recipe paper --out RECIPE"),
+        (torch.OutOfMemoryError("CUDA"), "crevnet fit --resume RUN, and then crevnet recipe paper --out RECIPE"),
+    ],
+)
+@pytest.mark.parametrize("name", ["base", "city/Here", "frame/Here/2"])
+def test_what_ends_a_step_names_the_command_that_goes_on_with_the_recipe(name, error, advice, settings, tmp_path):
+    Recipe(tmp_path, RecipeSettings(settings))
+    last = checkpoint_path(tmp_path / name, "last")
+    last.parent.mkdir(parents=True)
+    last.touch()
+    expected = advice.replace("RECIPE", str(tmp_path)).replace("RUN", str(tmp_path / name))
+    assert str(explained(error, settings, last)).endswith(f"with {expected}")

@@ -2,6 +2,7 @@
 
 import shutil
 import zipfile
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -40,6 +41,15 @@ def submission(data, tmp_path, monkeypatch, crevnet):
     return tmp_path / "submission", run
 
 
+def test_runs_may_differ_in_how_they_were_validated(data, tmp_path, monkeypatch, crevnet, failing):
+    runs = fake_runs(tmp_path, monkeypatch, [0.5, 0.7], ["one", "other"])
+    settings = load_settings(runs[1])
+    replace(settings, data=replace(settings.data, validation_windows="test", validation_stride=2)).save(runs[1])
+    crevnet("submit", *runs, "--data.root", data, "--out", tmp_path / "submission", *SLOTS)
+    assert (tmp_path / "submission.zip").is_file()
+    assert "say --data.validation_windows" in failing("evaluate", *runs)
+
+
 # --- a recipe
 
 
@@ -74,6 +84,13 @@ def test_a_recipe_that_is_not_done_is_not_submitted(recipe, data, failing, tmp_p
     line = failing("submit", recipe, "--data.root", data, "--out", tmp_path / "submission", *SLOTS)
     assert str(recipe / "frame" / "There" / "2") in line and f"crevnet recipe paper --out {recipe}" in line
     assert not (tmp_path / "submission").exists()
+
+
+def test_a_recipe_of_other_frames_is_not_submitted(recipe, data, failing, tmp_path):
+    path = recipe / "base" / "config.yaml"
+    path.write_text(path.read_text().replace("horizon: 3", "horizon: 2"))
+    line = failing("submit", recipe, "--data.root", data, "--out", tmp_path / "submission", *SLOTS)
+    assert f"{recipe} is tuned for 2 frames" in line and "asks for 3" in line
 
 
 # --- values
@@ -330,3 +347,8 @@ def test_what_is_neither_a_folder_nor_a_zip(submission, data, failing, tmp_path)
         assert str(tmp_path / path) in failing("score", tmp_path / path, "--truth", data, *SLOTS)
     assert "absent" in failing("score", submission[0], "--truth", tmp_path / "absent", *SLOTS)
     assert "absent" in failing("score", submission[0], "--truth", data, *SLOTS, "--data.root", tmp_path / "absent")
+
+
+def test_a_submission_that_is_not_there(data, failing, tmp_path):
+    line = failing("score", tmp_path / "absent", "--truth", data, *SLOTS)
+    assert f"{tmp_path / 'absent'} is neither a folder nor a zip" in line

@@ -91,6 +91,15 @@ class VPN(VideoModel[VPNConfig]):
         """Mean cross-entropy, in nats a value, of the values round(255 x) of all frames but the first, or the future ones."""
         self._check(frames, static, at_least=2)
         self._truly_fed(frames.shape[1], fed)
+        return self._losses(frames, static, over).mean()
+
+    def scores(self, frames: Tensor, static: Tensor | None = None, number: int | None = None) -> Tensor:
+        """The mean cross-entropy of each future frame's values, given the true values before each."""
+        self._check(frames, static, at_least=2)
+        return self._losses(frames, static, number or "future")
+
+    def _losses(self, frames: Tensor, static: Tensor | None, over: Loss) -> Tensor:
+        """The cross-entropy of each frame that is predicted."""
         chosen = self._chosen(over, frames.shape[1] - 1)
         values = (frames[:, 1:] * (VALUES - 1)).round().long().unbind(1)
         # Step by step: a stack of all logits, and its gradient, would each take 256 frames a step more.
@@ -98,11 +107,7 @@ class VPN(VideoModel[VPNConfig]):
             F.cross_entropy(logits.flatten(0, 1), values[t].flatten(0, 1))
             for t, logits in enumerate(self._logits(frames[:, : chosen.stop + 1], static, chosen.start), chosen.start)
         ]
-        return torch.stack(losses).mean()
-
-    def score(self, frames: Tensor, static: Tensor | None = None, number: int | None = None) -> Tensor:
-        """The mean cross-entropy of the future frames' values, given the true values before each."""
-        return self.loss(frames, static, number or "future")
+        return torch.stack(losses)
 
     def check_generation(self, height: int, width: int) -> None:
         values = self.config.channels * height * width

@@ -26,7 +26,7 @@ class Submission:
             return
         try:
             archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
+        except (OSError, zipfile.BadZipFile) as error:
             raise DataError(
                 f"{path} is neither a folder nor a zip ({error}); expected what crevnet submit wrote"
             ) from error

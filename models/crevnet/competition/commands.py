@@ -33,7 +33,7 @@ from crevnet.competition.submission import write_submission, zip_submission
 from crevnet.data import DataError, DayFile
 from crevnet.data.city_data import open_training_days, open_validation_days
 from crevnet.network import Feedback
-from crevnet.recipe import base_run, is_recipe
+from crevnet.recipe.folders import base_run, is_recipe
 from crevnet.settings import DataSettings, SettingsError
 
 console = Console(highlight=False, soft_wrap=True)
@@ -84,7 +84,8 @@ def submit(
     with _progress(f"{len(files)} files", sum(file.shape[0] for file in files)) as advance:
         write_submission(files, ensemble(members, weights), out, json.dumps(made_from), overwrite, advance)
     console.print(
-        f"wrote {len(files)} files to {out} and {zip_submission(out)} (next, with truth: crevnet score {out} --truth FOLDER)"
+        f"wrote {len(files)} files to {out} and {zip_submission(out)} (next, with truth: {_score_command(data, chosen)} {out} "
+        "--truth FOLDER)"
     )
 
 
@@ -127,7 +128,18 @@ def hold_out(chosen: ChallengeSettings, data: DataSettings, count: int, seed: in
     for _, of_city in groupby(days, key=lambda day: day.city):
         for path in asked.hold_out(list(of_city), count, rng, out):
             console.print(f"wrote {path}, with its truth beside it")
-    console.print(f"next: crevnet submit RUN --test {out} --out FOLDER, and crevnet score FOLDER --truth {out}")
+    task = _task_option(data, chosen)
+    console.print(
+        f"next: crevnet submit RUN --test {out}{task} --out FOLDER, and {_score_command(data, chosen)} FOLDER --truth {out}"
+    )
+
+
+def _score_command(data: DataSettings, chosen: ChallengeSettings) -> str:
+    return f"crevnet score --protocol {data.protocol}{_task_option(data, chosen)}"
+
+
+def _task_option(data: DataSettings, chosen: ChallengeSettings) -> str:
+    return f" --task {chosen.task}" if data.protocol == "2021" else ""
 
 
 def _digest(path: Path) -> str:

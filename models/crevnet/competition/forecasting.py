@@ -139,6 +139,12 @@ class RecipeForecast:
 
 def city_runs(folder: Path, city: str, asked: Protocol) -> list[Path]:
     """Of a recipe, the run of a city and those of its frames, by horizon. DataError where one is not done."""
+    horizon = load_settings(base_run(folder)).model.horizon
+    if horizon != asked.horizon:
+        raise DataError(
+            f"{folder} is tuned for {horizon} frames, and the competition of {asked.name} asks for {asked.horizon}: choose "
+            "another recipe, or one of its runs"
+        )
     runs = [city_run(folder, city), *(frame_run(folder, city, number) for number in asked.horizons)]
     for run in runs:
         if not record(run).is_file():

@@ -6,11 +6,8 @@ without where that is not possible.
 
 import hashlib
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 from crevnet.data.days import DayFile
 from crevnet.data.errors import DataError
@@ -27,20 +24,6 @@ def cache_path(kind: str, days: Sequence[DayFile], *options: object) -> Path:
         files.append((str(day.path.resolve()), status.st_size, status.st_mtime_ns))
     key = hashlib.sha256(repr((files, *options)).encode()).hexdigest()
     return _folder() / kind / f"{key}.npy"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` once it is written, so that no reader ever meets half of it. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-        try:
-            yield file
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def _folder() -> Path:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crevnet.data.cache import cache_path, replacing
+from crevnet.data.cache import cache_path
 from crevnet.data.days import DayFile, check_frame_sizes, sample_frames
+from crevnet.files import replacing
 
 
 def road_map(days: Sequence[DayFile], slots: tuple[int, int] | None = None, frames: int = 1200) -> torch.Tensor:
@@ -39,7 +40,7 @@ def cached_road_map(days: Sequence[DayFile], slots: tuple[int, int] | None = Non
     if cached is not None and days and cached.shape == (1, *days[0].shape[1:3]):
         return torch.from_numpy(cached)
     computed = road_map(days, slots, frames)
-    with suppress(OSError), replacing(path) as file:  # the cache only saves time
+    with suppress(OSError), replacing(path) as unfinished, unfinished.open("wb") as file:  # the cache only saves time
         np.save(file, computed.numpy(), allow_pickle=False)
     return computed
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from crevnet.data.cache import cache_path, replacing
+from crevnet.data.cache import cache_path
 from crevnet.data.days import DayFile, DayReader, check_frame_sizes
+from crevnet.files import replacing
 
 AROUND = 3
 """Slots on either side that a slot's mean is taken over too: a quarter of an hour before and after."""
@@ -71,7 +72,7 @@ def _loaded(path: Path) -> NDArray[np.float16] | None:
 def _computed(days: Sequence[DayFile], known: range, shape: tuple[int, ...], path: Path) -> NDArray[np.float16]:
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False, "shape": shape}
     try:
-        with replacing(path) as file:
+        with replacing(path) as unfinished, unfinished.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for mean in _means(days, known):
                 file.write(mean.tobytes())

@@ -15,6 +15,11 @@ def settings_file(folder: Path) -> Path:
     return folder / "recipe.yaml"
 
 
+def scores_file(folder: Path) -> Path:
+    """The table that a recipe ends with."""
+    return folder / "scores.yaml"
+
+
 def base_run(folder: Path) -> Path:
     return folder / "base"
 
@@ -25,6 +30,12 @@ def city_run(folder: Path, city: str) -> Path:
 
 def frame_run(folder: Path, city: str, number: int) -> Path:
     return folder / "frame" / city / str(number)
+
+
+def recipe_of(run: Path) -> Path | None:
+    """The recipe whose run it is, if any."""
+    above = (run.parent, run.parent.parent, run.parent.parent.parent)
+    return next((folder for folder in above if is_recipe(folder)), None)
 
 
 def begun_runs(folder: Path) -> list[Path]:
@@ -48,4 +59,4 @@ def score_of(run: Path) -> float | None:
 def _found(folder: Path, depth: int) -> list[Path]:
     """Folders so many levels below another, in the order of their names, numbers by their values."""
     found = folder.glob("/".join("*" * depth))
-    return sorted(found, key=lambda path: (path.parent.name, path.name.zfill(9)))
+    return sorted(found, key=lambda path: (path.parent.name, path.name.isdigit() and int(path.name), path.name))

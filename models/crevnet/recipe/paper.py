@@ -14,12 +14,13 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from crevnet.checkpoints import checkpoint_path, load_network
-from crevnet.comparison import check_forecasts, device, untrained
+from crevnet.comparison import device, untrained
 from crevnet.data.city_data import CityData
 from crevnet.evaluation import ENSEMBLE, NetworkForecast, Scores, mean_over_cities, score
 from crevnet.forecasts import Forecast, by_frame
+from crevnet.models import make_network
 from crevnet.recipe.folders import base_run, city_run, frame_run, record, score_of, settings_file
-from crevnet.recipe.settings import FineTuning, RecipeSettings, load_recipe, refuse_changes
+from crevnet.recipe.settings import FineTuning, RecipeSettings, load_recipe, refuse_changes, refuse_what_is_no_base
 from crevnet.settings import RunSettings, SettingsError, save_yaml
 from crevnet.training import train
 
@@ -66,10 +67,12 @@ class Recipe:
     """
 
     def __init__(self, folder: Path, settings: RecipeSettings) -> None:
+        refuse_what_is_no_base(settings.base)
         self.folder, self.settings = folder, settings
         self.data = CityData(settings.base.data, settings.base.model, settings.base.training.seed)
         self.cities = sorted({day.city for day in self.data.validation_days})
         self.frames: Sequence[int] = self.data.layout.horizons(settings.base.model.horizon)
+        self._check_forecasts()
         path = settings_file(folder)
         if path.is_file():
             refuse_changes(path, load_recipe(folder), settings)
@@ -117,11 +120,19 @@ class Recipe:
             by_city[city] = {FINAL if name == ENSEMBLE else name: scores for name, scores in found.items()}
         return mean_over_cities(by_city)
 
+    def _check_forecasts(self) -> None:
+        """SettingsError where the model could be trained, but the table that a recipe ends with could not be made."""
+        with torch.device("meta"):
+            network = make_network(self.settings.base.model)
+        try:
+            network.check_generation(*self.data.validation_days[0].shape[1:3])
+        except ValueError as error:
+            raise SettingsError(f"{error}, and a recipe ends with forecasts: choose another --model") from error
+
     def _tuned(self, start: Step, name: str, folder: Path, tuning: FineTuning) -> Step:
         training = replace(tuning.of(start.settings.training), start=start.folder)
         return Step(name, folder, replace(start.settings, training=training))
 
     def _forecast(self, step: Step, horizon: int | None = None) -> Forecast:
         network = load_network(step.folder, step.settings.model, "best")
-        check_forecasts(step.folder, network, None, self.data.validation_days[0].shape)
         return NetworkForecast(network.to(device()), self.data.static_of, horizon=horizon)

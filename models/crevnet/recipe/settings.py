@@ -74,6 +74,17 @@ def load_recipe(folder: Path) -> RecipeSettings:
         raise SettingsError(f"{path}: {' '.join(str(error).split())}") from error
 
 
+def refuse_what_is_no_base(base: RunSettings) -> None:
+    """SettingsError where a recipe cannot begin with a run of these settings."""
+    if base.data.protocol == "movies":
+        raise SettingsError("data.protocol movies has no cities, and a recipe tunes on each: train by crevnet fit")
+    if isinstance(base.training.loss, int):
+        raise SettingsError(
+            f"training.loss {base.training.loss} is of one frame, and a recipe comes to each of them itself: say "
+            "--training.loss all"
+        )
+
+
 def refuse_changes(path: Path, begun: RecipeSettings, now: RecipeSettings) -> None:
     """SettingsError where a recipe that was begun is to go on with other settings."""
     before, after = begun.sections(), now.sections()

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
 from crevnet.data import Layout
+from crevnet.figures.canvas import ERRORS, VALUES, Frames, brightest, draw_frame, frame_grid
 
-Frames = NDArray[np.float32]
-"""(T, C, H, W) in [0, 1]."""
+_SHEET_PIXELS = 160
 
 
 def forecast_figure(
@@ -32,25 +29,17 @@ def forecast_figure(
         ("prediction", forecast[:, channel]),
         ("error", forecast[:, channel] - truth[:, channel]),
     ]
-    brightest = max(float(np.quantile(truth[:, channel], 0.999)), 1 / 255)
-    height, width = truth.shape[-2:]
-    size = 2.6
-    figure, axes = plt.subplots(
-        len(rows), horizon, figsize=(size * horizon * width / height + 1.6, size * len(rows) + 0.6), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for row, (name, images) in enumerate(rows):
-        limits = (-brightest, brightest) if name == "error" else (0, brightest)
-        for column, image in enumerate(images):
-            axis = axes[row, column]
-            shown = axis.imshow(image, vmin=limits[0], vmax=limits[1], cmap="RdBu_r" if name == "error" else "magma")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            steps = column + 1 - (horizon if name == "input" else 0)
-            axis.set_title(layout.lead(steps) if steps else "now", fontsize=9)
-            if column == 0:
-                axis.set_ylabel(name, fontsize=11)
-        figure.colorbar(shown, ax=axes[row, :].tolist(), fraction=0.04)
+    highest = brightest(truth[:, channel])
+    figure, axes = frame_grid(len(rows), horizon, *truth.shape[-2:])
+    for row, (name, images) in zip(axes, rows, strict=True):
+        lowest = -highest if name == "error" else 0
+        for column, (axis, image) in enumerate(zip(row[-len(images) :], images, strict=True)):
+            steps = column + 1 - (len(images) if name == "input" else 0)
+            shown = draw_frame(axis, image, lowest, highest, layout.lead(steps) if steps else "now")
+        row[-len(images)].set_ylabel(name, fontsize=11)
+        for axis in row[: -len(images)]:  # the model sees fewer frames than it predicts
+            axis.set_axis_off()
+        figure.colorbar(shown, ax=row.tolist(), fraction=0.04)
     figure.suptitle(f"{title}: {layout.channel_name(channel)}", fontsize=11)
     return figure
 
@@ -60,17 +49,17 @@ def forecast_animation(
 ) -> None:
     """A GIF: the past, then truth and prediction side by side."""
     left, right = np.concatenate((past, truth))[:, channel], np.concatenate((past, forecast))[:, channel]
-    brightest = max(float(np.quantile(left, 0.999)), 1 / 255)
+    highest = brightest(left)
     figure, axes = plt.subplots(1, 2, figsize=(7, 4), layout="constrained")
     images = [
-        axis.imshow(frames[0], vmin=0, vmax=brightest, cmap="magma")
+        axis.imshow(frames[0], vmin=0, vmax=highest, cmap=VALUES)
         for axis, frames in zip(axes, (left, right), strict=True)
     ]
     for axis, name in zip(axes, ("truth", "prediction"), strict=True):
         axis.set_axis_off()
         axis.set_title(name)
 
-    def draw(t: int) -> Sequence[matplotlib.image.AxesImage]:
+    def draw(t: int) -> Sequence[AxesImage]:
         for image, frames in zip(images, (left, right), strict=True):
             image.set_data(frames[t])
         lead, kind = layout.lead(t + 1 - len(past)), "seen" if t < len(past) else "predicted"
@@ -89,13 +78,21 @@ def day_figure(frame: Frames, road_map: Frames, title: str, layout: Layout) -> F
         1, len(panels), figsize=(4 * len(panels) * width / height, 4.6), squeeze=False, layout="constrained"
     )
     for axis, (name, image) in zip(axes[0], panels, strict=True):
-        axis.imshow(image, vmin=0, vmax=max(float(np.quantile(image, 0.999)), 1 / 255), cmap="magma")
+        axis.imshow(image, vmin=0, vmax=brightest(image), cmap=VALUES)
         axis.set_title(name, fontsize=10)
         axis.set_axis_off()
     figure.suptitle(title, fontsize=11)
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def forecast_sheet(truth: Frames, forecast: Frames, channel: int = 1) -> NDArray[np.uint8]:
+    """The same as pixels alone, (height, width, 3), for logs: truth, forecast and error below each other, a column a frame.
+
+    Frames larger than some hundred pixels are shown at every second, third, ... pixel.
+    """
+    true, predicted = truth[:, channel], forecast[:, channel]
+    highest = brightest(true)
+    step = -(-max(true.shape[1:]) // _SHEET_PIXELS)
+    rows = [(true / highest, VALUES), (predicted / highest, VALUES), ((predicted - true) / highest / 2 + 0.5, ERRORS)]
+    pictures = [plt.get_cmap(name)(np.concatenate([*frames[:, ::step, ::step]], 1))[..., :3] for frames, name in rows]
+    return np.rint(np.concatenate(pictures) * 255).astype(np.uint8)

@@ -85,13 +85,13 @@ def assert_close(found, expected, tolerance):
 
 @pytest.fixture(scope="module")
 def options(cities, small):
-    """Five training windows, so that of the second batch of four windows one process has one, the other none; and three
-    validation windows. Two epochs of two steps."""
+    """Seven training windows, so that of the second batch of four one process has two and the other one; three validation
+    windows likewise. Two epochs of two steps."""
     data = (
         "--data.root",
         cities,
         "--data.cities=[There]",
-        "--data.training_slots=[2,11]",
+        "--data.training_slots=[2,13]",
         "--data.validation_slots=[0,15]",
     )
     return (*small, *data, "--training.epochs=2", "--training.learning_rate=1e-3", "--training.precision=64-true")

@@ -29,6 +29,7 @@ setup(
         ],
         "packed": ["hdf5plugin"],
         "bench": ["hdf5plugin", "matplotlib", "pytest-benchmark", "revlib", "revtorch", "rich"],
+        "examples": ["av", "matplotlib", "scikit-learn", "scikit-video"],
         "dev": ["hdf5plugin", "hypothesis", "mypy", "pytest", "ruff"],
     },
     entry_points={"console_scripts": ["crevnet = crevnet.cli:main"]},

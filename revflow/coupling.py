@@ -129,7 +129,7 @@ class Coupling(Bijection, Stepwise):
 
 
 class AdditiveCoupling(Coupling):
-    """y = x + shift (NICE). Volume-preserving. The paper's eq. 2, with two conditioners."""
+    """y = x + shift (NICE). Volume-preserving. With two conditioners the block of RevNet (section 3.1) and CrevNet (eq. 2)."""
 
     coefficients = ("shift",)
 

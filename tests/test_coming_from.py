@@ -1,4 +1,4 @@
-"""The pairs of docs/coming-from.md: with the same weights both libraries compute the same, and the renamed weights are the right ones."""
+"""The pairs of docs/coming-from.md: both libraries compute the same with the same weights, and these are renamed rightly."""
 
 import re
 from pathlib import Path

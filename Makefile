@@ -41,7 +41,7 @@ test-all: .venv/.ready docs
 	$(BIN)/pytest
 
 docs: .venv/.ready
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Three processes, since they differ by more than the rounds within one.
 bench bench-store: .venv/.ready

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: help demo test test-all docs bench bench-store clean
+.PHONY: help demo test test-all docs bench bench-store experiment clean
 
 help:
 	@echo "make demo      train CrevNet on a synthetic city, score it, draw its predictions (minutes, on two CPU cores)"
@@ -12,6 +12,7 @@ help:
 	@echo "make docs      build the documentation's site: open site/index.html"
 	@echo "make bench     time the engine's hot paths against ordinary autograd, and fail if one is slower than was stored"
 	@echo "make bench-store  the same, and store the ratios instead"
+	@echo "make experiment   train CrevNet by the paper's recipe, and other models beside it (two hours on two cores; goes on where it stopped)"
 	@echo "make clean     remove .venv, the site and the demo's folder"
 
 .venv/.ready: setup.py constraints.txt
@@ -51,6 +52,14 @@ bench bench-store: .venv/.ready
 	    --benchmark-json .benchmarks/hot-paths-$$run.json || exit 1; \
 	done
 	@$(BIN)/python bench/regressions.py .benchmarks/hot-paths-[123].json $(if $(filter bench-store,$@),--store)
+
+# One thread each, so that two cores train side by side; stopped at any point, it goes on. SEEDS=3 trains with three.
+SEEDS ?= 1
+experiment: .venv/.ready
+	@$(MAKE) --jobs 2 experiment-cities experiment-air-traffic
+
+experiment-%: .venv/.ready
+	@$(BIN)/python bench/experiment.py $* --seeds $(SEEDS)
 
 clean:
 	rm -rf .venv site $(DEMO)

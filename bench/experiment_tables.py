@@ -47,7 +47,8 @@ def page(name: str, rows: Sequence[Row], plan: Plan) -> str:
 
 
 ABOUT = """MSE of values in [0, 1], forecasts clipped, mean over pixels, channels, horizons and cities, on the validation windows.
-Of several seeds, the mean and half the range that they span. Checkpoints were chosen by the same windows, of every model alike."""
+Of several seeds, the mean and half the range that they span. The same windows have chosen the checkpoints, of every model
+alike."""
 
 
 def _tables(rows: Sequence[Row], plan: Plan) -> Iterator[tuple[str, list[str], list[list[str]]]]:

@@ -42,6 +42,14 @@ def test_memory_of_crevnet(page, count):
         assert figures == expected[name, schedule]
 
 
+def test_scores_of_the_demo():
+    text = (RESULTS / "crevnet-tiny-cpu.md").read_text(encoding="utf-8")
+    expected = {round(float(figure), 5) for figure in re.findall(r"\d\.\d{3}e-\d", text)}
+    _, rows = table("README.md", "forecast")
+    assert len(rows) == 6
+    assert {float(score) for _, score in rows} <= expected
+
+
 def by_method(results, network):
     return {
         f"{line['method']} {line['setting']}".strip(): line for line in stored(results) if line["network"] == network

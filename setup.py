@@ -30,6 +30,7 @@ setup(
         "packed": ["hdf5plugin"],
         "bench": ["hdf5plugin", "matplotlib", "pytest-benchmark", "revlib", "revtorch", "rich"],
         "dev": ["hdf5plugin", "hypothesis", "mypy", "pytest", "ruff"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
     entry_points={"console_scripts": ["crevnet = crevnet.cli:main"]},
 )

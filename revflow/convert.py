@@ -65,7 +65,10 @@ def reversible(
     Args:
         functions: modules F(x, **context), from a tensor to one of the same shape; the sum is not among what F does. The
             modules are taken, not copied: parameters shared with the rest of a network stay shared.
-        guard, exact, memory_budget, chunks: those of `ReversibleSequence`.
+        guard: what to do where streams are rebuilt wrongly; all options are those of `ReversibleSequence`.
+        exact: whether gradients are those of stored activations to the last bit.
+        memory_budget: what activations may take.
+        chunks: in how many slices of the batch to run the functions.
 
     Returns a module of one tensor of any shape that the functions take. Parameters are named `sequence.<block>.F.<name>`, of
     a pair's second function `sequence.<block>.G.<name>`.

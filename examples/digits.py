@@ -99,7 +99,7 @@ def draw(rows: dict[str, Tensor], path: Path) -> None:
         line[0].set_ylabel(name)
         for image, axis in zip(images, line, strict=True):
             pixels = image.movedim(0, -1).clamp(0, 1) if image.dim() == 3 else image
-            axis.imshow(pixels.numpy(), cmap="gray_r", vmin=0, vmax=1)
+            axis.imshow(pixels.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=80, bbox_inches="tight")
     plt.close(figure)

@@ -9,7 +9,7 @@ scaling, h = exp(s) x (section 3.3). A coupling's Jacobian has determinant 1: th
 A sample is f's inverse of logistic noise. As in the paper, whole numbers become continuous by uniform noise. Smaller than the
 paper's, with dropout, and on standardised pixels: 1,437 digits are few.
 
-    python examples/nice.py --out nice.png    # 45 seconds on a CPU core
+    python examples/nice.py --out nice.png    # 34 seconds of one CPU core
 
 Prints bits per dimension of held-out digits, less being better, beside what is fitted without training, and draws samples. It
 beats a Gaussian of all pixels, but not the histogram of each pixel, which knows that pixels are whole numbers and many of them

@@ -12,7 +12,7 @@ ordinary autograd, with the same weights at the start and the same batches.
 The images have the shape of CIFAR's, 3 x 32 x 32, but are no photographs: scikit-learn's digits, enlarged, each in a random
 bright colour on a random dark ground, with noise. CIFAR would have to be downloaded.
 
-    python examples/revnet.py --out revnet.png
+    python examples/revnet.py --out revnet.png    # 93 seconds of one CPU core
 
 Prints the accuracy of both on held-out digits, and the peak memory of a training step of both; draws losses and memory.
 """

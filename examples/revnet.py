@@ -19,6 +19,7 @@ Prints the accuracy of both on held-out digits, and the peak memory of a trainin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -29,7 +30,10 @@ from torch import nn
 import revflow
 from digits import CLASSES, Labelled, accuracy, coloured, digits, options, train
 
-WAYS = {"RevNet": nullcontext, "its plain twin": revflow.ordinary_autograd}
+WAYS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "RevNet": nullcontext,
+    "its plain twin": revflow.ordinary_autograd,
+}
 BATCH = 64
 DEPTHS = (1, 3, 6, 9)
 

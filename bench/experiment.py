@@ -30,7 +30,7 @@ from crevnet.recipe.paper import Recipe, Step
 from crevnet.recipe.settings import RecipeSettings, read_recipe
 from crevnet.settings import SettingsError
 from experiment_plan import CREVNET, Plan, load_plan
-from experiment_tables import MODELS, OTHERS, STAGES, Row, page, print_tables
+from experiment_tables import COLUMNS, MODELS, STAGES, TRAINED_ON, UNTRAINED, Row, page, print_tables
 from report import add_outputs, positive, write
 
 RECIPES = Path(__file__).parents[1] / "configs" / "recipes"
@@ -38,8 +38,6 @@ CITIES = {"Berlin": 1, "Istanbul": 2, "Moscow": 3}
 """Names and seeds of the synthetic ones."""
 TUNED = 10
 """Fine-tuning goes at so many times a lower rate."""
-TRAINED_ON = "single model, trained on for as long"
-"""The recipe's, on all cities: what fine-tuning has to be better than."""
 
 
 @dataclass(frozen=True)
@@ -143,12 +141,12 @@ class Seed:
                 print(f"seed {self._name}, {number} of {len(steps)}: {step.name}", flush=True)
                 step.run()
         for stage, scores in self._recipe.scores().items():
-            yield self._row(STAGES, stage, scores)
+            yield self._row(STAGES if stage in COLUMNS else UNTRAINED, stage, scores)
         folders = [step.folder for step in self._compared.values()]
         found = compare(folders, self._recipe.base.settings.data, "best", None, ensemble=False)
         scored = mean_over_cities(found.by_city).values()  # the runs' come first, in their order
         for name, scores in zip(self._compared, scored, strict=False):
-            yield self._row(MODELS if name in self._plan.models else OTHERS, name, scores)
+            yield self._row(MODELS if name in self._plan.models else STAGES, name, scores)
 
     def _row(self, table: str, name: str, scores: Scores) -> Row:
         return Row(table, name, self._name, scores.mse, scores.mse_by_horizon)

@@ -9,10 +9,16 @@ from dataclasses import dataclass
 import torch
 
 from crevnet.models import MODELS as CREVNETS_MODELS
+from crevnet.recipe.paper import FINAL
+from crevnet.recipe.paper import STAGES as OF_RECIPE
 from experiment_plan import Plan
 from report import machine, markdown, markdown_table, show
 
-STAGES, MODELS, OTHERS = "stages", "models", "others"
+STAGES, MODELS, UNTRAINED = "stages", "models", "untrained"
+TRAINED_ON = "single model, trained on for as long"
+"""The recipe's, on all cities: what fine-tuning has to be better than."""
+COLUMNS = (OF_RECIPE[0], TRAINED_ON, *OF_RECIPE[1:], FINAL)
+"""Of the table of stages."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class Row:
     """The validation score of one forecast, with one seed: MSE of values in [0, 1], mean over the cities."""
 
     table: str
-    """stages: of the recipe, and beside it the forecasts that need no training; models, which train as long; or others."""
+    """stages: of the recipe, and the single model trained on; models, which train as long; untrained: forecasts."""
     name: str
     seed: int
     mse: float
@@ -54,15 +60,16 @@ alike."""
 def _tables(rows: Sequence[Row], plan: Plan) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Titles, headings and lines."""
     leads = [f"+{5 * number} min" for number in range(1, len(rows[0].mse_by_horizon) + 1)]
-    stages = [[name, *_scores(found)] for name, found in _by_name(rows, STAGES).items()]
-    yield "The recipe, stage by stage", ["forecast", "MSE", *leads], stages
+    by_name = _by_name(rows, STAGES)
+    stages = [name for name in COLUMNS if name in by_name]
+    columns = [_scores(by_name[name]) for name in stages]
+    lines = [list(line) for line in zip(["MSE", *leads], *columns, strict=True)]
+    yield "The recipe, as in the paper's table 1", ["CrevNet", *stages], lines
     headings = ["model", "width", "parameters", "peak, MiB", "s a step", "steps", "learning rate", "MSE", *leads]
-    models = [
-        [*_sizes(name, plan), *_scores(found)] for name, found in _by_name(rows, MODELS).items() if name in plan.models
-    ]
+    models = [[*_sizes(name, plan), *_scores(found)] for name, found in _by_name(rows, MODELS).items()]
     yield "Models at equal memory and equal time of training", headings, models
-    others = [[name, *_scores(found)] for name, found in _by_name(rows, OTHERS).items()]
-    yield "What fine-tuning is to be compared with", ["forecast", "MSE", *leads], others
+    untrained = [[name, *_scores(found)] for name, found in _by_name(rows, UNTRAINED).items()]
+    yield "Forecasts that need no training", ["forecast", "MSE", *leads], untrained
 
 
 def _by_name(rows: Iterable[Row], table: str) -> dict[str, list[Row]]:

@@ -13,7 +13,7 @@ from crevnet.data import SyntheticCity, write_city
 from crevnet.recipe.paper import FINAL, STAGES
 from crevnet.settings import load_settings
 from experiment_plan import CREVNET, RATES, TUNING, Plan, Planned, TrainingStep, settings_of
-from experiment_tables import MODELS, OTHERS, Row, page
+from experiment_tables import MODELS, TRAINED_ON, UNTRAINED, Row, page
 from experiment_tables import STAGES as STAGES_TABLE
 
 BASELINES = ["convlstm", "predrnn", "unet"]
@@ -47,9 +47,10 @@ def done(data, tmp_path_factory):
 
 def test_everything_is_scored(done):
     _, rows, _ = done
-    names = {table: [row.name for row in rows if row.table == table] for table in (STAGES_TABLE, MODELS, OTHERS)}
-    assert names[MODELS] == [CREVNET, *BASELINES] and names[OTHERS] == [experiment.TRAINED_ON]
-    assert {*STAGES, FINAL, "zeros", "last frame", "mean of the slot"} <= {*names[STAGES_TABLE]}
+    names = {table: [row.name for row in rows if row.table == table] for table in (STAGES_TABLE, MODELS, UNTRAINED)}
+    assert names[MODELS] == [CREVNET, *BASELINES]
+    assert {*names[STAGES_TABLE]} == {*STAGES, FINAL, TRAINED_ON}
+    assert {"zeros", "last frame", "mean of the slot"} <= {*names[UNTRAINED]}
     scores = {(row.table, row.name): row.mse for row in rows}
     # twice the same model: once by the recipe, once beside the others
     assert scores[MODELS, CREVNET] == pytest.approx(scores[STAGES_TABLE, STAGES[0]], rel=1e-6)
@@ -113,12 +114,18 @@ def test_seeds_are_averaged(monkeypatch):
         Row(MODELS, name, seed, mse, (mse - 1e-3, mse + 1e-3))
         for name, seed, mse in ((CREVNET, 0, 6e-3), ("unet", 0, 5e-3), (CREVNET, 1, 8e-3), ("unet", 1, 5.5e-3))
     ]
-    lines = page("cities", [*rows, Row(STAGES_TABLE, "zeros", 0, 1e-2, (1e-2, 1e-2))], plan).splitlines()
-    unet, crevnet = (line for line in lines if line.startswith(("| U-Net", "| CrevNet")))
+    stages = [Row(STAGES_TABLE, name, 0, mse, (mse, 1e-2)) for name, mse in ((FINAL, 9e-3), (STAGES[1], 8e-3))]
+    rows += [*stages, Row(UNTRAINED, "zeros", 0, 1e-2, (1e-2, 1e-2))]
+    lines = page("cities", rows, plan).splitlines()
+    unet, crevnet = (line for line in lines if line.startswith(("| U-Net", "| CrevNet |  |")))
     assert crevnet == (
         "| CrevNet |  | 1,234 | 3.0 | 0.25 | 80 | 0.001 | 7.000e-3 ± 1.000e-3 | 6.000e-3 ± 1.000e-3 | 8.000e-3 ± 1.000e-3 |"
     )
     assert unet.startswith("| U-Net | 7 |") and "| 5.250e-3 ± 0.250e-3 |" in unet
+    assert (
+        f"| CrevNet | {STAGES[1]} | {FINAL} |" in lines and "| MSE | 8.000e-3 | 9.000e-3 |" in lines
+    )  # as in the paper
+    assert "| +10 min | 10.000e-3 | 10.000e-3 |" in lines
     assert "| zeros | 10.000e-3 | 10.000e-3 | 10.000e-3 |" in lines and any("2 seeds; each model" in li for li in lines)
 
 

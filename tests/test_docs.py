@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = {page.name: page for page in (README, *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {page.name: page for page in (README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}
 pages = pytest.mark.parametrize("page", PAGES.values(), ids=PAGES.keys())
 EXAMPLES = {name: page for name, page in PAGES.items() if "```python" in page.read_text(encoding="utf-8")}
 

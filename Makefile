@@ -3,15 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: help demo test test-all bench bench-store clean
+.PHONY: help demo test test-all release bench bench-store clean
 
 help:
 	@echo "make demo      train CrevNet on a synthetic city, score it, draw its predictions (minutes, on two CPU cores)"
 	@echo "make test      ruff, mypy and the tests"
 	@echo "make test-all  the same, with the slow tests"
+	@echo "make release   build the sdist and the wheel into dist/, install each elsewhere and use it there (minutes)"
 	@echo "make bench     time the engine's hot paths against ordinary autograd, and fail if one is slower than was stored"
 	@echo "make bench-store  the same, and store the ratios instead"
-	@echo "make clean     remove .venv and the demo's folder"
+	@echo "make clean     remove .venv, dist/ and the demo's folder"
 
 .venv/.ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -38,6 +39,9 @@ test-all: .venv/.ready
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+release: .venv/.ready
+	$(BIN)/pytest tests/release
+
 # Three processes, since they differ by more than the rounds within one.
 bench bench-store: .venv/.ready
 	@mkdir -p .benchmarks
@@ -48,4 +52,4 @@ bench bench-store: .venv/.ready
 	@$(BIN)/python bench/regressions.py .benchmarks/hot-paths-[123].json $(if $(filter bench-store,$@),--store)
 
 clean:
-	rm -rf .venv $(DEMO)
+	rm -rf .venv dist $(DEMO)

@@ -6,7 +6,6 @@ from setuptools import find_packages, setup
 
 setup(
     name="revflow",
-    version="0.1.0",
     description="Reversible backpropagation for PyTorch: train deep networks without storing activations",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -29,7 +28,7 @@ setup(
         ],
         "packed": ["hdf5plugin"],
         "bench": ["hdf5plugin", "matplotlib", "pytest-benchmark", "revlib", "revtorch", "rich"],
-        "dev": ["hdf5plugin", "hypothesis", "mypy", "pytest", "ruff"],
+        "dev": ["build", "hdf5plugin", "hypothesis", "mypy", "pytest", "ruff"],
     },
-    entry_points={"console_scripts": ["crevnet = crevnet.cli:main"]},
+    entry_points={"console_scripts": ["crevnet = crevnet.__main__:main"]},
 )

@@ -3,20 +3,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: help demo test test-all release bench bench-store clean
+.PHONY: help demo test test-all docs release bench bench-store experiment clean
 
 help:
 	@echo "make demo      train CrevNet on a synthetic city, score it, draw its predictions (minutes, on two CPU cores)"
-	@echo "make test      ruff, mypy and the tests"
+	@echo "make test      ruff, mypy, the documentation's site and the tests"
 	@echo "make test-all  the same, with the slow tests"
+	@echo "make docs      build the documentation's site: open site/index.html"
 	@echo "make release   build the sdist and the wheel into dist/, install each elsewhere and use it there (minutes)"
 	@echo "make bench     time the engine's hot paths against ordinary autograd, and fail if one is slower than was stored"
 	@echo "make bench-store  the same, and store the ratios instead"
-	@echo "make clean     remove .venv, dist/ and the demo's folder"
+	@echo "make experiment   train CrevNet by the paper's recipe, and other models beside it (two hours on two cores; goes on where it stopped)"
+	@echo "make clean     remove .venv, dist/, the site and the demo's folder"
 
 .venv/.ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[crevnet,bench,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[crevnet,bench,dev,docs]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps memcnn==1.5.2  # it asks for torchvision, and needs it not
 	@touch $@
 
 demo: .venv/.ready
@@ -27,17 +30,20 @@ demo: .venv/.ready
 	$(BIN)/crevnet predict $(DEMO)/run --out $(DEMO)
 	@echo "The scores are in $(DEMO)/scores.json; the pictures, predictions beside the truth, are above: open the PNG and the GIF."
 
-test: .venv/.ready
+test: .venv/.ready docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -m "not slow"
 
-test-all: .venv/.ready
+test-all: .venv/.ready docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+docs: .venv/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 release: .venv/.ready
 	$(BIN)/pytest tests/release
@@ -51,5 +57,13 @@ bench bench-store: .venv/.ready
 	done
 	@$(BIN)/python bench/regressions.py .benchmarks/hot-paths-[123].json $(if $(filter bench-store,$@),--store)
 
+# One thread each, so that two cores train side by side; stopped at any point, it goes on. SEEDS=3 trains with three.
+SEEDS ?= 1
+experiment: .venv/.ready
+	@$(MAKE) --jobs 2 experiment-cities experiment-air-traffic
+
+experiment-%: .venv/.ready
+	@$(BIN)/python bench/experiment.py $* --seeds $(SEEDS)
+
 clean:
-	rm -rf .venv dist $(DEMO)
+	rm -rf .venv dist site $(DEMO)

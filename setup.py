@@ -29,6 +29,7 @@ setup(
         "packed": ["hdf5plugin"],
         "bench": ["hdf5plugin", "matplotlib", "pytest-benchmark", "revlib", "revtorch", "rich"],
         "dev": ["build", "hdf5plugin", "hypothesis", "mypy", "pytest", "ruff"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
     entry_points={"console_scripts": ["crevnet = crevnet.__main__:main"]},
 )

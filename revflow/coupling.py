@@ -31,6 +31,9 @@ class Coupling(Bijection, Stepwise):
     runs under ordinary autograd; in a `ReversibleSequence`, each conditioner runs exactly twice a training step.
 
     For a coupling of your own, write `combine` and `separate`, and for flows `log_derivative`.
+
+    Raises TypeError for a conditioner that is no module, and, when it is called, ValueError for fewer than two streams or
+    coefficients that do not fit.
     """
 
     coefficients: ClassVar[tuple[str, ...]]
@@ -129,7 +132,10 @@ class Coupling(Bijection, Stepwise):
 
 
 class AdditiveCoupling(Coupling):
-    """y = x + shift (NICE). Volume-preserving. The paper's eq. 2, with two conditioners."""
+    """y = x + shift (NICE, Dinh et al. 2014). Volume-preserving.
+
+    With two conditioners it is the block of RevNet (Gomez et al. 2017, section 3.1) and of CrevNet (Yu et al. 2019, eq. 2).
+    """
 
     coefficients = ("shift",)
 
@@ -147,7 +153,7 @@ class AdditiveCoupling(Coupling):
 
 
 class AffineCoupling(Coupling):
-    """y = x exp(log_scale) + shift (RealNVP, eq. 7)."""
+    """y = x exp(log_scale) + shift (RealNVP, Dinh et al. 2016, eq. 7)."""
 
     coefficients = ("log_scale", "shift")
 

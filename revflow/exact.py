@@ -35,7 +35,8 @@ class Residual(NamedTuple):
 class Grid:
     """The multiples of 2^-bits. In float32, 16 bits hold values up to 256 in steps of 1.5e-5.
 
-    More bits are finer and hold less: streams that outgrow the range are an error, which names the bits that would do.
+    More bits are finer and hold less: streams that outgrow the range are an error, which names the bits that would do. Raises
+    ValueError where `bits` is no whole number from 1 to 52.
     """
 
     bits: int = 16

@@ -49,6 +49,8 @@ def measure_memory(
         device: where the step runs: a CUDA device for the allocator's counters, else the CPU.
         predict: run the step on fake tensors. Whatever it uses has to be made inside it, the model too: count its
             parameters in, or measure the two apart.
+
+    Raises ValueError for a device that is neither the CPU nor CUDA, unless `predict`.
     """
     if predict:
         with FakeTensorMode():

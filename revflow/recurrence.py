@@ -79,6 +79,9 @@ class ReversibleRecurrence(nn.ModuleList):
 
     Under `revflow.ordinary_autograd`, `no_grad`, forward-mode differentiation, `torch.func`'s transforms and `torch.export` it
     runs as ordinary modules do. Second derivatives are refused.
+
+    Raises TypeError for a cell that is no RecurrentCell or a state that is no RecurrentState, ValueError where the state does not
+    fit the cells.
     """
 
     def __init__(self, cells: Iterable[RecurrentCell], *, states: States = "kept", guard: Mode = "warn") -> None:

@@ -86,8 +86,8 @@ def verify(net: nn.Module, *inputs: Any, **context: Any) -> Verification:
 
     Args:
         net: a `ReversibleSequence`, or a module that has some inside. It is left as it was: everything runs on copies.
-        inputs, context: its arguments. Floating-point tensors among them get gradients, too. What autocast context it is
-            called in counts.
+        *inputs: its arguments. Floating-point tensors among them get gradients, too.
+        **context: its keyword arguments, as well. The autocast context in which `verify` is called counts.
 
     Raises ValueError where there is no ReversibleSequence in `net`. What the network itself raises is raised here too,
     except in the backward pass, where it is reported as a problem.

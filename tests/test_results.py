@@ -1,4 +1,4 @@
-"""The README's tables are the stored results, which bench/ wrote."""
+"""Figures in the README and in docs/ are those of the stored results, which bench/ wrote."""
 
 import csv
 import re
@@ -18,9 +18,9 @@ def stored(name):
         return [*csv.DictReader(file)]
 
 
-def table(first_heading):
-    """The cells of the README's table whose first heading is this, without markup, and its headings."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+def table(page, first_heading):
+    """The cells of the page's table whose first heading is this, without markup, and its headings."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_heading} |"))
     end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
     cells = [[cell.strip() for cell in re.sub("[*`]", "", line).strip("|").split("|")] for line in lines[start:end]]
@@ -28,30 +28,89 @@ def table(first_heading):
     return headings, rows
 
 
-def test_memory():
+@pytest.mark.parametrize(("page", "count"), [("README.md", 3), ("docs/crevnet.md", 17)])
+def test_memory_of_crevnet(page, count):
     expected = {}
     for line in stored("memory-predicted.csv"):
         given = line | {name: int(line[name] or 0) for name in ("patch", "peak", "one_more")}
         row = Row(**given)
         figures = f"{row.peak / GIB:.1f}", f"{row.one_more / GIB:.2f}", row.largest_16, row.largest_32
         expected[name_of(row), row.schedule] = [*figures]
-    _, rows = table("model, 495 x 436")
-    assert len(rows) > 10
+    _, rows = table(page, "model, 495 x 436")
+    assert len(rows) == count
     for name, schedule, *figures in rows:
         assert figures == expected[name, schedule]
 
 
-@pytest.mark.parametrize("network", ["tiny", "convolutions", "transformer"])
-def test_speed(network):
-    expected = {
-        f"{line['method']} {line['setting']}".strip(): f"{float(line['time_ratio']):.2f}" if line["time_ratio"] else ""
-        for line in stored("speed-cpu.csv")
-        if line["network"] == network
+def test_scores_of_the_demo():
+    text = (RESULTS / "crevnet-tiny-cpu.md").read_text(encoding="utf-8")
+    expected = {round(float(figure), 5) for figure in re.findall(r"\d\.\d{3}e-\d", text)}
+    _, rows = table("README.md", "forecast")
+    assert len(rows) == 6
+    assert {float(score) for _, score in rows} <= expected
+
+
+def by_method(results, network):
+    return {
+        f"{line['method']} {line['setting']}".strip(): line for line in stored(results) if line["network"] == network
     }
-    headings, rows = table("time, plain = 1")
+
+
+@pytest.mark.parametrize("network", ["tiny", "convolutions", "transformer"])
+def test_time(network):
+    expected = by_method("speed-cpu.csv", network)
+    headings, rows = table("docs/memory.md", "time, plain = 1")
     assert network in headings and len(rows) > 5
     for method, *times in rows:
-        assert times[headings.index(network) - 1] == expected.get(method, "")
+        assert times[headings.index(network) - 1] == f"{float(expected[method]['time_ratio']):.2f}"
+
+
+@pytest.mark.parametrize("network", ["convolutions", "transformer"])
+def test_memory_against_time(network):
+    expected = by_method("budget-cpu.csv", network)
+    headings, rows = table("docs/index.md", "memory and time, plain = 1")
+    column = headings.index(f"{network}: memory")
+    assert len(rows) > 5
+    for cells in rows:
+        line = expected[cells[0]]
+        memory = float(line["peak"]) / float(expected["plain"]["peak"])
+        assert cells[column : column + 2] == [f"{memory:.2f}", f"{float(line['time_ratio']):.2f}"]
+
+
+# A page's sentence, and the same figures as a page of results has them.
+QUOTED = [
+    (
+        "exact.md",
+        "100 blocks are off by 5.5e-7, those of 1,000 blocks by 8.8e-6",
+        "drift-cpu.md",
+        ["5.5e-07", "8.8e-06"],
+    ),
+    ("exact.md", "gradients of 100 blocks are off by 5.2e-3", "drift-cpu.md", ["5.2e-03"]),
+    ("exact.md", "takes 4 to 6 % longer on the CPU", "exact-cpu.md", ["+4.2 %", "+6.1 %"]),
+    ("exact.md", "and 6 to 8 % where they are gated", "exact-cpu.md", ["+5.6 %", "+7.9 %"]),
+    ("crevnet.md", "47.5 MiB at 495 x 436", "memory-steps.md", ["layers, reversible: a time step more keeps 47.5 MiB"]),
+    ("crevnet.md", "ordinary autograd keeps 527", "memory-steps.md", ["plain: a time step more keeps 527 MiB"]),
+    ("crevnet.md", "every block 98", "memory-steps.md", ["checkpoint: a time step more keeps 98.3 MiB"]),
+    ("scaling.md", "4.3 alone, 5.3 under DDP, 4.1 under FSDP", "scaling-memory-cpu.md", ["4.27", "5.28", "4.13"]),
+    ("scaling.md", "7.2 minutes, with its batch of 1", "paper-step-cpu.md", ["time: 7.2 min"]),
+    ("coming-from.md", "0.1 of a step more with", "budget-cpu.md", ["1.38 for convolutions beside 1.28"]),
+]
+
+
+@pytest.mark.parametrize(("page", "sentence", "results", "figures"), QUOTED)
+def test_figures_in_prose(page, sentence, results, figures):
+    prose, source = (
+        " ".join(path.read_text(encoding="utf-8").split()) for path in (ROOT / "docs" / page, RESULTS / results)
+    )
+    assert sentence in prose
+    assert all(figure in source for figure in figures)
+
+
+def test_each_picture_was_drawn_by_a_command_that_is_told():
+    told = " ".join(page.read_text(encoding="utf-8") for page in RESULTS.glob("*.md"))
+    for picture in (ROOT / "docs" / "images").glob("*.png"):
+        of_the_demo = picture.stem == "demo" or picture.stem.startswith("figures-")
+        assert of_the_demo or re.search(rf"--(figure|out) docs/images/{picture.name}", told), picture
 
 
 def test_each_page_of_results_tells_its_command_and_the_versions():

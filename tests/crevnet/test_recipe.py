@@ -1,20 +1,27 @@
 """The paper's recipe on two small cities: what each model begins with, where it goes on, and the scores of its table."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
+import revflow
+from crevnet import CrevNet, CrevNetConfig
 from crevnet.baselines import vpn
 from crevnet.checkpoints import checkpoint_path, load_checkpoint, load_network
 from crevnet.data import DataError
+from crevnet.data.protocol import protocol
 from crevnet.failures import DivergedError, explained
 from crevnet.recipe.folders import begun_runs
 from crevnet.recipe.paper import Recipe
 from crevnet.recipe.settings import FineTuning, RecipeSettings, load_recipe
 from crevnet.settings import SettingsError, load_settings
+from crevnet.training import FusedAdam
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 CITIES, FRAMES = ("Here", "There"), (1, 2)
 STEPS = ["base", "city/Here", "city/There", *(f"frame/{c}/{k}" for c in CITIES for k in FRAMES)]
@@ -222,3 +229,33 @@ def test_what_ends_a_step_names_the_command_that_goes_on_with_the_recipe(name, e
     last.touch()
     expected = advice.replace("RECIPE", str(tmp_path)).replace("RUN", str(tmp_path / name))
     assert str(explained(error, settings, last)).endswith(f"with {expected}")
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_are_complete(path, failing, tmp_path):
+    """Each is accepted: all that is wrong is that there are no data."""
+    line = failing(
+        "recipe", "paper", "--config", path, "--data.root", tmp_path / "absent", "--out", tmp_path / "recipe"
+    )
+    assert f"{tmp_path / 'absent'}" in line and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_recipe_of_2021_has_the_largest_batch_that_fits():
+    config = yaml.safe_load((CONFIGS / "recipes" / "traffic4cast-2021.yaml").read_text())
+    asked = protocol("2021")
+    model = CrevNetConfig(channels=8, past=asked.past, horizon=asked.horizon, **config["model"])
+
+    def step(batch):
+        network = CrevNet(model)
+        optimizer = FusedAdam(network.parameters(), 2e-4)
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # makes Adam's state
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = network.loss(torch.rand(batch, model.window, 8, 495, 436), torch.rand(batch, 1, 495, 436))
+        loss.backward()
+        optimizer.step()
+
+    assert revflow.predict_memory(step).largest_batch(14 * 2**30) == config["data"]["batch_size"]

@@ -64,7 +64,11 @@ def add_recipe(parser: Parser, defaults: RecipeSettings) -> None:
 
 def load_recipe(folder: Path) -> RecipeSettings:
     """The recipe.yaml of a recipe's folder. Raises SettingsError where it is wrong."""
-    path = settings_file(folder)
+    return read_recipe(settings_file(folder))
+
+
+def read_recipe(path: Path) -> RecipeSettings:
+    """A recipe's configuration file. Raises SettingsError where it is wrong."""
     parser = Parser(prog="crevnet")
     try:
         add_recipe(parser, RecipeSettings(RunSettings(default_model(model_named_in(path)))))

@@ -147,7 +147,7 @@ def test_named_options_exist(page, options):
 
 @pages
 def test_named_files_exist(page):
-    folder = ROOT if page == "README.md" else ROOT / "docs"
+    folder = ROOT if (ROOT / page).is_file() else ROOT / "docs"
     names = [ROOT / name for name in re.findall(r"`((?:tests|bench|docs|revflow|configs)/[\w./-]+)`", PAGES[page])]
     names += [folder / link for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", PAGES[page])]
     for name in names:

@@ -18,7 +18,7 @@ help:
 
 .venv/.ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[crevnet,bench,dev,docs]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[crevnet,bench,examples,dev,docs]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps memcnn==1.5.2  # it asks for torchvision, and needs it not
 	@touch $@
 

@@ -8,6 +8,8 @@ from revflow._version import __version__ as __version__
 from revflow.bijection import Bijection as Bijection
 from revflow.bijection import PixelUnshuffle as PixelUnshuffle
 from revflow.budget import Plan as Plan
+from revflow.convert import TwoStreams as TwoStreams
+from revflow.convert import reversible as reversible
 from revflow.coupling import AdditiveCoupling as AdditiveCoupling
 from revflow.coupling import AffineCoupling as AffineCoupling
 from revflow.coupling import Coupling as Coupling

@@ -33,10 +33,12 @@ class Chain:
         streams: Streams,
         join: int | None,
         context: Context,
+        shapes: dict[str, list[torch.Size]] | None = None,
     ) -> None:
         """`blocks` with their positions, in the order in which they run; `join`: the dimension along which the output's streams
-        become one tensor, None where they do not."""
+        become one tensor, None where they do not; `shapes`: where to note those of the streams that each block makes."""
         self._blocks, self._passage, self._streams, self._join, self._context = blocks, passage, streams, join, context
+        self._shapes = shapes
 
     @property
     def kind(self) -> Hashable:
@@ -83,6 +85,8 @@ class Chain:
                 log_dets.append(outputs[-1])
                 outputs = outputs[:-1]
             streams = outputs
+            if self._shapes is not None:
+                self._shapes[name] = [s.shape for s in streams]
             node = None if passage.tape is None else streams[0].grad_fn
         passage.draws.end()
         if passage.extent is not None:
@@ -115,6 +119,22 @@ class Chain:
             if self._passage.log_det:
                 streams = streams[:-1]
         return times
+
+
+def streams_of(x: Tensor | Streams, split_dim: int) -> Streams:
+    """What a sequence is called with, as streams: halves of a tensor, or those of a tuple."""
+    if isinstance(x, Tensor):
+        if not -x.dim() <= split_dim < x.dim():
+            raise ValueError(f"ReversibleSequence splits dimension {split_dim}; the input has shape {tuple(x.shape)}")
+        if x.shape[split_dim] % 2:
+            raise ValueError(
+                f"ReversibleSequence splits dimension {split_dim} in halves; it has {x.shape[split_dim]} entries, an odd "
+                f"number, in an input of shape {tuple(x.shape)}. Unshuffle or pad the input first, or pass a tuple of streams"
+            )
+        return x.chunk(2, split_dim)
+    if not (isinstance(x, tuple) and x and all(isinstance(s, Tensor) for s in x)):
+        raise TypeError(f"ReversibleSequence takes a tensor or a tuple of streams; got a {type(x).__name__}")
+    return x
 
 
 def _kept_from_here(

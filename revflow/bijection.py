@@ -35,17 +35,20 @@ class Bijection(nn.Module, ABC):
 class PixelUnshuffle(Bijection):
     """Bijective downsampling of every stream: (..., C, H, W) -> (..., factor² C, H / factor, W / factor).
 
+    channel_dim: where C is, if not in front of H and W: 1 for what a three-dimensional convolution works on,
+        (B, C, D, H, W) -> (B, factor² C, D, H / factor, W / factor).
+
     A pixel's channels come out in the order (row offset, column offset, channel), as in i-RevNet (Jacobsen et al. 2018,
     section 3.1): split in halves, a factor of 2 gives the even and the odd rows. `torch.nn.PixelUnshuffle` orders them
     (channel, row offset, column offset), which would part the channels instead. Raises ValueError where H or W is no
     multiple of `factor`, or C of its square in `inverse`.
     """
 
-    def __init__(self, factor: int) -> None:
+    def __init__(self, factor: int, channel_dim: int = -3) -> None:
         super().__init__()
         if factor < 1:
             raise ValueError(f"factor has to be at least 1, not {factor}")
-        self.factor = factor
+        self.factor, self.channel_dim = factor, channel_dim
 
     def forward(self, *streams: Tensor, **context: Any) -> Streams:
         return tuple(self._unshuffle(s) for s in streams)
@@ -57,7 +60,7 @@ class PixelUnshuffle(Bijection):
         return streams[0].new_zeros(len(streams[0]))
 
     def extra_repr(self) -> str:
-        return str(self.factor)
+        return f"{self.factor}" if self.channel_dim == -3 else f"{self.factor}, channel_dim={self.channel_dim}"
 
     def _unshuffle(self, x: Tensor) -> Tensor:
         f = self.factor
@@ -65,19 +68,23 @@ class PixelUnshuffle(Bijection):
             raise ValueError(
                 f"PixelUnshuffle({f}) takes (..., C, H, W) with H and W multiples of {f}; got {tuple(x.shape)}: pad the image"
             )
-        cells = x.unflatten(-1, (-1, f)).unflatten(-3, (-1, f))  # ..., C, h, row offset, w, column offset
-        return _in_format_of(x, cells.movedim((-3, -1), (-5, -4)).flatten(-5, -3))
+        channels = self.channel_dim % x.dim()
+        cells = x.unflatten(-1, (-1, f)).unflatten(-3, (-1, f))  # ..., C, ..., h, row offset, w, column offset
+        return _in_format_of(x, cells.movedim((-3, -1), (channels, channels + 1)).flatten(channels, channels + 2))
 
     def _shuffle(self, x: Tensor) -> Tensor:
         f = self.factor
-        if x.dim() < 3 or x.shape[-3] % f**2:
+        if x.dim() < 3 or x.shape[self.channel_dim] % f**2:
             raise ValueError(
                 f"PixelUnshuffle({f}).inverse takes (..., C, H, W) with C a multiple of {f**2}; got {tuple(x.shape)}"
             )
-        cells = x.unflatten(-3, (f, f, -1)).movedim((-5, -4), (-3, -1))
+        channels = self.channel_dim % x.dim()
+        cells = x.unflatten(channels, (f, f, -1)).movedim((channels, channels + 1), (-3, -1))
         return _in_format_of(x, cells.flatten(-2, -1).flatten(-3, -2))
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
-    channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    by_channels = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if by_channels is None or x.is_contiguous() or not x.is_contiguous(memory_format=by_channels):
+        return y.contiguous()
+    return y.contiguous(memory_format=by_channels)

@@ -10,6 +10,7 @@ pass runs with a graph, whose saved tensors are counted and dropped again. From 
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 import weakref
@@ -24,6 +25,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from revflow._chain import Chain, Result
+
+_log = logging.getLogger(__name__)
 
 MemoryBudget = int | float | str
 """Bytes, a share of the device's free memory, a size as "6GiB", "all" or "none"."""
@@ -86,6 +89,11 @@ class Table:
     def first_kept(self, available: int) -> int | None:
         """The schedule that keeps most in the bytes available; None where none fits."""
         return next((k for k, peak in enumerate(self.peaks) if peak <= available), None)
+
+    def best(self, available: int) -> int:
+        """As `first_kept`; where none fits, the most frugal."""
+        found = self.first_kept(available)
+        return self.most_frugal if found is None else found
 
     @property
     def most_frugal(self) -> int:
@@ -201,13 +209,15 @@ class Budget:
         limit = self._known[kind][0] if kind in self._known else self._bytes(chain.device)
         _, table = chain.measured()
         self._learn(kind, table, limit)
-        first_kept = table.first_kept(limit)
-        return limit, table, table.most_frugal if first_kept is None else first_kept
+        return limit, table, table.best(limit)
 
     def _learn(self, kind: Hashable, table: Table, limit: int) -> None:
         if len(self._known) == _KINDS_OF_INPUT:
             del self._known[next(iter(self._known))]
         self._known[kind] = limit, table
+        blocks, first_kept = len(table.costs), table.best(limit)
+        kept, peak = blocks - first_kept, size(table.peaks[first_kept])
+        _log.info("memory_budget=%r keeps %d of %d blocks of a call: expected peak %s", self.given, kept, blocks, peak)
 
     def _bytes(self, device: torch.device) -> int:
         assert not isinstance(self._limit, str)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
 
-from revflow._chain import Chain, values_are_hidden
+from revflow._chain import Chain, streams_of, values_are_hidden
 from revflow._guard import Guard, Mode
 from revflow._mode import engine_applies
 from revflow._passage import Arguments, Passage, Stepwise, Streams
 from revflow._replay import Draws, undisturbed
 from revflow._rewind import Tape
+from revflow._table import number_of_parameters, table
 from revflow._torch import allow_recompilations
 from revflow.budget import Budget, MemoryBudget, Plan
 from revflow.exact import Extent, Grid, Residual
@@ -71,6 +72,9 @@ class ReversibleSequence(nn.Sequential):
     in both runs. Parameters, context and the output must not change in place before the backward pass: PyTorch's error says
     so.
 
+    Printed, it is a table of its blocks, runs of equal ones in one line, with their parameters and the shapes of the streams
+    that each made when it last ran in training, or in `plan`. `print(net[0])` shows what is inside of one.
+
     Raises ValueError, TypeError or RuntimeError with the block's number and the shapes of its streams; second derivatives
     are refused (`plain` has them).
     """
@@ -95,6 +99,8 @@ class ReversibleSequence(nn.Sequential):
         self._guard = Guard(guard, exact=self._grid is not None)
         self._budget = Budget(memory_budget)
         self.chunks = chunks
+        self._shapes: dict[str, list[torch.Size]] = {}
+        """For the repr alone."""
 
     @property
     def memory_budget(self) -> MemoryBudget:
@@ -173,7 +179,7 @@ class ReversibleSequence(nn.Sequential):
 
         Runs the forward pass three times, measures it, and leaves buffers and random numbers as they were; nothing is trained.
         """
-        device = self._split(x)[0].device
+        device = streams_of(x, self.split_dim)[0].device
         with torch.enable_grad(), undisturbed(self, device):
             chain = self._chain(x, context, tape=Tape(None))
             limit, table, first_kept = self._budget.schedule(chain)
@@ -242,6 +248,13 @@ class ReversibleSequence(nn.Sequential):
             chunks=self.chunks,
         )
 
+    def __repr__(self) -> str:
+        kind, options = type(self).__name__, self.extra_repr()
+        if not self._modules:
+            return f"{kind}({options})"
+        lines = table(_flattened(self), self._shapes, number_of_parameters(self))
+        return "\n  ".join([f"{kind}(", options, *lines]) + "\n)"
+
     def extra_repr(self) -> str:
         options: dict[str, Any] = {"exact": self.exact} if self.exact else {}
         options |= {"memory_budget": self.memory_budget} if self.memory_budget != "none" else {}
@@ -271,18 +284,23 @@ class ReversibleSequence(nn.Sequential):
         residuals: list[Residual] | None = None,
     ) -> Chain:
         """A call: on a tape, or under ordinary autograd."""
-        streams = self._split(x)
+        streams = streams_of(x, self.split_dim)
         extent = None if self._grid is None or values_are_hidden(streams) else Extent(self._grid)
         passage = Passage(
             inverse, log_det, Arguments(context), Draws(), tape, self.chunks, None, self._grid, extent, residuals
         )
         blocks = self._blocks()
         join = self.split_dim if isinstance(x, Tensor) else None
-        return Chain(blocks[::-1] if inverse else blocks, passage, streams, join, context)
+        shapes = None if tape is None or inverse else self._shapes
+        return Chain(blocks[::-1] if inverse else blocks, passage, streams, join, context, shapes)
 
     def _blocks(self) -> list[tuple[str, nn.Module]]:
         """(name, block), with the blocks of sequences among them in their place."""
-        found: list[tuple[str, nn.Module]] = []
+        self._refuse_what_would_not_count()
+        return [*_flattened(self)]
+
+    def _refuse_what_would_not_count(self) -> None:
+        """Of sequences among the blocks: hooks, a forward of their own, and options."""
         for name, block in self._modules.items():
             if isinstance(block, ReversibleSequence):
                 if type(block).forward is not ReversibleSequence.forward or _hooks(block):
@@ -297,27 +315,16 @@ class ReversibleSequence(nn.Sequential):
                             f"block {name} is a ReversibleSequence with {option}={its!r} in one with {option}={own!r}: here "
                             f"it only stands for its blocks, so give it to the outer one"
                         )
-                found += [(f"{name}.{inner}", b) for inner, b in block._blocks()]
-            else:
-                found.append((name, block))
-        return found
+                block._refuse_what_would_not_count()
 
-    def _split(self, x: Tensor | Streams) -> Streams:
-        if isinstance(x, Tensor):
-            if not -x.dim() <= self.split_dim < x.dim():
-                raise ValueError(
-                    f"ReversibleSequence splits dimension {self.split_dim}; the input has shape {tuple(x.shape)}"
-                )
-            if x.shape[self.split_dim] % 2:
-                raise ValueError(
-                    f"ReversibleSequence splits dimension {self.split_dim} in halves; it has {x.shape[self.split_dim]} entries, "
-                    f"an odd number, in an input of shape {tuple(x.shape)}. Unshuffle or pad the input first, or pass a tuple "
-                    f"of streams"
-                )
-            return x.chunk(2, self.split_dim)
-        if not (isinstance(x, tuple) and x and all(isinstance(s, Tensor) for s in x)):
-            raise TypeError(f"ReversibleSequence takes a tensor or a tuple of streams; got a {type(x).__name__}")
-        return x
+
+def _flattened(sequence: ReversibleSequence) -> Iterator[tuple[str, nn.Module]]:
+    """(name, block), with the blocks of sequences among them in their place."""
+    for name, block in sequence._modules.items():
+        if isinstance(block, ReversibleSequence):
+            yield from ((f"{name}.{inner}", b) for inner, b in _flattened(block))
+        elif block is not None:
+            yield name, block
 
 
 def _checked(name: str | int, block: object) -> nn.Module:

@@ -129,7 +129,7 @@ def test_command_lines_are_understood(page, understood):
 def options():
     """Those of all of crevnet's commands, as their help has them."""
     commands = ["fit", "recipe paper", "evaluate", "predict", "figures", "submit", "score", "show"]
-    commands += ["data synth", "data repack", "data holdout"]
+    commands += ["data synth", "data moving-mnist", "data repack", "data holdout"]
     found = set()
     for command in commands:
         text = StringIO()

@@ -116,5 +116,5 @@ def test_each_picture_was_drawn_by_a_command_that_is_told():
 def test_each_page_of_results_tells_its_command_and_the_versions():
     for page in RESULTS.glob("*.md"):
         text = page.read_text(encoding="utf-8")
-        assert re.search(r"(python bench/|crevnet fit|crevnet evaluate)", text), page
+        assert re.search(r"(python (bench|examples)/|crevnet fit|crevnet evaluate)", text), page
         assert re.search(r"torch 2\.\d+", text) and re.search(r"20\d\d-\d\d-\d\d", text), page

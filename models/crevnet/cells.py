@@ -1,6 +1,7 @@
 """Recurrent cells: states are values that come in and go out, never kept on a module.
 
-Shapes: x, h, c, m are all (B, N, H, W), with N the channels of one latent stream. Gates are 3x3 convolutions with bias.
+Shapes: x, h, c, m are all (B, N, H, W), with N the channels of one latent stream, or (B, N, K, H, W) in a network that sees
+clips of K frames. Gates are 3x3 convolutions with bias, 3x3x3 of clips.
 Gates of one input are one convolution, with the gates' channels one after the other. State dicts in which each gate is a
 convolution of its own, `temporal.i.weight` say, load too.
 """
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from crevnet.convolution import convolution
 
 
 class CellState(NamedTuple):
@@ -26,9 +29,9 @@ class ConvLSTMCell(nn.Module):
 
     has_memory = False
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, clip: int = 1) -> None:
         super().__init__()
-        self.gates = nn.Conv2d(2 * channels, 4 * channels, 3, padding=1)
+        self.gates = convolution(clip, 2 * channels, 4 * channels, 3)
         self.register_load_state_dict_pre_hook(partial(_join, {"gates": "ifgo"}))
 
     def forward(self, x: Tensor, state: CellState, memory: Tensor | None) -> tuple[CellState, Tensor | None]:
@@ -46,12 +49,12 @@ class STLSTMCell(nn.Module):
 
     has_memory = True
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, clip: int = 1) -> None:
         super().__init__()
-        self.temporal = nn.Conv2d(3 * channels, 3 * channels, 3, padding=1)
-        self.spatial = nn.Conv2d(3 * channels, 3 * channels, 3, padding=1)
-        self.output = nn.Conv2d(4 * channels, channels, 3, padding=1)
-        self.merge = nn.Conv2d(2 * channels, channels, 1)
+        self.temporal = convolution(clip, 3 * channels, 3 * channels, 3)
+        self.spatial = convolution(clip, 3 * channels, 3 * channels, 3)
+        self.output = convolution(clip, 4 * channels, channels, 3)
+        self.merge = convolution(clip, 2 * channels, channels, 1)
         self.register_load_state_dict_pre_hook(partial(_join, {"temporal": "ifg", "spatial": "ifg"}))
 
     def forward(self, x: Tensor, state: CellState, memory: Tensor | None) -> tuple[CellState, Tensor | None]:

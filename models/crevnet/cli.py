@@ -1,5 +1,5 @@
 """The command line: crevnet fit | recipe paper | evaluate | predict | figures | submit | score | show | data synth |
-data repack | data holdout.
+data moving-mnist | data repack | data holdout.
 
 What each does is in `commands` and `competition.commands`, its options in `options`.
 """
@@ -99,6 +99,8 @@ def _run(arguments: list[str]) -> None:
     elif chosen.command == "holdout":
         made = chosen.holdout
         competition.hold_out(_challenge(made), made.data, made.count, made.seed, made.out)
+    elif chosen.command == "moving-mnist":
+        commands.moving_mnist(chosen["moving-mnist"].root, chosen["moving-mnist"].movies)
     else:
         commands.synth(chosen.synth.root, chosen.synth.city)
 

@@ -24,6 +24,7 @@ from crevnet.data import (
     DataError,
     DayFile,
     DayReader,
+    MovingMNIST,
     SyntheticCity,
     cached_road_map,
     layout_of,
@@ -31,6 +32,7 @@ from crevnet.data import (
     repack,
     unit_interval,
     write_city,
+    write_movies,
 )
 from crevnet.data.city_data import CityData
 from crevnet.evaluation import Scores, mean_over_cities
@@ -168,6 +170,13 @@ def synth(root: Path, city: SyntheticCity) -> None:
     with _progress(f"{city.name}: {days} days of {city.height} x {city.width}") as progress:
         paths = write_city(city, root, progress)
     console.print(f"wrote {len(paths)} days to {root / city.name} (next: crevnet fit --data.root {root})")
+
+
+def moving_mnist(root: Path, movies: MovingMNIST) -> None:
+    with _progress(f"{movies.training + movies.validation} movies of two digits") as progress:
+        paths = write_movies(movies, root, progress)
+    fit = f"crevnet fit --preset moving-mnist --protocol movies --data.root {root}"
+    console.print(f"wrote {len(paths)} movies to {root} (next: {fit})")
 
 
 def repack_data(source: Path, target: Path) -> None:

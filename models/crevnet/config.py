@@ -9,6 +9,7 @@ import revflow
 from revflow.recurrence import States
 
 Cell = Literal["st-lstm", "convlstm"]
+Attention = Literal["deep", "pointwise"]
 Loss = Literal["all", "future", "padded"] | int
 """Which predictions a loss is taken over; a number is that of a future frame, 1 being the first."""
 Static = Literal["road_map", "connectivity", "clock"]
@@ -95,6 +96,10 @@ class CrevNetConfig(ModelConfig):
         bottleneck: a block's inner width is its stream's width divided by this.
         modules: number of reversible predictive modules.
         cell: the recurrent cell of each module.
+        attention: what a module's gate is computed by: deep, three convolutions, 1x1, 3x3 and 1x1, with norms between them; or
+            pointwise, a 1x1 convolution.
+        clip: frames that the network sees, and predicts, at a time. Where they are several, convolutions go over time too
+            (three-dimensional), and each clip begins a frame after the one before.
         exact_bits: compute on a grid of multiples of 2^-exact_bits (revflow.Grid), so that what is rebuilt is equal to the
             last bit; in ordinary floating point if not given. 16 bits hold values up to 256 in float32.
         states: how training keeps the modules' states h, c and m for its backward pass: kept; bfloat16, rounded, which
@@ -111,12 +116,14 @@ class CrevNetConfig(ModelConfig):
     bottleneck: int = 4
     modules: int = 8
     cell: Cell = "st-lstm"
+    attention: Attention = "deep"
+    clip: int = 1
     exact_bits: int | None = None
     states: States = "kept"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("bottleneck", "modules"):
+        for name in ("bottleneck", "modules", "clip"):
             check_at_least_one(name, getattr(self, name))
         if not self.blocks or len(self.blocks) != len(self.strides):
             raise ValueError(
@@ -126,6 +133,12 @@ class CrevNetConfig(ModelConfig):
             raise ValueError(f"blocks have to be at least 1 and strides 1 or 2; got {self.blocks} and {self.strides}")
         if self.cell not in ("st-lstm", "convlstm"):
             raise ValueError(f"cell has to be st-lstm or convlstm, not {self.cell!r}")
+        if self.attention not in ("deep", "pointwise"):
+            raise ValueError(f"attention has to be deep or pointwise, not {self.attention!r}")
+        if self.past < self.clip:
+            raise ValueError(
+                f"past has to be at least clip, whose frames are seen at a time; got {self.past} and {self.clip}"
+            )
         if self.exact_bits is not None and not 1 <= self.exact_bits <= 52:
             raise ValueError(f"exact_bits has to be from 1 to 52, or none, not {self.exact_bits}")
         is_number = type(self.states) is int and self.states >= 1
@@ -162,4 +175,16 @@ PRESETS = {
     "authors": CrevNetConfig(blocks=(2, 2, 2, 2), modules=6, past=5),
     # trains in minutes on two CPU cores: for tests and the demo
     "tiny": CrevNetConfig(blocks=(1, 1), strides=(1, 2), modules=2, past=6, horizon=3),
+    # the follow-up (Yu et al. 2020) on Moving MNIST, as in their published code: clips of 3 frames, 10 frames -> 10
+    "moving-mnist": CrevNetConfig(
+        channels=1,
+        static=(),
+        past=10,
+        horizon=10,
+        blocks=(4, 5, 3),
+        strides=(1, 2, 2),
+        bottleneck=2,
+        attention="pointwise",
+        clip=3,
+    ),
 }

@@ -43,6 +43,8 @@ class Scores:
     ssim_by_horizon: tuple[float, ...]
     mse_on_roads: float
     """Over the pixels where the road map is positive."""
+    mse_summed: float
+    """Squared errors summed over a frame's values, in the mean over frames: what papers on Moving MNIST call MSE."""
 
 
 class Scoring:
@@ -50,7 +52,7 @@ class Scoring:
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
-        self._windows = 0
+        self._windows = self._frame_values = 0
         self._on_roads = 0.0
         self._road_values = 0
 
@@ -60,6 +62,7 @@ class Scoring:
             found = measure(window_forecast, window_truth).cpu()
             self._sums = found if self._sums is None else self._sums + found
             self._windows += 1
+            self._frame_values = window_truth[0].numel()
             on_road = window_roads[0] > 0
             error = window_forecast[..., on_road].double() - window_truth[..., on_road].double()
             self._on_roads += error.square().sum().item()
@@ -73,6 +76,7 @@ class Scoring:
             values[name] = by_horizon_and_channel.mean().item()
             values[f"{name}_by_channel"] = tuple(by_horizon_and_channel.mean(0).tolist())
             values[f"{name}_by_horizon"] = tuple(by_horizon_and_channel.mean(1).tolist())
+        values["mse_summed"] = values["mse"] * self._frame_values
         return Scores(**values, mse_on_roads=self._on_roads / max(self._road_values, 1))
 
 

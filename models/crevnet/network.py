@@ -2,6 +2,8 @@
 
 Shapes: B batch, T frames, C data channels, H x W a frame's height and width; Ci, Hp, Wp as the network sees them: with
 the static channels behind the others, and padded at the bottom and the right to multiples of the downsampling. Values in [0, 1].
+K frames of a clip, what the network sees in one time step: 1, and then it has no dimension in `step` and `recover`, or
+several (`CrevNetConfig.clip`). A clip begins a frame after the one before, so that its last frame is what is new in it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from crevnet.autoencoder import Latent, TwoWayAutoencoder
 from crevnet.config import CrevNetConfig, Loss
+from crevnet.convolution import channels_last
 from crevnet.predictor import Predictor, PredictorState
 from crevnet.shapes import cropped, mean_squared_error, padded, with_static
 from crevnet.video_model import VideoModel
@@ -31,26 +34,28 @@ class CrevNet(VideoModel[CrevNetConfig]):
 
     def __init__(self, config: CrevNetConfig) -> None:
         super().__init__(config)
+        self.channels_last = channels_last(config.clip)
         self.autoencoder = TwoWayAutoencoder(config)
         self.predictor = Predictor(config)
 
     def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
-        """One-step predictions: entry t is the frame after frame t, from the true frames up to t.
+        """One-step predictions: entry t is the frame after frame t + K - 1, from the true frames up to that one.
 
         Args:
             frames: (B, T, C, H, W), float.
             static: (B, S, H, W), where the configuration has static channels.
 
-        Returns (B, T, C, H, W).
+        Returns (B, T - K + 1, C, H, W).
         """
-        self._check(frames, static)
+        self._check(frames, static, at_least=self.config.clip)
         latents = self._latents(frames, static, [True] * frames.shape[1])
-        return torch.stack([self._crop(self.autoencoder.decode(latent), frames) for latent in latents], 1)
+        return torch.stack([self._crop(self._decode(latent), frames)[:, -1] for latent in latents], 1)
 
     def loss(
         self, frames: Tensor, static: Tensor | None = None, over: Loss = "all", fed: Sequence[bool] | None = None
     ) -> Tensor:
-        """Mean squared error of the one-step predictions within a window of past and future frames (B, T, C, H, W).
+        """Mean squared error of the one-step predictions within a window of past and future frames (B, T, C, H, W): that of
+        the whole clips whose last frame is predicted, as in the authors' code.
 
         over: "all" predictions, data channels inside the frame alone; "future": those of the last `horizon` frames alone;
             "padded": all of them with the padding and the static channels, as in the authors' code (which sums over the steps);
@@ -58,13 +63,15 @@ class CrevNet(VideoModel[CrevNetConfig]):
         fed: which of the future frames are encoded, one entry for each but the last; where it is false, the predicted latent is
             fed instead, as `generate` does. All are encoded if not given.
         """
-        self._check(frames, static, at_least=2)
-        chosen = self._chosen(over, frames.shape[1] - 1)
+        clip = self.config.clip
+        self._check(frames, static, at_least=clip + 1)
+        chosen = self._chosen(over, frames.shape[1] - clip)
+        true = self._truly_fed(frames.shape[1], fed)[clip - 1 :]  # by the last frame of each clip
         # Step by step: a stack of all predictions, its gradient and a padded window would each take a frame a step more.
         errors = []
-        for t, latent in enumerate(self._latents(frames, static, self._truly_fed(frames.shape[1], fed)[: chosen.stop])):
+        for t, latent in enumerate(self._latents(frames, static, true[: chosen.stop])):
             if t in chosen:
-                prediction, truth = self.autoencoder.decode(latent), frames[:, t + 1]
+                prediction, truth = self._decode(latent), frames[:, t + 1 : t + 1 + clip]
                 if over == "padded":
                     truth = self._pad(truth, static)
                 else:
@@ -79,29 +86,34 @@ class CrevNet(VideoModel[CrevNetConfig]):
         """The frames after `past` (B, T, C, H, W): (B, horizon, C, H, W), not clipped.
 
         feedback: "latent" feeds the predicted latent to the next step, never encoding again (the paper's section 2.1);
-            "frame" decodes the prediction, puts the static channels and the padding back, and encodes it (the authors' code).
+            "frame" decodes the prediction, puts the static channels, the padding and those frames of its clip that are past
+            ones back, and encodes it (the authors' code).
         """
-        self._check(past, static)
+        self._check(past, static, at_least=self.config.clip)
         horizon, state = self._horizon(horizon), None
-        for frame in past.unbind(1):
-            latent: Latent = self.autoencoder.encode(self._pad(frame, static))
+        for seen in self._clips(past):
+            latent = self._encode(seen, static)
             state = self.predictor.initial_state(latent) if state is None else state
             latent, state = self.predictor(latent, state)
-        frames = [self._crop(self.autoencoder.decode(latent), past)]
+        clip = self._crop(self._decode(latent), past)
+        frames = [clip[:, -1]]
         while len(frames) < horizon:
             if feedback == "frame":
-                latent = self.autoencoder.encode(self._pad(frames[-1], static))
+                known = max(self.config.clip - len(frames), 0)
+                latent = self._encode(torch.cat((past[:, past.shape[1] - known :], clip[:, known:]), 1), static)
             latent, state = self.predictor(latent, state)
-            frames.append(self._crop(self.autoencoder.decode(latent), past))
+            clip = self._crop(self._decode(latent), past)
+            frames.append(clip[:, -1])
         return torch.stack(frames, 1)
 
     def padded(self, frames: Tensor, static: Tensor | None) -> Tensor:
         """Frames as the network sees them, (B, T, C, H, W) -> (B, T, Ci, Hp, Wp): static channels added, padded with zeros."""
         self._check(frames, static)
-        return self._pad(frames, None if static is None else static[:, None].expand(-1, frames.shape[1], -1, -1, -1))
+        return self._pad(frames, static)
 
     def step(self, frame: Tensor, state: PredictorState | None = None) -> tuple[Tensor, PredictorState]:
-        """One time step on whole frames: (B, Ci, Hp, Wp) -> the predicted next one, of the same shape, and the state.
+        """One time step on whole frames: (B, Ci, Hp, Wp), or a clip (B, K, Ci, Hp, Wp), -> the predicted next one, of the same
+        shape, and the state.
 
         In exact arithmetic the state holds the residuals that `recover` needs.
         """
@@ -111,7 +123,7 @@ class CrevNet(VideoModel[CrevNetConfig]):
         return self.autoencoder.decode(latent), state
 
     def recover(self, prediction: Tensor, before: PredictorState, after: PredictorState) -> Tensor:
-        """Eq. 5: the frame that `step` was given, from the frame that it predicted, (B, Ci, Hp, Wp).
+        """Eq. 5: the frame that `step` was given, from the frame that it predicted, (B, Ci, Hp, Wp), or the clip.
 
         before: the state that the step was given. after: the state that it returned, of which the memories and the
             residuals are used. `Predictor.inverse` states the error; in exact arithmetic there is none, and the frame is the
@@ -121,12 +133,12 @@ class CrevNet(VideoModel[CrevNetConfig]):
 
     @torch.no_grad()
     def rebuilt(self, frames: Tensor) -> Iterator[Tensor]:
-        """Each of `frames` (B, T, Ci, Hp, Wp) but the first, as `recover` makes it of what `step` predicted from it."""
+        """Each of `frames` (B, T, Ci, Hp, Wp) but the first K, as `recover` makes it of what `step` predicted from it."""
         state = None
-        for frame in frames.unbind(1):
-            prediction, after = self.step(frame, state)
+        for clip in self._clips(frames):
+            prediction, after = self.step(clip.squeeze(1), state)
             if state is not None:
-                yield self.recover(prediction, state, after)
+                yield self._as_clip(self.recover(prediction, state, after))[:, -1]
             state = after
 
     def compile_parts(self, **options: Any) -> None:
@@ -135,19 +147,37 @@ class CrevNet(VideoModel[CrevNetConfig]):
         self.predictor.stack.compile_cells(**options)
 
     def _latents(self, frames: Tensor, static: Tensor | None, fed: Sequence[bool]) -> Iterator[Latent]:
-        """The predicted latents of the frames that follow each of `frames` (B, T, C, H, W), from the frame itself where it is
-        `fed`, and else from its own predicted latent."""
+        """The predicted latents of the clips that follow each of those in `frames` (B, T, C, H, W), from the clip itself where it
+        is `fed`, and else from its own predicted latent."""
         state = None
-        for t, true in enumerate(fed):
+        for clip, true in zip(self._clips(frames), fed, strict=False):
             if true:
-                latent: Latent = self.autoencoder.encode(self._pad(frames[:, t], static))
+                latent = self._encode(clip, static)
             state = self.predictor.initial_state(latent) if state is None else state
             latent, state = self.predictor(latent, state)
             yield latent
 
+    def _clips(self, frames: Tensor) -> Iterator[Tensor]:
+        """What is seen step by step: (B, T, ...) -> T - K + 1 times (B, K, ...)."""
+        clip = self.config.clip
+        return (frames[:, t : t + clip] for t in range(frames.shape[1] - clip + 1))
+
+    def _encode(self, clip: Tensor, static: Tensor | None) -> Latent:
+        """(B, K, C, H, W) -> its latent."""
+        return self.autoencoder.encode(self._pad(clip, static).squeeze(1))
+
+    def _decode(self, latent: Latent) -> Tensor:
+        """The clip (B, K, Ci, Hp, Wp) of a latent."""
+        return self._as_clip(self.autoencoder.decode(latent))
+
+    def _as_clip(self, frames: Tensor) -> Tensor:
+        """(B, Ci, Hp, Wp) of a single frame, or (B, K, Ci, Hp, Wp), -> (B, K, Ci, Hp, Wp)."""
+        return frames.reshape(len(frames), self.config.clip, *frames.shape[-3:])
+
     def _pad(self, frames: Tensor, static: Tensor | None) -> Tensor:
-        """(..., C, H, W), (..., S, H, W) -> (..., Ci, Hp, Wp)."""
-        return padded(with_static(frames, static), self.config.downsampling)
+        """(B, T, C, H, W), (B, S, H, W) -> (B, T, Ci, Hp, Wp)."""
+        known = None if static is None else static[:, None].expand(-1, frames.shape[1], -1, -1, -1)
+        return padded(with_static(frames, known), self.config.downsampling)
 
     def _crop(self, frames: Tensor, like: Tensor) -> Tensor:
         """(..., Ci, Hp, Wp) -> (..., C, H, W), the data channels inside the frame."""

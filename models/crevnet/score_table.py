@@ -32,13 +32,14 @@ def score_tables(scores: Mapping[str, Scores], channels: Sequence[str], horizons
     for measure, (name, form, best) in SHOWN.items():
         table = Table()
         table.add_column("forecast")
-        on_roads = ["on roads"] if measure == "mse" else []
-        for column in (name, *on_roads, *channels, *horizons):
+        further = ["summed", "on roads"] if measure == "mse" else []
+        for column in (name, *further, *channels, *horizons):
             table.add_column(column, justify="right", no_wrap=True)
         whole = [getattr(s, measure) for s in scores.values()]
         found = best(value for value in whole if not math.isnan(value)) if not all(map(math.isnan, whole)) else None
         for (forecast, s), value in zip(scores.items(), whole, strict=True):
             by = (*getattr(s, f"{measure}_by_channel"), *getattr(s, f"{measure}_by_horizon"))
-            values = (value, *([s.mse_on_roads] if on_roads else []), *by)
-            table.add_row(forecast, *(format(v, form) for v in values), style="bold" if value == found else None)
+            others = [format(s.mse_summed, ".2f"), format(s.mse_on_roads, form)] if further else []
+            shown = (format(value, form), *others, *(format(v, form) for v in by))
+            table.add_row(forecast, *shown, style="bold" if value == found else None)
         yield table

@@ -49,7 +49,7 @@ class VideoModelTask(lightning.LightningModule):
         if training.precision == "64-true":
             self.network.double()  # Lightning would load a checkpoint's weights first, into float32
         if training.channels_last:
-            self.network.to(memory_format=torch.channels_last)
+            self.network.to(memory_format=self.network.channels_last)
         if training.compile:
             self.network.compile_parts()
 

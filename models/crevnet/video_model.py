@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +24,9 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
 
     Its methods raise ValueError for frames and static channels that are not its configuration's.
     """
+
+    channels_last: torch.memory_format = torch.channels_last
+    """The layout of its convolutions that tensor cores work in."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -112,6 +112,7 @@ def directly(run, points, feedback, which):
                 "psnr": (-10 * np.log10((e**2).mean((3, 4)))).mean(),
                 "psnr_by_horizon": (-10 * np.log10((e**2).mean((3, 4)))).mean((0, 2)),
                 "mse_on_roads": (e**2)[..., on_road].mean(),
+                "mse_summed": (e**2).sum((2, 3, 4)).mean(),
             }
             for e in (np.array(errors), np.array(last_errors))
         ]
@@ -159,9 +160,10 @@ def test_evaluate_against_scores_computed_directly(which_run, feedback, which, p
     for row, (measure, form) in zip(
         rows, {"mse": ".3e", "mae": ".3e", "psnr": ".2f", "ssim": ".4f"}.items(), strict=True
     ):
-        on_roads = [scores["mse_on_roads"]] if measure == "mse" else []
-        shown = [scores[measure], *on_roads, *scores[f"{measure}_by_channel"], *scores[f"{measure}_by_horizon"]]
-        assert [word for word in row if word[0].isdigit()] == [format(value, form) for value in shown]
+        further = [f"{scores['mse_summed']:.2f}", format(scores["mse_on_roads"], form)] if measure == "mse" else []
+        by = [*scores[f"{measure}_by_channel"], *scores[f"{measure}_by_horizon"]]
+        shown = [format(scores[measure], form), *further, *(format(value, form) for value in by)]
+        assert [word for word in row if word[0].isdigit()] == shown
     assert "8 windows, 3 frames seen, 2 predicted" in said
 
 
@@ -265,6 +267,8 @@ def test_the_configurations_are_complete(path, tmp_path):
     """Each is accepted, and says how many windows a batch has where a device's memory is meant."""
     shutil.copy(path, tmp_path / "config.yaml")
     settings = load_settings(tmp_path)
+    if path.stem in PRESETS:
+        assert settings.model == PRESETS[path.stem]
     if "v100" in path.stem:
         assert settings.model == PRESETS["paper"]
         assert settings.data.batch_size > 1 and settings.training.precision == "16-mixed"

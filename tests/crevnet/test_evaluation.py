@@ -81,7 +81,7 @@ def reference(forecast, truth, roads):
     for index in np.ndindex(*mse.shape):
         ssim[index] = ssim_by_formula(clipped[index], true[index])
     measures = {"mse": mse, "mae": np.abs(error).mean((3, 4)), "psnr": 10 * np.log10(1 / mse), "ssim": ssim}
-    values = {"mse_on_roads": (error**2)[on_road].mean()}
+    values = {"mse_on_roads": (error**2)[on_road].mean(), "mse_summed": (error**2).sum((2, 3, 4)).mean()}
     for name, figures in measures.items():
         values[name] = figures.mean()
         values[f"{name}_by_channel"] = tuple(figures.mean((0, 1)))

@@ -12,7 +12,7 @@ from crevnet.score_table import score_tables
 def scores(number):
     values = dict.fromkeys((field.name for field in fields(Scores)), number)
     several = {name: (number, 10 * number) for name in values if name.endswith(("by_channel", "by_horizon"))}
-    return Scores(**{**values, **several, "mse_on_roads": number / 2})
+    return Scores(**{**values, **several, "mse_on_roads": number / 2, "mse_summed": number * 64})
 
 
 @pytest.mark.parametrize("measure", range(4))
@@ -28,7 +28,8 @@ def test_where_there_is_no_figure_nothing_is_bold():
 
 def test_columns():
     mse, mae, *_ = score_tables({"one": scores(1.0)}, ["volume", "speed"], ["+5 min", "+10 min"])
-    assert [column.header for column in mse.columns][1:] == ["MSE", "on roads", "volume", "speed", "+5 min", "+10 min"]
+    columns = ["MSE", "summed", "on roads", "volume", "speed", "+5 min", "+10 min"]
+    assert [column.header for column in mse.columns][1:] == columns
     assert [column.header for column in mae.columns][1:] == ["MAE", "volume", "speed", "+5 min", "+10 min"]
     shown = [next(iter(column.cells)) for column in mse.columns]
-    assert shown == ["one", "1.000e+00", "5.000e-01", "1.000e+00", "1.000e+01", "1.000e+00", "1.000e+01"]
+    assert shown == ["one", "1.000e+00", "64.00", "5.000e-01", "1.000e+00", "1.000e+01", "1.000e+00", "1.000e+01"]

@@ -242,6 +242,20 @@ def test_one_warning_where_even_rebuilding_takes_more():
         train(net, x)
 
 
+def test_what_is_kept_is_logged_once_for_each_kind_of_input(caplog):
+    net, x = sequence(), image()
+    net.memory_budget = budget = halfway(net, x)
+    with caplog.at_level("INFO", "revflow"):
+        for _ in range(2):
+            net(x).sum().backward()
+    (record,) = caplog.records
+    plan = net.plan(x)
+    assert 0 < plan.kept < len(net)
+    assert (record.name, record.levelname) == ("revflow.budget", "INFO")
+    kept = f"keeps {plan.kept} of {len(net)} blocks of a call: expected peak {size(plan.peak)}"
+    assert record.getMessage() == f"memory_budget={budget} {kept}"
+
+
 def test_a_printed_plan():
     net, x = sequence(), image()
     net.memory_budget = budget = halfway(net, x)

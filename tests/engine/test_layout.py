@@ -243,6 +243,21 @@ class TestPixelUnshuffle:
         (back,) = revflow.PixelUnshuffle(2).inverse(y)
         assert y.is_contiguous(memory_format=torch.channels_last) and back.stride() == x.stride()
 
+    def test_channels_in_front_of_a_depth(self):
+        x = image(2, 3, 5, 6, 4)
+        (y,) = revflow.PixelUnshuffle(2, channel_dim=1)(x)
+        assert y.shape == (2, 12, 5, 3, 2)
+        for depth in range(5):
+            (flat,) = revflow.PixelUnshuffle(2)(x[:, :, depth])
+            assert torch.equal(y[:, :, depth], flat)
+        assert torch.equal(revflow.PixelUnshuffle(2, channel_dim=1).inverse(y)[0], x)
+
+    def test_channels_last_stays_channels_last_in_front_of_a_depth(self):
+        x = image(2, 3, 5, 6, 4).to(memory_format=torch.channels_last_3d)
+        (y,) = revflow.PixelUnshuffle(2, channel_dim=1)(x)
+        (back,) = revflow.PixelUnshuffle(2, channel_dim=1).inverse(y)
+        assert y.is_contiguous(memory_format=torch.channels_last_3d) and back.stride() == x.stride()
+
     def test_refuses_what_does_not_divide(self):
         with pytest.raises(ValueError, match=r"multiples of 2; got \(1, 3, 5, 4\)"):
             revflow.PixelUnshuffle(2)(torch.zeros(1, 3, 5, 4))

@@ -1,4 +1,4 @@
-"""Data of CrevNet: Traffic4cast's day files, their road maps, movies, and a synthetic city in the same files.
+"""Data of CrevNet: Traffic4cast's day files, their road maps, movies, a synthetic city in the same files, and Moving MNIST.
 
 What a run reads, by its settings, is in `city_data`, which is no part of these names since settings need some of them.
 """
@@ -14,6 +14,8 @@ from crevnet.data.errors import DataError as DataError
 from crevnet.data.layouts import Layout as Layout
 from crevnet.data.layouts import layout_named as layout_named
 from crevnet.data.layouts import layout_of as layout_of
+from crevnet.data.moving_mnist import MovingMNIST as MovingMNIST
+from crevnet.data.moving_mnist import write_movies as write_movies
 from crevnet.data.protocol import TEST_SLOTS as TEST_SLOTS
 from crevnet.data.repack import repack as repack
 from crevnet.data.road_map import cached_road_map as cached_road_map

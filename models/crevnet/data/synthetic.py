@@ -18,19 +18,18 @@ from datetime import date as Date
 from datetime import timedelta
 from pathlib import Path
 
-import h5py
 import numpy as np
 
-from crevnet.data.errors import DataError
+from crevnet.data.made_files import is_made, making
 from crevnet.data.road_network import RoadNetwork, build_road_network
 from crevnet.data.traffic_simulation import STEP_SECONDS, Traffic, TripDemand
-from crevnet.files import replacing
 
 SLOTS_PER_DAY = 288
 VOLUME_PER_RECORD = 2
 MAX_SPEED_KMH = 120.0
 HEADINGS = np.array([1, 85, 170, 255], dtype=np.uint8)  # NW, NE, SW, SE
 
+_MARK = "synthetic_city"
 _STEPS_PER_SLOT = int(300 / STEP_SECONDS)
 _WARM_UP_SLOTS = 12  # before midnight, to fill the roads
 
@@ -127,7 +126,7 @@ def write_city(
     any other file in their place, or a folder that cannot be written, raises DataError.
     """
     days = _days(city, Path(root))
-    missing = {path: date for path, date in days.items() if not _is_written(path, city)}
+    missing = {path: date for path, date in days.items() if not is_made(path, _MARK, _provenance(city))}
     if missing:
         simulation = CitySimulation(city)
         for number, (path, date) in enumerate(missing.items()):
@@ -152,34 +151,11 @@ def _provenance(city: SyntheticCity) -> str:
     return json.dumps({name: getattr(city, name) for name in ("height", "width", "seed", "density")})
 
 
-def _is_written(path: Path, city: SyntheticCity) -> bool:
-    if not path.exists():
-        return False
-    try:
-        with h5py.File(path, "r") as file:
-            provenance = file["array"].attrs.get("synthetic_city")
-    except (OSError, KeyError) as error:
-        raise DataError(f"{path} exists, but is no day of a synthetic city; choose another folder or name") from error
-    if provenance != _provenance(city):
-        raise DataError(
-            f"{path} exists, written for {provenance}, expected {_provenance(city)}; choose another folder or name"
-        )
-    return True
-
-
 def _write_day(path: Path, simulation: CitySimulation, date: Date) -> Iterator[int]:
     """Write a day under its name once it is complete; yields the number of slots written so far."""
     city = simulation.city
-    try:
-        with replacing(path) as unfinished, h5py.File(unfinished, "w") as file:
-            frame = (city.height, city.width, 3)
-            # A chunk is one frame, so that a window decompresses nothing but its own slots.
-            array = file.create_dataset(
-                "array", (SLOTS_PER_DAY, *frame), np.uint8, chunks=(1, *frame), compression="gzip"
-            )
-            array.attrs["synthetic_city"] = _provenance(city)
-            for slot, values in enumerate(simulation.frames(date)):
-                array[slot] = values
-                yield slot + 1
-    except OSError as error:
-        raise DataError(f"{path} cannot be written ({' '.join(str(error).split())}); choose another folder") from error
+    # A chunk is one frame, so that a window decompresses nothing but its own slots.
+    with making(path, (SLOTS_PER_DAY, city.height, city.width, 3), _MARK, _provenance(city)) as array:
+        for slot, values in enumerate(simulation.frames(date)):
+            array[slot] = values
+            yield slot + 1

@@ -1,0 +1,105 @@
+"""What the examples share: the digits that scikit-learn ships, in grey and in colour, training on them, and pictures.
+
+1,797 digits written by hand, 8 x 8 pixels with values from 0 to 16 (`sklearn.datasets.load_digits`, from the UCI repository).
+They come with the package: nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+LEVELS = 17
+CLASSES = 10
+
+
+class Labelled(NamedTuple):
+    images: Tensor
+    """(N, 8, 8), whole numbers from 0 to 16, or (N, 3, 32, 32), about 0 to 1; float32."""
+    labels: Tensor
+    """(N,), int64, 0 to 9."""
+
+    def batch(self, size: int) -> Labelled:
+        """So many of them, drawn at random."""
+        chosen = torch.randint(len(self.labels), (size,))
+        return Labelled(self.images[chosen], self.labels[chosen])
+
+
+def digits() -> tuple[Labelled, Labelled]:
+    """1,437 digits for training and 360 held out, of each class the same share."""
+    data = load_digits()
+    images, labels = torch.from_numpy(data.images).float(), torch.from_numpy(data.target).long()
+    training, held_out = train_test_split(range(len(labels)), test_size=360, random_state=0, stratify=labels)
+    return Labelled(images[training], labels[training]), Labelled(images[held_out], labels[held_out])
+
+
+def coloured(grey: Labelled) -> Labelled:
+    """Digits in the shape of CIFAR's images: enlarged, in a random bright colour on a random dark ground, with noise."""
+    count = len(grey.images)
+    ink = nn.functional.interpolate(grey.images[:, None] / (LEVELS - 1), scale_factor=4, mode="bilinear")
+    ground, colour = torch.rand(2, count, 3, 1, 1) / 2
+    colour = colour + 0.5
+    return Labelled(ground + (colour - ground) * ink + 0.1 * torch.randn(count, 3, 32, 32), grey.labels)
+
+
+def train(net: nn.Module, training: Labelled, steps: int, batch: int = 64, learning_rate: float = 5e-3) -> list[float]:
+    """Train a classifier of coloured digits, in new colours at each step; returns the losses."""
+    optimizer = torch.optim.AdamW(net.parameters(), learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    losses = []
+    for _ in range(steps):
+        images, labels = coloured(training.batch(batch))
+        loss = nn.functional.cross_entropy(net(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, held_out: Labelled) -> float:
+    """The share of images whose class `net`, in eval mode, finds."""
+    net.eval()
+    found = torch.cat([net(images).argmax(1) for images in held_out.images.split(100)])
+    return (found == held_out.labels).float().mean().item()
+
+
+def options(description: str | None, steps: int) -> argparse.Namespace:
+    """An example's options, `--steps` and the picture `--out`; makes the random numbers those of the last run."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=steps, help="of training (%(default)s)")
+    parser.add_argument("--out", type=Path, help="write the picture to this PNG file")
+    a = parser.parse_args()
+    if a.steps < 1:
+        parser.error(f"--steps has to be 1 at least, not {a.steps}")
+    if a.out and (a.out.suffix != ".png" or not a.out.parent.is_dir()):
+        parser.error(f"--out has to be a .png file in a folder that exists, not {a.out}")
+    torch.manual_seed(0)
+    return a
+
+
+def draw(rows: dict[str, Tensor], path: Path) -> None:
+    """Write a picture: for each name a row of images, (N, 3, H, W) in [0, 1] or (N, H, W) in grey."""
+    columns = max(map(len, rows.values()))
+    figure, axes = plt.subplots(len(rows), columns, figsize=(columns, 1.05 * len(rows)), squeeze=False)
+    for (name, images), line in zip(rows.items(), axes, strict=True):
+        line[0].set_ylabel(name)
+        for image, axis in zip(images, line, strict=True):
+            pixels = image.movedim(0, -1).clamp(0, 1) if image.dim() == 3 else image
+            axis.imshow(pixels.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=80, bbox_inches="tight")
+    plt.close(figure)

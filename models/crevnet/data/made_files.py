@@ -1,0 +1,39 @@
+"""Files of frames that a command makes: written whole or not at all, kept where they are, and never put in another's place."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from crevnet.data.errors import DataError
+from crevnet.files import replacing
+
+
+def is_made(path: Path, mark: str, origin: str) -> bool:
+    """Whether the file is there, made by the same command from the same `origin`, which the attribute `mark` of its frames
+    keeps. DataError where something else is in its place."""
+    if not path.exists():
+        return False
+    try:
+        with h5py.File(path, "r") as file:
+            found = file["array"].attrs.get(mark)
+    except (OSError, KeyError) as error:
+        raise DataError(f"{path} exists, but was not made by this command; choose another folder or name") from error
+    if found != origin:
+        raise DataError(f"{path} exists, made from {found}, expected {origin}; choose another folder, name or seed")
+    return True
+
+
+@contextmanager
+def making(path: Path, shape: tuple[int, ...], mark: str, origin: str, chunk: int = 1) -> Iterator[h5py.Dataset]:
+    """Frames (slots, H, W, C) uint8 to be filled in, `chunk` of them compressed together; they get their name at the end.
+    DataError where they cannot be written."""
+    try:
+        with replacing(path) as unfinished, h5py.File(unfinished, "w") as file:
+            array = file.create_dataset("array", shape, np.uint8, chunks=(chunk, *shape[1:]), compression="gzip")
+            array.attrs[mark] = origin
+            yield array
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({' '.join(str(error).split())}); choose another folder") from error

@@ -17,18 +17,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
 
 import revflow
+from digits import LEVELS, Labelled, digits
 
 Digits = tuple[Tensor, Tensor]
 """Images (N, 1, 8, 8) in [0, 1], labels (N)."""
@@ -99,12 +94,8 @@ def twins(layers: int, width: int) -> dict[str, VisionTransformer]:
     return found
 
 
-def digits() -> tuple[Digits, Digits]:
-    """1,437 for training and 360 held out, each class in proportion."""
-    data = load_digits()
-    images, labels = torch.from_numpy(data.images)[:, None].float() / 16, torch.from_numpy(data.target).long()
-    training, held_out = train_test_split(range(len(labels)), test_size=360, random_state=0, stratify=labels)
-    return (images[training], labels[training]), (images[held_out], labels[held_out])
+def with_channel(grey: Labelled) -> Digits:
+    return grey.images[:, None] / (LEVELS - 1), grey.labels
 
 
 def train(net: nn.Module, data: Digits, steps: int, batch: int) -> list[float]:
@@ -163,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--out", type=Path, help="draw the losses, and memory by the number of layers, to this file")
     options = parser.parse_args(arguments)
-    training, held_out = digits()
+    training, held_out = map(with_channel, digits())
     losses, peaks = {}, {}
     for name, net in twins(options.layers, options.width).items():
         losses[name] = train(net, training, options.steps, options.batch)

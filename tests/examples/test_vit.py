@@ -4,9 +4,11 @@ import re
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 import revflow
 import vit
+from digits import digits
 
 SMALL = {"layers": 2, "width": 8}
 
@@ -76,16 +78,16 @@ def test_more_layers_cost_the_reversible_twin_the_gradients_of_their_parameters_
 
 
 def test_the_digits_held_out_are_not_trained_on():
-    (images, labels), (held_out, _) = vit.digits()
+    (images, labels), (held_out, _) = map(vit.with_channel, digits())
     assert images.shape == (1437, 1, 8, 8) and held_out.shape == (360, 1, 8, 8)
     assert images.min() == 0 and images.max() == 1 and labels.unique().tolist() == [*range(10)]
-    everything = vit.load_digits().images
+    everything = load_digits().images
     assert torch.cat([images, held_out]).sum().item() == pytest.approx(everything.sum() / 16)
 
 
 @pytest.mark.parametrize("name", ["plain", "reversible"])
 def test_training_learns(name):
-    (images, labels), _ = vit.digits()
+    images, labels = vit.with_channel(digits()[0])
     few = images[:32], labels[:32]
     net = vit.twins(layers=1, width=32)[name]
     assert vit.accuracy(net, few) < 0.3

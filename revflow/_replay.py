@@ -29,7 +29,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+
+from revflow._torch import has_global_hook
 
 T = TypeVar("T")
 AutocastState = list[tuple[str, bool, torch.dtype]]
@@ -62,7 +63,7 @@ class Replay:
         self._modes: list[bool] = []
         self._slots: list[tuple[dict[str, Tensor | None], str, int]] = []
         self._buffers: list[_Buffer] = []
-        self.may_draw = _has_any_global_hook()
+        self.may_draw = has_global_hook()
         """Whether the evaluation may draw random numbers. It may, unless all of it is known."""
         known = {module}
         positions: dict[int, int] = {}

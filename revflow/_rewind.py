@@ -43,6 +43,7 @@ from revflow._passage import (
     Stepwise,
     Streams,
     as_streams,
+    is_bound,
     run_plainly,
     run_whole,
 )
@@ -103,7 +104,7 @@ def _observed(
         outputs = as_streams(call(*streams, **context))
     finally:
         _thread.offer = None
-    if passage.is_bound and not _same(outputs, offer.results[: len(outputs)], offer.versions):
+    if is_bound(passage) and not _same(outputs, offer.results[: len(outputs)], offer.versions):
         raise RuntimeError(
             "a hook replaced its output, or called the block itself, which cannot be undone; make that a block"
         )
@@ -117,7 +118,7 @@ def run_stepwise(block: Stepwise, inverse: bool, streams: Streams, context: Cont
         return run_plainly(block, Passage(inverse, False, Arguments({}), Draws()), streams, context)
     _thread.offer = None  # whatever the block's conditioners call is no part of this chain
     passage = offer.passage
-    if passage.is_bound and not _same(streams, offer.streams, offer.versions):
+    if is_bound(passage) and not _same(streams, offer.streams, offer.versions):
         raise RuntimeError("a forward pre-hook replaced its input, which cannot be undone; make that change a block")
     if passage.tape is None:
         offer.results = run_plainly(block, passage, streams, context)

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from revflow._passage import Stepwise
 from revflow._rewind import run_stepwise
+from revflow._torch import has_global_hook
 from revflow.bijection import Bijection, Streams
 
 
@@ -92,7 +92,7 @@ class Coupling(Bijection, Stepwise):
             and not self._forward_pre_hooks
             and not self._backward_hooks
             and not self._backward_pre_hooks
-            and not _has_any_global_hook()
+            and not has_global_hook()
         )
 
     def conditioners(self, streams: Streams) -> list[tuple[int, nn.Module]]:

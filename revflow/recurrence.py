@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from revflow import _through_time
 from revflow._guard import Guard, Mode
-from revflow._mode import allow_recompilations, engine_applies
+from revflow._mode import engine_applies
 from revflow._passage import Streams
 from revflow._states import States, keeping
+from revflow._torch import allow_recompilations
 
 Tensors = tuple[Tensor, ...]
 

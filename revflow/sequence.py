@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from revflow._chain import Chain, streams_of, values_are_hidden
 from revflow._guard import Guard, Mode
-from revflow._mode import allow_recompilations, engine_applies
+from revflow._mode import engine_applies
 from revflow._passage import Arguments, Passage, Stepwise, Streams
 from revflow._replay import Draws, undisturbed
 from revflow._rewind import Tape
 from revflow._table import number_of_parameters, table
+from revflow._torch import allow_recompilations
 from revflow.budget import Budget, MemoryBudget, Plan
 from revflow.exact import Extent, Grid, Residual
 

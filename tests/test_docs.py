@@ -26,7 +26,10 @@ from crevnet.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = {page.name: page.read_text(encoding="utf-8") for page in (README, *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {
+    page.name: page.read_text(encoding="utf-8")
+    for page in (README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 pages = pytest.mark.parametrize("page", PAGES)
 EXAMPLES = [name for name, text in PAGES.items() if "```python" in text and name != "coming-from.md"]
 
@@ -144,7 +147,7 @@ def test_named_options_exist(page, options):
 
 @pages
 def test_named_files_exist(page):
-    folder = ROOT if page == "README.md" else ROOT / "docs"
+    folder = ROOT if (ROOT / page).is_file() else ROOT / "docs"
     names = [ROOT / name for name in re.findall(r"`((?:tests|bench|docs|revflow|configs)/[\w./-]+)`", PAGES[page])]
     names += [folder / link for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", PAGES[page])]
     for name in names:

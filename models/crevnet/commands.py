@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -43,6 +42,7 @@ from crevnet.recipe.folders import begun_runs, is_recipe, score_of, scores_file
 from crevnet.recipe.paper import Recipe
 from crevnet.recipe.settings import RecipeSettings
 from crevnet.run_figures import run_figures
+from crevnet.score_file import check_score_file, write_score_file
 from crevnet.score_table import score_tables
 from crevnet.settings import DataSettings, RunSettings, SettingsError, load_settings, save_yaml
 from crevnet.training import train
@@ -89,6 +89,7 @@ def evaluate(
         raise SettingsError(f"a run is named twice: {' '.join(map(str, runs))}")
     if ensemble and len(runs) == 1:
         raise SettingsError("--ensemble is the mean of several runs: name more of them")
+    check_score_file(out)
     with console.status("scoring; the first time, all training days are read for their slots' means"):
         found = compare(runs, data, checkpoint, feedback, ensemble)
     table = mean_over_cities(found.by_city)
@@ -96,17 +97,16 @@ def evaluate(
     console.print(f"{cities}: {found.windows} windows, {found.past} frames seen, {found.horizon} predicted")
     channels = [found.layout.channel_name(c) for c in range(found.channels)]
     _print_scores(table, channels, [found.layout.lead(horizon) for horizon in found.horizons])
-    if out is not None:
-        result = {
-            "windows": found.windows,
-            "horizons": list(found.horizons),
-            "feedback": feedback,
-            "checkpoint": checkpoint,
-            "mean over cities": table,
-            **found.by_city,
-        }
-        plain = {k: {n: asdict(s) for n, s in v.items()} if isinstance(v, dict) else v for k, v in result.items()}
-        out.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    result = {
+        "windows": found.windows,
+        "horizons": list(found.horizons),
+        "feedback": feedback,
+        "checkpoint": checkpoint,
+        "mean over cities": table,
+        **found.by_city,
+    }
+    plain = {k: {n: asdict(s) for n, s in v.items()} if isinstance(v, dict) else v for k, v in result.items()}
+    write_score_file(out, plain)
 
 
 def predict(

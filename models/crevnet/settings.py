@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
-import jsonargparse
 import yaml
 
 from crevnet.config import CrevNetConfig, Loss, ModelConfig
@@ -16,11 +15,8 @@ from crevnet.data.layouts import LayoutName
 from crevnet.data.protocol import HeadingOrder, ProtocolName, protocol
 from crevnet.files import replace_file
 from crevnet.models import MODELS
+from crevnet.parser import Parser, SettingsError
 from crevnet.recipe.folders import base_run, is_recipe
-
-
-class SettingsError(Exception):
-    """Something on the command line or in a configuration file is wrong: one line that says what to do."""
 
 
 @dataclass(frozen=True)
@@ -203,30 +199,6 @@ def with_protocol(settings: RunSettings, name: str | None) -> RunSettings:
     # 2019 asks for slots, 2021 has all its days in one folder
     parted = {"validation_windows": "test"} if name == "2019" else {"validation_split": "training"}
     return replace(settings, model=model, data=replace(data, protocol=name, **parted))
-
-
-class Parser(jsonargparse.ArgumentParser):
-    """Raises SettingsError where argparse would print its usage and exit; knows no abbreviations."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def validate(self, namespace: jsonargparse.Namespace, *arguments: Any, **options: Any) -> None:
-        """Refuses what the base class lets pass in files: a section that holds no values, and null for a value that has to be."""
-        for section in self.groups or ():
-            values = namespace.get(section, jsonargparse.Namespace())
-            if not isinstance(values, jsonargparse.Namespace):
-                raise TypeError(f"{section} is {values!r}, expected a section with values")
-        for action in self._actions:  # what is missing is null, too
-            if not action.option_strings and action.nargs in (None, "+") and namespace.get(action.dest) is None:
-                raise TypeError(f"the following arguments are required: {action.dest}")
-        strict = (
-            {} if self._subcommands_action else {"skip_unset": False}
-        )  # each command's own parser comes to its values
-        super().validate(namespace, *arguments, **options | strict)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise SettingsError(f"{' '.join(message.split())} (see {self.prog} --help)") from ex
 
 
 def add_sections(parser: Parser, defaults: RunSettings) -> None:

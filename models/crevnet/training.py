@@ -38,7 +38,7 @@ from crevnet.scheduled_sampling import fed_frames
 from crevnet.settings import RunSettings, TrainingSettings, load_settings
 
 
-class CrevNetTask(lightning.LightningModule):
+class VideoModelTask(lightning.LightningModule):
     """The training step, the model's validation scores and the optimizer. `layout` says how far ahead a frame is."""
 
     def __init__(self, model: ModelConfig, training: TrainingSettings, layout: Layout = TRAFFIC4CAST_2019) -> None:
@@ -159,7 +159,7 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
         settings.save(folder)
     try:
         with _quiet():
-            task = CrevNetTask(settings.model, training, data.layout)
+            task = VideoModelTask(settings.model, training, data.layout)
             if start is not None:
                 task.network.load_state_dict(start.state_dict())
             trainer.fit(task, batches, validation_batches, ckpt_path=last if resume else None, weights_only=True)

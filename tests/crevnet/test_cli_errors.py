@@ -55,6 +55,20 @@ def test_wrong_options(arguments, named, failing, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("option", "choices"),
+    [
+        ("protocol", "one of '2019', '2021', 'movies', null"),
+        ("data.protocol", "one of '2019', '2021', 'movies'"),
+        ("training.loss", "one of 'all', 'future', 'padded', int"),
+        ("training.epochs", "int"),
+    ],
+)
+def test_what_may_be_chosen_is_said_in_one_short_line(option, choices, failing):
+    line = failing("fit", f"--{option}", "some")
+    assert line == f'crevnet: Parser key "{option}": Expected {choices}. Got value: some (see crevnet fit --help)'
+
+
+@pytest.mark.parametrize(
     ("content", "named"),
     [
         (b"model:\n  chanels: 3\n", "chanels"),
@@ -279,6 +293,20 @@ def test_results_that_cannot_be_written(arguments, named, run, cities, failing, 
         return text
 
     assert path(named) in failing(*(path(word) for word in arguments.split()))
+
+
+@pytest.mark.parametrize("command", ["evaluate RUN", "score ZIP --truth FOLDER"])
+@pytest.mark.parametrize("json", ["", "absent/scores.json"])
+def test_scores_that_could_not_be_written_are_not_computed(command, json, run, failing, tmp_path, monkeypatch):
+    def scored(*_, **__):
+        raise AssertionError("the scoring began")
+
+    for begins in ("crevnet.commands.compare", "crevnet.competition.commands.challenge"):
+        monkeypatch.setattr(begins, scored)
+    meant = {"RUN": run, "ZIP": tmp_path / "submission.zip", "FOLDER": tmp_path}
+    line = failing(*(meant.get(word, word) for word in command.split()), "--json", tmp_path / json)
+    assert line.startswith(f"crevnet: --json {tmp_path / json}") and "name a" in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("slot", ["-1", "20"])

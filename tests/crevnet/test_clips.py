@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import revflow
 from crevnet import PRESETS, CrevNet, CrevNetConfig
 from crevnet.settings import TrainingSettings
-from crevnet.training import CrevNetTask
+from crevnet.training import VideoModelTask
 
 CLIP = 3
 SMALL = CrevNetConfig(
@@ -286,7 +286,7 @@ def test_a_time_step_keeps_its_latent_its_predicted_clip_and_the_states():
 
 def test_channels_last_from_the_clip_to_the_latent_with_the_same_gradients():
     """And on to the states, as far as the convolutions keep it, which on a CPU those of a single pixel do not."""
-    task = CrevNetTask(SMALL, TrainingSettings(channels_last=True))
+    task = VideoModelTask(SMALL, TrainingSettings(channels_last=True))
     model = make(SMALL, dtype=torch.float32)
     task.network.load_state_dict(model.state_dict())
     frames, roads = (x.float() for x in window(SMALL, height=11, width=8))

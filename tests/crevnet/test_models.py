@@ -14,7 +14,7 @@ from crevnet import MODELS, make_network
 from crevnet.checkpoints import load_network
 from crevnet.cli import main
 from crevnet.settings import TrainingSettings, load_settings
-from crevnet.training import CrevNetTask
+from crevnet.training import VideoModelTask
 
 ONCE = ("--training.epochs=1", "--training.batches=2", "--training.accelerator=cpu")
 
@@ -166,7 +166,7 @@ def test_loss_over_the_future_alone(name):
 def test_compiled_parts_have_the_same_loss_and_keys(name):
     config = MODELS[name].config(**TINY[name], channels=2, static=(), past=2, horizon=1)
     torch.manual_seed(0)
-    task = CrevNetTask(config, TrainingSettings(channels_last=True))
+    task = VideoModelTask(config, TrainingSettings(channels_last=True))
     frames, graphs = torch.rand(1, 3, 2, 6, 5), []
     keys, expected = list(task.network.state_dict()), task.network.loss(frames)
     task.network.compile_parts(backend=lambda module, _: graphs.append(module) or module)

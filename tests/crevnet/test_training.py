@@ -17,7 +17,7 @@ from crevnet.checkpoints import load_network
 from crevnet.data import DataError
 from crevnet.data.city_data import CityData
 from crevnet.settings import DataSettings, load_settings
-from crevnet.training import CrevNetTask, train
+from crevnet.training import VideoModelTask, train
 
 WINDOW = 5
 
@@ -209,7 +209,7 @@ def test_what_another_adam_has_saved_is_resumed(one_window, tmp_path, monkeypatc
     found, expected = tmp_path / "found", tmp_path / "expected"
     more = replace(one_window, training=replace(one_window.training, epochs=4, **change))
     with monkeypatch.context() as patch:
-        patch.setattr(CrevNetTask, "configure_optimizers", unfused)
+        patch.setattr(VideoModelTask, "configure_optimizers", unfused)
         train(replace(one_window, training=replace(one_window.training, epochs=2)), expected)
         shutil.copytree(expected, found)
         before = weights(expected)
@@ -241,7 +241,7 @@ def test_no_gradient_outlives_its_step(one_window, tmp_path, monkeypatch, accumu
 
 def task_like(task, **options):
     """Of the same weights, with other training settings."""
-    other = CrevNetTask(task.network.config, replace(task.training_settings, **options))
+    other = VideoModelTask(task.network.config, replace(task.training_settings, **options))
     other.load_state_dict(task.state_dict())
     return other
 
@@ -263,7 +263,7 @@ def assert_same_gradients(found, expected, tolerance):
 def test_channels_last_from_the_frame_to_the_states_with_the_same_gradients(settings, window, cell):
     frames, roads = (x.double().repeat(2, *[1] * (x.dim() - 1)) for x in window)
     frames[1] = frames[1].flip(-1)
-    plain = CrevNetTask(replace(settings.model, cell=cell), settings.training).double()
+    plain = VideoModelTask(replace(settings.model, cell=cell), settings.training).double()
     task = task_like(plain, channels_last=True).double()
     seen = []
     for module in task.modules():

@@ -13,6 +13,7 @@ from engine.nets import (
     additive,
     assert_same_gradients,
     couplings,
+    edge_to,
     evaluations,
     image,
     mixed,
@@ -53,7 +54,7 @@ def peak_of(net, x, joined):
 
     def step():
         y = net(x)
-        edges = [torch.autograd.graph.get_gradient_edge(s) for s in ((y,) if joined else y)]
+        edges = [edge_to(s) for s in ((y,) if joined else y)]
         del y
         torch.autograd.backward(edges, seeds)
 

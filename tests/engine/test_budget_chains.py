@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import revflow
-from engine.nets import Scale, image
+from engine.nets import Scale, edge_to, image
 
 KINDS = [(revflow.AdditiveCoupling, 1), (revflow.AffineCoupling, 2), (revflow.GatedCoupling, 2)]
 SHARES = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
@@ -83,7 +83,7 @@ def peak_of(net, x, seeds):
 
     def step():
         y = as_tuple(net(x))
-        edges = [torch.autograd.graph.get_gradient_edge(s) for s in y]
+        edges = [edge_to(s) for s in y]
         del y
         torch.autograd.backward(edges, seeds)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import revflow
-from engine.nets import assert_same_gradients, image, mixed, network
+from engine.nets import assert_same_gradients, edge_to, image, mixed, network
 from revflow.budget import free_memory
 
 pytestmark = pytest.mark.cuda
@@ -40,7 +40,7 @@ def test_no_budget_is_exceeded_by_more_than_a_transient(share):
     seed = torch.randn_like(x)
 
     def step():
-        torch.autograd.backward([torch.autograd.graph.get_gradient_edge(net(x))], [seed])
+        torch.autograd.backward([edge_to(net(x))], [seed])
 
     for _ in range(2):
         step()
@@ -65,7 +65,7 @@ def test_an_output_that_another_stream_still_reads_is_not_overwritten():
     side = torch.cuda.Stream()
     for _ in range(5):
         outputs = net(streams)
-        edges = [torch.autograd.graph.get_gradient_edge(s) for s in outputs]
+        edges = [edge_to(s) for s in outputs]
         seeds = [torch.randn_like(s) for s in outputs]
         copies = [torch.empty(s.shape, pin_memory=True) for s in outputs]
         side.wait_stream(torch.cuda.current_stream())

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import revflow
 from engine.nets import evaluations, image
 from engine.ranks import WORLD
-from engine.test_distributed import DDP_OPTIONS, batch_of, model_of, stacks, train
+from engine.spread import DDP_OPTIONS, batch_of, model_of, stacks, train
 
 STEPS = 3
 

@@ -6,7 +6,7 @@ import torch
 import revflow
 from engine.exactly import assert_equal
 from engine.held import Held, chains, exactly, gradients, network, of, streams
-from engine.nets import additive_two, assert_close, conditioners, image, weighted
+from engine.nets import additive_two, assert_close, conditioners, edge_to, image, weighted
 from revflow._graph import is_ours
 
 
@@ -172,6 +172,6 @@ def test_an_output_that_was_dropped_is_not_overwritten(monkeypatch, kept):
     net, pair = of(*[additive_two() for _ in range(3)], memory_budget=2**40), streams()
     net.plan(pair)
     net._budget._first_kept = lambda table, limit: 3 - kept
-    edges = [torch.autograd.graph.get_gradient_edge(s) for s in net(pair)]
+    edges = [edge_to(s) for s in net(pair)]
     torch.autograd.backward(edges, [torch.ones_like(s) for s in pair])
     assert asked == [kept == 1] * 2 + [True] * (4 - 2 * kept)

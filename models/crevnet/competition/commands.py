@@ -34,6 +34,7 @@ from crevnet.data import DataError, DayFile
 from crevnet.data.city_data import open_training_days, open_validation_days
 from crevnet.network import Feedback
 from crevnet.recipe.folders import base_run, is_recipe
+from crevnet.score_file import check_score_file, write_score_file
 from crevnet.settings import DataSettings, SettingsError
 
 console = Console(highlight=False, soft_wrap=True)
@@ -90,6 +91,7 @@ def submit(
 
 
 def score(submission: Path, chosen: ChallengeSettings, truth: Path, data: DataSettings, out: Path | None) -> None:
+    check_score_file(out)
     asked = challenge(data, chosen)
     found = Submission(submission)
     files = asked.case_files(truth, data.cities)
@@ -112,12 +114,9 @@ def score(submission: Path, chosen: ChallengeSettings, truth: Path, data: DataSe
             by_city[city] = score_city(found, of_city, naive, asked, advance)
     mean = mean_over_cities(by_city)
     _print_scores(mean, by_city, asked)
-    if out is not None:
-        everything = {"mean over cities": mean, **by_city}
-        plain = {city: {name: asdict(s) for name, s in scores.items()} for city, scores in everything.items()}
-        out.write_text(
-            json.dumps({"protocol": data.protocol, **asdict(chosen), **plain}, indent=2) + "\n", encoding="utf-8"
-        )
+    everything = {"mean over cities": mean, **by_city}
+    plain = {city: {name: asdict(s) for name, s in scores.items()} for city, scores in everything.items()}
+    write_score_file(out, {"protocol": data.protocol, **asdict(chosen), **plain})
 
 
 def hold_out(chosen: ChallengeSettings, data: DataSettings, count: int, seed: int, out: Path) -> None:

@@ -1,0 +1,49 @@
+"""jsonargparse's parser, which says in one line what is wrong with the command line or a configuration file."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NoReturn
+
+import jsonargparse
+
+_UNION = re.compile(r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: ")
+_CHOICE = re.compile(r"a typing\.Literal\[(.*?)\]")
+_WORDS = re.compile(r"typing\.Literal\[(.*?)\]")
+_CLASS = re.compile(r"(?:a )?<class '(?:\w+\.)*(\w+)'>")
+
+
+class SettingsError(Exception):
+    """Something on the command line or in a configuration file is wrong: one line that says what to do."""
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Raises SettingsError where argparse would print its usage and exit; knows no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def validate(self, namespace: jsonargparse.Namespace, *arguments: Any, **options: Any) -> None:
+        """Refuses what the base class lets pass in files: a section that holds no values, and null for a value that has to be."""
+        for section in self.groups or ():
+            values = namespace.get(section, jsonargparse.Namespace())
+            if not isinstance(values, jsonargparse.Namespace):
+                raise TypeError(f"{section} is {values!r}, expected a section with values")
+        for action in self._actions:  # what is missing is null, too
+            if not action.option_strings and action.nargs in (None, "+") and namespace.get(action.dest) is None:
+                raise TypeError(f"the following arguments are required: {action.dest}")
+        strict = (
+            {} if self._subcommands_action else {"skip_unset": False}
+        )  # each command's own parser comes to its values
+        super().validate(namespace, *arguments, **options | strict)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        command = self.prog.replace(" [options]", "")
+        raise SettingsError(f"{_shortened(' '.join(message.split()))} (see {command} --help)") from ex
+
+
+def _shortened(message: str) -> str:
+    """jsonargparse's message with what may be chosen, instead of Python's types and what each of them has against the value."""
+    message = _UNION.sub(r"Expected one of \1. Got value: ", message)
+    message = _WORDS.sub(r"\1", _CHOICE.sub(r"one of \1", message))
+    return _CLASS.sub(r"\1", message).replace("NoneType", "null")

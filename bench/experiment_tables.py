@@ -83,11 +83,11 @@ def _by_name(rows: Iterable[Row], table: str) -> dict[str, list[Row]]:
 
 def _scores(rows: Sequence[Row]) -> list[str]:
     by_horizon = zip(*(row.mse_by_horizon for row in rows), strict=True)
-    return [_over_seeds([row.mse for row in rows]), *map(_over_seeds, by_horizon)]
+    return [over_seeds([row.mse for row in rows]), *map(over_seeds, by_horizon)]
 
 
-def _over_seeds(values: Sequence[float]) -> str:
-    """In thousandths."""
+def over_seeds(values: Sequence[float]) -> str:
+    """The mean, in thousandths, and half the range."""
     text = f"{1e3 * statistics.mean(values):.3f}e-3"
     return text if len(values) == 1 else f"{text} ± {1e3 * (max(values) - min(values)) / 2:.3f}e-3"
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from experiment_plan import CREVNET, WIDTHS
+from experiment_tables import COLUMNS, over_seeds
 from memory_figures import name_of
 from memory_row import GIB, Row
 
@@ -75,6 +77,27 @@ def test_memory_against_time(network):
         line = expected[cells[0]]
         memory = float(line["peak"]) / float(expected["plain"]["peak"])
         assert cells[column : column + 2] == [f"{memory:.2f}", f"{float(line['time_ratio']):.2f}"]
+
+
+@pytest.mark.parametrize(
+    ("first_heading", "named"),
+    [
+        ("MSE, CrevNet", [("stages", stage) for stage in COLUMNS]),
+        ("MSE, at equal memory and time", [("models", name) for name in (CREVNET, *WIDTHS)]),
+    ],
+)
+def test_the_experiment(first_heading, named):
+    headings, rows = table("README.md", first_heading)
+    assert len(headings) == 1 + len(named)
+    for data, *cells in rows:
+        if data.startswith("the paper"):
+            continue
+        name, seeds = re.fullmatch(r"(.+), (\d) seeds?", data).groups()
+        lines = stored(f"experiment-{name.replace('synthetic ', '').replace(' ', '-')}.csv")
+        assert len({line["seed"] for line in lines}) == int(seeds)
+        for cell, (kind, what) in zip(cells, named, strict=True):
+            found = [float(line["mse"]) for line in lines if (line["table"], line["name"]) == (kind, what)]
+            assert cell == over_seeds(found), (data, what)
 
 
 # A page's sentence, and the same figures as a page of results has them.

@@ -60,7 +60,14 @@ def main() -> None:
     remarks = [*remarks_on(rows), *slopes_of(rows)]
     print("\n".join([about, *remarks]))
     sections = [report.markdown_table(HEADINGS, lines, LEFT), "\n".join(f"- {remark}" for remark in remarks)]
-    report.write(a, rows, report.markdown(f"Memory of a training step, {a.how}: GiB", about, sections), draw)
+    report.write(a, rows, report.markdown(title(a), about, sections), draw)
+
+
+def title(a: argparse.Namespace) -> str:
+    """Of the page, with what varies in it beside models and schedules."""
+    sizes = {"time steps": a.steps, "layers": a.blocks, "batches": a.batch, "frame sizes": a.height}
+    varied = " and ".join(name for name, values in sizes.items() if len(values) > 1)
+    return f"Memory of a training step{varied and f' over {varied}'}, {a.how}: GiB"
 
 
 def options() -> argparse.Namespace:

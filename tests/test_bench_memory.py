@@ -105,7 +105,15 @@ def test_all_that_is_written(monkeypatch, tmp_path, capsys):
     text, markdown = capsys.readouterr().out, files["markdown"].read_text()
     assert "tiny, 6 layers" in text and "| unet | as published | plain |" in markdown and "torch 2" in markdown
     assert "python bench/memory.py --height" in markdown
+    assert markdown.startswith("# Memory of a training step, predicted: GiB\n")
     assert files["figure"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_is_named_by_what_varies_in_it(monkeypatch, tmp_path):
+    page = tmp_path / "rows.md"
+    options = ["--only", "crevnet", "--preset", "tiny", "--schedule", "plain", "--how", "predicted", "--markdown", page]
+    main(monkeypatch, *options, "--steps", 2, 3, "--blocks", 1, 2)
+    assert page.read_text().startswith("# Memory of a training step over time steps and layers, predicted: GiB\n")
 
 
 def test_slopes_are_printed(monkeypatch, capsys):

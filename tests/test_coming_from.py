@@ -1,11 +1,14 @@
 """The pairs of docs/coming-from.md: both libraries compute the same with the same weights, and these are renamed rightly."""
 
+import copy
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import revflow
 from engine.nets import assert_close, image, weighted
 
 PAGE = Path(__file__).parent.parent / "docs" / "coming-from.md"
@@ -38,11 +41,42 @@ def test_pair(section):
     names = {}
     for source in re.findall(r"```python\n(.*?)```", INTRODUCTION + section, re.DOTALL):
         exec(source, names)
-    assert_close(gradients(names["ours"]), gradients(names["theirs"]))
+    assert_same(names["ours"], names["theirs"], names["weights"])
+
+
+def assert_same(ours, theirs, weights):
+    assert_close(gradients(ours), gradients(theirs))
     # Both halves hold the same parameters: each name has to come to the parameter that it named.
-    own = names["ours"].state_dict()
-    assert own.keys() == names["weights"].keys()
-    assert all(own[name].data_ptr() == value.data_ptr() for name, value in names["weights"].items())
+    own = ours.state_dict()
+    assert own.keys() == weights.keys()
+    assert all(own[name].data_ptr() == value.data_ptr() for name, value in weights.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["Naive", "Sigmoid"])
+def test_adapters_of_memcnn(name):
+    memcnn = pytest.importorskip("memcnn")
+    torch.manual_seed(0)
+    names = {}
+    (conditioners,) = re.findall(r"```python\n(class Naive.*?)```", SECTIONS[0], re.DOTALL)
+    sigmoid, *_ = re.findall(r"```python\n(.*?)```", PAGE.with_name("extending.md").read_text("utf-8"), re.DOTALL)
+    exec(sigmoid + conditioners, names)
+    adapter, coupling, width = {
+        "Naive": (memcnn.AffineAdapterNaive, revflow.AffineCoupling, 8),
+        "Sigmoid": (memcnn.AffineAdapterSigmoid, names["SigmoidCoupling"], 16),
+    }[name]
+    pairs = [[nn.Sequential(nn.Conv2d(8, width, 3, padding=1), nn.Tanh()) for _ in "FG"] for _ in range(3)]
+    blocks = [memcnn.AffineCoupling(F, G, adapter=adapter) for F, G in pairs]
+    theirs = nn.Sequential(*map(memcnn.InvertibleModuleWrapper, blocks))
+    ours = revflow.ReversibleSequence([coupling(names[name](F), names[name](G)) for F, G in pairs], split_dim=1)
+    assert_same(ours, theirs, {re.sub(r"_fn\.([FG])m", r"\1", key): w for key, w in theirs.state_dict().items()})
+
+
+def test_one_conditioner_of_memcnn_is_copied():
+    memcnn = pytest.importorskip("memcnn")
+    F, x = nn.Conv2d(8, 8, 3, padding=1), image(2, 16, 6, 4)
+    ours = revflow.ReversibleSequence([revflow.AdditiveCoupling(F, copy.deepcopy(F))])
+    assert_close([ours(x)], [memcnn.AdditiveCoupling(F)(x)])
 
 
 def test_four_libraries_are_compared():

@@ -48,8 +48,10 @@ def change(block, x, *t):
         return x + t[0], torch.ones_like(x)
     if isinstance(block, revflow.AffineCoupling):
         return x * t[0].exp() + t[1], t[0].exp()
-    gate = t[0].sigmoid()
-    return (1 - gate) * x + gate * t[1], 1 - gate
+    if isinstance(block, revflow.GatedCoupling):
+        gate = t[0].sigmoid()
+        return (1 - gate) * x + gate * t[1], 1 - gate
+    raise NotImplementedError(f"{type(block).__name__}: add the coupling's derivative here")
 
 
 @stacks

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from revflow._guard import Mode
-from revflow.budget import MemoryBudget
+from revflow.budget import MemoryBudget, Plan
 from revflow.coupling import AdditiveCoupling
 from revflow.exact import Grid
 from revflow.sequence import ReversibleSequence
@@ -22,10 +22,9 @@ from revflow.sequence import ReversibleSequence
 class TwoStreams(nn.Module):
     """A module of one tensor on a sequence of two streams: both begin as x, and their mean is the output.
 
-    The output has x's shape and dtype. (Rev-ViT joins the streams instead, for a head of twice the width.) What a
-    `ReversibleSequence` offers beside its forward pass, `sequence` has, for streams: `net.sequence.plan((x, x))`,
-    `net.sequence.memory_budget = "6GiB"`. The mean of two streams cannot be undone; the streams themselves can, by
-    `net.sequence.inverse((y1, y2))`.
+    The output has x's shape and dtype. (Rev-ViT joins the streams instead, for a head of twice the width.) What else a
+    `ReversibleSequence` offers, `sequence` has, for streams. The mean of two streams cannot be undone; the streams themselves
+    can, by `net.sequence.inverse((y1, y2))`.
     """
 
     def __init__(self, sequence: ReversibleSequence) -> None:
@@ -38,6 +37,19 @@ class TwoStreams(nn.Module):
         y1, y2 = self.sequence((x, x), **context)
         mean: Tensor = (y1 + y2) / 2
         return mean
+
+    @property
+    def memory_budget(self) -> MemoryBudget:
+        """What activations may take: that of the sequence."""
+        return self.sequence.memory_budget
+
+    @memory_budget.setter
+    def memory_budget(self, budget: MemoryBudget) -> None:
+        self.sequence.memory_budget = budget
+
+    def plan(self, x: Tensor, **context: Any) -> Plan:
+        """What the memory budget keeps in a training step with `x`, as `ReversibleSequence.plan` tells it."""
+        return self.sequence.plan((x, x), **context)
 
 
 def reversible(

@@ -30,10 +30,11 @@ class Coupling(Bijection, Stepwise):
     the stream that is changed; several as a tuple. They are cast to the stream's dtype. Called by itself, a coupling
     runs under ordinary autograd; in a `ReversibleSequence`, each conditioner runs exactly twice a training step.
 
-    For a coupling of your own, write `combine` and `separate`, and for flows `log_derivative`.
+    For a coupling of your own, write `combine` and `separate`, and for flows `log_derivative`. They may use their arguments
+    alone: of a parameter of the coupling's own a sequence would take no gradient, and refuses it. A conditioner can return it.
 
-    Raises TypeError for a conditioner that is no module, and, when it is called, ValueError for fewer than two streams or
-    coefficients that do not fit.
+    Raises TypeError for a conditioner that is no module or `coefficients` that are no tuple, and, when it is called, ValueError
+    for fewer than two streams or coefficients that do not fit.
     """
 
     coefficients: ClassVar[tuple[str, ...]]
@@ -44,6 +45,11 @@ class Coupling(Bijection, Stepwise):
 
     def __init__(self, F: nn.Module, G: nn.Module | None = None) -> None:
         super().__init__()
+        if not isinstance(getattr(self, "coefficients", None), tuple):
+            raise TypeError(
+                f"{type(self).__name__} needs `coefficients`, a tuple of the names of what a conditioner returns, such as "
+                f'("shift",)'
+            )
         for name, conditioner in (("F", F), ("G", G)):
             if not isinstance(conditioner, nn.Module) and (name, conditioner) != ("G", None):
                 raise TypeError(

@@ -18,6 +18,7 @@ from revflow._rewind import Tape
 from revflow._table import number_of_parameters, table
 from revflow._torch import allow_recompilations
 from revflow.budget import Budget, MemoryBudget, Plan
+from revflow.coupling import Coupling
 from revflow.exact import Extent, Grid, Residual
 
 # A compiled forward pass would draw other dropout masks than the rerun. Whole-graph capture shows the reason, where
@@ -328,6 +329,13 @@ def _flattened(sequence: ReversibleSequence) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _checked(name: str | int, block: object) -> nn.Module:
+    if isinstance(block, Coupling):
+        own = [p for p, _ in block.named_parameters() if p.split(".")[0] not in ("F", "G")]
+        if own:
+            raise TypeError(
+                f"block {name} ({type(block).__name__}) has a parameter of its own, {own[0]}, which combine and separate would "
+                f"use without giving it a gradient: let the conditioner return it as a coefficient"
+            )
     if isinstance(block, nn.Module) and callable(getattr(block, "inverse", None)):
         return block
     raise TypeError(

@@ -111,6 +111,8 @@ class _Trial:
         self._tolerance = _tolerance([*tensors, *net.parameters()])
         self._problems: list[str] = []
         self._notes: list[str] = []
+        self._with_buffers: list[str] = []
+        """What each block does that changes its buffers."""
 
     def report(self) -> Verification:
         reconstruction = self._look_at_blocks()
@@ -236,6 +238,10 @@ class _Trial:
                 call = calls.pop(block, None)
                 if call is not None and self._is_deterministic(name, block, *call):
                     found.append(self._look_at_inverse(name, block, grid, *call))
+        if self._with_buffers:
+            first, others = self._with_buffers[0], len(self._with_buffers) - 1
+            and_others = f", as do{'es' * (others == 1)} {others} other block{'s' * (others > 1)}" if others else ""
+            self._notes.append(f"{first}{and_others}; the engine lets it happen once a step")
         return max(found, default=Worst(0.0, "no block was compared"))
 
     def _is_deterministic(self, name: str, block: nn.Module, streams: tuple[Any, ...], context: dict[str, Any]) -> bool:
@@ -250,9 +256,7 @@ class _Trial:
             for key, b in block.named_buffers():
                 b.copy_(buffers[key])
         if changed:
-            self._notes.append(
-                f"{name} changes its buffers ({', '.join(changed)}); the engine lets it do so once a step"
-            )
+            self._with_buffers.append(f"{name} changes its buffers ({', '.join(changed)})")
         same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         if not same:
             moved = [key for key, value in _tensor_attributes(block).items() if not torch.equal(value, attributes[key])]

@@ -178,3 +178,15 @@ def test_an_input_that_is_no_tensor_is_refused():
 
 def test_verify_finds_no_problem():
     assert revflow.verify(revflow.reversible(in_pairs(functions(2))), image(*TOKENS)).ok
+
+
+def test_a_budget_and_its_plan_are_the_sequences():
+    net = revflow.reversible(in_pairs(functions(4)))
+    x = image(*TOKENS)
+    net.memory_budget = "all"
+    assert net.memory_budget == net.sequence.memory_budget == "all"
+    plan = net.plan(x)
+    assert plan.kept == 4 and plan.costs == net.sequence.plan((x, x)).costs
+    y = net(x.requires_grad_())
+    with revflow.ordinary_autograd():
+        assert torch.equal(y, net(x))

@@ -178,6 +178,38 @@ class TestBuilding:
             put(net, nn.Conv2d(4, 4, 1))
         self.check(net, blocks)
 
+    @pytest.mark.parametrize(
+        "put",
+        [
+            lambda net, block: net.append(block),
+            lambda net, block: net.extend([block]),
+            lambda net, block: net.insert(0, block),
+            lambda net, block: net.add_module("head", block),
+            lambda net, block: net.register_module("head", block),
+            lambda net, block: net.__setitem__(0, block),
+            lambda net, block: net.__iadd__(nn.Sequential(block)),
+            lambda net, block: net + nn.Sequential(block),
+            lambda net, block: revflow.ReversibleSequence([*net, block]),
+            lambda net, block: revflow.ReversibleSequence({"0": block}),
+        ],
+    )
+    def test_a_coupling_with_a_parameter_of_its_own_is_refused(self, put):
+        """Which the engine would leave without a gradient, as one of a module beside its conditioners."""
+        blocks = self.blocks(2)
+        net = revflow.ReversibleSequence(blocks)
+        for attribute, value, named in (
+            ("gain", nn.Parameter(torch.ones(())), "gain"),
+            ("scale", nn.Linear(2, 2), "scale.weight"),
+        ):
+            block = revflow.AdditiveCoupling(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+            setattr(block, attribute, value)
+            with pytest.raises(
+                TypeError,
+                match=rf"block \w+ \(AdditiveCoupling\) has a parameter of its own, {named},.*let the conditioner",
+            ):
+                put(net, block)
+        self.check(net, blocks)
+
     def test_sums_that_make_no_sense(self):
         net = revflow.ReversibleSequence(self.blocks(1))
         with pytest.raises(ValueError, match="split dimensions 1 and 2"):
@@ -279,3 +311,11 @@ class TestGate:
         x, logit, h = torch.tensor([3.0]), torch.tensor([30.0]), torch.tensor([0.0])
         y = revflow.GatedCoupling.combine(x, logit, h)
         assert torch.allclose(revflow.GatedCoupling.separate(y, logit, h), x, rtol=1e-5)
+
+
+@pytest.mark.parametrize("given", [{}, {"coefficients": "shift"}])
+def test_a_coupling_without_names_of_its_coefficients_is_refused(given):
+    methods = {name: staticmethod(lambda x, shift: x + shift) for name in ("combine", "separate")}
+    nameless = type("Nameless", (revflow.Coupling,), {**methods, **given})
+    with pytest.raises(TypeError, match="Nameless needs `coefficients`, a tuple of the names"):
+        nameless(nn.Identity())

@@ -38,8 +38,9 @@ OF_THE_MACHINE = re.compile(r"\d+\.\d%|\d\.\de[-+]\d\d|(?<=time)\s+\d+\.\d\d|at 
 
 
 @pytest.mark.parametrize("page", EXAMPLES)
-def test_python_runs_and_prints_what_stands_below_it(page, capsys):
-    """The blocks of a page run in one namespace."""
+def test_python_runs_and_prints_what_stands_below_it(page, capsys, monkeypatch, tmp_path):
+    """The blocks of a page run in one namespace, and in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
     names, everything = {}, ""
     for source, expected in re.findall(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", PAGES[page], re.DOTALL):
         exec(source, names)

@@ -28,8 +28,10 @@ def choose_window(
     dates = [day.date for day in days] if date is None else [date, date.replace("-", "")]
     found = [day for day in days if city in (None, day.city) and day.date in dates]
     if not found:
-        there = ", ".join(f"{day.city} {day.date}" for day in days[:10])
-        raise DataError(f"no validation day for --city {city} --date {date}; there are {there}")
+        layout = days[0].layout
+        asked = " ".join(f"--{name} {value}" for name, value in (("city", city), ("date", date)) if value is not None)
+        there = ", ".join(layout.named(day.city, day.date) for day in days[:10])
+        raise DataError(f"no validation {layout.noun} for {asked}; there are {there}")
     day = next((day for day in found if len(day.slot_range(slots)) >= model.window), found[0])
     held = day.slot_range(slots)
     first, last = held.start + model.past, held.stop - model.horizon

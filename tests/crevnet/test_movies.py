@@ -1,6 +1,7 @@
 """A folder of movies of the user's own: every command, against scores computed directly."""
 
 import json
+import pickle
 import re
 
 import h5py
@@ -22,6 +23,13 @@ def write(path, array, name="frames"):
     with h5py.File(path, "w") as file:
         file[name] = array
     return path
+
+
+def with_last(value, dtype=np.float64):
+    """Four dark frames with one value in the last."""
+    array = np.zeros((4, 2, 3, 1), dtype)
+    array[-1, 0, 0, 0] = value
+    return array
 
 
 @pytest.fixture(params=["uint8", "int16", "float64"])
@@ -68,7 +76,7 @@ def test_fit_evaluate_and_predict(movies, small, crevnet, tmp_path):
     assert (tmp_path / "movies-three-004.gif").is_file()
 
 
-def test_predict_keeps_a_name_with_dots(movies, small, crevnet, tmp_path):
+def test_predict_keeps_a_name_with_dots(movies, small, crevnet, failing, tmp_path):
     run = tmp_path / "run"
     once = ("--model.channels=2", "--training.epochs=1", "--training.batches=1")
     crevnet("fit", *small, "--data.protocol=movies", "--data.root", movies, "--out", run, *once)
@@ -76,6 +84,8 @@ def test_predict_keeps_a_name_with_dots(movies, small, crevnet, tmp_path):
     assert sorted(path.name for path in run.glob("movies-*")) == [
         f"movies-two.cut-004.{s}" for s in ("gif", "h5", "png")
     ]
+    line = failing("predict", run, "--date=some-clip")
+    assert line.endswith("no validation movie for --date some-clip; there are three")
 
 
 def test_a_flat_folder_is_parted_by_slots(small, crevnet, failing, tmp_path):
@@ -84,7 +94,9 @@ def test_a_flat_folder_is_parted_by_slots(small, crevnet, failing, tmp_path):
         write(root / f"{name}.h5", values(seed, 20))
     options = (*small, "--protocol=movies", "--model.channels=2", "--data.root", root, "--out", tmp_path / "run")
     once = ("--training.epochs=1", "--training.batches=1")
-    assert "--data.validation_slots" in failing("fit", *options, *once)
+    line = failing("fit", *options, *once)
+    assert f"put movies into {root}/training and {root}/validation" in line and "--data.validation_slots" in line
+    assert "dates" not in line
     crevnet("fit", *options, *once, "--data.training_slots=[0,12]", "--data.validation_slots=[12,20]")
     assert "2 windows" in crevnet("evaluate", tmp_path / "run")
 
@@ -100,18 +112,70 @@ def test_show(movies, crevnet):
 @pytest.mark.parametrize(
     ("array", "reason"),
     [
-        (np.full((4, 2, 3, 1), np.nan), "values nan..nan, expected 0..1"),
-        (np.full((4, 2, 3, 1), 1.5), "values 1.5..1.5, expected 0..1"),
-        (np.full((4, 2, 3, 1), -0.1), "values -0.1..-0.1, expected 0..1"),
-        (np.full((4, 2, 3, 1), 300, dtype=np.int16), "values 300..300, expected 0..255"),
-        (np.zeros((4, 2, 3, 1), dtype=np.int64), "dtype int64, expected uint8, int16, float16, float32 or float64"),
-        (np.zeros((4, 2, 3)), r"shape (4, 2, 3), expected (slots, H, W, C)"),
+        (with_last(np.nan), ", frame 3 holds values that are no numbers; replace them"),
+        (with_last(np.inf), ", frame 3 holds values that are no numbers; replace them"),
+        (with_last(248.4044952), ", frame 3 has values 0..248, expected 0..1; divide by 255, or store uint8"),
+        (with_last(1.5), "values 0..1.5, expected 0..1; scale or clip them to [0, 1]"),
+        (with_last(1.00012), "values 0..1.00012, expected 0..1; scale or clip them to [0, 1]"),
+        (with_last(-0.1), "values -0.1..0, expected 0..1; scale or clip them to [0, 1]"),
+        (with_last(1234, np.int16), "values 0..1234, expected 0..255; scale or clip them to [0, 255]"),
+        (
+            with_last(0, np.uint16),
+            "dtype uint16, expected uint8, int16, float16, float32 or float64; convert it to uint8, or to floats in [0, 1]",
+        ),
+        (
+            np.zeros((4, 2, 3)),
+            "shape (4, 2, 3), expected (frames, H, W, C), channels last, none 0; add a channel axis: array[..., None]",
+        ),
+        (np.zeros((4, 2)), "shape (4, 2), expected (frames, H, W, C), channels last, none 0; leave it out"),
+        (np.zeros((0, 2, 3)), "shape (0, 2, 3), expected (frames, H, W, C), channels last, none 0; leave it out"),
     ],
 )
 def test_movies_that_cannot_be(array, reason, tmp_path):
     path = write(tmp_path / "training" / "one.h5", array)
     with pytest.raises(DataError, match=f"{re.escape(str(path))}.*{re.escape(reason)}"):
         open_days(tmp_path, layout=MOVIES)
+
+
+@pytest.mark.parametrize("value", [np.nan, 248.0])
+def test_frames_between_are_named_where_they_are_read(value, tmp_path):
+    array = with_last(value)[[0, 1, 3, 2]]
+    path = write(tmp_path / "training" / "one.h5", array)
+    windows = Windows(open_days(tmp_path, layout=MOVIES), frames=2)
+    expected = "frame 2 holds" if np.isnan(value) else "frame 2 has values 0..248"
+    with pytest.raises(DataError, match=f"{re.escape(str(path))}, {re.escape(expected)}"):
+        pickle.loads(pickle.dumps(windows))[1]  # as a worker has them
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "said"),
+    [
+        (
+            (9, 2, 21, 14),
+            (),
+            "has 14 channels, the model 2: its shape (9, 2, 21, 14) is read as (frames, H, W, C), channels last; "
+            "move the axis, or set --model.channels 14",
+        ),
+        (
+            (5, 21, 14, 2),
+            ("--model.past=6", "--model.horizon=3"),
+            "one.h5 has 5 frames, and no movie with it more; expected at least 9, --model.past 6 + --model.horizon 3:",
+        ),
+    ],
+)
+def test_movies_that_do_not_fit_the_model(shape, options, said, small, failing, tmp_path):
+    for split in ("training", "validation"):
+        write(tmp_path / "clips" / split / "one.h5", np.zeros(shape, np.uint8))
+    given = ("--protocol=movies", "--model.channels=2", "--data.root", tmp_path / "clips", "--out", tmp_path / "run")
+    assert said in failing("fit", *small, *given, *options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_a_split_in_place_of_the_root(split, movies, small, failing, tmp_path):
+    given = ("--protocol=movies", "--model.channels=2", "--data.root", movies / split, "--out", tmp_path / "run")
+    line = failing("fit", *small, *given)
+    assert line.endswith(f"did you mean --data.root {movies}?") and "dates" not in line
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,11 +38,10 @@ class CityData:
         self._seed = seed
         self.layout = layout_named(settings.protocol, settings.heading_order)
         self.training_days = open_training_days(settings)
-        channels = self.training_days[0].shape[3]
-        if channels != model.channels:
-            raise DataError(
-                f"{self.training_days[0].path} has {channels} channels, the model {model.channels}: set --model.channels"
-            )
+        first = self.training_days[0]
+        if first.shape[3] != model.channels:
+            remedy = self.layout.channels_remedy(first.shape)
+            raise DataError(f"{first.path} has {first.shape[3]} channels, the model {model.channels}: {remedy}")
         maps = static_maps(model.static, self.layout, settings.root, self.training_days, settings.training_slots)
         self.road_maps = maps["road_map"]
         self.static = StaticInputs(model.static, maps)
@@ -58,10 +58,9 @@ class CityData:
         slots = self._settings.training_slots
         both = {day.path for day in self.training_days} & {day.path for day in self.validation_days}
         if both and slots is None and self._settings.validation_slots is None:
-            raise DataError(
-                f"{min(both)} is to be trained and validated on: part days by --data.validation_dates, or slots by "
-                "--data.training_slots and --data.validation_slots, or use another --data.validation_split"
-            )
+            splits = self._settings.training_split, self._settings.validation_split
+            remedy = self.layout.parting_remedy(Path(self._settings.root or ""), splits)
+            raise DataError(f"{min(both)} is to be trained and validated on: {remedy}")
         windows = self._windows(self.training_days, slots=slots, stride=self._settings.stride)
         flips = FLIPS[self._settings.flips]
         flipped = FlippedWindows(windows, flips, self.layout, self._model.static)
@@ -103,6 +102,10 @@ class CityData:
         return self._windows(of_city, slots=self._settings.validation_slots, starts=starts)
 
     def _windows(self, days: Sequence[DayFile], **places: Any) -> Windows:
+        lengths = {day.path: day.shape[0] for day in days}
+        error = self.layout.length_error(lengths, self._model.past, self._model.horizon)
+        if error is not None:
+            raise error
         return Windows(days, self._model.window, road_maps=self.road_maps, static=self.static, **places)
 
     def _loader(self, windows: Dataset[dict[str, Any]], sampler: Sampler[int] | None = None) -> WindowLoader:

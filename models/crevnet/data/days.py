@@ -10,7 +10,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date as Date
 from pathlib import Path
 
@@ -34,6 +34,7 @@ class DayFile:
     city: str
     date: str
     shape: tuple[int, int, int, int]
+    layout: Layout = field(default=TRAFFIC4CAST_2019, compare=False, repr=False)
 
     def slot_range(self, slots: tuple[int, int] | None) -> range:
         """The slots of the half-open range `slots` (None: the whole day); DataError if the day does not hold them."""
@@ -111,13 +112,14 @@ def open_day(path: Path, city: str | None = None, layout: Layout | None = None) 
         raise DataError(f"{path} is named for {date}, which is no date; rename it or leave it out")
     with naming(str(path)), opened(path) as dataset:
         if dataset.ndim != 4 or 0 in dataset.shape:
-            raise DataError(f"{path} has shape {dataset.shape}, expected (slots, H, W, C), none 0; leave it out")
+            remedy = layout.shape_remedy(dataset.shape)
+            raise DataError(f"{path} has shape {dataset.shape}, expected {layout.axes}, none 0; {remedy}")
         if dataset.dtype.name not in layout.dtypes:
             expected = f"{', '.join(layout.dtypes[:-1])} or {layout.dtypes[-1]}"
-            raise DataError(f"{path} has dtype {dataset.dtype}, expected {expected}; leave it out")
-        _read_slots(dataset, 0, 1)
-        _read_slots(dataset, dataset.shape[0] - 1, dataset.shape[0])
-        return DayFile(path, city or path.absolute().parent.parent.name, date, dataset.shape)
+            raise DataError(f"{path} has dtype {dataset.dtype}, expected {expected}; {layout.dtype_remedy}")
+        _read_slots(dataset, 0, 1, layout)
+        _read_slots(dataset, dataset.shape[0] - 1, dataset.shape[0], layout)
+        return DayFile(path, city or path.absolute().parent.parent.name, date, dataset.shape, layout)
 
 
 def read_dataset(path: Path) -> np.ndarray:
@@ -158,7 +160,7 @@ class DayReader:
     def read(self, day: DayFile, start: int, stop: int) -> np.ndarray:
         """Slots start..stop-1 of a day, (stop - start, H, W, C), as stored; DataError naming file and slots if damaged."""
         with naming(f"{day.path}, slots {start} to {stop - 1},"):
-            return _read_slots(self._dataset(day.path), start, stop)
+            return _read_slots(self._dataset(day.path), start, stop, day.layout)
 
     def _dataset(self, path: Path) -> h5py.Dataset:
         if self._process != os.getpid():
@@ -242,12 +244,12 @@ def _load_codecs(dataset: h5py.Dataset) -> None:
             ) from error
 
 
-def _read_slots(dataset: h5py.Dataset, start: int, stop: int) -> np.ndarray:
+def _read_slots(dataset: h5py.Dataset, start: int, stop: int, layout: Layout) -> np.ndarray:
     values: np.ndarray = dataset[start:stop]
     if values.dtype != np.uint8:
         largest = 1 if values.dtype.kind == "f" else 255
         if not (values.min() >= 0 and values.max() <= largest):  # nor where one is NaN
-            raise ValueError(f"values {values.min()}..{values.max()}, expected 0..{largest}")
+            raise layout.value_error(Path(dataset.file.filename), start, values, largest)
     return values
 
 

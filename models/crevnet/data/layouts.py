@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from crevnet.data.errors import DataError
 from crevnet.data.protocol import HeadingOrder, Protocol, headings, protocol
 
 LayoutName = Literal["2019", "2021", "movies"]
@@ -25,11 +27,17 @@ class Layout(ABC):
         files: where the files of a split are, for people to read.
         dtypes: of the datasets: whole numbers in 0..255, or floating point in [0, 1].
         dated: files are days, and their slots share the day's 24 hours.
+        noun: what one file is.
+        axes: of the datasets.
+        dtype_remedy: what to do about another dtype.
     """
 
     files: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]] = _COUNTS
     dated: ClassVar[bool] = True
+    noun: ClassVar[str] = "day"
+    axes: ClassVar[str] = "(slots, H, W, C)"
+    dtype_remedy: ClassVar[str] = "leave it out"
 
     @abstractmethod
     def find(self, root: Path, split: str) -> dict[str, list[Path]]:
@@ -64,6 +72,33 @@ class Layout(ABC):
 
     def time(self, slot: int) -> str:
         return f"{slot // 12:02d}:{slot % 12 * 5:02d}"
+
+    def named(self, city: str, date: str) -> str:
+        """A file, by what chooses it."""
+        return f"{city} {date}"
+
+    def shape_remedy(self, shape: tuple[int, ...]) -> str:
+        """What to do about a dataset of a shape that frames cannot have."""
+        return "leave it out"
+
+    def channels_remedy(self, shape: tuple[int, ...]) -> str:
+        """What to do about frames that have not as many channels as the model."""
+        return "set --model.channels"
+
+    def parting_remedy(self, root: Path, splits: tuple[str, str]) -> str:
+        """What to do where both splits, to train and to validate on, have the same files."""
+        return (
+            "part days by --data.validation_dates, or slots by --data.training_slots and --data.validation_slots, "
+            "or use another --data.validation_split"
+        )
+
+    def value_error(self, path: Path, start: int, values: np.ndarray, largest: int) -> Exception:
+        """The error of slots (T, H, W, C), from `start` on, that are not all in 0..largest. A ValueError is damage."""
+        return ValueError(f"values {values.min()}..{values.max()}, expected 0..{largest}")
+
+    def length_error(self, lengths: Mapping[Path, int], past: int, horizon: int) -> DataError | None:
+        """The error where all files, given with their slots, are too short for a window; None leaves it to `Windows`."""
+        return None
 
 
 class Competition(Layout):
@@ -139,6 +174,9 @@ class Movies(Layout):
     files = "<root>/{split}/*.h5, or <root>/*.h5 for all splits"
     dtypes = (*_COUNTS, "float16", "float32", "float64")
     dated = False
+    noun = "movie"
+    axes = "(frames, H, W, C), channels last"
+    dtype_remedy = "convert it to uint8, or to floats in [0, 1]"
 
     def find(self, root: Path, split: str) -> dict[str, list[Path]]:
         folder = root / split if (root / split).is_dir() else root
@@ -153,6 +191,43 @@ class Movies(Layout):
 
     def time(self, slot: int) -> str:
         return f"frame {slot}"
+
+    def named(self, city: str, date: str) -> str:
+        return date
+
+    def shape_remedy(self, shape: tuple[int, ...]) -> str:
+        return "add a channel axis: array[..., None]" if len(shape) == 3 and 0 not in shape else "leave it out"
+
+    def channels_remedy(self, shape: tuple[int, ...]) -> str:
+        return f"its shape {shape} is read as {self.axes}; move the axis, or set --model.channels {shape[3]}"
+
+    def parting_remedy(self, root: Path, splits: tuple[str, str]) -> str:
+        if root.absolute().name in splits:
+            return f"did you mean --data.root {root.parent}?"
+        folders = " and ".join(str(root / split) for split in splits)
+        return f"put movies into {folders}, or part frames by --data.training_slots and --data.validation_slots"
+
+    def value_error(self, path: Path, start: int, values: np.ndarray, largest: int) -> Exception:
+        good = ((values >= 0) & (values <= largest)).all(axis=(1, 2, 3))  # False where one is NaN
+        number = int(good.argmin())
+        frame, where = values[number], f"{path}, frame {start + number}"
+        if not np.isfinite(frame).all():
+            return DataError(f"{where} holds values that are no numbers; replace them, or leave the file out")
+        low, high = float(frame.min()), float(frame.max())
+        if largest == 1 and low >= 0 and 2 < high <= 255:  # up to 2, it may have been sharpened
+            digits, remedy = ".3g", "divide by 255, or store uint8"
+        else:
+            digits, remedy = ".7g", f"scale or clip them to [0, {largest}]"
+        return DataError(f"{where} has values {low:{digits}}..{high:{digits}}, expected 0..{largest}; {remedy}")
+
+    def length_error(self, lengths: Mapping[Path, int], past: int, horizon: int) -> DataError | None:
+        longest = max(lengths, key=lengths.__getitem__)
+        if lengths[longest] >= past + horizon:
+            return None
+        return DataError(
+            f"{longest} has {lengths[longest]} frames, and no movie with it more; expected at least {past + horizon}, "
+            f"--model.past {past} + --model.horizon {horizon}: lower these, or use longer movies"
+        )
 
 
 TRAFFIC4CAST_2019 = Traffic4cast2019()

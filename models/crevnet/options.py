@@ -95,13 +95,13 @@ def make_parser(arguments: list[str]) -> Parser:
     submit.add_argument("--overwrite", action="store_true", help="replace files that were made from something else")
     parsers.add_subcommand("submit", submit, help="predict a competition's test cases")
 
-    score = Parser(description="Score a submission by the competition's formula, beside naive forecasts.")
-    score.add_argument("submission", type=Path, help="a folder or a zip, as `crevnet submit` writes them")
+    score = Parser(description="Score submissions by the competition's formula, beside naive forecasts.")
+    score.add_argument("submission", type=Path, nargs="+", help="folders or zips, as `crevnet submit` writes them")
     score.add_argument("--truth", type=Path, required=True, help="folder of the test cases, with the truth beside them")
     _add_challenge(score)
     _add_protocol(score, arguments)
     score.add_argument("--json", type=Path | None, default=None, help="write the scores to this file too")
-    parsers.add_subcommand("score", score, help="score a submission")
+    parsers.add_subcommand("score", score, help="score submissions")
 
     show = Parser(description="Show what a run's folder or a day file holds.")
     show.add_argument("path", type=Path, help="a run's or a recipe's folder, or a day file (.h5)")

@@ -1,8 +1,10 @@
 """The whole way of both competitions: test cases held out of full days, predicted, zipped and scored; scores by numpy."""
 
 import json
+import shutil
 import zipfile
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -126,6 +128,14 @@ def test_round_trip_of_2019(held_out, full_days, points, crevnet, tmp_path, monk
         row = next(line for line in said.splitlines() if "submission" in line)
         assert f"{mean['submission']['mse']:#.4g}" in row
         assert f"{mean['submission']['mse_by_channel'][2]:#.4g}" in row
+
+    other = shutil.copytree(out, out.parent / "other")  # predicts nothing at all
+    for path in other.rglob("*.h5"):
+        with h5py.File(path, "r+") as file:
+            file["array"][:] = 0
+    crevnet("score", out, other, "--truth", held_out, *slots, "--json", scored, "--data.root", full_days)
+    both = json.loads(scored.read_text())["mean over cities"]
+    assert both[str(out)] == mean["submission"] and both[str(other)] == mean["zeros"] == both["zeros"]
 
 
 @pytest.fixture(scope="module")

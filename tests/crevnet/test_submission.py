@@ -346,6 +346,7 @@ def test_what_is_neither_a_folder_nor_a_zip(submission, data, failing, tmp_path)
     for path in ("file", "absent"):
         assert str(tmp_path / path) in failing("score", tmp_path / path, "--truth", data, *SLOTS)
     assert "absent" in failing("score", submission[0], "--truth", tmp_path / "absent", *SLOTS)
+    assert "is named twice" in failing("score", submission[0], submission[0], "--truth", data, *SLOTS)
     assert "absent" in failing("score", submission[0], "--truth", data, *SLOTS, "--data.root", tmp_path / "absent")
 
 

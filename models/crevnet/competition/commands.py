@@ -26,7 +26,7 @@ from crevnet.competition.forecasting import (
     ensemble,
     naive_forecasts,
 )
-from crevnet.competition.interface import Challenge
+from crevnet.competition.interface import CaseFile, Challenge
 from crevnet.competition.scoring import CompetitionScores, mean_over_cities, score_city
 from crevnet.competition.settings import ChallengeSettings, challenge
 from crevnet.competition.submission import write_submission, zip_submission
@@ -90,18 +90,17 @@ def submit(
     )
 
 
-def score(submission: Path, chosen: ChallengeSettings, truth: Path, data: DataSettings, out: Path | None) -> None:
+def score(
+    submissions: Sequence[Path], chosen: ChallengeSettings, truth: Path, data: DataSettings, out: Path | None
+) -> None:
     check_score_file(out)
+    if len(set(submissions)) < len(submissions):
+        raise SettingsError(f"a submission is named twice: {' '.join(map(str, submissions))}")
     asked = challenge(data, chosen)
-    found = Submission(submission)
     files = asked.case_files(truth, data.cities)
-    wrong = problems(found, files)
-    if wrong:
-        for problem in wrong:
-            console.print(problem, markup=False)
-        raise DataError(
-            f"{submission} cannot be scored: {len(wrong)} problems, listed above; write it anew with crevnet submit"
-        )
+    found = {
+        "submission" if len(submissions) == 1 else str(path): _without_problems(path, files) for path in submissions
+    }
     for file in files:
         file.truth(0)  # a truth that is missing is said now, not after minutes
     naive = naive_forecasts(asked.protocol)
@@ -117,6 +116,19 @@ def score(submission: Path, chosen: ChallengeSettings, truth: Path, data: DataSe
     everything = {"mean over cities": mean, **by_city}
     plain = {city: {name: asdict(s) for name, s in scores.items()} for city, scores in everything.items()}
     write_score_file(out, {"protocol": data.protocol, **asdict(chosen), **plain})
+
+
+def _without_problems(path: Path, files: Sequence[CaseFile]) -> Submission:
+    """The submission; DataError, after a line for each, where the competition would refuse some of its files."""
+    submission = Submission(path)
+    wrong = problems(submission, files)
+    for problem in wrong:
+        console.print(problem, markup=False)
+    if wrong:
+        raise DataError(
+            f"{path} cannot be scored: {len(wrong)} problems, listed above; write it anew with crevnet submit"
+        )
+    return submission
 
 
 def hold_out(chosen: ChallengeSettings, data: DataSettings, count: int, seed: int, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Scores of a submission, by the competition's formula, and of the naive forecasts on the same test cases.
+"""Scores of submissions, by the competition's formula, and of the naive forecasts on the same test cases.
 
 The naive forecasts are clipped and rounded as a submission is.
 """
@@ -6,6 +6,7 @@ The naive forecasts are clipped and rounded as a submission is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,22 +67,24 @@ class ErrorTable:
 
 
 def score_city(
-    submission: Submission,
+    submissions: Mapping[str, Submission],
     files: Iterable[CaseFile],
     naive: Mapping[str, CaseForecast],
     competition: Challenge,
     progress: Callable[[int], None],
 ) -> dict[str, CompetitionScores]:
-    """The scores of a submission without problems, and of naive forecasts, on all files of one city.
+    """The scores of submissions without problems, and of naive forecasts, on all files of one city.
 
     `progress` is called with the number of cases that are done.
     """
-    tables = {name: ErrorTable(competition) for name in ("submission", *naive)}
+    tables = {name: ErrorTable(competition) for name in (*submissions, *naive)}
     for file in files:
-        with submission.open(file.name) as predictions:
+        with ExitStack() as opened:
+            predicted = {name: opened.enter_context(given.open(file.name)) for name, given in submissions.items()}
             for index in range(file.shape[0]):
                 case, truth = file.case(index), file.truth(index)
-                tables["submission"].add(case, predictions["array"][index], truth)
+                for name, predictions in predicted.items():
+                    tables[name].add(case, predictions["array"][index], truth)
                 for name, forecast in naive.items():
                     tables[name].add(case, submitted(forecast(case)), truth)
                 progress(1)

@@ -95,6 +95,24 @@ def test_copies(stack, how, trained):
         assert_close(torch.autograd.grad(weighted(y), list(net.parameters())), gradients(net, x)[1:])
 
 
+EVERY_WAY_IN = pytest.mark.parametrize(
+    "put",
+    [
+        lambda net, block: net.append(block),
+        lambda net, block: net.extend([block]),
+        lambda net, block: net.insert(0, block),
+        lambda net, block: net.add_module("head", block),
+        lambda net, block: net.register_module("head", block),
+        lambda net, block: net.__setitem__(0, block),
+        lambda net, block: net.__iadd__(nn.Sequential(block)),
+        lambda net, block: net + nn.Sequential(block),
+        lambda net, block: revflow.ReversibleSequence([*net, block]),
+        lambda net, block: revflow.ReversibleSequence({"0": block}),
+    ],
+)
+"""Calls that put a block into a sequence."""
+
+
 class TestBuilding:
     """All of nn.Sequential's ways to put blocks in or take them out: the result is a sequence that trains, or an error."""
 
@@ -153,21 +171,7 @@ class TestBuilding:
         with pytest.raises(RuntimeError, match=r"block up \(AffineCoupling\)"):
             revflow.ReversibleSequence({"down": a, "up": affine_two(3)})(torch.zeros(1, 8, 4, 4))
 
-    @pytest.mark.parametrize(
-        "put",
-        [
-            lambda net, block: net.append(block),
-            lambda net, block: net.extend([block]),
-            lambda net, block: net.insert(0, block),
-            lambda net, block: net.add_module("head", block),
-            lambda net, block: net.register_module("head", block),
-            lambda net, block: net.__setitem__(0, block),
-            lambda net, block: net.__iadd__(nn.Sequential(block)),
-            lambda net, block: net + nn.Sequential(block),
-            lambda net, block: revflow.ReversibleSequence([*net, block]),
-            lambda net, block: revflow.ReversibleSequence({"0": block}),
-        ],
-    )
+    @EVERY_WAY_IN
     def test_what_is_no_block_is_refused(self, put):
         """And the sequence stays as it was."""
         blocks = self.blocks(2)
@@ -178,21 +182,7 @@ class TestBuilding:
             put(net, nn.Conv2d(4, 4, 1))
         self.check(net, blocks)
 
-    @pytest.mark.parametrize(
-        "put",
-        [
-            lambda net, block: net.append(block),
-            lambda net, block: net.extend([block]),
-            lambda net, block: net.insert(0, block),
-            lambda net, block: net.add_module("head", block),
-            lambda net, block: net.register_module("head", block),
-            lambda net, block: net.__setitem__(0, block),
-            lambda net, block: net.__iadd__(nn.Sequential(block)),
-            lambda net, block: net + nn.Sequential(block),
-            lambda net, block: revflow.ReversibleSequence([*net, block]),
-            lambda net, block: revflow.ReversibleSequence({"0": block}),
-        ],
-    )
+    @EVERY_WAY_IN
     def test_a_coupling_with_a_parameter_of_its_own_is_refused(self, put):
         """Which the engine would leave without a gradient, as one of a module beside its conditioners."""
         blocks = self.blocks(2)

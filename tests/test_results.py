@@ -116,6 +116,17 @@ QUOTED = [
     ("crevnet.md", "every block 98", "memory-steps.md", ["checkpoint: a time step more keeps 98.3 MiB"]),
     ("scaling.md", "4.3 alone, 5.3 under DDP, 4.1 under FSDP", "scaling-memory-cpu.md", ["4.27", "5.28", "4.13"]),
     ("scaling.md", "7.2 minutes, with its batch of 1", "paper-step-cpu.md", ["time: 7.2 min"]),
+    (
+        "data.md",
+        "677 frames a second are then read where it was 138, and 320 by one worker where it was 114",
+        "loading-cpu.md",
+        [
+            "| repacked | 61 | 0 | cold | 677 |",
+            "| h5py's chunks | 76 | 0 | cold | 138 |",
+            "| repacked | 61 | 1 | cold | 320 |",
+            "| h5py's chunks | 76 | 1 | cold | 114 |",
+        ],
+    ),
     ("coming-from.md", "0.1 of a step more with", "budget-cpu.md", ["1.38 for convolutions beside 1.28"]),
 ]
 

@@ -88,7 +88,7 @@ def main() -> None:
     try:
         rows, plan = experiment(DATA[a.data], folder, a.minutes or DATA[a.data].minutes, range(a.seeds))
     except StoppedError as error:
-        print(f"experiment: {error}", file=sys.stderr)
+        print(f"experiment: {error}, or, better, give this command again", file=sys.stderr)
         sys.exit(error.exit_status)
     except (DataError, SettingsError, TrainingError, OSError, ValueError) as error:
         parser.error(str(error))

@@ -60,7 +60,7 @@ class Overwrite(Replay):
         if [s._version for s in others] != versions:
             raise RuntimeError(
                 f"the conditioner {type(self._conditioner).__name__} changed its input in place (by a first layer with "
-                f"inplace=True, say), which cannot be undone; let it work on a copy"
+                f"inplace=True, say), which cannot be undone; let it work on a copy (inplace=False)"
             )
         now[k] = y = changed(block, self._inverse, self._grid, x, t)
         self._layout = [s.stride() for s in (*others, y)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -11,6 +12,7 @@ _UNION = re.compile(r"Does not validate against any of the Union subtypes Subtyp
 _CHOICE = re.compile(r"a typing\.Literal\[(.*?)\]")
 _WORDS = re.compile(r"typing\.Literal\[(.*?)\]")
 _CLASS = re.compile(r"(?:a )?<class '(?:\w+\.)*(\w+)'>")
+_UNKNOWN = re.compile(r"(?:unrecognized arguments: (--)|Subcommand '(.+)' does not accept option ')([\w.-]+)")
 
 
 class SettingsError(Exception):
@@ -39,7 +41,18 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         command = self.prog.replace(" [options]", "")
-        raise SettingsError(f"{_shortened(' '.join(message.split()))} (see {command} --help)") from ex
+        shortened = _shortened(" ".join(message.split()))
+        raise SettingsError(f"{shortened}{self._nearest(message)} (see {command} --help)") from ex
+
+    def _nearest(self, message: str) -> str:
+        """Which option may have been meant, where the message is of one that there is not."""
+        unknown = _UNKNOWN.match(message)
+        if unknown is None:
+            return ""
+        dashes, subcommand, name = unknown.groups(default="")
+        parser = self._subcommands_action.choices[subcommand] if subcommand else self
+        options = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+        return "".join(f"; did you mean {dashes}{near}?" for near in get_close_matches(name, options, 1, cutoff=0.8))
 
 
 def _shortened(message: str) -> str:

@@ -238,7 +238,9 @@ def load_settings(run: Path) -> RunSettings:
     if is_recipe(run):
         raise SettingsError(f"{run} is a recipe's folder, not a run's: name one of its runs, {base_run(run)} say")
     if not path.is_file():
-        raise SettingsError(f"{run} is no run's folder, it has no config.yaml: train one with crevnet fit --out {run}")
+        raise SettingsError(
+            f"{run} is no run's folder, it has no config.yaml: give one that crevnet fit wrote, its --out"
+        )
     parser = Parser(prog="crevnet")
     try:
         add_sections(parser, RunSettings(default_model(model_named_in(path))))

@@ -69,6 +69,23 @@ def test_what_may_be_chosen_is_said_in_one_short_line(option, choices, failing):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        (["fit", "--data.rot", "x"], "; did you mean --data.root?"),
+        (["recipe", "paper", "--frame.learning_rat", "1"], "; did you mean --frame.learning_rate?"),
+        (["data", "synth", "x", "--city.heigth", "64"], "; did you mean --city.height?"),
+        (["fit", "--config", "config.yaml"], "; did you mean data.root?"),
+        (["fit", "--model", "unet", "--model.blocks", "3"], ""),  # CrevNet's, and nothing of the U-Net's is like it
+    ],
+)
+def test_a_mistyped_option_is_answered_with_the_nearest(arguments, asked, failing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("data:\n  rot: x\n")
+    line = failing(*arguments)
+    assert asked in line and line.count("did you mean") == bool(asked)
+
+
+@pytest.mark.parametrize(
     ("content", "named"),
     [
         (b"model:\n  chanels: 3\n", "chanels"),

@@ -12,6 +12,7 @@ from torch import nn
 
 import revflow
 from engine.nets import Conditioner, additive, assert_same_gradients, conditioners, evaluations, image
+from revflow._chain import Chain
 from revflow.budget import size
 
 HUGE = 2**40
@@ -273,6 +274,12 @@ def test_a_printed_plan():
         net.memory_budget = budget
         assert net.plan(x).time_ratio == pytest.approx(ratio)
         assert "no budget" in str(net.plan(x))
+
+
+def test_a_planned_time_is_the_median_of_three_runs(monkeypatch):
+    runs = iter([[9, 9, 9, 9], [1, 2, 3, 40], [1, 20, 3, 4], [10, 2, 3, 4]])  # the first one warms up
+    monkeypatch.setattr(Chain, "seconds", lambda chain: next(runs))
+    assert sequence().plan(image()).seconds == (1, 2, 3, 4)
 
 
 @pytest.mark.parametrize(

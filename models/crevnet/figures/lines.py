@@ -19,12 +19,15 @@ _MARKERS = "sD^vx"
 
 
 def learning_curves_figure(loss: Curve, score: Curve, score_name: str, title: str) -> Figure:
-    """The training loss, with its mean over a fiftieth of the steps, and the validation score, against the optimizer's steps."""
+    """The training loss and the validation score, against the optimizer's steps; from 100 steps on with the loss's mean over a
+    fiftieth of them."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(7, 5.6), sharex=True, layout="constrained")
-    above.plot(loss.steps, loss.values, color=OTHERS[1], alpha=0.35, linewidth=0.8, label="each step")
-    width = max(len(loss.values) // 50, 1)
-    means = np.convolve(loss.values, np.full(width, 1 / width), "valid")
-    above.plot(loss.steps[width - 1 :], means, color=OTHERS[1], label=f"mean of the last {width}")
+    width = len(loss.values) // 50
+    alpha = 0.35 if width > 1 else 1
+    above.plot(loss.steps, loss.values, color=OTHERS[1], alpha=alpha, linewidth=0.8, label="each step")
+    if width > 1:
+        means = np.convolve(loss.values, np.full(width, 1 / width), "valid")
+        above.plot(loss.steps[width - 1 :], means, color=OTHERS[1], label=f"mean of the last {width}")
     above.set_ylabel("training loss")
     below.plot(score.steps, score.values, color=MODEL, marker="o", markersize=4, label="after each epoch")
     best = int(np.nanargmin(score.values))

@@ -1,33 +1,14 @@
-"""Figures in the README and in docs/ are those of the stored results, which bench/ wrote."""
+"""Tables in the README and in docs/ are those of the stored results, which bench/ wrote."""
 
-import csv
 import re
-from pathlib import Path
 
 import pytest
+from pages import RESULTS, ROOT, stored, table
 
 from experiment_plan import CREVNET, WIDTHS
 from experiment_tables import COLUMNS, over_seeds
 from memory_figures import name_of
 from memory_row import GIB, Row
-
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
-
-
-def stored(name):
-    with (RESULTS / name).open(newline="") as file:
-        return [*csv.DictReader(file)]
-
-
-def table(page, first_heading):
-    """The cells of the page's table whose first heading is this, without markup, and its headings."""
-    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_heading} |"))
-    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
-    cells = [[cell.strip() for cell in re.sub("[*`]", "", line).strip("|").split("|")] for line in lines[start:end]]
-    headings, _, *rows = cells
-    return headings, rows
 
 
 @pytest.mark.parametrize(("page", "count"), [("README.md", 3), ("docs/crevnet.md", 17)])
@@ -98,46 +79,6 @@ def test_the_experiment(first_heading, named):
         for cell, (kind, what) in zip(cells, named, strict=True):
             found = [float(line["mse"]) for line in lines if (line["table"], line["name"]) == (kind, what)]
             assert cell == over_seeds(found), (data, what)
-
-
-# A page's sentence, and the same figures as a page of results has them.
-QUOTED = [
-    (
-        "exact.md",
-        "100 blocks are off by 5.5e-7, those of 1,000 blocks by 8.8e-6",
-        "drift-cpu.md",
-        ["5.5e-07", "8.8e-06"],
-    ),
-    ("exact.md", "gradients of 100 blocks are off by 5.2e-3", "drift-cpu.md", ["5.2e-03"]),
-    ("exact.md", "takes 4 to 6 % longer on the CPU", "exact-cpu.md", ["+4.2 %", "+6.1 %"]),
-    ("exact.md", "and 6 to 8 % where they are gated", "exact-cpu.md", ["+5.6 %", "+7.9 %"]),
-    ("crevnet.md", "47.5 MiB at 495 x 436", "memory-steps.md", ["layers, reversible: a time step more keeps 47.5 MiB"]),
-    ("crevnet.md", "ordinary autograd keeps 527", "memory-steps.md", ["plain: a time step more keeps 527 MiB"]),
-    ("crevnet.md", "every block 98", "memory-steps.md", ["checkpoint: a time step more keeps 98.3 MiB"]),
-    ("scaling.md", "4.3 alone, 5.3 under DDP, 4.1 under FSDP", "scaling-memory-cpu.md", ["4.27", "5.28", "4.13"]),
-    ("scaling.md", "7.2 minutes, with its batch of 1", "paper-step-cpu.md", ["time: 7.2 min"]),
-    (
-        "data.md",
-        "677 frames a second are then read where it was 138, and 320 by one worker where it was 114",
-        "loading-cpu.md",
-        [
-            "| repacked | 61 | 0 | cold | 677 |",
-            "| h5py's chunks | 76 | 0 | cold | 138 |",
-            "| repacked | 61 | 1 | cold | 320 |",
-            "| h5py's chunks | 76 | 1 | cold | 114 |",
-        ],
-    ),
-    ("coming-from.md", "0.1 of a step more with", "budget-cpu.md", ["1.38 for convolutions beside 1.28"]),
-]
-
-
-@pytest.mark.parametrize(("page", "sentence", "results", "figures"), QUOTED)
-def test_figures_in_prose(page, sentence, results, figures):
-    prose, source = (
-        " ".join(path.read_text(encoding="utf-8").split()) for path in (ROOT / "docs" / page, RESULTS / results)
-    )
-    assert sentence in prose
-    assert all(figure in source for figure in figures)
 
 
 def test_each_picture_was_drawn_by_a_command_that_is_told():

@@ -131,7 +131,9 @@ def hidden(width, depth, chunks=1, kind=revflow.AdditiveCoupling, count=1):
     return revflow.ReversibleSequence(blocks, guard="off", chunks=chunks)
 
 
-@pytest.mark.parametrize(("width", "chunks", "streams"), [(1, 1, 7), (4, 1, 16), (4, 4, 8.25), (4, 16, 5.8125)])
+@pytest.mark.parametrize(
+    ("width", "chunks", "streams"), [(1, 1, 7), (1, 4, 6), (1, 16, 5.25), (4, 1, 16), (4, 4, 8.25), (4, 16, 5.8125)]
+)
 def test_the_peak_inside_the_chain(width, chunks, streams):
     """Two streams, two gradients, and a conditioner: twice its hidden values, and the gradient of one of them.
 

@@ -1,8 +1,8 @@
 """A reversible vision transformer beside its plain twin: Rev-ViT (Mangalam et al. 2022, https://arxiv.org/abs/2302.04869).
 
 A vision transformer adds attention F and an MLP G in turn, x <- x + F(x), x <- x + G(x). `revflow.reversible` makes two
-streams of it, y1 = x1 + F(x2), y2 = x2 + G(y1) (the paper's eq. 5 to 8), whose activations the backward pass rebuilds. Both
-begin as the embedded patches, and their mean goes to the head (the paper joins them instead).
+streams of it, y1 = x1 + F(x2), y2 = x2 + G(y1), whose activations the backward pass rebuilds. Both begin as the embedded
+patches, and their mean goes to the head (the paper joins them instead).
 
 Both twins start from the same parameters and see the same batches: handwritten digits of 8 x 8 pixels, in patches of 2 x 2
 (scikit-learn's `load_digits`; nothing is downloaded). They compute different functions, so it is shown, not promised, that

@@ -2,7 +2,8 @@
 
 Volumes are what makes 3-D networks run out of memory. In the partially reversible U-Net the convolutions of each resolution,
 on the way down and on the way up, are a chain of couplings y1 = x1 + F(x2), y2 = x2 + G(y1), of which the output alone is
-kept; a strided convolution leads to the next resolution, a transposed one back, and skip connections are added. (iUNets, Etmann et al. 2020, arXiv 2005.05220, make these invertible too.)
+kept; a strided convolution leads to the next resolution, a transposed one back, and skip connections are added. (iUNets,
+Etmann et al. 2020, arXiv 2005.05220, make these invertible too.)
 
 The plain twin is the same network under `revflow.ordinary_autograd`, with the same gradients. `revflow.predict_memory` tells
 how many volumes fit into the cap, parameters, gradients and Adam included; with so many the network is trained to find solid

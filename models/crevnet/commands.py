@@ -37,7 +37,7 @@ from crevnet.data import (
 from crevnet.data.city_data import CityData
 from crevnet.evaluation import Scores, mean_over_cities
 from crevnet.network import Feedback
-from crevnet.processes import is_first
+from crevnet.processes import go_alone, is_first
 from crevnet.recipe.folders import begun_runs, is_recipe, score_of, scores_file
 from crevnet.recipe.paper import Recipe
 from crevnet.recipe.settings import RecipeSettings
@@ -67,6 +67,7 @@ def recipe(folder: Path, settings: RecipeSettings) -> None:
             console.print(f"{where}: {'going on' if step.is_begun else 'training'} in {step.folder}")
             step.run()
         console.print(f"{where}: best validation {measure} {step.score:.4e}")
+    go_alone()  # or the first would score its share of the windows
     if not is_first():
         return
     with console.status("scoring; the first time, all training days are read for their slots' means"):

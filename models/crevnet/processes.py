@@ -19,6 +19,12 @@ def place() -> tuple[int, int]:
     return 0, 1
 
 
+def go_alone() -> None:
+    """End what processes have trained together: from here on each is by itself, with all windows."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def launched(training: TrainingSettings) -> tuple[int, int]:
     """How many devices to train on in each machine, and how many machines: torchrun's numbers where it has started this
     process, else those of the settings."""

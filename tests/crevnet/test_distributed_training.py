@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from baseline_nets import TINY, make, window
 from processes import at_call, end, kill, killed_in_step, nothing, sent, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -210,6 +211,23 @@ def test_every_parameter_gets_a_gradient(name):
     model = make(name)
     model.loss(*window()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_a_recipe_is_one_process_s_with_the_same_global_batch(options, cities, tmp_path):
+    """Its table, too, which one process makes of all windows."""
+    tunings = [
+        f"--{tuning}.{name}" for tuning in ("city", "frame") for name in ("epochs=1", "batches=2", "learning_rate=1e-3")
+    ]
+    arguments = ("recipe", "paper", *options, *tunings, "--training.epochs=1")
+    pair, one, said = tmp_path / "pair", tmp_path / "alone", tmp_path / "said"
+    assert end(start((*arguments, "--data.batch_size=4", "--out", one), tmp_path / "it")) == 0
+    assert together((*arguments, "--data.batch_size=2", "--out", pair), said) == [0, 0], (said / "0").read_text()
+    for run in ("base", "city/There", "frame/There/1", "frame/There/2"):
+        assert_close(state(pair / run), state(one / run), 1e-10)
+    found, expected = (yaml.safe_load((folder / "scores.yaml").read_text()) for folder in (pair, one))
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name]["mse"] == pytest.approx(expected[name]["mse"], rel=1e-6), name
 
 
 # --- what ends one of them

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from revflow._graph import edges, gradients, leaf, plus
 from revflow._overwrite import Given, Overwrite
-from revflow._passage import Gradients, Passage, Stepwise, Streams, rotate, run_whole, total
+from revflow._passage import Gradients, Passage, Stepwise, Streams, rotate, run_whole, total, versions_of
 from revflow._replay import Replay
 from revflow._slices import Sliced
 
@@ -116,8 +116,11 @@ class Whole(Call):
         self._strides = [s.stride() for s in streams]
 
     def first(self, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
-        context = self.passage.arguments.filled(leaves)
-        return self._replay.first(self.passage.draws, run_whole, self._block, self.passage, streams, context), ()
+        context, versions = self.passage.arguments.filled(leaves), versions_of(streams)
+        outputs = self._replay.first(self.passage.draws, run_whole, self._block, self.passage, streams, context)
+        if versions_of(streams) != versions:
+            raise RuntimeError(f"{'inverse' if self.passage.inverse else 'forward'} {_IN_PLACE}")
+        return outputs, ()
 
     def rebuilt(self, streams: Streams) -> Streams:
         return streams
@@ -126,7 +129,12 @@ class Whole(Call):
         passage, own = self.passage, given.own
         context, undo = passage.arguments.filled(given.leaves), torch.no_grad()(run_whole)
         backwards = passage._replace(inverse=not passage.inverse, log_det=False, extent=None)
+        versions = versions_of(now)
         streams = self._replay.again(own, undo, self._block, backwards, tuple(now), context)
+        if versions_of(now) != versions:
+            raise RuntimeError(
+                f"block {self.position} ({self.block_type}): {'forward' if passage.inverse else 'inverse'} {_IN_PLACE}"
+            )
         if [s.shape for s in streams] != self._shapes:
             raise RuntimeError(
                 f"block {self.position} ({self.block_type}): {'forward' if passage.inverse else 'inverse'} returned streams of "
@@ -139,10 +147,13 @@ class Whole(Call):
         # Off the grid: rounding has a derivative of 1.
         again = self._replay.again(own, run_whole, self._block, passage._replace(grid=None), inputs, context)
         if given.seen is not None:
-            given.seen.graph(0, again, wanted)
+            given.seen.graph("it", 0, again, wanted)
         ends = edges(again)
         del again
         return gradients(ends, wanted, given.grads)
+
+
+_IN_PLACE = "changed its input in place, which is still needed: let it return new tensors"
 
 
 def _shapes(streams: Sequence[Tensor | torch.Size]) -> str:

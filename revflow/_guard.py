@@ -66,6 +66,8 @@ image, which is right to 1e-7 and no more, is no fault.
 _SAMPLES = 64
 """Values kept of each stream that a block changes."""
 
+_REGISTER = "Register it, or pass it as a keyword argument of the call"
+
 _JUMP = 30.0
 """Drift grows little by little; an error so much larger than that of the blocks behind is a fault."""
 
@@ -78,7 +80,7 @@ class Guard:
             raise ValueError(f'guard has to be "warn", "raise" or "off"; got {mode!r}')
         self.mode, self.exact = mode, exact
         self.looked_at: set[str] = set()
-        """Positions of the conditioners whose graphs were searched for tensors that would get no gradient."""
+        """What was searched for tensors that would get no gradient: positions of blocks, and what it was in each."""
         self._warned = False
 
     def witness(self) -> Witness | None:
@@ -109,9 +111,11 @@ class Seen:
         self.before += self._witness.samples((before,))
         self.again += self._witness.samples((again,))
 
-    def graph(self, number: int, outputs: Streams, inputs: Sequence[Tensor]) -> None:
-        """Refuse, the first time, a conditioner whose outputs depend on what the engine does not know of."""
-        position = f"{self.call.position}/{number}"
+    def graph(
+        self, user: str, number: int, outputs: Streams, inputs: Sequence[Tensor], remedy: str = _REGISTER
+    ) -> None:
+        """Refuse, the first time, what makes `outputs` depend on what the engine does not know of: its `number`-th `user`."""
+        position = f"{self.call.position}/{user}/{number}"
         looked_at = self._witness.guard.looked_at
         if position not in looked_at:
             looked_at.add(position)
@@ -119,7 +123,7 @@ class Seen:
             if stranger is not None:
                 looked_at.discard(position)
                 raise RuntimeError(
-                    f"block {self.call.position} ({self.call.block_type}): a conditioner uses {no_gradient_for(stranger)}"
+                    f"block {self.call.position} ({self.call.block_type}): {user} uses {no_gradient_for(stranger, remedy)}"
                 )
 
     def inputs(self, rebuilt: Streams) -> None:
@@ -252,10 +256,10 @@ def stranger_among(outputs: Streams, inputs: Sequence[Tensor]) -> Tensor | None:
     return None
 
 
-def no_gradient_for(stranger: Tensor) -> str:
+def no_gradient_for(stranger: Tensor, remedy: str = _REGISTER) -> str:
     return (
         f"a tensor of shape {tuple(stranger.shape)} that needs a gradient and is neither its parameter nor an argument: it would "
-        f"get none. Register it, or pass it as a keyword argument of the call"
+        f"get none. {remedy}"
     )
 
 
@@ -332,9 +336,14 @@ def _message(block: Seen, worst: float, behind: list[float], largest: float, tol
             f"{found} Streams of {low[0]} lose digits in every block. Pass float32 streams; autocast or the conditioners' own "
             f"dtype may stay low."
         )
-    if behind and worst <= _JUMP * inherited:
+    if behind and worst <= _JUMP * inherited and behind[0] <= largest * tolerance.warn / 10:
         return f"{found} Rounding errors grow from block to block. {_DRIFT}"
-    after = f"The blocks after it are right to {inherited / largest:.0e}" if behind else "It is the first to be rebuilt"
+    if not behind:
+        after = "It is the first to be rebuilt"
+    elif worst <= _JUMP * inherited:
+        after = f"Already the first to be rebuilt was off by {behind[0] / largest:.0e}, which is more than rounding"
+    else:
+        after = f"The blocks after it are right to {inherited / largest:.0e}"
     return (
         f"{found} {after}: its inverse does not undo its forward, or its conditioner gave another result the second time "
         f"(random numbers from elsewhere, state outside of parameters and buffers), or its parameters were changed between "

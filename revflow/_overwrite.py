@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from revflow._graph import edges, gradients, is_ours, laid_out, leaf
-from revflow._passage import Gradients, Passage, Stepwise, Streams, changed, log_det_of
+from revflow._passage import Gradients, Passage, Stepwise, Streams, changed, log_det_of, mapped, versions_of
 from revflow._replay import Replay
 from revflow.exact import Residual
 
 if TYPE_CHECKING:
     from revflow._guard import Seen
+
+_RETURN = "Let a conditioner return it, as one more coefficient"
 
 
 class Given(NamedTuple):
@@ -52,17 +54,18 @@ class Overwrite(Replay):
 
     def run(self, passage: Passage, now: list[Tensor], leaves: Sequence[Tensor]) -> tuple[Streams, Tensor | None]:
         """Overwrite the target in `now`; returns what to keep for `undo`, and the log-determinant if wanted."""
-        k, block, x = self.target, self._block, now[self.target]
-        others = now[:k] + now[k + 1 :]
-        versions = [s._version for s in others]
+        k, block, given, x = self.target, self._block, [*now], now[self.target]
+        others, versions = now[:k] + now[k + 1 :], versions_of(now)
         context = passage.arguments.filled(leaves)
         t = self.first(passage.draws, block.evaluate, self._conditioner, now[k], others, context)
-        if [s._version for s in others] != versions:
+        if versions_of(given) != versions:
             raise RuntimeError(
                 f"the conditioner {type(self._conditioner).__name__} changed its input in place (by a first layer with "
                 f"inplace=True, say), which cannot be undone; let it work on a copy (inplace=False)"
             )
         now[k] = y = changed(block, self._inverse, self._grid, x, t)
+        if versions_of(given) != versions:
+            raise self._in_place("separate" if self._inverse else "combine")
         self._layout = [s.stride() for s in (*others, y)]
         if passage.extent is not None:
             passage.extent.see(y)
@@ -70,7 +73,7 @@ class Overwrite(Replay):
         if self.keeps:
             with torch.no_grad():  # on where the pass is measured
                 kept = (x,) if self._grid is None else self._grid.residual(x, self._estimate(y, t))
-        log_det = log_det_of(block, self._inverse, t) if passage.log_det else None
+        log_det = log_det_of(block, self._inverse, y if self._inverse else x, t) if passage.log_det else None
         if passage.meter is not None:
             passage.meter.step(t, 0 if block.translates else 2 * y.nbytes)
         return kept, log_det
@@ -87,7 +90,7 @@ class Overwrite(Replay):
         context = passage.arguments.filled(given.leaves)
         t = self.again(given.own, block.evaluate, self._conditioner, now[k], inputs, context)
         if given.seen is not None:
-            given.seen.graph(k, t, wanted)
+            given.seen.graph("a conditioner", k, t, wanted)
         # The other streams are outputs too: so autograd adds the gradients that each gets on both ways, and in the same order
         # as without an engine.
         other_grads = grads[:k] + grads[k + 1 :]
@@ -101,6 +104,8 @@ class Overwrite(Replay):
             found = gradients(ends, wanted, (y_grad, *other_grads))
         else:
             x, again = self._combined(now, t, given)
+            if given.seen is not None:
+                given.seen.graph("separate" if self._inverse else "combine", k, again, (x, *wanted), _RETURN)
             ends = edges((*again, *inputs))
             del t, again
             grads[k], *found = gradients(ends, (x, *wanted), (grads[k], *given.grads, *other_grads))
@@ -114,9 +119,11 @@ class Overwrite(Replay):
         now[k] = self._before(now[k], t, given.kept)
         with torch.enable_grad():
             x = now[k].detach().requires_grad_()
-            again: Streams = ((block.separate if self._inverse else block.combine)(x, *t),)
+            result = mapped(block, self._inverse, x, t)
+            again: Streams = (result,)
             if given.grads:
-                again = (*again, log_det_of(block, self._inverse, t))
+                inner = x if not self._inverse else result if self._grid is None else self._grid.round(result)
+                again = (result, log_det_of(block, self._inverse, inner, t))
         if y is not None and given.seen is not None:
             given.seen.output(y, again[0])
         return x, again
@@ -137,4 +144,14 @@ class Overwrite(Replay):
 
     def _estimate(self, y: Tensor, t: Streams) -> Tensor:
         """The target before the step, as far as the step's output and its coefficients tell; on a grid, if it adds, exact."""
-        return changed(self._block, not self._inverse, self._grid, y, t)
+        version = y._version
+        x = changed(self._block, not self._inverse, self._grid, y, t)
+        if y._version != version:
+            raise self._in_place("combine" if self._inverse else "separate")
+        return x
+
+    def _in_place(self, name: str) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self._block).__name__}.{name} changed its arguments in place, which are still needed: let it return a new "
+            f"tensor"
+        )

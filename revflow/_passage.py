@@ -41,7 +41,7 @@ class Stepwise(ABC):
     combine: Callable[..., Tensor]
     separate: Callable[..., Tensor]
     log_derivative: Callable[..., Tensor]
-    """t -> log |d combine / d target|, elementwise."""
+    """(target, *t) -> log |d combine / d target|, elementwise."""
     ill_conditioned: ClassVar[bool]
     """Whether `separate` loses digits: the overwritten stream is then kept as an anchor instead of rebuilt."""
 
@@ -91,6 +91,11 @@ class Arguments:
             leaves[i] = tensor
         context: Context = pytree.tree_unflatten(leaves, self._spec)
         return context
+
+
+def versions_of(streams: Sequence[Tensor]) -> list[int]:
+    """How often each has been changed in place."""
+    return [s._version for s in streams]
 
 
 class Passage(NamedTuple):
@@ -144,18 +149,31 @@ def run_plainly(block: Stepwise, passage: Passage, streams: Streams, context: Co
         if passage.extent is not None:
             passage.extent.see(now[k])
         if log_det:
-            log_dets.append(log_det_of(block, inverse, t))
+            log_dets.append(log_det_of(block, inverse, now[k] if inverse else x, t))
     now = rotate(now, 0 if inverse else block.rotation)
     return (*now, total(log_dets)) if log_det else tuple(now)
 
 
 def changed(block: Stepwise, inverse: bool, grid: Grid | None, x: Tensor, t: Streams) -> Tensor:
     """The stream that a step makes of its target x."""
-    if grid is None:
-        return (block.separate if inverse else block.combine)(x, *t)
     if block.translates:
-        return (grid.take_back if inverse else grid.add)(x, *t)
-    return grid.round((block.separate if inverse else block.combine)(x, *t))
+        if grid is not None:
+            return (grid.take_back if inverse else grid.add)(x, *t)
+        return (block.separate if inverse else block.combine)(x, *t)
+    y = mapped(block, inverse, x, t)
+    return y if grid is None else grid.round(y)
+
+
+def mapped(block: Stepwise, inverse: bool, x: Tensor, t: Streams) -> Tensor:
+    """`combine` or `separate`, checked to keep the stream's shape and dtype."""
+    y: object = (block.separate if inverse else block.combine)(x, *t)
+    if isinstance(y, Tensor) and y.shape == x.shape and y.dtype == x.dtype:
+        return y
+    found = f"a tensor of shape {tuple(y.shape)}, {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+    raise ValueError(
+        f"{'separate' if inverse else 'combine'} has to return a tensor of the shape and dtype of the stream that it changes, "
+        f"{tuple(x.shape)}, {x.dtype}; it returned {found}"
+    )
 
 
 def run_whole(block: nn.Module, passage: Passage, streams: Streams, context: Context) -> Streams:
@@ -215,8 +233,9 @@ def rotate(items: S, by: int) -> S:
     return items[by:] + items[:by] if by else items
 
 
-def log_det_of(block: Stepwise, inverse: bool, t: Streams) -> Tensor:
-    log_derivative = block.log_derivative(*t).flatten(1).sum(1)
+def log_det_of(block: Stepwise, inverse: bool, x: Tensor, t: Streams) -> Tensor:
+    """One value a sample; `x` is what `combine` is given, or what `separate` makes."""
+    log_derivative = block.log_derivative(x, *t).flatten(1).sum(1)
     return -log_derivative if inverse else log_derivative
 
 

@@ -46,6 +46,7 @@ from revflow._passage import (
     is_bound,
     run_plainly,
     run_whole,
+    versions_of,
 )
 from revflow._replay import Draws
 
@@ -71,7 +72,7 @@ class _Offer:
 
     def __init__(self, passage: Passage, position: str, block: object, streams: Streams, before: Any) -> None:
         self.passage, self.position, self.block, self.streams, self.before = passage, position, block, streams, before
-        self.versions = _versions(streams)
+        self.versions = versions_of(streams)
         self.results: Streams = ()
 
 
@@ -124,7 +125,7 @@ def run_stepwise(block: Stepwise, inverse: bool, streams: Streams, context: Cont
         offer.results = run_plainly(block, passage, streams, context)
     else:
         offer.results = _apply(Coupled(passage, offer.position, block, offer.before, streams), streams)
-    offer.versions = _versions(offer.results[: len(streams)])
+    offer.versions = versions_of(offer.results[: len(streams)])
     return offer.results[: len(streams)]
 
 
@@ -161,11 +162,6 @@ def _is_alias(a: Tensor, b: Tensor) -> bool:
         and a.dtype == b.dtype
         and a.requires_grad == b.requires_grad
     )
-
-
-def _versions(streams: Streams) -> list[int]:
-    """How often each has been changed in place."""
-    return [s._version for s in streams]
 
 
 def _apply(call: Call, streams: Streams) -> Streams:
@@ -307,6 +303,6 @@ class _SecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         raise RuntimeError(
-            "a ReversibleSequence or ReversibleRecurrence cannot be differentiated twice: it keeps no graph. net.plain(x), or "
-            "net.plain_step, is the same function under ordinary autograd, and can"
+            "a ReversibleSequence or ReversibleRecurrence cannot be differentiated twice: it keeps no graph. Within "
+            "`with revflow.ordinary_autograd():` the same network can"
         )

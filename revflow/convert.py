@@ -85,9 +85,12 @@ def reversible(
     Returns a module of one tensor of any shape that the functions take. Parameters are named `sequence.<block>.F.<name>`, of
     a pair's second function `sequence.<block>.G.<name>`.
 
-    Raises TypeError for what is neither a module nor a pair of them. A function that returns another shape, or no tensor, is a
-    ValueError of the first call. Both name the block.
+    Raises TypeError for one function that is in no list, and for what is neither a module nor a pair of them. A function that
+    returns another shape, or no tensor, is a ValueError of the first call. Both name the block.
     """
+    if isinstance(functions, nn.Module) and not isinstance(functions, nn.ModuleList):
+        kind = type(functions).__name__
+        raise TypeError(f"reversible takes a list of residual functions; got one {kind}: write reversible([function])")
     blocks = [AdditiveCoupling(*_checked(k, entry)) for k, entry in enumerate(functions)]
     return TwoStreams(ReversibleSequence(blocks, guard=guard, exact=exact, memory_budget=memory_budget, chunks=chunks))
 

@@ -7,6 +7,7 @@ an arbitrary module that is never inverted.
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -14,7 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from revflow._passage import Stepwise
+from revflow._passage import Arguments, Passage, Stepwise, run_plainly
+from revflow._replay import Draws
 from revflow._rewind import run_stepwise
 from revflow._torch import has_global_hook
 from revflow.bijection import Bijection, Streams
@@ -31,10 +33,12 @@ class Coupling(Bijection, Stepwise):
     runs under ordinary autograd; in a `ReversibleSequence`, each conditioner runs exactly twice a training step.
 
     For a coupling of your own, write `combine` and `separate`, and for flows `log_derivative`. They may use their arguments
-    alone: of a parameter of the coupling's own a sequence would take no gradient, and refuses it. A conditioner can return it.
+    alone, and not change them in place: of a parameter of the coupling's own a sequence would take no gradient, and refuses
+    it. A conditioner can return it.
 
-    Raises TypeError for a conditioner that is no module or `coefficients` that are no tuple, and, when it is called, ValueError
-    for fewer than two streams or coefficients that do not fit.
+    Raises TypeError for a class whose maps are no static methods, a conditioner that is no module or `coefficients` that are no
+    tuple, and, when it is called, ValueError for fewer than two streams, or coefficients or a result of `combine` that do not
+    fit.
     """
 
     coefficients: ClassVar[tuple[str, ...]]
@@ -42,6 +46,14 @@ class Coupling(Bijection, Stepwise):
 
     ill_conditioned: ClassVar[bool] = False
     """Whether `separate` loses digits: a sequence then keeps the stream that `combine` changes instead of rebuilding it."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("combine", "separate", "log_derivative"):
+            if not isinstance(inspect.getattr_static(cls, name), staticmethod):
+                raise TypeError(f"{cls.__name__}.{name} has to be a @staticmethod: it may use its arguments alone")
+        if "log_det" in vars(cls):
+            raise TypeError(f"{cls.__name__}: a coupling's log_det follows from log_derivative: write that instead")
 
     def __init__(self, F: nn.Module, G: nn.Module | None = None) -> None:
         super().__init__()
@@ -71,15 +83,21 @@ class Coupling(Bijection, Stepwise):
         """The x that `combine` maps to `y`."""
 
     @staticmethod
-    def log_derivative(*coefficients: Tensor) -> Tensor:
-        """log |d combine / d x|, elementwise, of the stream's shape. `forward_with_log_det` needs it, nothing else does."""
-        raise NotImplementedError("a coupling has no log-determinant without its method log_derivative(*coefficients)")
+    def log_derivative(x: Tensor, *coefficients: Tensor) -> Tensor:
+        """log |d combine / d x|, elementwise, of the stream's shape. Log-determinants need it, nothing else does."""
+        raise NotImplementedError(
+            "a coupling has no log-determinant without its method log_derivative(x, *coefficients)"
+        )
 
     def forward(self, *streams: Tensor, **context: Any) -> Streams:
         return run_stepwise(self, False, streams, context)
 
     def inverse(self, *streams: Tensor, **context: Any) -> Streams:
         return run_stepwise(self, True, streams, context)
+
+    def log_det(self, *streams: Tensor, **context: Any) -> Tensor:
+        """log |det d forward / d streams|, one value a sample."""
+        return run_plainly(self, Passage(False, True, Arguments({}), Draws()), streams, context)[-1]
 
     @property
     def translates(self) -> bool:
@@ -154,7 +172,7 @@ class AdditiveCoupling(Coupling):
         return y - shift
 
     @staticmethod
-    def log_derivative(shift: Tensor) -> Tensor:  # type: ignore[override]
+    def log_derivative(x: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
         return shift.new_zeros(()).expand_as(shift)
 
 
@@ -172,7 +190,7 @@ class AffineCoupling(Coupling):
         return (y - shift) * torch.exp(-log_scale)
 
     @staticmethod
-    def log_derivative(log_scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+    def log_derivative(x: Tensor, log_scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
         return log_scale
 
 
@@ -198,7 +216,7 @@ class GatedCoupling(Coupling):
         return ((y - g * h) / rest).to(y.dtype)
 
     @staticmethod
-    def log_derivative(gate_logit: Tensor, h: Tensor) -> Tensor:  # type: ignore[override]
+    def log_derivative(x: Tensor, gate_logit: Tensor, h: Tensor) -> Tensor:  # type: ignore[override]
         return torch.nn.functional.logsigmoid(-gate_logit)
 
 

@@ -50,8 +50,13 @@ def measure_memory(
         predict: run the step on fake tensors. Whatever it uses has to be made inside it, the model too: count its
             parameters in, or measure the two apart.
 
-    Raises ValueError for a device that is neither the CPU nor CUDA, unless `predict`.
+    Raises TypeError for what cannot be called, and ValueError for a device that is neither the CPU nor CUDA, unless `predict`.
     """
+    if not callable(step):
+        kind = type(step).__name__
+        raise TypeError(
+            f"measure_memory takes what it is to run, `lambda: net(x)` say; got a {kind}, which has run already"
+        )
     if predict:
         with FakeTensorMode():
             return _tracked(step, "predicted")

@@ -92,6 +92,11 @@ class ReversibleSequence(nn.Sequential):
         chunks: int = 1,
     ) -> None:
         super().__init__()
+        if isinstance(blocks, nn.Module) and not isinstance(blocks, Iterable):
+            kind = type(blocks).__name__
+            raise TypeError(
+                f"ReversibleSequence takes a list of blocks, ReversibleSequence([a, b]); got a {kind} by itself"
+            )
         for name, block in blocks.items() if isinstance(blocks, Mapping) else enumerate(blocks):
             self.add_module(str(name), block)
         self.split_dim = split_dim

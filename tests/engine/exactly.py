@@ -53,11 +53,12 @@ def by_hand(net, x, inverse=False, grid=GRID):
         for k, conditioner in reversed(steps) if inverse else steps:
             t = conditioner(streams[1 - k])
             t = [s.to(streams[k].dtype) for s in (t if isinstance(t, tuple) else (t,))]
+            before = streams[k]
             if isinstance(block, revflow.AdditiveCoupling):
                 streams[k] = streams[k] - grid.round(*t) if inverse else streams[k] + grid.round(*t)
             else:
                 streams[k] = grid.round((block.separate if inverse else block.combine)(streams[k], *t))
-            log_dets.append(block.log_derivative(*t).flatten(1).sum(1))
+            log_dets.append(block.log_derivative(before, *t).flatten(1).sum(1))
         if block.G is None and not inverse:
             streams.reverse()
     return torch.cat(streams, 1), sum(log_dets)

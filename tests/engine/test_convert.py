@@ -176,6 +176,14 @@ def test_an_input_that_is_no_tensor_is_refused():
         revflow.reversible(functions(1))((image(*TOKENS), image(*TOKENS)))
 
 
+@pytest.mark.parametrize("function", [nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 8)])
+def test_a_function_that_is_in_no_list_is_refused(function):
+    """Of a Sequential each layer would become a function of its own."""
+    with pytest.raises(TypeError, match=rf"one {type(function).__name__}: write reversible\(\[function\]\)"):
+        revflow.reversible(function)
+    assert len(revflow.reversible(nn.ModuleList([function, function])).sequence) == 2
+
+
 def test_verify_finds_no_problem():
     assert revflow.verify(revflow.reversible(in_pairs(functions(2))), image(*TOKENS)).ok
 

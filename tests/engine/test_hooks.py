@@ -152,7 +152,7 @@ def test_tensor_hooks_and_retained_gradients(stack):
 def test_a_hook_that_changes_streams_is_refused(stack, hook):
     net = network(stack)
     getattr(net[1], hook)(lambda module, args, *outputs: tuple(2 * s for s in (outputs[0] if outputs else args)))
-    with pytest.raises(RuntimeError, match=r"block 1 \(\w+Coupling\).*hook replaced its"):
+    with pytest.raises(RuntimeError, match=r"block 1 \(\w+\).*hook replaced its"):
         net(image())
 
 
@@ -160,7 +160,7 @@ def test_a_hook_that_changes_streams_is_refused(stack, hook):
 def test_a_hook_that_changes_a_stream_in_place_is_refused(stack):
     net = network(stack)
     net[0].register_forward_hook(lambda module, args, outputs: (outputs[1].mul_(2), None)[1])
-    with pytest.raises(RuntimeError, match=r"block 0 \(\w+Coupling\).*hook replaced its output"):
+    with pytest.raises(RuntimeError, match=r"block 0 \(\w+\).*hook replaced its output"):
         net(image())
 
 

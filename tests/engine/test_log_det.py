@@ -231,7 +231,7 @@ def test_a_log_determinant_of_another_shape_is_refused():
 
 def test_a_coupling_of_your_own():
     class WithDerivative(Doubling):
-        log_derivative = staticmethod(lambda shift: torch.full_like(shift, 2.0).log())
+        log_derivative = staticmethod(lambda x, shift: torch.full_like(x, 2.0).log())
 
     net, x = revflow.ReversibleSequence([WithDerivative(nn.Tanh()) for _ in range(3)]), image(1, 2, 2, 2)
     _, log_det = net.forward_with_log_det(x)

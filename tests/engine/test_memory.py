@@ -110,6 +110,11 @@ def test_cuda_counts_by_hand():
     assert (report.peak, report.kept, report.how) == (16_000, 8_000, "cuda")
 
 
+def test_a_step_that_has_run_already_is_refused():
+    with pytest.raises(TypeError, match=r"`lambda: net\(x\)` say; got a Tensor"):
+        revflow.measure_memory(torch.zeros(()))
+
+
 class Hidden(nn.Module):
     """A conditioner whose activations are `width` times a stream."""
 

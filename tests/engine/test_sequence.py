@@ -200,6 +200,10 @@ class TestBuilding:
                 put(net, block)
         self.check(net, blocks)
 
+    def test_blocks_in_no_list_are_refused(self):
+        with pytest.raises(TypeError, match=r"ReversibleSequence\(\[a, b\]\); got a AffineCoupling by itself"):
+            revflow.ReversibleSequence(*self.blocks(2)[::-1])
+
     def test_sums_that_make_no_sense(self):
         net = revflow.ReversibleSequence(self.blocks(1))
         with pytest.raises(ValueError, match="split dimensions 1 and 2"):

@@ -40,6 +40,11 @@ class OtherShape(Scale):
         return tuple(s[:, :2] for s in super().inverse(*streams))
 
 
+class OtherCount(Scale):
+    def inverse(self, *streams, **context):
+        return super().inverse(*streams)[:1]
+
+
 class NoGradient(torch.autograd.Function):
     """The identity, with a wrong gradient of the first run alone: what no comparison of streams can see."""
 
@@ -120,9 +125,10 @@ def test_a_network_with_sequences_inside_and_context():
             "block 1 .*not deterministic.*random numbers that are not torch's",
         ),
         (WrongInverse(), r"inverse of block 1 \(WrongInverse\) does not undo its forward"),
+        (OtherCount(), r"inverse of block 1 \(OtherCount\) returns 1 where forward was given 2 streams"),
         (OtherShape(), r"inverse of block 1 \(OtherShape\) returns \(2, 2, 6, 4\) for \(2, 4, 6, 4\)"),
     ],
-    ids=["stateful", "draws elsewhere", "wrong inverse", "other shape"],
+    ids=["stateful", "draws elsewhere", "wrong inverse", "other count", "other shape"],
 )
 def test_a_planted_fault_is_named(block, problem):
     report = revflow.verify(of(block), image(dtype=torch.float32))
@@ -138,7 +144,60 @@ def test_a_wrong_gradient_is_named():
 
     report = revflow.verify(of(revflow.AdditiveCoupling(Wrong(4))), image(dtype=torch.float32))
     assert report.reconstruction.error < 1e-5
-    assert any("the gradient of" in problem for problem in report.problems)
+    (problem,) = report.problems
+    assert re.fullmatch(
+        r"the gradient of .* is off by [1-9]\.\de-0[12]; ordinary autograd's own move by up to \d\.\de-0[5-8] .*\. "
+        r"Repeat .* in float64: .*",
+        problem,
+    )
+
+
+class Kinked(nn.Module):
+    """k relu(x - x0): where x is x0, the last bit of x decides on the gradient."""
+
+    def __init__(self, x0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((), 10.0))
+        self.register_buffer("x0", x0)
+
+    def forward(self, x):
+        return self.weight * torch.relu(x - self.x0)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_kink_is_no_fault(exact):
+    """The second conditioner reads what the third step's rewind has rebuilt, at its kink."""
+    torch.manual_seed(0)
+    first, third = (revflow.AdditiveCoupling(Conditioner(4)) for _ in range(2))
+    x = image(dtype=torch.float32)
+    with torch.no_grad():
+        _, x0 = first(*x.chunk(2, 1))
+    net = revflow.ReversibleSequence([first, revflow.AdditiveCoupling(Kinked(x0)), third], exact=exact)
+    report = revflow.verify(net, x)
+    assert report.ok, report
+    if exact:
+        assert report.gradients.error == 0 and not report.notes
+    else:
+        assert report.gradients.error > 1e-2
+        assert re.search(
+            r"the gradient of .*, and ordinary autograd's own move .* activations with a kink", report.notes[0]
+        )
+
+
+@pytest.mark.parametrize("guard", ["warn", "raise", "off"])
+def test_what_training_refuses_is_a_problem(guard):
+    parameter = nn.Parameter(torch.ones(()))
+
+    class Closure(Conditioner):
+        def forward(self, x):
+            return super().forward(x) * parameter
+
+    net = of(revflow.AdditiveCoupling(Closure(4)))
+    net = revflow.ReversibleSequence(list(net), guard=guard)
+    (problem,) = revflow.verify(net, image(dtype=torch.float32)).problems
+    assert re.match(
+        r"the guard ends the training step: block 1 \(AdditiveCoupling\): a conditioner uses a tensor", problem
+    )
 
 
 @pytest.mark.parametrize(("count", "others"), [(1, ""), (3, ", as do 2 other blocks")])

@@ -1,0 +1,149 @@
+"""Each block of a network by itself: does it return the same twice, and does its inverse undo its forward?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from revflow._guard import Tolerance
+from revflow._passage import Stepwise
+from revflow.exact import Grid
+from revflow.sequence import ReversibleSequence
+
+
+class Worst(NamedTuple):
+    """The largest of several relative errors, and where it was found."""
+
+    error: float
+    where: str
+
+
+class Inspection:
+    """Looks at the blocks of a network, and gathers what is to be said of them."""
+
+    def __init__(self, device: torch.device, tolerance: Tolerance) -> None:
+        self._device, self._tolerance = device, tolerance
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self._with_buffers: list[str] = []
+        """What each block does that changes its buffers."""
+
+    def look(self, net: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Worst:
+        """Look at each block with the streams that it is given in the network; returns the worst inverse."""
+        net = copy.deepcopy(net)  # without gradients, so under ordinary autograd
+        calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+        def keep(block: nn.Module, streams: tuple[Any, ...], context: dict[str, Any]) -> None:
+            calls.setdefault(block, (streams, context))
+
+        hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for _, block, _ in named_blocks(net)]
+        inputs, context = arguments
+        found: list[Worst] = []
+        with seeded(self._device), torch.no_grad():
+            net(*inputs, **context)
+            for hook in hooks:
+                hook.remove()
+            for name, block, grid in named_blocks(net):
+                call = calls.pop(block, None)
+                if call is not None and self._is_deterministic(name, block, *call):
+                    found.append(self._look_at_inverse(name, block, grid, *call))
+        if self._with_buffers:
+            first, others = self._with_buffers[0], len(self._with_buffers) - 1
+            and_others = f", as do{'es' * (others == 1)} {others} other block{'s' * (others > 1)}" if others else ""
+            self.notes.append(f"{first}{and_others}; the engine lets it happen once a step")
+        return max(found, default=Worst(0.0, "no block was compared"))
+
+    def _is_deterministic(self, name: str, block: nn.Module, streams: tuple[Any, ...], context: dict[str, Any]) -> bool:
+        """Evaluate twice with the same random numbers and buffers, as the engine does."""
+        buffers = {key: b.clone() for key, b in block.named_buffers()}
+        attributes = _tensor_attributes(block)
+        results = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            results.append(block(*streams, **context))
+            changed = [key for key, b in block.named_buffers() if not torch.equal(b, buffers[key])]
+            for key, b in block.named_buffers():
+                b.copy_(buffers[key])
+        if changed:
+            self._with_buffers.append(f"{name} changes its buffers ({', '.join(changed)})")
+        same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        if not same:
+            moved = [key for key, value in _tensor_attributes(block).items() if not torch.equal(value, attributes[key])]
+            cause = (
+                f"it changes its own {', '.join(moved)}, which is no buffer: register_buffer makes it one"
+                if moved
+                else "random numbers that are not torch's, or state outside of its parameters and buffers"
+            )
+            self.problems.append(f"{name} is not deterministic, given the same random numbers of torch: {cause}")
+        return same
+
+    def _look_at_inverse(
+        self, name: str, block: nn.Module, grid: Grid | None, streams: tuple[Any, ...], context: dict[str, Any]
+    ) -> Worst:
+        """In eval mode: dropout in the inverse draws in another order."""
+        modes = {m: m.training for m in block.modules()}
+        block.eval()
+        if grid is None:
+            rebuilt = block.inverse(*block(*streams, **context), **context)  # type: ignore[operator]
+        else:
+            alone = ReversibleSequence([block], exact=grid)
+            rebuilt = alone.inverse_with_residuals(*alone.forward_with_residuals(streams, **context), **context)
+        for module, mode in modes.items():
+            module.training = mode
+        scale = max((s.abs().max().item() for s in streams if s.numel()), default=0.0) or 1.0
+        error = 0.0
+        if len(rebuilt) != len(streams):
+            self.problems.append(
+                f"the inverse of {name} returns {len(rebuilt)} where forward was given {len(streams)} streams"
+            )
+            return Worst(float("inf"), name)
+        for found, expected in zip(rebuilt, streams, strict=True):
+            if found.shape != expected.shape:
+                self.problems.append(f"the inverse of {name} returns {tuple(found.shape)} for {tuple(expected.shape)}")
+            elif found.numel():
+                difference = (found - expected).abs().max().item()
+                error = max(error, difference / scale if difference == difference else float("inf"))
+        if grid is not None:
+            limit = 0.0
+        elif isinstance(block, Stepwise) and block.ill_conditioned:  # the engine does not use this inverse
+            limit = self._tolerance.error
+        else:
+            limit = self._tolerance.warn
+        if error > limit:
+            self.problems.append(f"the inverse of {name} does not undo its forward: it is off by {error:.1e}")
+        return Worst(error, name)
+
+
+def sequences_in(net: nn.Module) -> list[ReversibleSequence]:
+    return [m for m in net.modules() if isinstance(m, ReversibleSequence)]
+
+
+def named_blocks(net: nn.Module) -> Iterator[tuple[str, nn.Module, Grid | None]]:
+    """(name, block, the grid of its sequence)."""
+    for name, sequence in net.named_modules():
+        if isinstance(sequence, ReversibleSequence):
+            for index, block in enumerate(sequence):
+                yield f"block {name + '.' if name else ''}{index} ({type(block).__name__})", block, sequence._grid
+
+
+@contextmanager
+def seeded(device: torch.device) -> Iterator[None]:
+    """The same random numbers each time, and the user's own untouched."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def _tensor_attributes(block: nn.Module) -> dict[str, Tensor]:
+    """Tensors that are neither parameters nor buffers, copied."""
+    return {
+        f"{name}.{key}" if name else key: value.detach().clone()
+        for name, module in block.named_modules()
+        for key, value in module.__dict__.items()
+        if isinstance(value, Tensor)
+    }

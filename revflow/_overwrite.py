@@ -54,17 +54,19 @@ class Overwrite(Replay):
 
     def run(self, passage: Passage, now: list[Tensor], leaves: Sequence[Tensor]) -> tuple[Streams, Tensor | None]:
         """Overwrite the target in `now`; returns what to keep for `undo`, and the log-determinant if wanted."""
-        k, block, given, x = self.target, self._block, [*now], now[self.target]
-        others, versions = now[:k] + now[k + 1 :], versions_of(now)
+        k, block, x = self.target, self._block, now[self.target]
+        others = now[:k] + now[k + 1 :]
+        versions = versions_of(others)
         context = passage.arguments.filled(leaves)
         t = self.first(passage.draws, block.evaluate, self._conditioner, now[k], others, context)
-        if versions_of(given) != versions:
+        if versions_of(others) != versions:
             raise RuntimeError(
                 f"the conditioner {type(self._conditioner).__name__} changed its input in place (by a first layer with "
                 f"inplace=True, say), which cannot be undone; let it work on a copy (inplace=False)"
             )
+        version = x._version
         now[k] = y = changed(block, self._inverse, self._grid, x, t)
-        if versions_of(given) != versions:
+        if x._version != version:
             raise self._in_place("separate" if self._inverse else "combine")
         self._layout = [s.stride() for s in (*others, y)]
         if passage.extent is not None:

@@ -347,7 +347,8 @@ def _message(block: Seen, worst: float, behind: list[float], largest: float, tol
     return (
         f"{found} {after}: its inverse does not undo its forward, or its conditioner gave another result the second time "
         f"(random numbers from elsewhere, state outside of parameters and buffers), or its parameters were changed between "
-        f"forward and backward. revflow.verify(net, x) tells which."
+        f"forward and backward, or a norm over an image that is all but constant multiplied rounding errors. "
+        f"revflow.verify(net, x) tells which; exact=True has no rounding errors."
     )
 
 

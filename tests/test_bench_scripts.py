@@ -61,6 +61,16 @@ def test_compiled(printed):
     assert re.findall(r"(\w+): compiled [\d.]+ times", text) == ["tokens", "images"]
 
 
+def test_rounding(printed, tmp_path):
+    printed("rounding", "--preset", "tiny", "--size", "16", "--windows", "1", "--markdown", str(tmp_path / "page.md"))
+    lines = (tmp_path / "page.md").read_text().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| aircraft", "| uniform"))]
+    assert [row[0] for row in rows] == ["aircraft, from slot 100", "uniform noise"]
+    for _, _, plain, rebuilt, guard, exact in rows:
+        assert 0 < float(plain) < 1e-4 and 0 < float(rebuilt) < 1e-2 and guard in ("silent", "warns")
+        assert float(exact) == 0
+
+
 @pytest.mark.parametrize(
     ("script", "options"),
     [

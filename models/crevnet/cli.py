@@ -18,7 +18,7 @@ from rich.markup import escape
 from crevnet.competition import ChallengeSettings
 from crevnet.data import DataError
 from crevnet.defaults import value_of
-from crevnet.failures import StoppedError, TrainingError
+from crevnet.failures import StoppedError, TrainingError, warned
 from crevnet.options import make_parser
 from crevnet.processes import is_first, is_first_to_fail
 from crevnet.recipe.settings import RecipeSettings
@@ -31,7 +31,7 @@ _SHORT = re.compile(r"--model(=.*)?")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. An error is one line on stderr and exit status 2."""
     errors = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_first())
-    warnings.showwarning = lambda message, *_, **__: errors.print(f"[yellow]warning:[/] {escape(str(message))}")
+    warnings.showwarning = lambda message, *_, **__: errors.print(f"[yellow]warning:[/] {escape(warned(message))}")
     try:
         _run(sys.argv[1:] if arguments is None else list(arguments))
     except StoppedError as error:

@@ -60,6 +60,16 @@ def explained(error: BaseException, settings: RunSettings, last: Path) -> Traini
     return TrainingError(f"{reason}{way_on}") if reason else None
 
 
+def warned(message: Warning | str) -> str:
+    """A warning as the command line says it: of what CrevNet has rebuilt, why, and what to do."""
+    if not isinstance(message, revflow.ReconstructionWarning):
+        return str(message)
+    return (
+        f"{_first_sentence(message)}. Rounding errors grow where frames are dark or blank, or weights large: see that the loss "
+        f"falls, or train without them by --model.exact_bits 16"
+    )
+
+
 def _command(error: BaseException, run: Path) -> str:
     """What goes on with a run. A recipe's has the recipe's settings, so that it takes `fit` to give it others."""
     resume, recipe = f"crevnet fit --resume {run}", recipe_of(run)
@@ -106,7 +116,7 @@ def _reason(error: BaseException, settings: RunSettings) -> str | None:
     return None
 
 
-def _first_sentence(error: BaseException) -> str:
+def _first_sentence(error: BaseException | str) -> str:
     return " ".join(str(error).split()).partition(". ")[0].rstrip(".")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 import revflow
 from crevnet import CrevNet, CrevNetConfig
 from crevnet.config import PRESETS
+from crevnet.failures import warned
 
 TINY = replace(PRESETS["tiny"], exact_bits=16)
 AUTOCAST = [False, True]
@@ -95,3 +96,14 @@ def test_frames_beyond_the_grid_s_range_are_refused():
 def test_impossible_grids_are_refused():
     with pytest.raises(ValueError, match="exact_bits has to be from 1 to 52, or none, not 53"):
         CrevNetConfig(exact_bits=53)
+
+
+def test_a_warning_of_rounding_names_what_to_do():
+    """The engine's own words are for people who have written blocks."""
+    said = "block 1 (AdditiveCoupling): its input was rebuilt with an error of 2e-04. Its inverse does not undo its forward"
+    line = warned(revflow.ReconstructionWarning(said))
+    assert line.startswith(
+        "block 1 (AdditiveCoupling): its input was rebuilt with an error of 2e-04. Rounding errors grow"
+    )
+    assert line.endswith("--model.exact_bits 16") and "inverse" not in line
+    assert warned(UserWarning(said)) == said

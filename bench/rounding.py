@@ -1,0 +1,100 @@
+"""What rounding does to the gradients of a CrevNet that rebuilds its activations in float32, on frames that are mostly dark.
+
+    python bench/rounding.py --markdown bench/results/rounding-cpu.md
+
+Windows of the air-traffic days, cut to a square, and one of uniform noise. For each: the relative error of the gradient of all
+parameters, against ordinary autograd in float64, of ordinary autograd in float32 and of the engine in float32; and in exact
+arithmetic the engine's difference from ordinary autograd, which computes on the same grid. The network is untrained, so no
+frame's gradients are small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import torch
+from torch import Tensor
+
+import revflow
+from crevnet import CrevNet, make_network
+from crevnet.config import PRESETS, CrevNetConfig
+from report import machine, markdown, markdown_table, output, positive, show
+
+DAY = "Switzerland/Switzerland_training/20180801_100m_bins.h5"
+STARTS = (100, 150, 180)
+"""The windows' first slots."""
+HEADINGS = ("frames", "not dark", "ordinary autograd", "rebuilt", "the guard", "rebuilt, exact mode")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="paper")
+    parser.add_argument("--data", type=Path, default=Path("tests/data/air-traffic"))
+    parser.add_argument("--size", type=positive, default=32, help="height and width of the frames, in pixels")
+    parser.add_argument("--windows", type=positive, default=len(STARTS), help="of the day, at most 3")
+    parser.add_argument("--markdown", type=output(".md"), help="write the table to this file")
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    config = replace(PRESETS[a.preset], static=())
+    frames = windows(a.data / DAY, config, a.size, STARTS[: a.windows])
+    rows = [(name, f"{(x > 0).float().mean():.1%}", *compare(config, x)) for name, x in frames]
+    title = "Rounding in CrevNet's gradients"
+    show(title, HEADINGS, rows, HEADINGS[:1])
+    if a.markdown:
+        about = (
+            f"{machine(torch.device('cpu'))}; preset {a.preset}, {config.past} + {config.horizon} frames, batches of 1"
+        )
+        a.markdown.write_text(markdown(title, about, [markdown_table(HEADINGS, rows, HEADINGS[:1])]), encoding="utf-8")
+
+
+def windows(day: Path, config: CrevNetConfig, size: int, starts: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Names and frames (1, T, C, size, size) in [0, 1]; the last are noise."""
+    count = config.past + config.horizon
+    with h5py.File(day) as file:
+        for start in starts:
+            frames = torch.from_numpy(file["array"][start : start + count, 200 : 200 + size, 200 : 200 + size])
+            yield f"aircraft, from slot {start}", frames.permute(0, 3, 1, 2)[None].float() / 255
+    yield "uniform noise", torch.rand(1, count, config.channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def compare(config: CrevNetConfig, frames: Tensor) -> tuple[str, ...]:
+    """The cells of a row."""
+    network, exact = (make(replace(config, exact_bits=bits)) for bits in (None, 16))
+    truth = plain(copy.deepcopy(network).double(), frames.double())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", revflow.ReconstructionWarning)
+        rebuilt = gradient(network, frames)
+    warned = "warns" if said else "silent"
+    errors = relative(plain(network, frames), truth), relative(rebuilt, truth)
+    difference = relative(gradient(exact, frames), plain(exact, frames))
+    return *(f"{error:.1e}" for error in errors), warned, f"{difference:.1e}"
+
+
+def make(config: CrevNetConfig) -> CrevNet:
+    torch.manual_seed(0)
+    return make_network(config)  # type: ignore[return-value]
+
+
+def gradient(network: CrevNet, frames: Tensor) -> Tensor:
+    """Of the training loss, by all parameters, in float64."""
+    found = torch.autograd.grad(network.loss(frames, None), [*network.parameters()])
+    return torch.cat([g.double().flatten() for g in found])
+
+
+def plain(network: CrevNet, frames: Tensor) -> Tensor:
+    with revflow.ordinary_autograd():
+        return gradient(network, frames)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+if __name__ == "__main__":
+    main()

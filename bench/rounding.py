@@ -1,8 +1,9 @@
-"""What rounding does to the gradients of a CrevNet that rebuilds its activations in float32, on frames that are mostly dark.
+"""What rounding does to the gradients of a CrevNet that rebuilds its activations in float32.
 
     python bench/rounding.py --markdown bench/results/rounding-cpu.md
 
-Windows of the air-traffic days, cut to a square, and one of uniform noise. For each: the relative error of the gradient of all
+Windows of the air-traffic days, cut to a square, which are mostly dark; a bright square that moves in the dark; and uniform
+noise. For each: the relative error of the gradient of all
 parameters, against ordinary autograd in float64, of ordinary autograd in float32 and of the engine in float32; and in exact
 arithmetic the engine's difference from ordinary autograd, which computes on the same grid. The network is untrained, so no
 frame's gradients are small.
@@ -54,12 +55,16 @@ def main() -> None:
 
 
 def windows(day: Path, config: CrevNetConfig, size: int, starts: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Names and frames (1, T, C, size, size) in [0, 1]; the last are noise."""
+    """Names and frames (1, T, C, size, size) in [0, 1]."""
     count = config.past + config.horizon
     with h5py.File(day) as file:
         for start in starts:
             frames = torch.from_numpy(file["array"][start : start + count, 200 : 200 + size, 200 : 200 + size])
             yield f"aircraft, from slot {start}", frames.permute(0, 3, 1, 2)[None].float() / 255
+    frames = torch.zeros(1, count, config.channels, size, size)
+    for k in range(count):
+        frames[0, k, :, k : k + size // 4, k : k + size // 4] = 1
+    yield "a square in the dark", frames
     yield "uniform noise", torch.rand(1, count, config.channels, size, size, generator=torch.Generator().manual_seed(0))
 
 

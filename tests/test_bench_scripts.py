@@ -64,8 +64,8 @@ def test_compiled(printed):
 def test_rounding(printed, tmp_path):
     printed("rounding", "--preset", "tiny", "--size", "16", "--windows", "1", "--markdown", str(tmp_path / "page.md"))
     lines = (tmp_path / "page.md").read_text().splitlines()
-    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| aircraft", "| uniform"))]
-    assert [row[0] for row in rows] == ["aircraft, from slot 100", "uniform noise"]
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| aircraft", "| a ", "| uniform"))]
+    assert [row[0] for row in rows] == ["aircraft, from slot 100", "a square in the dark", "uniform noise"]
     for _, _, plain, rebuilt, guard, exact in rows:
         assert 0 < float(plain) < 1e-4 and 0 < float(rebuilt) < 1e-2 and guard in ("silent", "warns")
         assert float(exact) == 0

@@ -30,6 +30,9 @@ from report import machine, markdown, markdown_table, output, positive, show
 DAY = "Switzerland/Switzerland_training/20180801_100m_bins.h5"
 STARTS = (100, 150, 180)
 """The windows' first slots."""
+ABOUT = """\
+Relative errors of the gradient of all parameters: of float32 against ordinary autograd in float64; in exact mode against
+ordinary autograd on the same grid."""
 HEADINGS = ("frames", "not dark", "ordinary autograd", "rebuilt", "the guard", "rebuilt, exact mode")
 
 
@@ -51,7 +54,8 @@ def main() -> None:
         about = (
             f"{machine(torch.device('cpu'))}; preset {a.preset}, {config.past} + {config.horizon} frames, batches of 1"
         )
-        a.markdown.write_text(markdown(title, about, [markdown_table(HEADINGS, rows, HEADINGS[:1])]), encoding="utf-8")
+        sections = ABOUT, markdown_table(HEADINGS, rows, HEADINGS[:1])
+        a.markdown.write_text(markdown(title, about, sections), encoding="utf-8")
 
 
 def windows(day: Path, config: CrevNetConfig, size: int, starts: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:

@@ -179,7 +179,7 @@ class _Trial:
         moved = max(_worst(self._rounded(seed), plain) for seed in range(_TRIES))
         off = f"the gradient of {worst.where} is off by {worst.error:.1e}"
         own = f"ordinary autograd's own move by up to {moved.error:.1e} where inputs and parameters move by a rounding error"
-        if worst.error <= 3 * moved.error and reconstruction.error <= self._tolerance.warn / 10:
+        if worst.error <= min(3 * moved.error, 1.0) and reconstruction.error <= self._tolerance.warn / 10:
             self._notes.append(
                 f"{off}, and {own}: activations with a kink, such as ReLU, do that. In float64 it vanishes"
             )

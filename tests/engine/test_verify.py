@@ -152,12 +152,23 @@ def test_a_wrong_gradient_is_named():
     )
 
 
+def test_what_is_no_number_is_a_problem():
+    """Of which rounding errors move nothing."""
+
+    class Rooted(Conditioner):
+        def forward(self, x):
+            return super().forward(x) + (x - x).sqrt()  # whose derivative at 0 is infinite
+
+    report = revflow.verify(of(revflow.AdditiveCoupling(Rooted(4))), image(dtype=torch.float32))
+    assert report.gradients.error == float("inf") and not report.ok
+
+
 class Kinked(nn.Module):
     """k relu(x - x0): where x is x0, the last bit of x decides on the gradient."""
 
     def __init__(self, x0):
         super().__init__()
-        self.weight = nn.Parameter(torch.full((), 10.0))
+        self.weight = nn.Parameter(torch.full((), 0.1))
         self.register_buffer("x0", x0)
 
     def forward(self, x):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from revflow._guard import Tolerance
-from revflow._passage import Stepwise
+from revflow._passage import Context, Stepwise, Streams
 from revflow.exact import Grid
 from revflow.sequence import ReversibleSequence
 
@@ -52,6 +52,8 @@ class Inspection:
                 call = calls.pop(block, None)
                 if call is not None and self._is_deterministic(name, block, *call):
                     found.append(self._look_at_inverse(name, block, grid, *call))
+                    if isinstance(block, Stepwise):
+                        self._look_at_log_derivative(name, block, *call)
         if self._with_buffers:
             first, others = self._with_buffers[0], len(self._with_buffers) - 1
             and_others = f", as do{'es' * (others == 1)} {others} other block{'s' * (others > 1)}" if others else ""
@@ -117,6 +119,25 @@ class Inspection:
         if error > limit:
             self.problems.append(f"the inverse of {name} does not undo its forward: it is off by {error:.1e}")
         return Worst(error, name)
+
+    def _look_at_log_derivative(self, name: str, block: Stepwise, streams: Streams, context: Context) -> None:
+        """Where the coupling has one, against the derivative of `combine`."""
+        k, conditioner = block.conditioners(streams)[0]
+        if not (streams[k].numel() and streams[k].is_floating_point()):
+            return
+        t = block.evaluate(conditioner, streams[k], streams[:k] + streams[k + 1 :], context)
+        try:
+            told = block.log_derivative(streams[k], *t).exp()
+        except NotImplementedError:
+            return
+        with torch.enable_grad():
+            x = streams[k].detach().requires_grad_()
+            (derivative,) = torch.autograd.grad(block.combine(x, *t).sum(), x)
+        error = ((told - derivative.abs()).abs().max() / derivative.abs().max()).item()
+        if not error <= 10 * self._tolerance.warn:
+            self.problems.append(
+                f"log_derivative of {name} is not that of its combine: its exponential is off by {error:.1e}"
+            )
 
 
 def sequences_in(net: nn.Module) -> list[ReversibleSequence]:

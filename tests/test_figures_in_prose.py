@@ -41,8 +41,8 @@ QUOTED = [
     ("docs/crevnet.md", "every block 98", "memory-steps.md", ["checkpoint: a time step more keeps 98.3 MiB"]),
     (
         "docs/crevnet.md",
-        "2.7e-5 to 1.1e-3 from float64's, in one of uniform noise 1.5e-3; ordinary autograd's, whose rounding errors are smaller, "
-        "5.0e-7 to 1.3e-5",
+        "2.7e-5 to 1.1e-3 from float64's, in one of uniform noise 1.5e-3; ordinary autograd's, whose rounding errors are "
+        "smaller, 5.0e-7 to 1.3e-5",
         "rounding-cpu.md",
         [
             "2.7% | 1.3e-05 | 1.1e-03 |",

@@ -137,6 +137,19 @@ def test_a_planted_fault_is_named(block, problem):
         raise AssertionError(str(report))
 
 
+def test_a_wrong_log_derivative_is_named():
+    class WrongSign(revflow.AffineCoupling):
+        @staticmethod
+        def log_derivative(x, log_scale, shift):
+            return -log_scale
+
+    report = revflow.verify(of(WrongSign(Conditioner(4, 2))), image(dtype=torch.float32))
+    (problem,) = report.problems
+    assert re.match(
+        r"log_derivative of block 1 \(WrongSign\) is not that of its combine: .* off by \d\.\de[+-]0[01]", problem
+    )
+
+
 def test_a_wrong_gradient_is_named():
     class Wrong(Conditioner):
         def forward(self, x):

@@ -130,6 +130,8 @@ def test_second_derivative_is_refused(stack, loss):
 def test_second_derivative_of_plain(stack):
     net, x = network(stack), image(1, 8, 2, 2).requires_grad_()
     assert torch.autograd.gradgradcheck(lambda x: net.plain(x).sin(), x, fast_mode=True)
+    with revflow.ordinary_autograd():
+        assert torch.autograd.gradgradcheck(lambda x: net(x).sin(), x, fast_mode=True)
 
 
 def gradients_of_a_step(net, x, run):

@@ -129,6 +129,8 @@ class Whole(Call):
         passage, own = self.passage, given.own
         context, undo = passage.arguments.filled(given.leaves), torch.no_grad()(run_whole)
         backwards = passage._replace(inverse=not passage.inverse, log_det=False, extent=None)
+        if given.seen is not None:
+            given.seen.outputs(tuple(now))
         versions = versions_of(now)
         streams = self._replay.again(own, undo, self._block, backwards, tuple(now), context)
         if versions_of(now) != versions:
@@ -148,6 +150,8 @@ class Whole(Call):
         again = self._replay.again(own, run_whole, self._block, passage._replace(grid=None), inputs, context)
         if given.seen is not None:
             given.seen.graph("it", 0, again, wanted)
+            made = again[: len(again) - passage.log_det]
+            given.seen.outputs_again(made if passage.grid is None else tuple([passage.grid.round(s) for s in made]))
         ends = edges(again)
         del again
         return gradients(ends, wanted, given.grads)

@@ -2,7 +2,8 @@
 
 The forward pass keeps a few values of each block's input; the backward pass takes the same values of what it has rebuilt.
 They are compared once, when the chain's backward pass is through: on a GPU that is one wait, not one a block. Where a
-block keeps a stream as an anchor, and so has nothing to rebuild, its two outputs are compared instead.
+block keeps a stream as an anchor, and so has nothing to rebuild, its two outputs are compared instead; and those of a block
+known by its forward and inverse alone, beside its input.
 
 The error of a block is the largest difference, relative to the largest value seen in any stream of the chain. Where the
 output is many times as large as the input that says little: the input's digits are gone, and the error is still small
@@ -111,6 +112,13 @@ class Seen:
         self.before += self._witness.samples((before,))
         self.again += self._witness.samples((again,))
 
+    def outputs(self, before: Streams) -> None:
+        """Those of a block that is known by its forward and inverse alone: state of its own may lead both astray alike."""
+        self.before += self._witness.samples(before)
+
+    def outputs_again(self, again: Streams) -> None:
+        self.again += self._witness.samples(again)
+
     def graph(
         self, user: str, number: int, outputs: Streams, inputs: Sequence[Tensor], remedy: str = _REGISTER
     ) -> None:
@@ -171,12 +179,15 @@ class Witness:
             self._judge_exactly(evidence.blocks, before, again)
             return
         extremes = evidence.outputs, _extremes(inputs)
-        if not (before and all(extremes)) or isinstance(before[0], FakeTensor) or before[0].is_meta:
+        if not (before and all(extremes)):
             return
         home = before[0].device
         a, b = (torch.stack([s.to(home) for s in samples]) for samples in (before, again))
         ends = [torch.stack([e.to(home) for e in found]).abs().amax().expand(len(a)) for found in extremes]
-        errors, sizes, (output, *_), (own, *_) = torch.stack(((b - a).abs().amax(1), a.abs().amax(1), *ends)).tolist()
+        found = torch.stack(((b - a).abs().amax(1), a.abs().amax(1), *ends))
+        if isinstance(found, FakeTensor) or found.is_meta:
+            return
+        errors, sizes, (output, *_), (own, *_) = found.tolist()
         if not math.isfinite(output):
             return  # the loss has overflowed under ordinary autograd too
         if not math.isfinite(own):
@@ -202,8 +213,10 @@ class Witness:
         unsure: list[Seen] = []
         behind: list[float] = []  # the errors of the blocks that were rewound before
         message, severe = "", False
+        of_input: list[float] = []
         for block in blocks:
             worst = _largest(errors[: len(block.before)])
+            of_input = errors[len(block.before) - len(block.call.samples) : len(block.before)]
             del errors[: len(block.before)]
             unsure.append(block)
             if worst > largest * _of_streams(block).warn:
@@ -216,6 +229,7 @@ class Witness:
                     break
             behind.append(worst)
         else:
+            worst = _largest(of_input)
             if worst > own * _of_streams(blocks[-1]).error:
                 limit = own * max([tolerance, *map(_tolerance, unsure)]).error
                 severe = worst > limit * _DWARFED
@@ -345,7 +359,7 @@ def _message(block: Seen, worst: float, behind: list[float], largest: float, tol
     else:
         after = f"The blocks after it are right to {inherited / largest:.0e}"
     return (
-        f"{found} {after}: its inverse does not undo its forward, or its conditioner gave another result the second time "
+        f"{found} {after}: its inverse does not undo its forward, or it or its conditioner gave another result the second time "
         f"(random numbers from elsewhere, state outside of parameters and buffers), or its parameters were changed between "
         f"forward and backward, or a norm over an image that is all but constant multiplied rounding errors. "
         f"revflow.verify(net, x) tells which; exact=True has no rounding errors."

@@ -73,6 +73,9 @@ class Inspection:
                 b.copy_(buffers[key])
         if changed:
             self._with_buffers.append(f"{name} changes its buffers ({', '.join(changed)})")
+        if not all(torch.isfinite(s).all() for s in results[0]):
+            self.problems.append(f"{name} returns values that are not finite")
+            return False
         same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         if not same:
             moved = [key for key, value in _tensor_attributes(block).items() if not torch.equal(value, attributes[key])]
@@ -129,6 +132,9 @@ class Inspection:
         try:
             told = block.log_derivative(streams[k], *t).exp()
         except NotImplementedError:
+            return
+        if told.shape != streams[k].shape:
+            self.problems.append(f"log_derivative of {name} returns {tuple(told.shape)} for {tuple(streams[k].shape)}")
             return
         with torch.enable_grad():
             x = streams[k].detach().requires_grad_()

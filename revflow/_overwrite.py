@@ -122,6 +122,11 @@ class Overwrite(Replay):
         with torch.enable_grad():
             x = now[k].detach().requires_grad_()
             result = mapped(block, self._inverse, x, t)
+            if not result.requires_grad:
+                name = "separate" if self._inverse else "combine"
+                raise RuntimeError(
+                    f"{type(block).__name__}.{name} returned a tensor that does not depend on x for autograd"
+                )
             again: Streams = (result,)
             if given.grads:
                 inner = x if not self._inverse else result if self._grid is None else self._grid.round(result)

@@ -235,7 +235,13 @@ def rotate(items: S, by: int) -> S:
 
 def log_det_of(block: Stepwise, inverse: bool, x: Tensor, t: Streams) -> Tensor:
     """One value a sample; `x` is what `combine` is given, or what `separate` makes."""
-    log_derivative = block.log_derivative(x, *t).flatten(1).sum(1)
+    log_derivative: object = block.log_derivative(x, *t)
+    if not (isinstance(log_derivative, Tensor) and log_derivative.shape == x.shape):
+        raise ValueError(
+            f"log_derivative has to return a tensor of the shape of the stream that combine changes, {tuple(x.shape)}; it "
+            f"returned {_described(log_derivative)}"
+        )
+    log_derivative = log_derivative.flatten(1).sum(1)
     return -log_derivative if inverse else log_derivative
 
 

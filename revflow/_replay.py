@@ -29,6 +29,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from revflow._torch import has_global_hook
 
@@ -81,6 +82,8 @@ class Replay:
                 if parameter is not None:
                     position = positions.get(id(parameter))
                     if position is None:
+                        if type(parameter) is UninitializedParameter:
+                            raise RuntimeError(_LAZY.format(type(m).__name__))
                         position = positions[id(parameter)] = len(self.parameters)
                         self.parameters.append(parameter)
                     self._slots.append((slots, name, position))
@@ -274,6 +277,10 @@ def _autocast(state: AutocastState) -> Iterator[None]:
 
 
 # Reading the CPU's random state takes as long as a small linear layer: these modules are known to leave it alone.
+_LAZY = (
+    "a {} has not seen an input yet, and so has no parameters that could be trained: call the network once within "
+    "`with torch.no_grad():`"
+)
 _DETERMINISTIC = frozenset({
     nn.Sequential, nn.ModuleList, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear, nn.Embedding,
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,

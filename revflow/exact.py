@@ -150,6 +150,11 @@ class Extent:
                 f"narrow a dtype"
             )
         enough = _significand(dtype) - math.frexp(largest)[1]
+        if _significand(dtype) < _significand(torch.float32):
+            return (
+                f"{found}. Pass float32 streams, net(x.float()) say, under autocast too: what is in front of a sequence may have "
+                f"left it half of that"
+            )
         if enough < 1:
             return f"{found}. Pass streams of a wider dtype, or normalise inside the conditioners"
         return (

@@ -306,7 +306,7 @@ def test_extent_names_the_first_and_speaks_of_its_dtype():
     wide, narrow, wild = torch.full((2,), 1e6, dtype=torch.float64), torch.tensor([300.0]), torch.tensor([torch.nan])
     source, message = outgrown(16, wide, narrow, wild)
     assert source == 1 and "reaches 300; on a grid of 16 bits float32 holds values below 256." in message
-    assert "Pass streams of a wider dtype, or normalise" in outgrown(8, torch.tensor([3e4]).half())[1]
+    assert "Pass float32 streams, net(x.float()) say, under autocast" in outgrown(8, torch.tensor([3e4]).half())[1]
     assert outgrown(16) is None and outgrown(16, torch.zeros(3, 0)) is None
     assert outgrown(16, torch.full((2,), 1e6, device="meta")) is None
 

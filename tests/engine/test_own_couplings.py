@@ -179,3 +179,80 @@ def test_a_result_that_does_not_fit_is_refused(combine, returned, plain):
     expected = r"block 0 \(Mine\).*combine has to return a tensor of the shape and dtype.*\(2, 4, 6, 4\), torch.float64"
     with pytest.raises(ValueError, match=f"{expected}; it returned {returned}"):
         (net.plain if plain else net)(x)
+
+
+@pytest.mark.parametrize(
+    ("log_derivative", "returned"),
+    [
+        (lambda x, shift: x[:, :1], r"a tensor of shape \(2, 1, 6, 4\)"),
+        (lambda x, shift: x.sum((1, 2, 3)), r"a tensor of shape \(2,\)"),
+        (lambda x, shift: 0.0, "a float"),
+    ],
+)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_log_derivative_that_does_not_fit_is_refused(log_derivative, returned, gradients):
+    kind = type("Mine", (Shift,), {"log_derivative": staticmethod(log_derivative)})
+    expected = rf"block 0 \(Mine\).*log_derivative has to return a tensor .*\(2, 4, 6, 4\); it returned {returned}"
+    with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match=expected):
+        chain(kind).forward_with_log_det(image(2, 8, 6, 4))
+
+
+def test_a_map_that_autograd_does_not_know_is_refused():
+    """Under ordinary autograd the inverse would have no graph; a gradient of None would say nothing."""
+    net = chain(with_maps(separate=lambda y, shift: (y - shift).detach()))
+    with pytest.raises(RuntimeError, match=r"Mine\.separate returned a tensor that does not depend on x for autograd"):
+        net.inverse(image().requires_grad_()).sum().backward()
+    net(image().requires_grad_()).sum().backward()
+
+
+# --- state that forward writes and inverse reads
+
+
+class Counting(revflow.Bijection):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, *streams, **context):
+        self.calls += 1
+        return tuple(s * 2**self.calls for s in streams)
+
+    def inverse(self, *streams, **context):
+        return tuple(s / 2**self.calls for s in streams)
+
+
+class Remembered(revflow.Bijection):
+    """Rolls the channels, each time by another number."""
+
+    def __init__(self):
+        super().__init__()
+        self.by = 0
+
+    def forward(self, *streams, **context):
+        self.by = self.by % 3 + 1
+        return tuple(s.roll(self.by, 1) for s in streams)
+
+    def inverse(self, *streams, **context):
+        return tuple(s.roll(-self.by, 1) for s in streams)
+
+
+@pytest.mark.parametrize("options", [{}, {"exact": True}], ids=str)
+@pytest.mark.parametrize("kind", [Counting, Remembered])
+def test_state_that_leads_both_ways_astray_alike_is_seen(kind, options):
+    """What is rebuilt is right, and what is differentiated is another function."""
+    net = revflow.ReversibleSequence([additive(), kind(), additive()], **options).double()
+    with pytest.raises(revflow.ReconstructionError, match=rf"block 1 \({kind.__name__}\).*gave another result"):
+        net(image().requires_grad_()).square().sum().backward()
+
+
+# --- lazy modules
+
+
+def test_a_lazy_conditioner_is_refused_until_it_has_seen_an_input():
+    lazy = nn.Sequential(nn.LazyConv2d(3, 1), nn.Tanh(), nn.LazyConv2d(4, 1))
+    net, x = revflow.ReversibleSequence([revflow.AdditiveCoupling(lazy)]), image(dtype=torch.float32).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"block 0 \(AdditiveCoupling\).*a LazyConv2d has not seen an input"):
+        net(x)
+    with torch.no_grad():
+        net(x)
+    assert_same_gradients(net, lambda: net(x), lambda: net.plain(x), [x], 1e-5)

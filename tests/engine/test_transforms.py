@@ -117,7 +117,9 @@ def test_second_derivative_is_refused(stack, loss):
     wanted = [x, c, *net.parameters()]
     found = torch.autograd.grad(loss(net(x, condition=c)), wanted, create_graph=True)
     assert_close(found, torch.autograd.grad(loss(net.plain(x, condition=c)), wanted))
-    refused = pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*Within `with revflow.ordinary_autograd\(\):`")
+    refused = pytest.raises(
+        RuntimeError, match=r"cannot be differentiated twice.*Within `with revflow.ordinary_autograd\(\):`"
+    )
     for gradient in found[:2] + found[2::5]:
         for variable in wanted[:2] + wanted[2::7]:
             with refused:

@@ -150,6 +150,25 @@ def test_a_wrong_log_derivative_is_named():
     )
 
 
+def test_a_log_derivative_of_another_shape_is_named():
+    class Narrow(revflow.AffineCoupling):
+        @staticmethod
+        def log_derivative(x, log_scale, shift):
+            return log_scale[:, :1]
+
+    (problem,) = revflow.verify(of(Narrow(Conditioner(4, 2))), image(dtype=torch.float32)).problems
+    assert problem == "log_derivative of block 1 (Narrow) returns (2, 1, 6, 4) for (2, 4, 6, 4)"
+
+
+def test_a_value_that_is_no_number_is_no_lack_of_determinism():
+    net = of(additive(4))
+    with torch.no_grad():
+        next(net[1].parameters()).fill_(torch.nan)
+    problems = revflow.verify(net, image(dtype=torch.float32)).problems
+    assert "block 1 (AdditiveCoupling) returns values that are not finite" in problems
+    assert not any("deterministic" in problem or "float64" in problem for problem in problems)
+
+
 def test_a_wrong_gradient_is_named():
     class Wrong(Conditioner):
         def forward(self, x):

@@ -81,3 +81,32 @@ def test_one_conditioner_of_memcnn_is_copied():
 
 def test_four_libraries_are_compared():
     assert NAMES == ["memcnn", "RevTorch", "revlib", "torch.utils.checkpoint"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_revlib_with_a_coupling_of_ones_own():
+    """Its default mode's gradients are not those of `no_savings`, which are ordinary autograd's and ours."""
+    revlib = pytest.importorskip("revlib")
+
+    class Scaled(revflow.Coupling):
+        coefficients = ("shift",)
+        combine = staticmethod(lambda x, shift: 0.9 * x + shift)
+        separate = staticmethod(lambda y, shift: (y - shift) / 0.9)
+
+    torch.manual_seed(0)
+    conditioners = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()).double() for _ in range(4)]
+    x = torch.randn(3, 8, dtype=torch.float64)
+
+    def of_blocks(net, blocks):
+        net(x.clone().requires_grad_()).square().sum().backward()
+        found = [parameter.grad for block in blocks for parameter in block.parameters()]
+        return torch.cat([gradient.flatten() for gradient in found])
+
+    def theirs(**options):
+        copies = copy.deepcopy(conditioners)
+        maps = {"coupling_forward": [lambda o, f: 0.9 * o + f], "coupling_inverse": [lambda o, f: (o - f) / 0.9]}
+        return of_blocks(revlib.ReversibleSequential(*copies, split_dim=1, **maps, **options), copies)
+
+    ours = of_blocks(revflow.ReversibleSequence([Scaled(F) for F in conditioners]), conditioners)
+    assert torch.allclose(theirs(memory_mode=revlib.MemoryModes.no_savings), ours, rtol=1e-10, atol=1e-12)
+    assert (theirs() - ours).norm() > 1e-2 * ours.norm()

@@ -36,7 +36,11 @@ def choose_window(
     held = day.slot_range(slots)
     first, last = held.start + model.past, held.stop - model.horizon
     if first > last:
-        raise DataError(f"{day.path}: {len(held)} slots are too few for a window of {model.window} frames")
+        within = "" if slots is None else f" of data.validation_slots [{slots[0]},{slots[1]}]"
+        raise DataError(
+            f"{day.path}: {len(held)} slots{within} are too few for a window of {model.window} frames: choose another "
+            f"{day.layout.noun} by --date"
+        )
     if slot is None:
         slot = MORNING if first <= MORNING <= last else (first + last) // 2
     if not first <= slot <= last:

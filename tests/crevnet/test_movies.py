@@ -101,6 +101,61 @@ def test_a_flat_folder_is_parted_by_slots(small, crevnet, failing, tmp_path):
     assert "2 windows" in crevnet("evaluate", tmp_path / "run")
 
 
+def test_a_range_is_cut_where_a_movie_ends(small, crevnet, tmp_path):
+    """Movies of 10, 8 and 13 frames; validated from the frame 8 on, the last holds a window of 5, and the others none."""
+    root, scores = tmp_path / "flat", tmp_path / "scores.json"
+    lengths = (10, 8, 13)
+    for seed, frames in enumerate(lengths):
+        write(root / f"{seed}.h5", values(seed, frames))
+    parted = ("--data.training_slots=[0,9]", "--data.validation_slots=[8,14]")
+    once = ("--model.channels=2", "--training.epochs=1", "--training.batches=1")
+    run = ("--protocol=movies", "--data.root", root, "--out", tmp_path / "run")
+    crevnet("fit", *small, *run, *once, *parted)
+    assert "1 windows" in crevnet("evaluate", tmp_path / "run", "--json", scores)
+    found = json.loads(scores.read_text())["flat"]
+    truth = values(2, 13)[11:13] / 255
+    mean = np.concatenate([values(seed, frames)[:9] for seed, frames in enumerate(lengths)]).mean(0) / 255
+    assert found["mean of training days"]["mse"] == pytest.approx(np.square(truth - mean).mean(), rel=1e-5)
+    crevnet("predict", tmp_path / "run")
+    assert (tmp_path / "run" / "flat-2-011.h5").is_file()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (
+            "--data.validation_slots=[8,9]",
+            "leaves 1 of the 13 frames of {root}/2.h5, and of no movie more; expected at",
+        ),
+        (
+            "--data.training_slots=[50,60]",
+            "leaves 0 of the 13 frames of {root}/2.h5, and of no movie more; expected at",
+        ),
+        ("--data.training_slots=[9,0]", "is no range: write [first,past-the-last], within [0,13] for {root}/2.h5"),
+    ],
+)
+def test_a_range_without_a_window_of_any_movie(option, said, small, failing, tmp_path):
+    root = tmp_path / "flat"
+    for seed, frames in enumerate((10, 8, 13)):
+        write(root / f"{seed}.h5", values(seed, frames))
+    parted = ("--data.training_slots=[0,8]", "--data.validation_slots=[8,13]", option)
+    run = ("--protocol=movies", "--model.channels=2", "--data.root", root, "--out", tmp_path / "run")
+    line = failing("fit", *small, *run, *parted)
+    assert f"{option.removeprefix('--').replace('=', ' ')} {said.format(root=root)}" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_movie_too_short_for_the_range_is_not_predicted(small, crevnet, failing, tmp_path):
+    root = tmp_path / "flat"
+    for seed, frames in enumerate((10, 13)):
+        write(root / f"{seed}.h5", values(seed, frames))
+    once = ("--model.channels=2", "--training.epochs=1", "--training.batches=1")
+    parted = ("--data.training_slots=[0,8]", "--data.validation_slots=[8,13]")
+    crevnet("fit", *small, "--protocol=movies", "--data.root", root, "--out", tmp_path / "run", *once, *parted)
+    line = failing("predict", tmp_path / "run", "--date=0")
+    assert f"{root}/0.h5: 2 slots of data.validation_slots [8,13] are too few for a window of 5 frames" in line
+
+
 def test_show(movies, crevnet):
     assert "slot 4" in crevnet("show", movies / "training" / "one.h5")
     said = crevnet("show", movies / "training" / "one.h5", "--slot=3")

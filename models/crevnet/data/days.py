@@ -37,13 +37,15 @@ class DayFile:
     layout: Layout = field(default=TRAFFIC4CAST_2019, compare=False, repr=False)
 
     def slot_range(self, slots: tuple[int, int] | None) -> range:
-        """The slots of the half-open range `slots` (None: the whole day); DataError if the day does not hold them."""
-        first, end = (0, self.shape[0]) if slots is None else slots
-        if not 0 <= first < end <= self.shape[0]:
-            raise DataError(
-                f"slots=({first}, {end}) is not a range within {self.path}, which holds {self.shape[0]} slots"
-            )
-        return range(first, end)
+        """The slots of the half-open range `slots` (None: the whole file); DataError if a day does not hold them.
+
+        Movies differ in length: the range is cut at a movie's end, and may leave nothing of it.
+        """
+        held = self.shape[0]
+        first, end = (0, held) if slots is None else slots
+        if not 0 <= first < end or (self.layout.dated and end > held):
+            raise DataError(f"slots=({first}, {end}) is not a range within {self.path}, which holds {held} slots")
+        return range(min(first, held), min(end, held))
 
 
 def open_days(
@@ -183,6 +185,8 @@ class DayReader:
 def sample_frames(days: Sequence[DayFile], slots: tuple[int, int] | None, frames: int) -> Iterator[np.ndarray]:
     """At most `frames` frames (H, W, C), as stored, spread evenly over the half-open range `slots` (None: the whole day)."""
     held = [(day, slot) for day in days for slot in day.slot_range(slots)]
+    if not held:
+        raise DataError(f"slots={slots} holds no frame of {len(days)} files; use an earlier range or longer files")
     chosen = [held[i * len(held) // frames] for i in range(frames)] if frames < len(held) else held
     reader = DayReader()
     for day, slot in chosen:

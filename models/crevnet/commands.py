@@ -36,6 +36,7 @@ from crevnet.data import (
 )
 from crevnet.data.city_data import CityData
 from crevnet.evaluation import Scores, mean_over_cities
+from crevnet.folders import make_folder
 from crevnet.network import Feedback
 from crevnet.processes import go_alone, is_first
 from crevnet.recipe.folders import begun_runs, is_recipe, score_of, scores_file
@@ -133,7 +134,7 @@ def predict(
     past, truth = window["frames"][:, : model.past], window["frames"][0, model.past :]
     with torch.inference_mode():
         predicted = forecast(past, window)[0].clamp(0, 1)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     stem = f"{day.city}-{day.date}-{slot:03d}"  # of a movie's name, which may hold dots
     written = {suffix: out / f"{stem}{suffix}" for suffix in (".h5", ".png", ".gif")}
     _write_prediction(written[".h5"], predicted.numpy(), day, slot)
@@ -146,7 +147,7 @@ def predict(
 
 
 def draw(run: Path, data: DataSettings, checkpoint: str, feedback: Feedback | None, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with console.status("drawing; the first time, all training days are read for their slots' means"):
         for name, figure in run_figures(run, data, checkpoint, feedback):
             path = out / f"{name}.png"

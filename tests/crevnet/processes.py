@@ -81,6 +81,11 @@ def killed_in_step(number: int) -> None:
     at_call(CrevNet, "loss", number, kill)
 
 
+def waiting_in_step(number: int) -> None:
+    """Until it is killed."""
+    at_call(CrevNet, "loss", number, signal.pause)
+
+
 def killed_in_validation(number: int) -> None:
     at_call(CrevNet, "generate", number, kill)
 

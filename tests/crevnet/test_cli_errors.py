@@ -17,8 +17,10 @@ from crevnet.cli import main
         (["nonsense"], "nonsense"),
         (["data"], "synth"),
         (["data", "paint"], "paint"),
-        (["show"], "path"),
-        (["evaluate"], "run"),
+        (["show"], "path is missing, and has to be given (see crevnet show --help)"),
+        (["evaluate"], "run is missing, and has to be given (see crevnet evaluate --help)"),
+        (["data", "synth"], "root is missing, and has to be given (see crevnet data synth --help)"),
+        (["submit", "run"], "--out is missing, and has to be given (see crevnet submit --help)"),
         (["fit", "--trainig.epochs", "3"], "--trainig.epochs"),
         (["fit", "--training.epocs", "3"], "--training.epocs"),
         (["fit", "--training.epochs", "many"], "many"),
@@ -147,7 +149,35 @@ def test_fit_on_an_empty_folder(fit, tmp_path):
 def test_fit_into_a_file(inside, fit, tmp_path):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "run" if inside else tmp_path / "file"
-    assert str(out) in fit("--out", out)
+    why = "Not a directory" if inside else "File exists"
+    assert fit("--out", out) == f"crevnet: {out} is no folder that can be written to ({why}): choose another --out"
+
+
+def test_recipe_into_a_file(cities, small, failing, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = failing("recipe", "paper", *small, "--data.root", cities, "--out", tmp_path / "file")
+    assert f"{tmp_path / 'file'} is no folder that can be written to (File exists): choose another --out" in line
+
+
+def test_fit_where_no_folder_can_be(fit):
+    line = fit("--out", "/proc/nope")
+    assert "/proc/nope is no folder that can be written to (No such file or directory): choose another --out" in line
+
+
+def test_an_accelerator_that_is_not_there(fit, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    line = fit("--training.accelerator", "gpu")
+    assert "training.accelerator gpu and training.devices 1 cannot be had here" in line
+    assert "say --training.accelerator auto" in line
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_precision_for_gpus_alone(cities, small, capsys, tmp_path):
+    once = ("--training.epochs=1", "--training.batches=1", "--training.precision=16-mixed")
+    main([str(a) for a in ("fit", *small, *once, "--data.root", cities, "--out", tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert "warning: training.precision 16-mixed is for GPUs: it is bf16-mixed here\n" in error
+    assert "Trainer(" not in error
 
 
 @pytest.mark.parametrize("damage", ["garbage", "other", "missing key", "absent"])
@@ -296,7 +326,7 @@ def test_prediction_that_cannot_be(options, named, run, failing, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ("predict RUN --out FILE", "FILE"),
+        ("predict RUN --out FILE", "FILE is no folder that can be written to (File exists): choose another --out"),
         ("evaluate RUN --json FOLDER", "FOLDER"),
         ("evaluate RUN --json FOLDER/absent/scores.json", "FOLDER/absent"),
         ("show DAY --slot 3 --out FOLDER/absent/day.png", "FOLDER/absent"),

@@ -60,4 +60,5 @@ def _shortened(message: str) -> str:
     """jsonargparse's message with what may be chosen, instead of Python's types and what each of them has against the value."""
     message = _UNION.sub(r"Expected one of \1. Got value: ", message)
     message = _WORDS.sub(r"\1", _CHOICE.sub(r"one of \1", message))
+    message = message.replace('in "<unicode string>", ', "in ").removeprefix('Parser key "config": ')
     return _CLASS.sub(r"\1", message).replace("NoneType", "null")

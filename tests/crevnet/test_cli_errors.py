@@ -91,16 +91,30 @@ def test_a_mistyped_option_is_answered_with_the_nearest(arguments, asked, failin
     ("content", "named"),
     [
         (b"model:\n  chanels: 3\n", "chanels"),
-        (b"model: [1,\n", "config"),
+        (b"model: [1,\n", "expected node content in line 2, column 1"),
         (b"only text", "only text"),
         (b"training:\n  epochs: many\n", "many"),
-        (bytes(range(256)), "config.yaml"),
+        (b"data: 3\n", "data is 3"),
+        (b"data:\n  stride: 0\n", "data.stride has to be at least 1"),
+        (b"model:\n  name: resnet\n", "there is no model resnet"),
+        (bytes(range(256)), "utf-8"),
     ],
 )
 def test_wrong_config_file(content, named, failing, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
-    assert named in failing("fit", "--config", path, "--out", tmp_path / "run")
+    line = failing("fit", "--config", path, "--out", tmp_path / "run")
+    assert line.startswith(f"crevnet: --config {path}: ") and named in line
+    assert failing("fit", f"--config={path}", "--out", tmp_path / "run") == line
+
+
+def test_a_config_file_is_not_named_for_what_is_wrong_beside_it(failing, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("data:\n  root: x\n")
+    assert failing("fit", "--config", path, "--data.stride=0") == "crevnet: data.stride has to be at least 1, not 0"
+    path.write_text("model:\n  name: unet\ndata:\n  stride: 0\n")  # whose options there are with the file alone
+    line = failing("fit", "--config", path, "--model.depth=3")
+    assert line == f"crevnet: --config {path}: data.stride has to be at least 1, not 0"
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ def test_killed_at_random_moments(child, short, whole, tmp_path):
 
 @pytest.mark.parametrize("step", [1, 4])
 def test_a_folder_in_which_another_process_trains_is_refused(step, child, short, whole, failing, tmp_path):
-    """Until that one is killed: then at once, though the processes that read its data live on for seconds."""
+    """Until that one is killed."""
     run = tmp_path / "run"
     process = child("--data.workers=2", before=partial(waiting_in_step, step))
     there = run / "checkpoints" / "last.ckpt" if step > 1 else run / "config.yaml"

@@ -31,6 +31,8 @@ def choose_window(
         layout = days[0].layout
         asked = " ".join(f"--{name} {value}" for name, value in (("city", city), ("date", date)) if value is not None)
         there = ", ".join(layout.named(day.city, day.date) for day in days[:10])
+        if city is not None and not layout.dated:
+            raise DataError(f"--city {city} is given, but movies have no cities: name one by --date, there are {there}")
         raise DataError(f"no validation {layout.noun} for {asked}; there are {there}")
     day = next((day for day in found if len(day.slot_range(slots)) >= model.window), found[0])
     held = day.slot_range(slots)

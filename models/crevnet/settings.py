@@ -238,6 +238,8 @@ def load_settings(run: Path) -> RunSettings:
     path = run / "config.yaml"
     if is_recipe(run):
         raise SettingsError(f"{run} is a recipe's folder, not a run's: name one of its runs, {base_run(run)} say")
+    if not run.exists():
+        raise SettingsError(f"{run} does not exist: give the folder of a run, the --out of crevnet fit")
     if not path.is_file():
         raise SettingsError(
             f"{run} is no run's folder, it has no config.yaml: give one that crevnet fit wrote, its --out"

@@ -192,6 +192,37 @@ def test_movies_that_cannot_be(array, reason, tmp_path):
         open_days(tmp_path, layout=MOVIES)
 
 
+def test_frames_in_a_group_are_found_but_not_read(tmp_path):
+    path = write(tmp_path / "training" / "one.h5", np.zeros((4, 2, 3, 1), np.uint8), "clip/frames")
+    with pytest.raises(DataError) as error:
+        open_days(tmp_path, layout=MOVIES)
+    assert f"{path} holds no dataset but in a group, 'clip/frames'; expected" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"), [(np.zeros(7), "has shape (7,)"), (np.zeros((4, 2, 3, 1), np.uint16), "has dtype uint16")]
+)
+def test_the_dataset_that_was_read_is_named(other, said, tmp_path):
+    path = write(tmp_path / "training" / "one.h5", np.zeros((4, 2, 3, 1), np.uint8))
+    with h5py.File(path, "a") as file:
+        file["audio"] = other
+    with pytest.raises(DataError) as error:
+        open_days(tmp_path, layout=MOVIES)
+    assert f"{path}, dataset 'audio', {said}" in str(error.value)
+
+
+def test_movies_have_no_city_to_be_chosen(movies, small, crevnet, failing, tmp_path):
+    once = ("--model.channels=2", "--training.epochs=1", "--training.batches=1")
+    crevnet("fit", *small, "--protocol=movies", "--data.root", movies, "--out", tmp_path / "run", *once)
+    line = failing("predict", tmp_path / "run", "--city=Berlin")
+    assert line == "crevnet: --city Berlin is given, but movies have no cities: name one by --date, there are three"
+
+
+def test_movies_without_a_folder_are_made_by_their_own_command(failing):
+    line = failing("fit", "--protocol=movies")
+    assert line.endswith("say --data.root FOLDER, or make movies with `crevnet data moving-mnist`")
+
+
 @pytest.mark.parametrize("value", [np.nan, 248.0])
 def test_frames_between_are_named_where_they_are_read(value, tmp_path):
     array = with_last(value)[[0, 1, 3, 2]]

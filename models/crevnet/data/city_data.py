@@ -164,9 +164,9 @@ def open_validation_days(settings: DataSettings) -> list[DayFile]:
 
 
 def _open(settings: DataSettings, split: str, dates: DateChoice) -> list[DayFile]:
-    if settings.root is None:
-        raise DataError("no data folder was given: say --data.root FOLDER, or make a city with `crevnet data synth`")
     layout = layout_named(settings.protocol, settings.heading_order)
+    if settings.root is None:
+        raise DataError(f"no data folder was given: say --data.root FOLDER, or {layout.made_by}")
     return open_days(settings.root, split, settings.cities, settings.skip_damaged, layout, dates)
 
 

@@ -115,10 +115,14 @@ def open_day(path: Path, city: str | None = None, layout: Layout | None = None) 
     with naming(str(path)), opened(path) as dataset:
         if dataset.ndim != 4 or 0 in dataset.shape:
             remedy = layout.shape_remedy(dataset.shape)
-            raise DataError(f"{path} has shape {dataset.shape}, expected {layout.axes}, none 0; {remedy}")
+            raise DataError(
+                f"{path}, dataset {_name(dataset)}, has shape {dataset.shape}, expected {layout.axes}, none 0; {remedy}"
+            )
         if dataset.dtype.name not in layout.dtypes:
             expected = f"{', '.join(layout.dtypes[:-1])} or {layout.dtypes[-1]}"
-            raise DataError(f"{path} has dtype {dataset.dtype}, expected {expected}; {layout.dtype_remedy}")
+            raise DataError(
+                f"{path}, dataset {_name(dataset)}, has dtype {dataset.dtype}, expected {expected}; {layout.dtype_remedy}"
+            )
         _read_slots(dataset, 0, 1, layout)
         _read_slots(dataset, dataset.shape[0] - 1, dataset.shape[0], layout)
         return DayFile(path, city or path.absolute().parent.parent.name, date, dataset.shape, layout)
@@ -230,7 +234,19 @@ def _first_dataset(file: h5py.File) -> h5py.Dataset:
         if isinstance(item, h5py.Dataset):
             _load_codecs(item)
             return item
+    inside: list[str] = []
+    file.visititems(lambda name, item: inside.append(name) if isinstance(item, h5py.Dataset) else None)
+    if inside:
+        raise DataError(
+            f"{file.filename} holds no dataset but in a group, {inside[0]!r}; expected the frames outside of groups, as "
+            "'array': write it so"
+        )
     raise DataError(f"{file.filename} holds no dataset, expected one of frames; download it again or leave it out")
+
+
+def _name(dataset: h5py.Dataset) -> str:
+    """Which one was read, of a file that may have several."""
+    return repr(dataset.name.removeprefix("/"))
 
 
 def _load_codecs(dataset: h5py.Dataset) -> None:

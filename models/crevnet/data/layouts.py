@@ -30,6 +30,7 @@ class Layout(ABC):
         noun: what one file is.
         axes: of the datasets.
         dtype_remedy: what to do about another dtype.
+        made_by: how to come by such data.
     """
 
     files: ClassVar[str]
@@ -38,6 +39,7 @@ class Layout(ABC):
     noun: ClassVar[str] = "day"
     axes: ClassVar[str] = "(slots, H, W, C)"
     dtype_remedy: ClassVar[str] = "leave it out"
+    made_by: ClassVar[str] = "make a city with `crevnet data synth`"
 
     @abstractmethod
     def find(self, root: Path, split: str) -> dict[str, list[Path]]:
@@ -177,6 +179,7 @@ class Movies(Layout):
     noun = "movie"
     axes = "(frames, H, W, C), channels last"
     dtype_remedy = "convert it to uint8, or to floats in [0, 1]"
+    made_by = "make movies with `crevnet data moving-mnist`"
 
     def find(self, root: Path, split: str) -> dict[str, list[Path]]:
         folder = root / split if (root / split).is_dir() else root

@@ -28,7 +28,7 @@ from crevnet.data import DataError, Layout
 from crevnet.data.city_data import CityData
 from crevnet.data.layouts import TRAFFIC4CAST_2019
 from crevnet.failures import DivergedError, explained
-from crevnet.files import remove_unfinished
+from crevnet.files import quoted, remove_unfinished
 from crevnet.folders import only_process
 from crevnet.models import make_network
 from crevnet.monitoring import ValidationPicture
@@ -131,12 +131,12 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     training = settings.training
     last = checkpoint_path(folder, "last")
     if resume and not last.is_file():
-        raise DataError(f"{last} does not exist, so there is nothing to resume: train with --out {folder}")
+        raise DataError(f"{last} does not exist, so there is nothing to resume: train with --out {quoted(folder)}")
     if is_recipe(folder):
         raise DataError(f"{folder} is a recipe's folder: choose another --out")
     if not resume and last.is_file():
         raise DataError(
-            f"{folder} holds a trained run already: go on with it (--resume {folder}), or choose another --out"
+            f"{folder} holds a trained run already: go on with it (--resume {quoted(folder)}), or choose another --out"
         )
     lightning.seed_everything(training.seed, workers=True, verbose=False)
     data = CityData(settings.data, settings.model, training.seed)

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
-from crevnet.data import DataError, Windows, layout_named, open_days
+from crevnet.data import DataError, Windows, layout_named, open_days, road_map
 
 MOVIES = layout_named("movies")
 LENGTHS = {"training/one": 9, "training/two.cut": 12, "validation/three": 11}
@@ -74,6 +74,21 @@ def test_fit_evaluate_and_predict(movies, small, crevnet, tmp_path):
     with h5py.File(tmp_path / "movies-three-004.h5") as file:
         assert file["array"].shape == (2, 21, 14, 2)
     assert (tmp_path / "movies-three-004.gif").is_file()
+
+
+def test_frames_too_small_for_ssim(small, crevnet, tmp_path):
+    for split in ("training", "validation"):
+        write(tmp_path / "movies" / split / "one.h5", values(0, 9)[:, :5])
+    once = ("--model.channels=2", "--training.epochs=1", "--training.batches=1")
+    crevnet("fit", *small, "--protocol=movies", "--data.root", tmp_path / "movies", "--out", tmp_path / "run", *once)
+    said = crevnet("evaluate", tmp_path / "run", "--json", tmp_path / "scores.json")
+    assert said.count("nan: SSIM is of frames of at least 6 x 6 pixels") == 1 and "on roads" not in said
+
+    def refused(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    found = json.loads((tmp_path / "scores.json").read_text(), parse_constant=refused)["movies"]["last frame"]
+    assert found["ssim"] is None and found["ssim_by_channel"] == [None, None] and found["psnr"] > 0
 
 
 def test_predict_keeps_a_name_with_dots(movies, small, crevnet, failing, tmp_path):
@@ -143,6 +158,13 @@ def test_a_range_without_a_window_of_any_movie(option, said, small, failing, tmp
     line = failing("fit", *small, *run, *parted)
     assert f"{option.removeprefix('--').replace('=', ' ')} {said.format(root=root)}" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_no_road_map_of_frames_that_no_movie_has(movies):
+    days = open_days(movies, layout=MOVIES)
+    assert road_map(days, slots=(11, 20)).shape == (1, 21, 14)  # of the last frame of the longer one
+    with pytest.raises(DataError, match=r"slots=\(12, 20\) holds no frame of 2 files"):
+        road_map(days, slots=(12, 20))
 
 
 def test_a_movie_too_short_for_the_range_is_not_predicted(small, crevnet, failing, tmp_path):

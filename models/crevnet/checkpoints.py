@@ -26,7 +26,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from crevnet.config import ModelConfig
 from crevnet.data import DataError
 from crevnet.failures import NUMERICAL, CheckpointError, DivergedError, reason_of_system
-from crevnet.files import replace_file
+from crevnet.files import quoted, replace_file
 from crevnet.models import make_network
 from crevnet.video_model import VideoModel
 
@@ -42,9 +42,9 @@ def load_checkpoint(folder: Path, which: str) -> dict[str, Any]:
     if not path.is_file():
         if checkpoint_path(folder, "last").is_file():
             raise DataError(
-                f"{path} does not exist, as no epoch has ended: take --checkpoint last, or --resume {folder}"
+                f"{path} does not exist, as no epoch has ended: take --checkpoint last, or --resume {quoted(folder)}"
             )
-        raise DataError(f"{path} does not exist: train first, with crevnet fit --out {folder}")
+        raise DataError(f"{path} does not exist: train first, with crevnet fit --out {quoted(folder)}")
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         dict(checkpoint["state_dict"])

@@ -31,12 +31,18 @@ def choose_window(
         layout = days[0].layout
         asked = " ".join(f"--{name} {value}" for name, value in (("city", city), ("date", date)) if value is not None)
         there = ", ".join(layout.named(day.city, day.date) for day in days[:10])
+        if city is not None and not layout.dated:
+            raise DataError(f"--city {city} is given, but movies have no cities: name one by --date, there are {there}")
         raise DataError(f"no validation {layout.noun} for {asked}; there are {there}")
     day = next((day for day in found if len(day.slot_range(slots)) >= model.window), found[0])
     held = day.slot_range(slots)
     first, last = held.start + model.past, held.stop - model.horizon
     if first > last:
-        raise DataError(f"{day.path}: {len(held)} slots are too few for a window of {model.window} frames")
+        within = "" if slots is None else f" of data.validation_slots [{slots[0]},{slots[1]}]"
+        raise DataError(
+            f"{day.path}: {len(held)} slots{within} are too few for a window of {model.window} frames: choose another "
+            f"{day.layout.noun} by --date"
+        )
     if slot is None:
         slot = MORNING if first <= MORNING <= last else (first + last) // 2
     if not first <= slot <= last:

@@ -55,19 +55,11 @@ def _run(arguments: list[str]) -> None:
     arguments = [
         _SHORT.sub(r"--model.name\1", argument) if _SHORT.fullmatch(argument) else argument for argument in arguments
     ]
-    parser = make_parser(arguments)
-    try:
-        parsed = parser.parse_args(arguments)
-        options = parser.instantiate(parsed)
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{value_of('--config', arguments)} is no YAML file: {error}") from error
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
+    command, options = _parsed(arguments)
     from crevnet import commands  # Lightning takes seconds to import: not for --help or a mistyped option
     from crevnet.competition import commands as competition
 
     commands.console.quiet = not is_first()
-    command = parsed.command
     chosen = options[command]
     if command == "fit":
         settings = RunSettings(chosen.model, chosen.data, chosen.training)
@@ -103,6 +95,41 @@ def _run(arguments: list[str]) -> None:
         commands.moving_mnist(chosen["moving-mnist"].root, chosen["moving-mnist"].movies)
     else:
         commands.synth(chosen.synth.root, chosen.synth.city)
+
+
+def _parsed(arguments: list[str]) -> tuple[str, Any]:
+    """The command, and the options of all commands. SettingsError for what is wrong, with the configuration file's name if
+    it is wrong there: where the same command line without the file has not the same error."""
+    try:
+        return _parsed_as_they_are(arguments)
+    except SettingsError as error:
+        config = value_of("--config", arguments)
+        if config is None or _error_of(_without("--config", arguments)) == str(error):
+            raise
+        raise SettingsError(f"--config {config}: {error}") from error
+
+
+def _parsed_as_they_are(arguments: list[str]) -> tuple[str, Any]:
+    parser = make_parser(arguments)
+    try:
+        parsed = parser.parse_args(arguments)
+        return parsed.command, parser.instantiate(parsed)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def _error_of(arguments: list[str]) -> str | None:
+    try:
+        _parsed_as_they_are(arguments)
+    except SettingsError as error:
+        return str(error)
+    return None
+
+
+def _without(option: str, arguments: list[str]) -> list[str]:
+    """The command line without an option and its value."""
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return [a for before, a in pairs if before != option and a != option and not a.startswith(f"{option}=")]
 
 
 def _challenge(options: Any) -> ChallengeSettings:

@@ -24,6 +24,7 @@ from crevnet.data import (
     DataError,
     DayFile,
     DayReader,
+    Layout,
     MovingMNIST,
     SyntheticCity,
     cached_road_map,
@@ -36,6 +37,8 @@ from crevnet.data import (
 )
 from crevnet.data.city_data import CityData
 from crevnet.evaluation import Scores, mean_over_cities
+from crevnet.files import quoted
+from crevnet.folders import make_folder
 from crevnet.network import Feedback
 from crevnet.processes import go_alone, is_first
 from crevnet.recipe.folders import begun_runs, is_recipe, score_of, scores_file
@@ -51,9 +54,18 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def fit(settings: RunSettings, folder: Path, resume: bool) -> None:
+    last = checkpoint_path(folder, "last")
+    before = last.stat().st_mtime_ns if last.is_file() else None
     best = train(settings, folder, resume)
+    if last.stat().st_mtime_ns == before:
+        limit = "" if settings.training.max_minutes is None else " or --training.max_minutes"
+        console.print(
+            f"{folder} had been trained to its end, and nothing was left to do: raise --training.epochs (it is "
+            f"{settings.training.epochs}){limit} to train on"
+        )
     console.print(
-        f"best validation {settings.model.score_name} {best:.4e}; run folder {folder} (next: crevnet evaluate {folder})"
+        f"best validation {settings.model.score_name} {best:.4e}; run folder {folder} (next: crevnet evaluate "
+        f"{quoted(folder)})"
     )
 
 
@@ -72,8 +84,7 @@ def recipe(folder: Path, settings: RecipeSettings) -> None:
         return
     with console.status("scoring; the first time, all training days are read for their slots' means"):
         scores = cooked.scores()
-    channels = [cooked.data.layout.channel_name(c) for c in range(settings.base.model.channels)]
-    _print_scores(scores, channels, [cooked.data.layout.lead(frame) for frame in cooked.frames])
+    _print_scores(scores, settings.base.model.channels, cooked.frames, cooked.data.layout)
     save_yaml(scores_file(folder), {name: asdict(found) for name, found in scores.items()})
     console.print(f"wrote {scores_file(folder)}")
 
@@ -96,8 +107,7 @@ def evaluate(
     table = mean_over_cities(found.by_city)
     cities = ", ".join(found.by_city)
     console.print(f"{cities}: {found.windows} windows, {found.past} frames seen, {found.horizon} predicted")
-    channels = [found.layout.channel_name(c) for c in range(found.channels)]
-    _print_scores(table, channels, [found.layout.lead(horizon) for horizon in found.horizons])
+    _print_scores(table, found.channels, found.horizons, found.layout)
     result = {
         "windows": found.windows,
         "horizons": list(found.horizons),
@@ -133,7 +143,7 @@ def predict(
     past, truth = window["frames"][:, : model.past], window["frames"][0, model.past :]
     with torch.inference_mode():
         predicted = forecast(past, window)[0].clamp(0, 1)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     stem = f"{day.city}-{day.date}-{slot:03d}"  # of a movie's name, which may hold dots
     written = {suffix: out / f"{stem}{suffix}" for suffix in (".h5", ".png", ".gif")}
     _write_prediction(written[".h5"], predicted.numpy(), day, slot)
@@ -146,7 +156,7 @@ def predict(
 
 
 def draw(run: Path, data: DataSettings, checkpoint: str, feedback: Feedback | None, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with console.status("drawing; the first time, all training days are read for their slots' means"):
         for name, figure in run_figures(run, data, checkpoint, feedback):
             path = out / f"{name}.png"
@@ -158,6 +168,8 @@ def draw(run: Path, data: DataSettings, checkpoint: str, feedback: Feedback | No
 def show(path: Path, slot: int | None, out: Path | None) -> None:
     if out is not None and out.suffix != ".png":
         raise SettingsError(f"--out {out}: name a .png file")
+    if not path.exists():
+        raise SettingsError(f"{path} does not exist: give a run's or a recipe's folder, or a day file (.h5)")
     if is_recipe(path):
         _show_recipe(path)
     elif path.is_dir():
@@ -170,13 +182,13 @@ def synth(root: Path, city: SyntheticCity) -> None:
     days = city.training_days + city.validation_days
     with _progress(f"{city.name}: {days} days of {city.height} x {city.width}") as progress:
         paths = write_city(city, root, progress)
-    console.print(f"wrote {len(paths)} days to {root / city.name} (next: crevnet fit --data.root {root})")
+    console.print(f"wrote {len(paths)} days to {root / city.name} (next: crevnet fit --data.root {quoted(root)})")
 
 
 def moving_mnist(root: Path, movies: MovingMNIST) -> None:
     with _progress(f"{movies.training + movies.validation} movies of two digits") as progress:
         paths = write_movies(movies, root, progress)
-    fit = f"crevnet fit --preset moving-mnist --protocol movies --data.root {root}"
+    fit = f"crevnet fit --preset moving-mnist --protocol movies --data.root {quoted(root)}"
     console.print(f"wrote {len(paths)} movies to {root} (next: {fit})")
 
 
@@ -184,7 +196,7 @@ def repack_data(source: Path, target: Path) -> None:
     with _progress(f"{source} to {target}") as progress:
         paths = repack(source, target, progress)
     size = sum(path.stat().st_size for path in paths) / 2**30
-    console.print(f"{target} holds {len(paths)} files, {size:.2f} GiB (next: crevnet fit --data.root {target})")
+    console.print(f"{target} holds {len(paths)} files, {size:.2f} GiB (next: crevnet fit --data.root {quoted(target)})")
 
 
 @contextmanager
@@ -196,8 +208,9 @@ def _progress(title: str) -> Iterator[Callable[[float], None]]:
         yield lambda done: progress.update(task, completed=done)
 
 
-def _print_scores(scores: Mapping[str, Scores], channels: Sequence[str], horizons: Sequence[str]) -> None:
-    for table in score_tables(scores, channels, horizons):
+def _print_scores(scores: Mapping[str, Scores], channels: int, horizons: Sequence[int], layout: Layout) -> None:
+    names = [layout.channel_name(c) for c in range(channels)], [layout.lead(horizon) for horizon in horizons]
+    for table in score_tables(scores, *names, layout.has_roads):
         Console(highlight=False, width=max(console.width, 34 + 12 * len(table.columns))).print(table)
 
 
@@ -227,7 +240,7 @@ def _show_run(folder: Path) -> None:
             value, step = curve.values[-1], curve.steps[-1]
             table.add_row(tag, f"{value:.4e} at step {step}, {np.nanmin(curve.values):.4e} at best")
     console.print(table)
-    console.print(f"learning curves: tensorboard --logdir {folder}")
+    console.print(f"learning curves: tensorboard --logdir {quoted(folder)}")
 
 
 def _show_recipe(folder: Path) -> None:
@@ -239,9 +252,11 @@ def _show_recipe(folder: Path) -> None:
         table.add_row(str(run.relative_to(folder)), "being trained" if score is None else f"{score:.4e}")
     console.print(table)
     if scores_file(folder).is_file():
-        console.print(f"its table is in {scores_file(folder)} (next: crevnet submit {folder} --out FOLDER)")
+        console.print(f"its table is in {scores_file(folder)} (next: crevnet submit {quoted(folder)} --out FOLDER)")
     else:
-        console.print(f"next: crevnet recipe paper --out {folder}, which goes on with the runs that are not done")
+        console.print(
+            f"next: crevnet recipe paper --out {quoted(folder)}, which goes on with the runs that are not done"
+        )
 
 
 def _show_day(day: DayFile, slot: int | None, out: Path | None) -> None:

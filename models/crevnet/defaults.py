@@ -24,7 +24,7 @@ def fit_defaults(arguments: list[str]) -> RunSettings:
     line names, or its configuration file."""
     run = value_of("--resume", arguments)
     if run is not None:
-        for option in ("--preset", "--protocol", "--training.start"):
+        for option in ("--out", "--preset", "--protocol", "--training.start"):
             if value_of(option, arguments) is not None:
                 raise SettingsError(f"{option} is for new runs, and {run} has begun: leave it out with --resume")
         return load_settings(Path(run))

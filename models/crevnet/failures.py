@@ -13,6 +13,7 @@ import torch.distributed as dist
 import revflow
 from crevnet.config import CrevNetConfig
 from crevnet.data import DataError
+from crevnet.files import quoted
 from crevnet.recipe.folders import recipe_of
 from crevnet.settings import RunSettings
 
@@ -72,11 +73,11 @@ def warned(message: Warning | str) -> str:
 
 def _command(error: BaseException, run: Path) -> str:
     """What goes on with a run. A recipe's has the recipe's settings, so that it takes `fit` to give it others."""
-    resume, recipe = f"crevnet fit --resume {run}", recipe_of(run)
+    resume, recipe = f"crevnet fit --resume {quoted(run)}", recipe_of(run)
     if recipe is None:
         return resume
     needs_others = isinstance(error, (*NUMERICAL, RuntimeError))
-    go_on = f"crevnet recipe paper --out {recipe}"
+    go_on = f"crevnet recipe paper --out {quoted(recipe)}"
     return f"{resume}, and then {go_on}" if needs_others else go_on
 
 

@@ -1,8 +1,9 @@
-"""Files that are whole, whatever happens while they are written."""
+"""Files that are whole, whatever happens while they are written, and their names in commands."""
 
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,11 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def quoted(path: Path) -> str:
+    """As a shell takes it, for commands that are suggested."""
+    return shlex.quote(str(path))
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -15,6 +15,8 @@ LEAST_ERROR = 1e-10
 """PSNR takes a smaller MSE for this, so that a frame without an error has 100 dB and not infinitely many."""
 _WINDOW = 11
 """Height and width of SSIM's Gaussian window, of a standard deviation of 1.5 pixels."""
+SSIM_SIDE = _WINDOW // 2 + 1
+"""The least height and width of frames that have an SSIM: those that can be reflected so far."""
 
 
 def measure(forecast: Tensor, truth: Tensor) -> Tensor:
@@ -32,7 +34,7 @@ def measure(forecast: Tensor, truth: Tensor) -> Tensor:
 
 def _ssim(forecast: Tensor, truth: Tensor) -> Tensor:
     """(T, C, H, W) -> (T, C)."""
-    if min(truth.shape[2:]) <= _WINDOW // 2:
+    if min(truth.shape[2:]) < SSIM_SIDE:
         return truth.new_full(truth.shape[:2], torch.nan)
     _, pixels = structural_similarity_index_measure(forecast, truth, data_range=1.0, return_full_image=True)
     return pixels.mean((2, 3))

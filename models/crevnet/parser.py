@@ -32,8 +32,9 @@ class Parser(jsonargparse.ArgumentParser):
             if not isinstance(values, jsonargparse.Namespace):
                 raise TypeError(f"{section} is {values!r}, expected a section with values")
         for action in self._actions:  # what is missing is null, too
-            if not action.option_strings and action.nargs in (None, "+") and namespace.get(action.dest) is None:
-                raise TypeError(f"the following arguments are required: {action.dest}")
+            asked = action.required if action.option_strings else action.nargs in (None, "+")
+            if asked and namespace.get(action.dest) is None:
+                self.error(f"{''.join(action.option_strings[:1]) or action.dest} is missing, and has to be given")
         strict = (
             {} if self._subcommands_action else {"skip_unset": False}
         )  # each command's own parser comes to its values
@@ -59,4 +60,5 @@ def _shortened(message: str) -> str:
     """jsonargparse's message with what may be chosen, instead of Python's types and what each of them has against the value."""
     message = _UNION.sub(r"Expected one of \1. Got value: ", message)
     message = _WORDS.sub(r"\1", _CHOICE.sub(r"one of \1", message))
+    message = message.replace('in "<unicode string>", ', "in ").removeprefix('Parser key "config": ')
     return _CLASS.sub(r"\1", message).replace("NoneType", "null")

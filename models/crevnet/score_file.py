@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,5 +23,16 @@ def check_score_file(path: Path | None) -> None:
 
 
 def write_score_file(path: Path | None, scores: Mapping[str, Any]) -> None:
+    """Null is what is no number: SSIM of frames that are too small for it."""
     if path is not None:
-        replace_file(path, lambda file: file.write(f"{json.dumps(scores, indent=2)}\n".encode()))
+        text = json.dumps(_in_json(scores), indent=2, allow_nan=False)
+        replace_file(path, lambda file: file.write(f"{text}\n".encode()))
+
+
+def _in_json(value: Any) -> Any:
+    """JSON knows finite numbers alone."""
+    if isinstance(value, Mapping):
+        return {name: _in_json(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_in_json(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -33,7 +33,8 @@ class DataSettings:
         training_split: which of a city's folders to train on.
         training_dates: train on these days alone, YYYY-MM-DD, a list or a text file of one a line; days that are missing are
             passed over. If not given, all days, but for those of validation_dates where both are of one folder.
-        training_slots: train on this range of each day's slots, [first, past-the-last]; the whole day if not given.
+        training_slots: train on this range of each day's slots, [first, past-the-last]; the whole day if not given. A movie
+            that is shorter is cut where it ends.
         validation_split: which of a city's folders to validate and evaluate on.
         validation_dates: validate on these days alone, as above.
         validation_slots: validate on this range of each day's slots; the whole day if not given.
@@ -237,6 +238,8 @@ def load_settings(run: Path) -> RunSettings:
     path = run / "config.yaml"
     if is_recipe(run):
         raise SettingsError(f"{run} is a recipe's folder, not a run's: name one of its runs, {base_run(run)} say")
+    if not run.exists():
+        raise SettingsError(f"{run} does not exist: give the folder of a run, the --out of crevnet fit")
     if not path.is_file():
         raise SettingsError(
             f"{run} is no run's folder, it has no config.yaml: give one that crevnet fit wrote, its --out"

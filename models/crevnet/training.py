@@ -7,7 +7,7 @@ import math
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +28,8 @@ from crevnet.data import DataError, Layout
 from crevnet.data.city_data import CityData
 from crevnet.data.layouts import TRAFFIC4CAST_2019
 from crevnet.failures import DivergedError, explained
-from crevnet.files import remove_unfinished
+from crevnet.files import quoted, remove_unfinished
+from crevnet.folders import only_process
 from crevnet.models import make_network
 from crevnet.monitoring import ValidationPicture
 from crevnet.processes import launched
@@ -130,12 +131,12 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     training = settings.training
     last = checkpoint_path(folder, "last")
     if resume and not last.is_file():
-        raise DataError(f"{last} does not exist, so there is nothing to resume: train with --out {folder}")
+        raise DataError(f"{last} does not exist, so there is nothing to resume: train with --out {quoted(folder)}")
     if is_recipe(folder):
         raise DataError(f"{folder} is a recipe's folder: choose another --out")
     if not resume and last.is_file():
         raise DataError(
-            f"{folder} holds a trained run already: go on with it (--resume {folder}), or choose another --out"
+            f"{folder} holds a trained run already: go on with it (--resume {quoted(folder)}), or choose another --out"
         )
     lightning.seed_everything(training.seed, workers=True, verbose=False)
     data = CityData(settings.data, settings.model, training.seed)
@@ -151,26 +152,37 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     try:
         with _quiet():
             trainer = _trainer(training, folder, [checkpoints, ValidationPicture(data, settings)], steps)
-    except MisconfigurationException as error:  # no such accelerator here, say
-        raise DataError(" ".join(str(error).split())) from error
-    if trainer.is_global_zero:
-        for place in (folder, last.parent):
-            remove_unfinished(place)
-        settings.save(folder)
-    try:
-        with _quiet():
-            task = VideoModelTask(settings.model, training, data.layout)
-            if start is not None:
-                task.network.load_state_dict(start.state_dict())
-            trainer.fit(task, batches, validation_batches, ckpt_path=last if resume else None, weights_only=True)
-    except MisconfigurationException as error:  # fewer epochs than have been trained
-        raise DataError(" ".join(str(error).split())) from error
-    except BaseException as error:
-        trainer.fit_loop.teardown()  # where validation fails, Lightning leaves the training loader's workers behind
-        explanation = explained(error, settings, last)
-        if explanation is None:
-            raise
-        raise explanation from error
+    except MisconfigurationException as error:
+        raise DataError(
+            f"training.accelerator {training.accelerator} and training.devices {training.devices} cannot be had here "
+            f"({' '.join(str(error).split())}): say --training.accelerator auto, or another number of devices"
+        ) from error
+    if training.precision == "16-mixed" != trainer.precision:
+        warnings.warn(
+            f"training.precision {training.precision} is for GPUs: it is {trainer.precision} here", stacklevel=2
+        )
+    with ExitStack() as held:
+        if trainer.is_global_zero:
+            held.enter_context(only_process(folder))
+            for place in (folder, last.parent):
+                remove_unfinished(place)
+            settings.save(folder)
+        try:
+            with _quiet():
+                task = VideoModelTask(settings.model, training, data.layout)
+                if start is not None:
+                    task.network.load_state_dict(start.state_dict())
+                trainer.fit(task, batches, validation_batches, ckpt_path=last if resume else None, weights_only=True)
+        except MisconfigurationException as error:
+            raise DataError(
+                f"{folder} has been trained for more epochs than --training.epochs {training.epochs}: raise it to go on"
+            ) from error
+        except BaseException as error:
+            trainer.fit_loop.teardown()  # where validation fails, Lightning leaves the training loader's workers behind
+            explanation = explained(error, settings, last)
+            if explanation is None:
+                raise
+            raise explanation from error
     if checkpoints.best == math.inf:
         raise DataError("training stopped before its first validation: raise --training.max_minutes")
     return checkpoints.best
@@ -239,6 +251,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers")  # a choice: data.workers
+            warnings.filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU")  # is said in `train`
             warnings.filterwarnings("ignore", ".*LeafSpec")  # Lightning's own business with PyTorch
             yield
     finally:

@@ -81,6 +81,13 @@ def killed_in_step(number: int) -> None:
     at_call(CrevNet, "loss", number, kill)
 
 
+def waiting_in_step(number: int) -> None:
+    """Until it is killed. Processes that read data are forked, as in a command that a shell has started: this one's own server
+    would keep them alive."""
+    multiprocessing.set_start_method("fork", force=True)
+    at_call(CrevNet, "loss", number, signal.pause)
+
+
 def killed_in_validation(number: int) -> None:
     at_call(CrevNet, "generate", number, kill)
 

@@ -1,6 +1,7 @@
 """The command line, called as a program would be: its results, and one line for whatever goes wrong."""
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,24 @@ def test_fit_leaves_a_run_and_names_the_next_command(cities, small, crevnet, tmp
     assert settings.data.root == cities and settings.training.batches == 1
     assert (settings.model.blocks, settings.model.strides, settings.model.past) == ((1, 1), (1, 2), 3)
     assert (out / "checkpoints" / "best.ckpt").is_file() and (out / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_suggested_commands_are_a_shell_s(cities, small, crevnet, failing, tmp_path):
+    out = tmp_path / "a run's é"
+    said = crevnet("fit", *small, "--out", out, "--data.root", cities, "--training.epochs=1", "--training.batches=1")
+    assert shlex.split(said.partition("next: ")[2].rstrip().removesuffix(")")) == ["crevnet", "evaluate", str(out)]
+    shown = crevnet("show", out).splitlines()[-1]
+    assert shlex.split(shown.partition(": ")[2]) == ["tensorboard", "--logdir", str(out)]
+    line = failing("fit", *small, "--out", out, "--data.root", cities)
+    assert shlex.split(line.partition("(")[2].partition(")")[0]) == ["--resume", str(out)]
+    (out / "checkpoints" / "best.ckpt").unlink()
+    assert shlex.split(failing("evaluate", out).partition(", or ")[2]) == ["--resume", str(out)]
+
+
+def test_resuming_a_finished_run_says_that_nothing_was_left(own_run, crevnet):
+    said = "and nothing was left to do: raise --training.epochs (it is 1) to train on"
+    assert said in crevnet("fit", "--resume", own_run)
+    assert "nothing was left" not in crevnet("fit", "--resume", own_run, "--training.epochs=2")
 
 
 def test_fit_from_a_config_file_with_an_option_on_top_and_resumed(run, crevnet, tmp_path, monkeypatch):

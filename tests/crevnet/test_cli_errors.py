@@ -17,8 +17,10 @@ from crevnet.cli import main
         (["nonsense"], "nonsense"),
         (["data"], "synth"),
         (["data", "paint"], "paint"),
-        (["show"], "path"),
-        (["evaluate"], "run"),
+        (["show"], "path is missing, and has to be given (see crevnet show --help)"),
+        (["evaluate"], "run is missing, and has to be given (see crevnet evaluate --help)"),
+        (["data", "synth"], "root is missing, and has to be given (see crevnet data synth --help)"),
+        (["submit", "run"], "--out is missing, and has to be given (see crevnet submit --help)"),
         (["fit", "--trainig.epochs", "3"], "--trainig.epochs"),
         (["fit", "--training.epocs", "3"], "--training.epocs"),
         (["fit", "--training.epochs", "many"], "many"),
@@ -42,7 +44,10 @@ from crevnet.cli import main
         (["fit", "--preset=huge"], "huge"),
         (["fit", "--preset"], "preset"),
         (["fit", "--config", "absent.yaml"], "absent.yaml"),
-        (["fit"], "--data.root"),
+        (["fit"], "say --data.root FOLDER, or make a city with `crevnet data synth`"),
+        (["show", "runs/absent"], "runs/absent does not exist: give a run's or a recipe's folder, or a day file"),
+        (["fit", "--resume", "runs/absent"], "runs/absent does not exist: give the folder of a run"),
+        (["evaluate", "runs/absent"], "runs/absent does not exist: give the folder of a run"),
         (["data", "synth", "here", "--city.height", "10"], "height"),
         (["data", "synth", "here", "--city.start_date", "today"], "today"),
         (["data", "synth", "here", "--city.start_date", "9999-12-31"], "9999-12-31"),
@@ -89,16 +94,30 @@ def test_a_mistyped_option_is_answered_with_the_nearest(arguments, asked, failin
     ("content", "named"),
     [
         (b"model:\n  chanels: 3\n", "chanels"),
-        (b"model: [1,\n", "config"),
+        (b"model: [1,\n", "expected node content in line 2, column 1"),
         (b"only text", "only text"),
         (b"training:\n  epochs: many\n", "many"),
-        (bytes(range(256)), "config.yaml"),
+        (b"data: 3\n", "data is 3"),
+        (b"data:\n  stride: 0\n", "data.stride has to be at least 1"),
+        (b"model:\n  name: resnet\n", "there is no model resnet"),
+        (bytes(range(256)), "utf-8"),
     ],
 )
 def test_wrong_config_file(content, named, failing, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
-    assert named in failing("fit", "--config", path, "--out", tmp_path / "run")
+    line = failing("fit", "--config", path, "--out", tmp_path / "run")
+    assert line.startswith(f"crevnet: --config {path}: ") and named in line
+    assert failing("fit", f"--config={path}", "--out", tmp_path / "run") == line
+
+
+def test_a_config_file_is_not_named_for_what_is_wrong_beside_it(failing, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("data:\n  root: x\n")
+    assert failing("fit", "--config", path, "--data.stride=0") == "crevnet: data.stride has to be at least 1, not 0"
+    path.write_text("model:\n  name: unet\ndata:\n  stride: 0\n")  # whose options there are with the file alone
+    line = failing("fit", "--config", path, "--model.depth=3")
+    assert line == f"crevnet: --config {path}: data.stride has to be at least 1, not 0"
 
 
 @pytest.fixture
@@ -116,10 +135,14 @@ def fit(cities, small, failing, tmp_path):
         (("--data.cities", "[Paris]"), "Paris"),
         (("--data.training_split", "test"), "test"),
         (("--data.validation_split", "test"), "test"),
-        (("--data.training_slots", "[0,4]"), "slots=(0, 4)"),
-        (("--data.validation_slots", "[0,4]"), "slots=(0, 4)"),
-        (("--data.training_slots", "[9,2]"), "slots=(9, 2)"),
-        (("--data.training_slots", "[0,500]"), "slots=(0, 500)"),
+        (("--data.training_slots", "[0,4]"), "data.training_slots [0,4] leaves 4 of the 20 frames of "),
+        (("--data.validation_slots", "[0,4]"), "data.validation_slots [0,4] leaves 4 of the 20 frames of "),
+        (
+            ("--data.training_slots", "[9,2]"),
+            "data.training_slots [9,2] is no range: write [first,past-the-last], within",
+        ),
+        (("--data.validation_slots", "[20,24]"), "data.validation_slots [20,24] goes beyond "),
+        (("--data.training_slots", "[0,500]"), "which holds 20 slots: choose a range within [0,20]"),
         (("--model.past", "400"), "402"),
         (("--model.channels", "8"), "8"),
         (("--resume", "no-such-run"), "no-such-run"),
@@ -143,7 +166,35 @@ def test_fit_on_an_empty_folder(fit, tmp_path):
 def test_fit_into_a_file(inside, fit, tmp_path):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "run" if inside else tmp_path / "file"
-    assert str(out) in fit("--out", out)
+    why = "Not a directory" if inside else "File exists"
+    assert fit("--out", out) == f"crevnet: {out} is no folder that can be written to ({why}): choose another --out"
+
+
+def test_recipe_into_a_file(cities, small, failing, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = failing("recipe", "paper", *small, "--data.root", cities, "--out", tmp_path / "file")
+    assert f"{tmp_path / 'file'} is no folder that can be written to (File exists): choose another --out" in line
+
+
+def test_fit_where_no_folder_can_be(fit):
+    line = fit("--out", "/proc/nope")
+    assert "/proc/nope is no folder that can be written to (No such file or directory): choose another --out" in line
+
+
+def test_an_accelerator_that_is_not_there(fit, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    line = fit("--training.accelerator", "gpu")
+    assert "training.accelerator gpu and training.devices 1 cannot be had here" in line
+    assert "say --training.accelerator auto" in line
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_precision_for_gpus_alone(cities, small, capsys, tmp_path):
+    once = ("--training.epochs=1", "--training.batches=1", "--training.precision=16-mixed")
+    main([str(a) for a in ("fit", *small, *once, "--data.root", cities, "--out", tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert "warning: training.precision 16-mixed is for GPUs: it is bf16-mixed here\n" in error
+    assert "Trainer(" not in error
 
 
 @pytest.mark.parametrize("damage", ["garbage", "other", "missing key", "absent"])
@@ -280,7 +331,7 @@ def test_run_with_a_damaged_checkpoint(command, damage, own_run, failing):
         (("--channel", "-1"), "--channel -1"),
         (("--feedback", "both"), "both"),
         (("--checkpoint", "worst"), "worst"),
-        (("--data.validation_slots", "[2,6]"), "2"),
+        (("--data.validation_slots", "[2,6]"), "data.validation_slots [2,6] leaves 4"),
         (("--data.cities", "[Nowhere]"), "Nowhere"),
     ],
 )
@@ -292,7 +343,7 @@ def test_prediction_that_cannot_be(options, named, run, failing, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ("predict RUN --out FILE", "FILE"),
+        ("predict RUN --out FILE", "FILE is no folder that can be written to (File exists): choose another --out"),
         ("evaluate RUN --json FOLDER", "FOLDER"),
         ("evaluate RUN --json FOLDER/absent/scores.json", "FOLDER/absent"),
         ("show DAY --slot 3 --out FOLDER/absent/day.png", "FOLDER/absent"),

@@ -99,6 +99,6 @@ def test_another_score_chooses_the_best_checkpoint_anew(change, one_window, tmp_
     assert epochs == (1 if change["loss"] == 2 else 0)
 
 
-@pytest.mark.parametrize("option", ["--preset=tiny", "--protocol=2019", "--training.start=absent"])
+@pytest.mark.parametrize("option", ["--out=elsewhere", "--preset=tiny", "--protocol=2019", "--training.start=absent"])
 def test_a_run_that_has_begun_does_not_begin_otherwise(option, run, failing):
     assert f"{option.partition('=')[0]} is for new runs" in failing("fit", "--resume", run, option)

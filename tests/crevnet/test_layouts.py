@@ -137,6 +137,19 @@ def test_windows_of_the_competition_of_2019(settings, write_day, points, tmp_pat
     assert [int(batch["start"]) for batch in of_moscow] == [slot - 3 for slot in slots["Moscow"]]
 
 
+def test_a_range_that_leaves_out_windows_of_the_competition_of_2019(settings, write_day, points, tmp_path):
+    for split in ("training", "validation"):
+        write_day(tmp_path, points(1, slots=288), "Berlin", "20180101", split)
+    data = DataSettings(tmp_path, validation_windows="test", validation_slots=(18, 236))
+    asked = (
+        r"data.validation_slots \[18,236\] leaves out .* of Berlin, which take \[18,237\]: widen it, or say .* strided"
+    )
+    with pytest.raises(DataError, match=asked):
+        CityData(data, replace(settings.model, past=12, horizon=3)).validation_batches()
+    wider = CityData(replace(data, validation_slots=(18, 237)), replace(settings.model, past=12, horizon=3))
+    assert len(wider.validation_batches().dataset) == 5
+
+
 def test_a_city_that_the_competition_does_not_know_has_no_test_windows(settings):
     data = CityData(replace(settings.data, validation_windows="test"), settings.model)
     with pytest.raises(DataError, match=r"no slots of Here, only of Berlin, .*--data.validation_windows strided"):

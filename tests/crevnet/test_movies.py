@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
-from crevnet.data import DataError, Windows, layout_named, open_days
+from crevnet.data import DataError, Windows, layout_named, open_days, road_map
 
 MOVIES = layout_named("movies")
 LENGTHS = {"training/one": 9, "training/two.cut": 12, "validation/three": 11}
@@ -76,6 +76,21 @@ def test_fit_evaluate_and_predict(movies, small, crevnet, tmp_path):
     assert (tmp_path / "movies-three-004.gif").is_file()
 
 
+def test_frames_too_small_for_ssim(small, crevnet, tmp_path):
+    for split in ("training", "validation"):
+        write(tmp_path / "movies" / split / "one.h5", values(0, 9)[:, :5])
+    once = ("--model.channels=2", "--training.epochs=1", "--training.batches=1")
+    crevnet("fit", *small, "--protocol=movies", "--data.root", tmp_path / "movies", "--out", tmp_path / "run", *once)
+    said = crevnet("evaluate", tmp_path / "run", "--json", tmp_path / "scores.json")
+    assert said.count("nan: SSIM is of frames of at least 6 x 6 pixels") == 1 and "on roads" not in said
+
+    def refused(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    found = json.loads((tmp_path / "scores.json").read_text(), parse_constant=refused)["movies"]["last frame"]
+    assert found["ssim"] is None and found["ssim_by_channel"] == [None, None] and found["psnr"] > 0
+
+
 def test_predict_keeps_a_name_with_dots(movies, small, crevnet, failing, tmp_path):
     run = tmp_path / "run"
     once = ("--model.channels=2", "--training.epochs=1", "--training.batches=1")
@@ -99,6 +114,68 @@ def test_a_flat_folder_is_parted_by_slots(small, crevnet, failing, tmp_path):
     assert "dates" not in line
     crevnet("fit", *options, *once, "--data.training_slots=[0,12]", "--data.validation_slots=[12,20]")
     assert "2 windows" in crevnet("evaluate", tmp_path / "run")
+
+
+def test_a_range_is_cut_where_a_movie_ends(small, crevnet, tmp_path):
+    """Movies of 10, 8 and 13 frames; validated from the frame 8 on, the last holds a window of 5, and the others none."""
+    root, scores = tmp_path / "flat", tmp_path / "scores.json"
+    lengths = (10, 8, 13)
+    for seed, frames in enumerate(lengths):
+        write(root / f"{seed}.h5", values(seed, frames))
+    parted = ("--data.training_slots=[0,9]", "--data.validation_slots=[8,14]")
+    once = ("--model.channels=2", "--training.epochs=1", "--training.batches=1")
+    run = ("--protocol=movies", "--data.root", root, "--out", tmp_path / "run")
+    crevnet("fit", *small, *run, *once, *parted)
+    assert "1 windows" in crevnet("evaluate", tmp_path / "run", "--json", scores)
+    found = json.loads(scores.read_text())["flat"]
+    truth = values(2, 13)[11:13] / 255
+    mean = np.concatenate([values(seed, frames)[:9] for seed, frames in enumerate(lengths)]).mean(0) / 255
+    assert found["mean of training days"]["mse"] == pytest.approx(np.square(truth - mean).mean(), rel=1e-5)
+    crevnet("predict", tmp_path / "run")
+    assert (tmp_path / "run" / "flat-2-011.h5").is_file()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (
+            "--data.validation_slots=[8,9]",
+            "leaves 1 of the 13 frames of {root}/2.h5, and of no movie more; expected at",
+        ),
+        (
+            "--data.training_slots=[50,60]",
+            "leaves 0 of the 13 frames of {root}/2.h5, and of no movie more; expected at",
+        ),
+        ("--data.training_slots=[9,0]", "is no range: write [first,past-the-last], within [0,13] for {root}/2.h5"),
+    ],
+)
+def test_a_range_without_a_window_of_any_movie(option, said, small, failing, tmp_path):
+    root = tmp_path / "flat"
+    for seed, frames in enumerate((10, 8, 13)):
+        write(root / f"{seed}.h5", values(seed, frames))
+    parted = ("--data.training_slots=[0,8]", "--data.validation_slots=[8,13]", option)
+    run = ("--protocol=movies", "--model.channels=2", "--data.root", root, "--out", tmp_path / "run")
+    line = failing("fit", *small, *run, *parted)
+    assert f"{option.removeprefix('--').replace('=', ' ')} {said.format(root=root)}" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_road_map_of_frames_that_no_movie_has(movies):
+    days = open_days(movies, layout=MOVIES)
+    assert road_map(days, slots=(11, 20)).shape == (1, 21, 14)  # of the last frame of the longer one
+    with pytest.raises(DataError, match=r"slots=\(12, 20\) holds no frame of 2 files"):
+        road_map(days, slots=(12, 20))
+
+
+def test_a_movie_too_short_for_the_range_is_not_predicted(small, crevnet, failing, tmp_path):
+    root = tmp_path / "flat"
+    for seed, frames in enumerate((10, 13)):
+        write(root / f"{seed}.h5", values(seed, frames))
+    once = ("--model.channels=2", "--training.epochs=1", "--training.batches=1")
+    parted = ("--data.training_slots=[0,8]", "--data.validation_slots=[8,13]")
+    crevnet("fit", *small, "--protocol=movies", "--data.root", root, "--out", tmp_path / "run", *once, *parted)
+    line = failing("predict", tmp_path / "run", "--date=0")
+    assert f"{root}/0.h5: 2 slots of data.validation_slots [8,13] are too few for a window of 5 frames" in line
 
 
 def test_show(movies, crevnet):
@@ -135,6 +212,37 @@ def test_movies_that_cannot_be(array, reason, tmp_path):
     path = write(tmp_path / "training" / "one.h5", array)
     with pytest.raises(DataError, match=f"{re.escape(str(path))}.*{re.escape(reason)}"):
         open_days(tmp_path, layout=MOVIES)
+
+
+def test_frames_in_a_group_are_found_but_not_read(tmp_path):
+    path = write(tmp_path / "training" / "one.h5", np.zeros((4, 2, 3, 1), np.uint8), "clip/frames")
+    with pytest.raises(DataError) as error:
+        open_days(tmp_path, layout=MOVIES)
+    assert f"{path} holds no dataset but in a group, 'clip/frames'; expected" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"), [(np.zeros(7), "has shape (7,)"), (np.zeros((4, 2, 3, 1), np.uint16), "has dtype uint16")]
+)
+def test_the_dataset_that_was_read_is_named(other, said, tmp_path):
+    path = write(tmp_path / "training" / "one.h5", np.zeros((4, 2, 3, 1), np.uint8))
+    with h5py.File(path, "a") as file:
+        file["audio"] = other
+    with pytest.raises(DataError) as error:
+        open_days(tmp_path, layout=MOVIES)
+    assert f"{path}, dataset 'audio', {said}" in str(error.value)
+
+
+def test_movies_have_no_city_to_be_chosen(movies, small, crevnet, failing, tmp_path):
+    once = ("--model.channels=2", "--training.epochs=1", "--training.batches=1")
+    crevnet("fit", *small, "--protocol=movies", "--data.root", movies, "--out", tmp_path / "run", *once)
+    line = failing("predict", tmp_path / "run", "--city=Berlin")
+    assert line == "crevnet: --city Berlin is given, but movies have no cities: name one by --date, there are three"
+
+
+def test_movies_without_a_folder_are_made_by_their_own_command(failing):
+    line = failing("fit", "--protocol=movies")
+    assert line.endswith("say --data.root FOLDER, or make movies with `crevnet data moving-mnist`")
 
 
 @pytest.mark.parametrize("value", [np.nan, 248.0])

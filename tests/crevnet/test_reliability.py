@@ -290,5 +290,5 @@ def test_unforeseen_errors_are_not_hidden(settings, tmp_path, at_step):
 
 def test_fewer_epochs_than_there_have_been(settings, tmp_path):
     train(replace(settings, training=replace(settings.training, epochs=3)), tmp_path)
-    with pytest.raises(DataError, match="max_epochs"):
+    with pytest.raises(DataError, match=r"for more epochs than --training\.epochs 1: raise it"):
         train(settings, tmp_path, resume=True)

@@ -1,5 +1,7 @@
 """Runs that are killed, and go on: every bit is that of the run that nobody has disturbed."""
 
+import errno
+import fcntl
 import random
 import shutil
 import signal
@@ -7,6 +9,7 @@ import tempfile
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from processes import (
     nothing,
     sent,
     start,
+    waiting_in_step,
     workers_killed,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -146,6 +150,38 @@ def test_killed_at_random_moments(child, short, whole, tmp_path):
         assert checkpoint(run)["global_step"] >= 1
     train(short, run, resume=True)
     assert_same_run(run, whole)
+
+
+# --- twice at once
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_folder_in_which_another_process_trains_is_refused(step, child, short, whole, failing, tmp_path):
+    """Until that one is killed: then at once, though the processes that read its data live on for seconds."""
+    run = tmp_path / "run"
+    process = child("--data.workers=2", before=partial(waiting_in_step, step))
+    there = run / "checkpoints" / "last.ckpt" if step > 1 else run / "config.yaml"
+    while process.is_alive() and not there.is_file():
+        time.sleep(0.01)
+    config = tmp_path / "settings" / "config.yaml"
+    line = failing("fit", *(("--resume", run) if step > 1 else ("--config", config, "--out", run)))
+    assert line.startswith(f"crevnet: {run} is being trained in by another process: wait until it has ended")
+    process.kill()
+    while Path(f"/proc/{process.pid}").exists():  # `end` would wait for the processes that read data, too
+        time.sleep(0.001)
+    train(short, run, resume=step > 1)
+    assert_same_run(run, whole)
+    assert not (run / "training.lock").exists()
+    assert end(process) == -signal.SIGKILL
+
+
+def test_a_file_system_without_locks_is_trained_on(short, whole, tmp_path, monkeypatch):
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unknown)
+    train(short, tmp_path)
+    assert_same_run(tmp_path, whole)
 
 
 # --- told to stop

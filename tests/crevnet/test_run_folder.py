@@ -82,6 +82,8 @@ def test_config_that_cannot_be_read_is_named_in_one_line(change, message, tmp_pa
 
 def test_folder_without_config(tmp_path):
     with pytest.raises(SettingsError, match=r"no config\.yaml"):
+        load_settings(tmp_path)
+    with pytest.raises(SettingsError, match=r"absent does not exist"):
         load_settings(tmp_path / "absent")
 
 

@@ -32,6 +32,7 @@ from crevnet.competition.settings import ChallengeSettings, challenge
 from crevnet.competition.submission import write_submission, zip_submission
 from crevnet.data import DataError, DayFile
 from crevnet.data.city_data import open_training_days, open_validation_days
+from crevnet.files import quoted
 from crevnet.network import Feedback
 from crevnet.recipe.folders import base_run, is_recipe
 from crevnet.score_file import check_score_file, write_score_file
@@ -85,8 +86,8 @@ def submit(
     with _progress(f"{len(files)} files", sum(file.shape[0] for file in files)) as advance:
         write_submission(files, ensemble(members, weights), out, json.dumps(made_from), overwrite, advance)
     console.print(
-        f"wrote {len(files)} files to {out} and {zip_submission(out)} (next, with truth: {_score_command(data, chosen)} {out} "
-        "--truth FOLDER)"
+        f"wrote {len(files)} files to {out} and {zip_submission(out)} (next, with truth: {_score_command(data, chosen)} "
+        f"{quoted(out)} --truth FOLDER)"
     )
 
 
@@ -141,7 +142,8 @@ def hold_out(chosen: ChallengeSettings, data: DataSettings, count: int, seed: in
             console.print(f"wrote {path}, with its truth beside it")
     task = _task_option(data, chosen)
     console.print(
-        f"next: crevnet submit RUN --test {out}{task} --out FOLDER, and {_score_command(data, chosen)} FOLDER --truth {out}"
+        f"next: crevnet submit RUN --test {quoted(out)}{task} --out FOLDER, and {_score_command(data, chosen)} FOLDER "
+        f"--truth {quoted(out)}"
     )
 
 

@@ -17,6 +17,7 @@ from crevnet.config import Static
 from crevnet.data import DataError, DayFile, DayReader, StaticInputs, layout_named, static_maps
 from crevnet.data.city_data import open_training_days
 from crevnet.data.protocol import Protocol
+from crevnet.files import quoted
 from crevnet.network import Feedback
 from crevnet.recipe.folders import base_run, city_run, frame_run, record
 from crevnet.settings import DataSettings, load_settings
@@ -149,7 +150,7 @@ def city_runs(folder: Path, city: str, asked: Protocol) -> list[Path]:
     for run in runs:
         if not record(run).is_file():
             raise DataError(
-                f"{run} is not done: go on with crevnet recipe paper --out {folder}, or choose --data.cities"
+                f"{run} is not done: go on with crevnet recipe paper --out {quoted(folder)}, or choose --data.cities"
             )
     return runs
 

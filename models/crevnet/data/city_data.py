@@ -42,10 +42,12 @@ class CityData:
         if first.shape[3] != model.channels:
             remedy = self.layout.channels_remedy(first.shape)
             raise DataError(f"{first.path} has {first.shape[3]} channels, the model {model.channels}: {remedy}")
+        _check_slots("data.training_slots", settings.training_slots, self.training_days, model.window)
         maps = static_maps(model.static, self.layout, settings.root, self.training_days, settings.training_slots)
         self.road_maps = maps["road_map"]
         self.static = StaticInputs(model.static, maps)
         self.validation_days = open_validation_days(settings)
+        _check_slots("data.validation_slots", settings.validation_slots, self.validation_days, model.window)
         check_frame_sizes([*self.training_days, *self.validation_days])
         for day in self.validation_days:
             if day.city not in self.road_maps:
@@ -99,7 +101,14 @@ class CityData:
             )
         of_city = [day for day in days if day.city == city]
         starts = [slot - self._model.past for slot in TEST_SLOTS[city]]
-        return self._windows(of_city, slots=self._settings.validation_slots, starts=starts)
+        slots, end = self._settings.validation_slots, max(starts) + self._model.window
+        if slots is not None and not (slots[0] <= min(starts) and end <= slots[1]):
+            raise DataError(
+                f"data.validation_slots {_written(slots)} leaves out some of the windows before the slots that the competition "
+                f"of 2019 asks for of {city}, which take [{min(starts)},{end}]: widen it, or say "
+                "--data.validation_windows strided"
+            )
+        return self._windows(of_city, slots=slots, starts=starts)
 
     def _windows(self, days: Sequence[DayFile], **places: Any) -> Windows:
         lengths = {day.path: day.shape[0] for day in days}
@@ -110,6 +119,38 @@ class CityData:
 
     def _loader(self, windows: Dataset[dict[str, Any]], sampler: Sampler[int] | None = None) -> WindowLoader:
         return window_loader(windows, self._settings.batch_size, self._settings.workers, sampler)
+
+
+def _check_slots(option: str, slots: tuple[int, int] | None, days: Sequence[DayFile], window: int) -> None:
+    """DataError, which names the option, where its half-open range `slots` is none of the days' or holds no window.
+
+    Every day has to hold the range; of movies, which differ in length, one has to hold a window in it.
+    """
+    if slots is None:
+        return
+    written = f"{option} {_written(slots)}"
+    shortest, longest = (choose(days, key=lambda day: day.shape[0]) for choose in (min, max))
+    if not 0 <= slots[0] < slots[1]:
+        raise DataError(
+            f"{written} is no range: write [first,past-the-last], within [0,{longest.shape[0]}] for {longest.path}"
+        )
+    if shortest.layout.dated and slots[1] > shortest.shape[0]:
+        raise DataError(
+            f"{written} goes beyond {shortest.path}, which holds {shortest.shape[0]} slots: choose a range within "
+            f"[0,{shortest.shape[0]}]"
+        )
+    left = len(longest.slot_range(slots))
+    if left < window:
+        more = "" if longest.layout.dated else ", and of no movie more"
+        raise DataError(
+            f"{written} leaves {left} of the {longest.shape[0]} frames of {longest.path}{more}; expected at least {window}, "
+            "--model.past and --model.horizon: choose another range, or lower these"
+        )
+
+
+def _written(slots: tuple[int, int]) -> str:
+    """A range as the options have it."""
+    return f"[{slots[0]},{slots[1]}]"
 
 
 def open_training_days(settings: DataSettings) -> list[DayFile]:
@@ -123,9 +164,9 @@ def open_validation_days(settings: DataSettings) -> list[DayFile]:
 
 
 def _open(settings: DataSettings, split: str, dates: DateChoice) -> list[DayFile]:
-    if settings.root is None:
-        raise DataError("no data folder was given: say --data.root FOLDER, or make a city with `crevnet data synth`")
     layout = layout_named(settings.protocol, settings.heading_order)
+    if settings.root is None:
+        raise DataError(f"no data folder was given: say --data.root FOLDER, or {layout.made_by}")
     return open_days(settings.root, split, settings.cities, settings.skip_damaged, layout, dates)
 
 

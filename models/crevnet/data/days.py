@@ -37,13 +37,15 @@ class DayFile:
     layout: Layout = field(default=TRAFFIC4CAST_2019, compare=False, repr=False)
 
     def slot_range(self, slots: tuple[int, int] | None) -> range:
-        """The slots of the half-open range `slots` (None: the whole day); DataError if the day does not hold them."""
-        first, end = (0, self.shape[0]) if slots is None else slots
-        if not 0 <= first < end <= self.shape[0]:
-            raise DataError(
-                f"slots=({first}, {end}) is not a range within {self.path}, which holds {self.shape[0]} slots"
-            )
-        return range(first, end)
+        """The slots of the half-open range `slots` (None: the whole file); DataError if a day does not hold them.
+
+        Movies differ in length: the range is cut at a movie's end, and may leave nothing of it.
+        """
+        held = self.shape[0]
+        first, end = (0, held) if slots is None else slots
+        if not 0 <= first < end or (self.layout.dated and end > held):
+            raise DataError(f"slots=({first}, {end}) is not a range within {self.path}, which holds {held} slots")
+        return range(min(first, held), min(end, held))
 
 
 def open_days(
@@ -113,10 +115,14 @@ def open_day(path: Path, city: str | None = None, layout: Layout | None = None) 
     with naming(str(path)), opened(path) as dataset:
         if dataset.ndim != 4 or 0 in dataset.shape:
             remedy = layout.shape_remedy(dataset.shape)
-            raise DataError(f"{path} has shape {dataset.shape}, expected {layout.axes}, none 0; {remedy}")
+            raise DataError(
+                f"{path}, dataset {_name(dataset)}, has shape {dataset.shape}, expected {layout.axes}, none 0; {remedy}"
+            )
         if dataset.dtype.name not in layout.dtypes:
             expected = f"{', '.join(layout.dtypes[:-1])} or {layout.dtypes[-1]}"
-            raise DataError(f"{path} has dtype {dataset.dtype}, expected {expected}; {layout.dtype_remedy}")
+            raise DataError(
+                f"{path}, dataset {_name(dataset)}, has dtype {dataset.dtype}, expected {expected}; {layout.dtype_remedy}"
+            )
         _read_slots(dataset, 0, 1, layout)
         _read_slots(dataset, dataset.shape[0] - 1, dataset.shape[0], layout)
         return DayFile(path, city or path.absolute().parent.parent.name, date, dataset.shape, layout)
@@ -183,6 +189,8 @@ class DayReader:
 def sample_frames(days: Sequence[DayFile], slots: tuple[int, int] | None, frames: int) -> Iterator[np.ndarray]:
     """At most `frames` frames (H, W, C), as stored, spread evenly over the half-open range `slots` (None: the whole day)."""
     held = [(day, slot) for day in days for slot in day.slot_range(slots)]
+    if not held:
+        raise DataError(f"slots={slots} holds no frame of {len(days)} files; use an earlier range or longer files")
     chosen = [held[i * len(held) // frames] for i in range(frames)] if frames < len(held) else held
     reader = DayReader()
     for day, slot in chosen:
@@ -226,7 +234,19 @@ def _first_dataset(file: h5py.File) -> h5py.Dataset:
         if isinstance(item, h5py.Dataset):
             _load_codecs(item)
             return item
+    inside: list[str] = []
+    file.visititems(lambda name, item: inside.append(name) if isinstance(item, h5py.Dataset) else None)
+    if inside:
+        raise DataError(
+            f"{file.filename} holds no dataset but in a group, {inside[0]!r}; expected the frames outside of groups, as "
+            "'array': write it so"
+        )
     raise DataError(f"{file.filename} holds no dataset, expected one of frames; download it again or leave it out")
+
+
+def _name(dataset: h5py.Dataset) -> str:
+    """Which one was read, of a file that may have several."""
+    return repr(dataset.name.removeprefix("/"))
 
 
 def _load_codecs(dataset: h5py.Dataset) -> None:

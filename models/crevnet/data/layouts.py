@@ -14,6 +14,7 @@ from torch import Tensor
 
 from crevnet.data.errors import DataError
 from crevnet.data.protocol import HeadingOrder, Protocol, headings, protocol
+from crevnet.files import quoted
 
 LayoutName = Literal["2019", "2021", "movies"]
 
@@ -27,17 +28,21 @@ class Layout(ABC):
         files: where the files of a split are, for people to read.
         dtypes: of the datasets: whole numbers in 0..255, or floating point in [0, 1].
         dated: files are days, and their slots share the day's 24 hours.
+        has_roads: frames are of a city, and pixels that have data are its roads.
         noun: what one file is.
         axes: of the datasets.
         dtype_remedy: what to do about another dtype.
+        made_by: how to come by such data.
     """
 
     files: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]] = _COUNTS
     dated: ClassVar[bool] = True
+    has_roads: ClassVar[bool] = True
     noun: ClassVar[str] = "day"
     axes: ClassVar[str] = "(slots, H, W, C)"
     dtype_remedy: ClassVar[str] = "leave it out"
+    made_by: ClassVar[str] = "make a city with `crevnet data synth`"
 
     @abstractmethod
     def find(self, root: Path, split: str) -> dict[str, list[Path]]:
@@ -174,9 +179,11 @@ class Movies(Layout):
     files = "<root>/{split}/*.h5, or <root>/*.h5 for all splits"
     dtypes = (*_COUNTS, "float16", "float32", "float64")
     dated = False
+    has_roads = False
     noun = "movie"
     axes = "(frames, H, W, C), channels last"
     dtype_remedy = "convert it to uint8, or to floats in [0, 1]"
+    made_by = "make movies with `crevnet data moving-mnist`"
 
     def find(self, root: Path, split: str) -> dict[str, list[Path]]:
         folder = root / split if (root / split).is_dir() else root
@@ -203,7 +210,7 @@ class Movies(Layout):
 
     def parting_remedy(self, root: Path, splits: tuple[str, str]) -> str:
         if root.absolute().name in splits:
-            return f"did you mean --data.root {root.parent}?"
+            return f"did you mean --data.root {quoted(root.parent)}?"
         folders = " and ".join(str(root / split) for split in splits)
         return f"put movies into {folders}, or part frames by --data.training_slots and --data.validation_slots"
 

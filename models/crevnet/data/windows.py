@@ -18,7 +18,8 @@ class Windows(Dataset[dict[str, Any]]):
     Args:
         days: day files with the same H, W and C, from `open_days`.
         frames: number of slots in a window.
-        slots: half-open range of slots in which the windows must lie wholly; None is the whole day.
+        slots: half-open range of slots in which the windows must lie wholly; None is the whole day. It is cut at a movie's
+            end, and movies that hold no window in it are passed over.
         stride: slots from the start of one window to the start of the next.
         starts: the first slot of each window of a day, instead of one every `stride` slots.
         road_maps: float32 (1, H, W) for each city; given, each item also holds the one of its city.
@@ -93,7 +94,7 @@ def _window_starts(
                     f"of {day.path}"
                 )
         return tuple(int(start) for start in starts)
-    if slots is not None and len(held) < frames:
+    if slots is not None and day.layout.dated and len(held) < frames:
         raise DataError(f"slots=({held.start}, {held.stop}) holds no window of frames={frames}")
     return range(held.start, held.stop - frames + 1, stride)
 

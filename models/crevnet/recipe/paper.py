@@ -17,6 +17,7 @@ from crevnet.checkpoints import checkpoint_path, load_network
 from crevnet.comparison import device, untrained
 from crevnet.data.city_data import CityData
 from crevnet.evaluation import ENSEMBLE, NetworkForecast, Scores, mean_over_cities, score
+from crevnet.folders import make_folder
 from crevnet.forecasts import Forecast, by_frame
 from crevnet.models import make_network
 from crevnet.recipe.folders import base_run, city_run, frame_run, record, score_of, settings_file
@@ -78,6 +79,7 @@ class Recipe:
             refuse_changes(path, load_recipe(folder), settings)
         elif checkpoint_path(folder, "last").is_file():
             raise SettingsError(f"{folder} holds a run: choose another --out for a recipe")
+        make_folder(folder)
         save_yaml(path, settings.sections())
 
     @property

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from crevnet.parser import SettingsError
+
+try:
+    import fcntl
+except ImportError:  # not on Unix
+    fcntl = None  # type: ignore[assignment]
 
 
 def make_folder(folder: Path) -> None:
@@ -22,7 +26,7 @@ def make_folder(folder: Path) -> None:
 def only_process(run: Path) -> Iterator[None]:
     """Hold a run's folder, which is made where it is missing: SettingsError where another process holds it.
 
-    A killed process holds it no longer. On file systems that know no locks, nothing is held and nothing refused.
+    A killed process holds it no longer. On systems and file systems that know no such locks, nothing is held and nothing refused.
     """
     make_folder(run)
     path = run / "training.lock"
@@ -33,7 +37,8 @@ def only_process(run: Path) -> Iterator[None]:
     with file:
         try:
             # Unlike flock's, this lock does not pass to the processes that read data, which outlive a killed one by seconds.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise SettingsError(
                 f"{run} is being trained in by another process: wait until it has ended, or choose another --out"

@@ -12,7 +12,7 @@ _UNION = re.compile(r"Does not validate against any of the Union subtypes Subtyp
 _CHOICE = re.compile(r"a typing\.Literal\[(.*?)\]")
 _WORDS = re.compile(r"typing\.Literal\[(.*?)\]")
 _CLASS = re.compile(r"(?:a )?<class '(?:\w+\.)*(\w+)'>")
-_UNKNOWN = re.compile(r"(?:unrecognized arguments: (--)|Subcommand '(.+)' does not accept option ')([\w.-]+)")
+_UNKNOWN = re.compile(r"(?:unrecognized arguments: (--)|there is no option )([\w.-]+)")
 
 
 class SettingsError(Exception):
@@ -38,7 +38,23 @@ class Parser(jsonargparse.ArgumentParser):
         strict = (
             {} if self._subcommands_action else {"skip_unset": False}
         )  # each command's own parser comes to its values
-        super().validate(namespace, *arguments, **options | strict)
+        try:
+            super().validate(namespace, *arguments, **options | strict)
+        except KeyError as error:  # which jsonargparse cannot say of a subcommand's subcommand
+            command, name = self._unknown(namespace)
+            if name is None:
+                raise
+            command.error(f"there is no option {name}", error)
+
+    def _unknown(self, namespace: jsonargparse.Namespace) -> tuple[Parser, str | None]:
+        """The command that was chosen, and which of the values is none of its options."""
+        command, place = self, ""
+        while command._subcommands_action:
+            name = namespace[f"{place}{command._subcommands_action.dest}"]
+            command, place = command._subcommands_action.choices[name], f"{place}{name}."
+        known = {action.dest for action in command._actions}
+        given = (key.removeprefix(place) for key in vars(namespace.as_flat()) if key.startswith(place))
+        return command, next((name for name in given if name not in known), None)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         command = self.prog.replace(" [options]", "")
@@ -50,9 +66,8 @@ class Parser(jsonargparse.ArgumentParser):
         unknown = _UNKNOWN.match(message)
         if unknown is None:
             return ""
-        dashes, subcommand, name = unknown.groups(default="")
-        parser = self._subcommands_action.choices[subcommand] if subcommand else self
-        options = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+        dashes, name = unknown.groups(default="")
+        options = [option.removeprefix("--") for action in self._actions for option in action.option_strings]
         return "".join(f"; did you mean {dashes}{near}?" for near in get_close_matches(name, options, 1, cutoff=0.8))
 
 

@@ -79,7 +79,8 @@ def test_what_may_be_chosen_is_said_in_one_short_line(option, choices, failing):
         (["fit", "--data.rot", "x"], "; did you mean --data.root?"),
         (["recipe", "paper", "--frame.learning_rat", "1"], "; did you mean --frame.learning_rate?"),
         (["data", "synth", "x", "--city.heigth", "64"], "; did you mean --city.height?"),
-        (["fit", "--config", "config.yaml"], "; did you mean data.root?"),
+        (["fit", "--config", "config.yaml"], "there is no option data.rot; did you mean data.root?"),
+        (["recipe", "paper", "--config", "config.yaml"], "there is no option data.rot; did you mean data.root?"),
         (["fit", "--model", "unet", "--model.blocks", "3"], ""),  # CrevNet's, and nothing of the U-Net's is like it
     ],
 )

@@ -73,6 +73,18 @@ QUOTED = [
         "experiment-cities.md",
         ["| 830 |", "| 7,145 |"],
     ),
+    (
+        "docs/experiment.md",
+        "| each model trains for | 5 minutes of a core | 8 minutes of a core |",
+        "experiment-cities.md",
+        ["each model trained for 5 minutes on one core"],
+    ),
+    (
+        "docs/experiment.md",
+        "5 minutes of a core | 8 minutes of a core |",
+        "experiment-air-traffic.md",
+        ["each model trained for 8 minutes on one core"],
+    ),
     ("docs/moving-mnist.md", "after 72 steps on a CPU", "moving-mnist-cpu.md", ["and 72 steps"]),
 ]
 

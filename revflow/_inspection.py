@@ -1,4 +1,5 @@
-"""Each block of a network by itself: does it return the same twice, and does its inverse undo its forward?"""
+"""Each block of a network by itself: does it return the same twice, does its inverse undo its forward, and is a coupling's
+log-derivative that of what it computes?"""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class ReversibleSequence(nn.Sequential):
         if isinstance(blocks, nn.Module) and not isinstance(blocks, Iterable):
             kind = type(blocks).__name__
             raise TypeError(
-                f"ReversibleSequence takes a list of blocks, ReversibleSequence([a, b]); got a {kind} by itself"
+                f"ReversibleSequence takes a list of blocks, ReversibleSequence([a, b]); got one {kind} by itself"
             )
         for name, block in blocks.items() if isinstance(blocks, Mapping) else enumerate(blocks):
             self.add_module(str(name), block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,15 +41,21 @@ def only_process(run: Path) -> Iterator[None]:
             if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise SettingsError(
-                f"{run} is being trained in by another process: wait until it has ended, or choose another --out"
-            ) from error
+            raise _held(run) from error
         except OSError:
             pass
+        if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+            raise _held(run)  # it was removed, by the process that held it, after it was opened here
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _held(run: Path) -> SettingsError:
+    return SettingsError(
+        f"{run} is being trained in by another process: wait until it has ended, or choose another --out"
+    )
 
 
 def _unusable(folder: Path, error: OSError) -> SettingsError:

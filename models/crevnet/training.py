@@ -134,10 +134,8 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
         raise DataError(f"{last} does not exist, so there is nothing to resume: train with --out {quoted(folder)}")
     if is_recipe(folder):
         raise DataError(f"{folder} is a recipe's folder: choose another --out")
-    if not resume and last.is_file():
-        raise DataError(
-            f"{folder} holds a trained run already: go on with it (--resume {quoted(folder)}), or choose another --out"
-        )
+    if not resume:
+        _refuse_trained(folder)
     lightning.seed_everything(training.seed, workers=True, verbose=False)
     data = CityData(settings.data, settings.model, training.seed)
     steps = 0
@@ -164,6 +162,8 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     with ExitStack() as held:
         if trainer.is_global_zero:
             held.enter_context(only_process(folder))
+            if not resume:
+                _refuse_trained(folder)  # by another process, which has ended since
             for place in (folder, last.parent):
                 remove_unfinished(place)
             settings.save(folder)
@@ -186,6 +186,13 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     if checkpoints.best == math.inf:
         raise DataError("training stopped before its first validation: raise --training.max_minutes")
     return checkpoints.best
+
+
+def _refuse_trained(folder: Path) -> None:
+    if checkpoint_path(folder, "last").is_file():
+        raise DataError(
+            f"{folder} holds a trained run already: go on with it (--resume {quoted(folder)}), or choose another --out"
+        )
 
 
 def _trainer(

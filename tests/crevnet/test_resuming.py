@@ -30,8 +30,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from crevnet import CrevNet
 from crevnet.data import DataError, Windows
+from crevnet.data.city_data import CityData
 from crevnet.failures import TrainingError
-from crevnet.settings import load_settings
+from crevnet.folders import only_process
+from crevnet.settings import SettingsError, load_settings
 from crevnet.training import train
 
 EPOCHS, BATCHES = 2, 6
@@ -173,6 +175,33 @@ def test_a_folder_in_which_another_process_trains_is_refused(step, child, short,
     assert_same_run(run, whole)
     assert not (run / "training.lock").exists()
     assert end(process) == -signal.SIGKILL
+
+
+def test_a_run_that_came_while_the_data_were_opened_is_kept(short, whole, tmp_path, monkeypatch):
+    """Another process has begun there since, and ended."""
+
+    def open_data(*arguments):
+        shutil.copytree(whole, run)
+        return CityData(*arguments)
+
+    run = tmp_path / "run"
+    monkeypatch.setattr("crevnet.training.CityData", open_data)
+    with pytest.raises(DataError, match="holds a trained run already"):
+        train(short, run)
+    assert_same_run(run, whole)
+
+
+def test_a_lock_that_its_holder_removes_is_not_held_by_two(tmp_path, monkeypatch):
+    """Opened before its holder removed it, and locked after: a third process would make and lock another."""
+    lock = fcntl.lockf
+
+    def removed_before(file, how):
+        (tmp_path / "training.lock").unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "lockf", removed_before)
+    with pytest.raises(SettingsError, match="is being trained in by another process"), only_process(tmp_path):
+        pass
 
 
 def test_a_file_system_without_locks_is_trained_on(short, whole, tmp_path, monkeypatch):

@@ -201,7 +201,7 @@ class TestBuilding:
         self.check(net, blocks)
 
     def test_blocks_in_no_list_are_refused(self):
-        with pytest.raises(TypeError, match=r"ReversibleSequence\(\[a, b\]\); got a AffineCoupling by itself"):
+        with pytest.raises(TypeError, match=r"ReversibleSequence\(\[a, b\]\); got one AffineCoupling by itself"):
             revflow.ReversibleSequence(*self.blocks(2)[::-1])
 
     def test_sums_that_make_no_sense(self):

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from revflow._graph import edges, gradients, leaf, plus
+from revflow._graph import edges, gradients, leaf, not_leaves, plus
 from revflow._overwrite import Given, Overwrite
-from revflow._passage import Gradients, Passage, Stepwise, Streams, rotate, run_whole, total, versions_of
+from revflow._passage import Gradients, Passage, Stepwise, Streams, is_built_in, rotate, run_whole, total, versions_of
 from revflow._replay import Replay
 from revflow._slices import Sliced
 
@@ -39,6 +40,15 @@ class Call(ABC):
     @abstractmethod
     def first(self, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
         """The block's output, and what to keep of this pass: anchors or residuals; `leaves` stand for the context's tensors."""
+
+    def moved_buffers(self) -> list[Tensor]:
+        """Buffers that this pass has changed, as they were before, for autograd to save."""
+        return [value for replay in self.replays for value in replay.moved_buffers()]
+
+    def recall(self, moved: Sequence[Tensor]) -> None:
+        """Bring them back."""
+        for replay in self.replays:
+            moved = replay.recall(moved)
 
     @abstractmethod
     def rebuilt(self, streams: Streams) -> Streams:
@@ -117,7 +127,10 @@ class Whole(Call):
 
     def first(self, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
         context, versions = self.passage.arguments.filled(leaves), versions_of(streams)
+        reachable = self.passage.arguments.watch(context)
         outputs = self._replay.first(self.passage.draws, run_whole, self._block, self.passage, streams, context)
+        if reachable is not None:
+            reachable.refuse_changes(self._block)
         if versions_of(streams) != versions:
             raise RuntimeError(f"{'inverse' if self.passage.inverse else 'forward'} {_IN_PLACE}")
         return outputs, ()
@@ -126,35 +139,61 @@ class Whole(Call):
         return streams
 
     def rewind(self, now: list[Tensor], given: Given) -> Gradients:
-        passage, own = self.passage, given.own
-        context, undo = passage.arguments.filled(given.leaves), torch.no_grad()(run_whole)
-        backwards = passage._replace(inverse=not passage.inverse, log_det=False, extent=None)
         if given.seen is not None:
             given.seen.outputs(tuple(now))
-        versions = versions_of(now)
-        streams = self._replay.again(own, undo, self._block, backwards, tuple(now), context)
-        if versions_of(now) != versions:
-            raise RuntimeError(
-                f"block {self.position} ({self.block_type}): {'forward' if passage.inverse else 'inverse'} {_IN_PLACE}"
-            )
-        if [s.shape for s in streams] != self._shapes:
-            raise RuntimeError(
-                f"block {self.position} ({self.block_type}): {'forward' if passage.inverse else 'inverse'} returned streams of "
-                f"shapes {_shapes(streams)}, to undo a pass that was given {_shapes(self._shapes)}"
-            )
+        streams = self._undone(tuple(now), given)
         now[:] = [s.detach() for s in streams]
         inputs = tuple(map(leaf, streams, self._strides, given.needs))
         del streams
-        wanted = (*inputs, *given.leaves, *own)
-        # Off the grid: rounding has a derivative of 1.
-        again = self._replay.again(own, run_whole, self._block, passage._replace(grid=None), inputs, context)
-        if given.seen is not None:
-            given.seen.graph("it", 0, again, wanted)
-            made = again[: len(again) - passage.log_det]
-            given.seen.outputs_again(made if passage.grid is None else tuple([passage.grid.round(s) for s in made]))
+        followed = None if given.seen is None or is_built_in(self._block) else given.seen.follow("it", self._replay)
+        entering, leaves = tuple(not_leaves(inputs)), not_leaves(given.leaves)
+        with followed or nullcontext():
+            again = self._evaluated(entering, leaves, given.own)
+        del entering, leaves
+        wanted = (*inputs, *given.leaves, *given.own)
+        self._show(again, wanted, given)
         ends = edges(again)
         del again
-        return gradients(ends, wanted, given.grads)
+        found = gradients(ends, wanted, given.grads)
+        del ends
+        if given.seen is not None:
+            given.seen.escapes(followed, self._replay)
+        return found
+
+    def _undone(self, outputs: Streams, given: Given) -> Streams:
+        """The block's input."""
+        passage, undo = self.passage, torch.no_grad()(run_whole)
+        backwards = passage._replace(inverse=not passage.inverse, log_det=False, extent=None)
+        context, versions = passage.arguments.filled(given.leaves), versions_of(outputs)
+        with self._replay.refusing_changes_of_parameters(f"the {self._undoing} of block {self.position}"):
+            streams = self._replay.again(given.own, undo, self._block, backwards, outputs, context)
+        if versions_of(outputs) != versions:
+            raise RuntimeError(f"block {self.position} ({self.block_type}): {self._undoing} {_IN_PLACE}")
+        if [s.shape for s in streams] != self._shapes:
+            raise RuntimeError(
+                f"block {self.position} ({self.block_type}): {self._undoing} returned streams of shapes {_shapes(streams)}, to "
+                f"undo a pass that was given {_shapes(self._shapes)}"
+            )
+        return streams
+
+    def _evaluated(self, inputs: Streams, leaves: list[Tensor], own: list[Tensor]) -> Streams:
+        """The block's output, with a graph; off the grid, since rounding has a derivative of 1."""
+        passage = self.passage._replace(grid=None)
+        return self._replay.again(own, run_whole, self._block, passage, inputs, passage.arguments.filled(leaves))
+
+    def _show(self, again: Streams, wanted: Streams, given: Given) -> None:
+        """To the guard: the output, and what it depends on."""
+        if given.seen is not None:
+            passage = self.passage
+            if not is_built_in(self._block):
+                given.seen.graph("it", again, wanted, self._block, passage.arguments)
+            made = again[: len(again) - passage.log_det]
+            given.seen.outputs_again(made if passage.grid is None else tuple([passage.grid.round(s) for s in made]))
+
+    @property
+    def _undoing(self) -> str:
+        """The name of the method that undoes this pass."""
+        return "forward" if self.passage.inverse else "inverse"
 
 
 _IN_PLACE = "changed its input in place, which is still needed: let it return new tensors"

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from revflow._meter import Meter
 from revflow._mode import is_transformed
 from revflow._passage import NAMED, Context, Passage, Streams, is_bound, named
-from revflow._replay import autocast_state
 from revflow._rewind import end, hold, through
+from revflow._surroundings import autocast_state
 from revflow.budget import Table
 from revflow.exact import Extent, Grid
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from revflow._passage import Gradients, Streams
 from revflow._torch import holders
+
+_thread = threading.local()
 
 End = Tensor | GradientEdge | None
 
@@ -20,9 +26,21 @@ def leaf(tensor: Tensor, strides: tuple[int, ...], needs_grad: bool) -> Tensor:
     return laid_out(tensor, strides).detach().requires_grad_(needs_grad)
 
 
+def not_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Aliases of leaves, for modules that the engine does not know: as under standard autograd they are given no leaves, whose
+    hooks may not ask which nodes a backward pass will come to."""
+    torch._C._set_grad_enabled(True)
+    aliases = [_alias(t) if t.requires_grad else t for t in tensors]
+    torch._C._set_grad_enabled(False)  # as in every rewind
+    return aliases
+
+
+_alias = torch.ops.aten.alias.default  # keeps strides
+
+
 def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     """The tensor with these strides (rule 5 of _rewind)."""
-    if tensor.stride() == strides:
+    if tensor.stride() == strides or is_traceable_wrapper_subclass(tensor):
         return tensor
     laid = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
     own = tuple([slice(None if stride else 1) for stride in strides])  # an expanded dimension holds one value
@@ -32,6 +50,8 @@ def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 def is_ours(stream: Tensor) -> bool:
     """Whether one of the engine's own tensors may be overwritten: no other tensor, of a graph or a user, shares its values."""
+    if type(stream) is not Tensor and not isinstance(stream, FakeTensor):
+        return False  # a subclass may wrap any number of others
     storage = stream.untyped_storage()  # which is the second to refer to them
     return (
         holders(storage) == 2
@@ -48,6 +68,25 @@ def alias_of(tensor: Tensor) -> Tensor:
 def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """The sum of two gradients; None stands for zero."""
     return b if a is None else a if b is None else a + b
+
+
+class _Quiet:
+    """A hook of a parameter, which does nothing in a rewind's own backward pass."""
+
+    __slots__ = ("hook",)
+
+    def __init__(self, hook: Callable[[Tensor], Tensor | None]) -> None:
+        self.hook = hook
+
+    def __call__(self, gradient: Tensor) -> Tensor | None:
+        return None if getattr(_thread, "in_rewind", False) else self.hook(gradient)
+
+
+def keep_quiet_in_rewinds(hooks: dict[int, Any]) -> None:
+    """`hooks`: those that a tensor's gradient passes through."""
+    for number, hook in [*hooks.items()]:
+        if type(hook) is not _Quiet:
+            hooks[number] = _Quiet(hook)
 
 
 def edges(outputs: Sequence[Tensor]) -> list[End]:
@@ -75,15 +114,19 @@ def gradients(ends: Sequence[End], inputs: Streams, grads: Gradients) -> Gradien
     known = [(e, g) for e, g in zip(ends, grads, strict=True) if e is not None and g is not None]
     if not known or not wanted:
         return (None,) * len(inputs)
-    found: Gradients = torch.autograd.Variable._execution_engine.run_backward(
-        tuple([e for e, _ in known]),
-        tuple([g for _, g in known]),
-        False,  # retain_graph
-        False,  # create_graph
-        wanted,
-        allow_unreachable=True,
-        accumulate_grad=False,
-    )
+    _thread.in_rewind = True
+    try:
+        found: Gradients = torch.autograd.Variable._execution_engine.run_backward(
+            tuple([e for e, _ in known]),
+            tuple([g for _, g in known]),
+            False,  # retain_graph
+            False,  # create_graph
+            wanted,
+            allow_unreachable=True,
+            accumulate_grad=False,
+        )
+    finally:
+        _thread.in_rewind = False
     if len(wanted) == len(inputs):
         return found
     rest = iter(found)

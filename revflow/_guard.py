@@ -23,15 +23,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.graph import get_gradient_edge
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.checkpoint import CheckpointFunction
 
+from revflow._attributes import place_of
 from revflow._calls import Call
-from revflow._passage import Streams
+from revflow._escapes import Made
+from revflow._passage import Arguments, Streams
 from revflow._replay import Replay
 from revflow.exact import fingerprint
 
@@ -69,6 +73,14 @@ _SAMPLES = 64
 
 _REGISTER = "Register it, or pass it as a keyword argument of the call"
 
+_ESCAPES = (
+    "A loss that is computed from it gives no gradient, since the forward pass ran without a graph. Let it leave through a "
+    "stream of its own (docs/blocks.md, auxiliary losses), or keep it without a graph: `.detach()`"
+)
+
+_CLOSE_LOOKS = 2
+"""Evaluations whose every intermediate result is followed."""
+
 _JUMP = 30.0
 """Drift grows little by little; an error so much larger than that of the blocks behind is a fault."""
 
@@ -80,9 +92,11 @@ class Guard:
         if mode not in get_args(Mode):
             raise ValueError(f'guard has to be "warn", "raise" or "off"; got {mode!r}')
         self.mode, self.exact = mode, exact
-        self.looked_at: set[str] = set()
-        """What was searched for tensors that would get no gradient: positions of blocks, and what it was in each."""
+        self._looks: dict[str, Look] = {}
         self._warned = False
+
+    def __reduce__(self) -> tuple[type[Guard], tuple[Mode, bool]]:
+        return Guard, (self.mode, self.exact)  # a copy looks at its own modules
 
     def witness(self) -> Witness | None:
         """One that watches one forward call and its backward passes."""
@@ -96,6 +110,53 @@ class Guard:
             warnings.warn(
                 f"{message} (This is said once for a sequence or recurrence.)", ReconstructionWarning, stacklevel=2
             )
+
+    def follow(self, position: str, replay: Replay) -> Made | None:
+        """Notes what an evaluation makes, if that is to be looked at closely."""
+        if not self.looks(position, replay, _CLOSE_LOOKS) or any(
+            m._compiled_call_impl is not None for m in replay.modules
+        ):
+            return None
+        self.has_looked(position, replay)
+        return Made()
+
+    def refuse_escapes(self, place: str, followed: Made | None, attributes: Sequence[str]) -> None:
+        """Refuse what has left an evaluation by another way than its result."""
+        if attributes:
+            raise RuntimeError(
+                f"{place} leaves a tensor that needs a gradient in the attribute {', '.join(attributes)}. {_ESCAPES}"
+            )
+        found = None if followed is None else followed.held()
+        if found is not None:
+            tensor, function = found
+            raise RuntimeError(
+                f"{place} makes a tensor of shape {tuple(tensor.shape)} (by {function}) that is still held, by a forward hook or "
+                f"a list, say. {_ESCAPES}"
+            )
+
+    def looks(self, position: str, replay: Replay, times: int) -> bool:
+        """Whether to look closely at what is evaluated there: so many times, and after its modules or their modes changed."""
+        look = self._looks.get(position)
+        return look is None or look.times < times or look != Look.at(replay, look.times)
+
+    def has_looked(self, position: str, replay: Replay) -> None:
+        look = Look.at(replay, 1)
+        before = self._looks.get(position)
+        if before is not None and before == Look.at(replay, before.times):
+            look = before._replace(times=before.times + 1)
+        self._looks[position] = look
+
+
+class Look(NamedTuple):
+    """What was looked at, and how often."""
+
+    modules: tuple[ref[nn.Module], ...]
+    modes: tuple[bool, ...]
+    times: int
+
+    @classmethod
+    def at(cls, replay: Replay, times: int) -> Look:
+        return cls(tuple(map(ref, replay.modules)), tuple(replay.modes), times)
 
 
 class Seen:
@@ -119,20 +180,29 @@ class Seen:
     def outputs_again(self, again: Streams) -> None:
         self.again += self._witness.samples(again)
 
+    @property
+    def _place(self) -> str:
+        return f"block {self.call.position} ({self.call.block_type})"
+
     def graph(
-        self, user: str, number: int, outputs: Streams, inputs: Sequence[Tensor], remedy: str = _REGISTER
+        self,
+        user: str,
+        outputs: Streams,
+        inputs: Sequence[Tensor],
+        module: nn.Module | None = None,
+        arguments: Arguments | None = None,
+        remedy: str = "",
     ) -> None:
-        """Refuse, the first time, what makes `outputs` depend on what the engine does not know of: its `number`-th `user`."""
-        position = f"{self.call.position}/{user}/{number}"
-        looked_at = self._witness.guard.looked_at
-        if position not in looked_at:
-            looked_at.add(position)
-            stranger = stranger_among(outputs, inputs)
-            if stranger is not None:
-                looked_at.discard(position)
-                raise RuntimeError(
-                    f"block {self.call.position} ({self.call.block_type}): {user} uses {no_gradient_for(stranger, remedy)}"
-                )
+        """Refuse what makes `outputs` depend on what the engine does not know of; `module` and `arguments` may lead to it."""
+        refuse_strangers(f"{self._place}: {user}", outputs, inputs, module, arguments, remedy)
+
+    def follow(self, user: str, replay: Replay) -> Made | None:
+        """Notes what an evaluation makes, if that is to be looked at closely."""
+        return self._witness.guard.follow(f"{self.call.position}/{user}", replay)
+
+    def escapes(self, followed: Made | None, replay: Replay) -> None:
+        """Refuse what has left an evaluation by another way than its result; its graph is gone."""
+        self._witness.guard.refuse_escapes(self._place, followed, replay.escaped)
 
     def inputs(self, rebuilt: Streams) -> None:
         self.before += self.call.samples
@@ -156,10 +226,11 @@ class Witness:
 
     def samples(self, streams: Streams) -> Streams:
         """Values of each stream, at the same places each time; in exact arithmetic each followed by its fingerprint."""
+        values = [v for v in map(_values_of, streams) if _counts(v)]
         if not self.guard.exact:
-            return tuple([torch.take(s, self._places(s)) for s in streams if _counts(s)])
+            return tuple([torch.take(v, self._places(v)) for v in values])
         # Beside the sum the few values see what does not change it: a permutation.
-        return tuple([e for s in streams if _counts(s) for e in (torch.take(s, self._places(s)), fingerprint(s))])
+        return tuple([e for v in values for e in (torch.take(v, self._places(v)), fingerprint(v))])
 
     def begin(self, outputs: Streams) -> Evidence:
         """Begin a backward pass, at the chain's output."""
@@ -253,28 +324,64 @@ class Witness:
         return places
 
 
-def stranger_among(outputs: Streams, inputs: Sequence[Tensor]) -> Tensor | None:
-    """A leaf in the graph of `outputs` that is none of `inputs`."""
-    # By their nodes: under saved_tensors_hooks, other tensors come back in the place of parameters.
-    known = {get_gradient_edge(i).node for i in inputs if i.requires_grad}
+def refuse_strangers(
+    user: str,
+    outputs: Streams,
+    inputs: Sequence[Tensor],
+    module: nn.Module | None,
+    arguments: Arguments | None,
+    remedy: str = "",
+) -> None:
+    """Refuse a graph from `inputs` to `outputs` that uses another leaf, or that cannot be differentiated here."""
+    stranger = stranger_among(outputs, inputs)
+    if stranger is None:
+        return
+    if not isinstance(stranger, Tensor):
+        raise RuntimeError(
+            f"{user} uses torch.utils.checkpoint with use_reentrant=True, which gives parameters their gradients behind the "
+            f"engine's back: pass use_reentrant=False"
+        )
+    in_context = None if arguments is None else place_of(stranger, arguments.others)
+    place = in_context or (None if module is None else place_of(stranger, {type(module).__name__: module}))
+    if in_context is not None:
+        remedy = (
+            "The engine sees tensors only in lists, tuples and dictionaries: pass it as a keyword argument by itself"
+        )
+    found = "" if place is None else f" ({place})"
+    raise RuntimeError(
+        f"{user} uses a tensor of shape {tuple(stranger.shape)}{found} that needs a gradient and is neither its parameter nor an "
+        f"argument: it would get none. {remedy or _REGISTER}"
+    )
+
+
+def stranger_among(outputs: Streams, inputs: Sequence[Tensor]) -> Tensor | Any | None:
+    """A leaf in the graph of `outputs` that is none of `inputs`; or the node of a reentrant checkpoint."""
+    known = {id(i) for i in inputs}
     nodes = [o.grad_fn for o in outputs if o.grad_fn is not None]
     seen = set(nodes)
     for node in nodes:  # which grows on the way
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and node not in known:
-            return leaf  # type: ignore[no-any-return]
-        for child, _ in node.next_functions:
+        following = node.next_functions
+        if not following:
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in known:
+                return leaf
+            if isinstance(node, CheckpointFunction._backward_cls):
+                return node
+        for child, _ in following:
             if child is not None and child not in seen:
                 seen.add(child)
                 nodes.append(child)
     return None
 
 
-def no_gradient_for(stranger: Tensor, remedy: str = _REGISTER) -> str:
-    return (
-        f"a tensor of shape {tuple(stranger.shape)} that needs a gradient and is neither its parameter nor an argument: it would "
-        f"get none. {remedy}"
-    )
+def _values_of(stream: Tensor) -> Tensor:
+    """The stream, or one tensor that a subclass wraps: this process's shard of a DTensor, the values of a jagged tensor."""
+    if type(stream) is Tensor or isinstance(stream, FakeTensor):
+        return stream
+    if is_traceable_wrapper_subclass(stream):
+        inner = [getattr(stream, name) for name in stream.__tensor_flatten__()[0]]
+        return _values_of(next(i for i in inner if isinstance(i, Tensor)))
+    return stream.as_subclass(Tensor)
 
 
 def _counts(stream: Tensor) -> bool:
@@ -284,7 +391,8 @@ def _counts(stream: Tensor) -> bool:
 
 def _extremes(streams: Streams) -> list[Tensor]:
     """The smallest and the largest value of each stream: one pass each, and not a copy."""
-    parts = [torch.view_as_real(s.resolve_conj()) if s.is_complex() else s for s in streams if _counts(s)]
+    values = [v for v in map(_values_of, streams) if _counts(v)]
+    parts = [torch.view_as_real(v.resolve_conj()) if v.is_complex() else v for v in values]
     return [end for part in parts for end in (part.amin(), part.amax())]
 
 

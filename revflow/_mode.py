@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
+from torch import nn
 
-from revflow._replay import is_recomputing
-from revflow._torch import is_exporting
+from revflow._replay import is_evaluating, is_recomputing
+from revflow._torch import checkpointed_call, is_exporting
 
 _thread = threading.local()
 
@@ -21,12 +24,23 @@ def ordinary_autograd() -> Iterator[None]:
     They store every activation, and compute the same function: to compare with, in gradients, memory or time. It holds for
     the forward pass; the backward pass may come later. As `ReversibleSequence.plain`, for a whole network.
     """
-    before = getattr(_thread, "is_off", False)
-    _thread.is_off = True
+    before = getattr(_thread, "is_off", None)
+    _thread.is_off = before or _Off(checkpointed_call())
     try:
         yield
     finally:
         _thread.is_off = before
+
+
+class _Off(NamedTuple):
+    """The state of a thread within `ordinary_autograd()`."""
+
+    call: object
+    """The call of `torch.utils.checkpoint` that the context is within; None if it is within none."""
+
+
+_off_when_recomputed: WeakSet[object] = WeakSet()
+"""Calls of `torch.utils.checkpoint` within an `ordinary_autograd()`, which may have ended when they are recomputed."""
 
 
 def engine_applies() -> bool:
@@ -35,10 +49,31 @@ def engine_applies() -> bool:
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled() and not is_exporting()
     forward_mode = torch.autograd.forward_ad._current_level >= 0
-    off = forward_mode or is_transformed() or is_recomputing() or getattr(_thread, "is_off", False)
-    return torch.is_grad_enabled() and not off
+    if forward_mode or is_transformed() or is_recomputing() or is_evaluating() or torch._C._is_tracing():
+        return False
+    return torch.is_grad_enabled() and not _is_off()
+
+
+def _is_off() -> bool:
+    """Whether this is within `ordinary_autograd()`, or recomputes what was."""
+    off: _Off | None = getattr(_thread, "is_off", None)
+    if off is None:
+        is_in_backward = torch._C._current_graph_task_id() != -1
+        return is_in_backward and checkpointed_call() in _off_when_recomputed
+    call = checkpointed_call()
+    if call is not None and call is not off.call:
+        _off_when_recomputed.add(call)
+    return True
 
 
 def is_transformed() -> bool:
     """Whether one of torch.func's transforms is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def refuse_replica(module: nn.Module) -> None:
+    if "_is_replica" in module.__dict__:
+        raise RuntimeError(
+            f"this {type(module).__name__} is a replica of torch.nn.DataParallel, whose parameters are hidden from the engine "
+            f"and would get no gradient: use DistributedDataParallel, which also is faster"
+        )

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from revflow._graph import edges, gradients, is_ours, laid_out, leaf
-from revflow._passage import Gradients, Passage, Stepwise, Streams, changed, log_det_of, mapped, versions_of
+from revflow._graph import edges, gradients, is_ours, laid_out, leaf, not_leaves
+from revflow._passage import (
+    Gradients,
+    Passage,
+    Stepwise,
+    Streams,
+    changed,
+    is_built_in,
+    log_det_of,
+    mapped,
+    versions_of,
+)
 from revflow._replay import Replay
 from revflow.exact import Residual
 
@@ -56,10 +67,14 @@ class Overwrite(Replay):
         """Overwrite the target in `now`; returns what to keep for `undo`, and the log-determinant if wanted."""
         k, block, x = self.target, self._block, now[self.target]
         others = now[:k] + now[k + 1 :]
-        versions = versions_of(others)
+        taken = [*others, *leaves] if leaves else others
+        versions = versions_of(taken)
         context = passage.arguments.filled(leaves)
+        reachable = passage.arguments.watch(context)
         t = self.first(passage.draws, block.evaluate, self._conditioner, now[k], others, context)
-        if versions_of(others) != versions:
+        if reachable is not None:
+            reachable.refuse_changes(self._conditioner)
+        if versions_of(taken) != versions:
             raise RuntimeError(
                 f"the conditioner {type(self._conditioner).__name__} changed its input in place (by a first layer with "
                 f"inplace=True, say), which cannot be undone; let it work on a copy (inplace=False)"
@@ -89,16 +104,20 @@ class Overwrite(Replay):
         k, block = self.target, self._block
         inputs = [*map(leaf, now[:k] + now[k + 1 :], self._layout, given.needs[:k] + given.needs[k + 1 :])]
         wanted = (*inputs, *given.leaves, *given.own)
-        context = passage.arguments.filled(given.leaves)
-        t = self.again(given.own, block.evaluate, self._conditioner, now[k], inputs, context)
-        if given.seen is not None:
-            given.seen.graph("a conditioner", k, t, wanted)
+        followed = None if given.seen is None or self.is_known else given.seen.follow(f"conditioner {k}", self)
+        others, leaves = inputs, given.leaves
+        if not self.is_known:
+            others, leaves = not_leaves(inputs), not_leaves(leaves)
+        with followed or nullcontext():
+            t = self._evaluated(passage, now[k], others, leaves, given.own)
+        if given.seen is not None and not self.is_known:
+            given.seen.graph("a conditioner", t, wanted, self._conditioner, passage.arguments)
         # The other streams are outputs too: so autograd adds the gradients that each gets on both ways, and in the same order
         # as without an engine.
         other_grads = grads[:k] + grads[k + 1 :]
         if block.translates:
             now[k] = self._before(now[k], t, given.kept)
-            ends = edges((*t, *inputs))
+            ends = edges((*t, *others))
             del t  # a stream's worth for each coefficient, unless the graph needs it too
             y_grad = grads[k]
             if self._inverse and y_grad is not None:
@@ -106,13 +125,23 @@ class Overwrite(Replay):
             found = gradients(ends, wanted, (y_grad, *other_grads))
         else:
             x, again = self._combined(now, t, given)
-            if given.seen is not None:
-                given.seen.graph("separate" if self._inverse else "combine", k, again, (x, *wanted), _RETURN)
-            ends = edges((*again, *inputs))
+            if given.seen is not None and not is_built_in(block):
+                given.seen.graph("separate" if self._inverse else "combine", again, (x, *wanted), remedy=_RETURN)
+            ends = edges((*again, *others))
             del t, again
             grads[k], *found = gradients(ends, (x, *wanted), (grads[k], *given.grads, *other_grads))
+        del ends, others, leaves  # what is left of the graph
+        if given.seen is not None and not self.is_known:
+            given.seen.escapes(followed, self)
         grads[:k], grads[k + 1 :] = found[:k], found[k : len(inputs)]
         return found[len(inputs) :]
+
+    def _evaluated(
+        self, passage: Passage, target: Tensor, others: list[Tensor], leaves: list[Tensor], own: list[Tensor]
+    ) -> Streams:
+        """The coefficients, with a graph."""
+        context = passage.arguments.filled(leaves)
+        return self.again(own, self._block.evaluate, self._conditioner, target, others, context)
 
     def _combined(self, now: list[Tensor], t: Streams, given: Given) -> tuple[Tensor, Streams]:
         """Take the step back in `now`; the target before it, as a leaf, and what the step makes of that, with a graph."""
@@ -143,7 +172,7 @@ class Overwrite(Replay):
             assert self._grid is not None
             estimate = self._estimate(laid_out(y, self._layout[-1]), t)
             return self._grid.restore(estimate, Residual(*kept))
-        if not (self._block.translates and is_ours(y)):
+        if not (self._block.translates and type(y) is type(t[0]) and is_ours(y)):  # a subclass would make another of y
             return self._estimate(y, t)
         if self._grid is not None:
             return self._grid.add_(y, *t) if self._inverse else self._grid.take_back_(y, *t)

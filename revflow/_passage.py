@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revflow._replay import Draws
+from revflow._attributes import Reachable, has_holders
+from revflow._random import Draws
 from revflow.exact import Extent, Grid, Residual
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Arguments:
     def __init__(self, context: Context) -> None:
         self.tensors: Streams = ()
         self._spec: pytree.TreeSpec | None = None
+        self._has_holders = bool(context) and has_holders(context)
         if context:
             self._leaves, self._spec = pytree.tree_flatten(context)
             self._positions = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
@@ -81,6 +83,15 @@ class Arguments:
     def switches(self) -> tuple[bool | str, ...]:
         """Those that choose between ways of computing: numbers do not, and may be others at each call."""
         return () if self._spec is None else tuple([leaf for leaf in self._leaves if isinstance(leaf, (bool, str))])
+
+    @property
+    def others(self) -> Context:
+        """The keyword arguments without their tensors."""
+        return self.filled(self.tensors and (None,) * len(self.tensors))  # type: ignore[arg-type]
+
+    def watch(self, context: Context) -> Reachable | None:
+        """Sees whether an evaluation stores tensors in these keyword arguments, if it can."""
+        return Reachable(context) if self._has_holders else None
 
     def filled(self, tensors: Sequence[Tensor]) -> Context:
         """The keyword arguments, with `tensors` in the place of theirs."""
@@ -95,7 +106,10 @@ class Arguments:
 
 def versions_of(streams: Sequence[Tensor]) -> list[int]:
     """How often each has been changed in place."""
-    return [s._version for s in streams]
+    try:
+        return [s._version for s in streams]
+    except RuntimeError:  # within inference_mode they do not tell
+        return []
 
 
 class Passage(NamedTuple):
@@ -118,6 +132,11 @@ class Passage(NamedTuple):
     """Sees that they stay within the grid's range."""
     residuals: list[Residual] | None = None
     """Without a tape: filled by a forward pass, last step last, and used up by an inverse one; None if not wanted."""
+
+
+def is_built_in(block: object) -> bool:
+    """Whether its class is revflow's own: then it uses nothing but its arguments."""
+    return type(block).__module__.startswith("revflow.")
 
 
 def is_bound(passage: Passage) -> bool:
@@ -226,7 +245,20 @@ def named(error: Exception, place: str, module: nn.Module, streams: Streams) -> 
     if type(error) not in NAMED:
         return error
     shapes = ", ".join(str(tuple(s.shape)) for s in streams)
-    return type(error)(f"{place} ({type(module).__name__}), given streams of shapes {shapes}: {error}")
+    why = next((hint for text, hint in _HINTS.items() if text in str(error)), "")
+    return type(error)(f"{place} ({type(module).__name__}), given streams of shapes {shapes}: {error}{why}")
+
+
+_NO_GRAPH = (
+    ". The first of a conditioner's two evaluations runs without gradients: compute what needs them within "
+    "`with torch.enable_grad():`, of an input with requires_grad_(), and register hooks only if the tensor requires a gradient"
+)
+_HINTS = {
+    "does not require grad": _NO_GRAPH,
+    "doesn't require gradient": _NO_GRAPH,
+    "unexpected keyword argument": ". The keyword arguments of a sequence's call reach every conditioner: let its forward take "
+    "**context",
+}
 
 
 def rotate(items: S, by: int) -> S:

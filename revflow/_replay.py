@@ -4,39 +4,48 @@ The first evaluation runs in the forward pass without a graph; the second one, i
 Between the two a training loop may draw random numbers, leave an autocast context, switch to eval mode or move
 BatchNorm's statistics. A `Replay` remembers, for one evaluation:
 
-- the random state of the CPU and of the streams' device, kept only if something was drawn;
-- the autocast state of both;
+- the random state of the CPU and of the streams' device, kept only if something was drawn (`_random`);
+- autocast, the default dtype and the kernels for attention (`_surroundings`);
 - the train/eval mode of every submodule;
-- the buffers that the evaluation changed (spectral norm's vectors, say), as they were before it.
+- the buffers that the evaluation changed (spectral norm's vectors, say), as they were before it (`_buffers`);
+- tensors in attributes that it changed, as they were before it, and switches such as an adapter's (`_attributes`).
 
 The second evaluation leaves all of these as it found them: BatchNorm's running statistics move once. Parameters come
 from the caller, so that `functional_call`'s are seen.
 
-Not remembered: state outside the module's buffers (Python attributes, files, other libraries' random generators).
+Not remembered: numbers in Python attributes, files, other libraries' random generators.
 
-All this runs for every conditioner in every step. So it is written to cost little where there is nothing to do.
+All this runs for every conditioner in every step. So it is written to cost little if there is nothing to do: modules that
+consist of PyTorch's own layers alone (`KNOWN`) change nothing but BatchNorm's statistics, which they do not read.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from revflow._torch import has_global_hook
+from revflow._attributes import Attributes, give_back
+from revflow._buffers import Buffer, buffers_of
+from revflow._random import Draws, random_states, restore_random_states
+from revflow._surroundings import AutocastState, Surroundings, Within, autocast, autocast_state, surroundings
+from revflow._torch import caches_parametrizations, has_global_hook, unchanged_versions
 
 T = TypeVar("T")
-AutocastState = list[tuple[str, bool, torch.dtype]]
 
 _thread = threading.local()
+
+_NOTHING = nullcontext()
+
+_alone = threading.RLock()
+"""Held by an evaluation that may draw random numbers or change a module: two threads may train one network, or two networks
+with one random generator."""
 
 
 def is_recomputing() -> bool:
@@ -47,32 +56,61 @@ def is_recomputing() -> bool:
     return getattr(_thread, "recomputing", False)
 
 
+def is_evaluating() -> bool:
+    """Whether a conditioner is just now evaluated for the first time."""
+    return getattr(_thread, "evaluating", False)
+
+
+class _Lent(NamedTuple):
+    """What a module holds itself, while an evaluation puts other things there."""
+
+    modes: list[bool]
+    slots: list[tuple[dict[str, Tensor | None], str, Tensor | None, int]]
+
+
 class Replay:
     """One evaluation of `module` on `device`, to be repeated: `first` once, then `again` any number of times."""
 
-    __slots__ = ("_buffers", "_device", "_modes", "_modules", "_slots", "autocast", "may_draw", "parameters", "random")
+    __slots__ = (
+        "_attributes", "_buffers", "_device", "_foreign", "_moved", "_renormalised", "_slots", "_surroundings", "autocast",
+        "escaped", "is_known", "modes", "modules", "parameters", "random",
+    )  # fmt: skip
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.autocast = autocast_state(device)
-        """(device type, enabled, dtype) for the CPU and the streams' device; empty where autocast is off on both."""
+        self.autocast: AutocastState = autocast_state(device)
         self.parameters: list[Tensor] = []
         """The distinct parameters that the module held, functional_call's substitutes included."""
         self.random: list[Tensor] | None = None
         """The random states before the first evaluation, if it drew from them (`Draws`)."""
+        self.escaped: list[str] = []
+        """Attributes in which the last evaluation left tensors of its graph."""
         self._device = device
-        self._modules = modules = [module]
-        self._modes: list[bool] = []
+        self.modules = [module]
+        self.modes: list[bool] = []
         self._slots: list[tuple[dict[str, Tensor | None], str, int]] = []
-        self._buffers: list[_Buffer] = []
-        self.may_draw = has_global_hook()
-        """Whether the evaluation may draw random numbers. It may, unless all of it is known."""
-        known = {module}
+        self._buffers: list[Buffer] = []
+        self._moved: list[Buffer] = []
+        self._foreign: list[nn.Module] = []
+        self._renormalised: list[Tensor] = []
+        self._attributes: Attributes | None = None
+        self._surroundings: Surroundings | None = None
+        with _alone:  # another thread may have put other parameters in the slots for a time
+            self._look_at_modules()
+        self.is_known = not (self._foreign or has_global_hook())
+        """Whether nothing but PyTorch's own layers runs, none of which draws random numbers or reads what it changes."""
+
+    def _look_at_modules(self) -> None:
+        modules = self.modules
+        known = {*modules}
         positions: dict[int, int] = {}
         for m in modules:  # which grows on the way
-            self._modes.append(m.training)
-            if type(m) not in _DETERMINISTIC or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
-                self.may_draw = True
+            self.modes.append(m.training)
+            is_known = type(m) in KNOWN and not (m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__)
+            if not is_known:
+                self._foreign.append(m)
                 _refuse_sharded(m)
+                if getattr(m, "max_norm", None) is not None:
+                    self._renormalised += m._parameters.values()  # type: ignore[arg-type]
             for child in m._modules.values():
                 if child is not None and child not in known:
                     known.add(child)
@@ -87,59 +125,137 @@ class Replay:
                         position = positions[id(parameter)] = len(self.parameters)
                         self.parameters.append(parameter)
                     self._slots.append((slots, name, position))
-            if m._buffers and m.training:  # an evaluation may change these
-                self._buffers += [_Buffer(m._buffers, name) for name, b in m._buffers.items() if b is not None]
+            if m._buffers and (m.training or not is_known):
+                self._buffers += buffers_of(m)
 
     def first(self, draws: Draws, function: Callable[..., T], *arguments: object) -> T:
         """Call `function` where gradients are off, and remember what it saw."""
-        if self.may_draw:
+        if self.is_known and not self._buffers:
+            return self._called(function, *arguments)
+        with _alone:
+            if self.is_known:
+                return self._called(function, *arguments)
+            return self._first_of_foreign(draws, function, *arguments)
+
+    def _care(self, given: Surroundings) -> AbstractContextManager[Any, Any]:
+        """What the evaluation of modules that the engine does not know needs, if anything."""
+        if self._renormalised:
+            stack = ExitStack()
+            stack.enter_context(unchanged_versions(self._renormalised))
+            stack.enter_context(Within(given))
+            return stack
+        if not all(self.modes) or caches_parametrizations() or given != surroundings():
+            return Within(given)
+        return _NOTHING
+
+    def _called(self, function: Callable[..., T], *arguments: object) -> T:
+        if self.autocast or torch._C._is_any_autocast_enabled():
+            with autocast(self.autocast, self._device):
+                return function(*arguments)
+        return function(*arguments)
+
+    def _first_of_foreign(self, draws: Draws, function: Callable[..., T], *arguments: object) -> T:
+        self._surroundings = surroundings()
+        outer = is_evaluating()
+        _thread.evaluating = True
+        try:
+            attributes = Attributes(self._foreign)
+            for buffer in self._buffers:
+                buffer.take()
             draws.begin(self, self._device)
-        for buffer in self._buffers:
-            buffer.take()
-        if self.autocast:
-            with _autocast(self.autocast):
-                result = function(*arguments)
-        else:
-            result = function(*arguments)
-        for buffer in self._buffers:
-            buffer.keep_if_changed()
+            with self._care(self._surroundings):
+                result = self._called(function, *arguments)
+            for buffer in self._buffers:
+                buffer.keep_if_changed()
+            attributes.keep_changes()
+            self._attributes = attributes if attributes.matter else None
+        finally:
+            _thread.evaluating = outer
         return result
 
     def again(self, parameters: Sequence[Tensor], function: Callable[..., T], *arguments: object) -> T:
         """Call `function` with gradients on, and `parameters` (in the order of `self.parameters`) in the module's slots."""
-        modes = [m.training for m in self._modules]
-        held = [(slots, name, slots[name], i) for slots, name, i in self._slots if slots[name] is not parameters[i]]
+        with _alone:
+            modes = [m.training for m in self.modules]
+            held = [(slots, name, slots[name], i) for slots, name, i in self._slots if slots[name] is not parameters[i]]
+            if not self.is_known or self._buffers or held or modes != self.modes:
+                lent = _Lent(modes, held)
+                with _NOTHING if self._surroundings is None else self._care(self._surroundings):
+                    return self._again(parameters, lent, function, *arguments)
+        return self._with_graph(function, *arguments)  # beside other threads: nothing is changed for its time
+
+    def _again(self, parameters: Sequence[Tensor], lent: _Lent, function: Callable[..., T], *arguments: object) -> T:
+        """The same, where the module has to be changed for the time of the evaluation."""
         random = None if self.random is None else random_states(self._device)
-        outer = is_recomputing()
-        _thread.recomputing = True
+        attributes = [] if self._attributes is None else self._attributes.lend()
         try:
-            if modes != self._modes:
-                self._set_modes(self._modes)
-            for slots, name, _, i in held:
+            if lent.modes != self.modes:
+                self._set_modes(self.modes)
+            for slots, name, _, i in lent.slots:
                 slots[name] = parameters[i]
             for buffer in self._buffers:
                 buffer.lend()
             if self.random is not None:
-                _restore(self.random, self._device)
-            torch._C._set_grad_enabled(True)
-            if not self.autocast and not torch._C._is_any_autocast_enabled():
-                return function(*arguments)
-            with _autocast(self.autocast or _switched_off(autocast_state(self._device))):
-                return function(*arguments)
+                restore_random_states(self.random, self._device)
+            return self._with_graph(function, *arguments)
         finally:
-            torch._C._set_grad_enabled(False)
             if random is not None:
-                _restore(random, self._device)
+                restore_random_states(random, self._device)
             for buffer in self._buffers:
                 buffer.give_back()
-            for slots, name, parameter, _ in held:
+            for slots, name, parameter, _ in lent.slots:
                 slots[name] = parameter
-            if modes != self._modes:
-                self._set_modes(modes)
+            if lent.modes != self.modes:
+                self._set_modes(lent.modes)
+            if self._attributes is not None:
+                self.escaped = self._attributes.escaped()
+                give_back(attributes)
+
+    def _with_graph(self, function: Callable[..., T], *arguments: object) -> T:
+        outer = is_recomputing()
+        _thread.recomputing = True
+        torch._C._set_grad_enabled(True)
+        try:
+            return self._called(function, *arguments)
+        finally:
+            torch._C._set_grad_enabled(False)
             _thread.recomputing = outer
 
+    def moved_buffers(self) -> list[Tensor]:
+        """The values of those buffers that the first evaluation has changed, before it; taken out, for autograd to save."""
+        if not self._buffers:
+            return []
+        self._moved = [buffer for buffer in self._buffers if buffer.before is not None]
+        values: list[Tensor] = [buffer.before for buffer in self._moved]  # type: ignore[misc]
+        for buffer in self._moved:
+            buffer.before = None
+        return values
+
+    def recall(self, moved: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Bring back what `moved_buffers` has taken out: the first of `moved`. Returns the others."""
+        for buffer, value in zip(self._moved, moved, strict=False):
+            buffer.before = value
+        return moved[len(self._moved) :]
+
+    @contextmanager
+    def refusing_changes_of_parameters(self, user: str) -> Iterator[None]:
+        """Put back what an evaluation changes in parameters, and say so. It may, if it initialises them from its input."""
+        copies = (
+            [p.detach().clone() for p in self.parameters] if any(b.before is not None for b in self._buffers) else []
+        )
+        yield
+        changed = [(p, c) for p, c in zip(self.parameters, copies, strict=False) if not torch.equal(p, c)]
+        for parameter, copy in changed:
+            parameter.data.copy_(copy)
+        if changed:
+            raise RuntimeError(
+                f"{user} changed a parameter of shape {tuple(changed[0][0].shape)}, which is put back: a block that initialises "
+                f"itself from its first input has to do so before it is trained. Call the network once within "
+                f"`with torch.no_grad():`"
+            )
+
     def _set_modes(self, modes: list[bool]) -> None:
-        for module, mode in zip(self._modules, modes, strict=True):
+        for module, mode in zip(self.modules, modes, strict=True):
             module.training = mode
 
 
@@ -147,7 +263,7 @@ class Replay:
 def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Leave the module's buffers and the random states as they were before what runs in this context."""
     states = random_states(device)
-    buffers = [_Buffer(m._buffers, name) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+    buffers = [buffer for m in module.modules() for buffer in buffers_of(m)]
     for buffer in buffers:
         buffer.lend()
     try:
@@ -155,72 +271,7 @@ def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for buffer in buffers:
             buffer.give_back()
-        _restore(states, device)
-
-
-class Draws:
-    """Which of a chain's first evaluations drew random numbers.
-
-    The state before an evaluation is compared with the one before the next: so that one state is read for each. It stays
-    with the first of the two, in `Replay.random`, if they differ.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[Replay, torch.device, list[Tensor]] | None = None
-
-    def begin(self, replay: Replay, device: torch.device) -> None:
-        """The evaluation of `replay` is about to begin."""
-        states = random_states(device)
-        if self._last is not None:
-            self._settle(self._last, states)
-        self._last = replay, device, states
-
-    def end(self) -> None:
-        """All evaluations are done."""
-        if self._last is not None:
-            self._settle(self._last, random_states(self._last[1]))
-            self._last = None
-
-    def _settle(self, last: tuple[Replay, torch.device, list[Tensor]], states: list[Tensor]) -> None:
-        replay, _, before = last
-        if len(before) != len(states):  # another device
-            replay.random = before
-            return
-        for a, b in zip(before, states, strict=True):
-            # Compared in place and behind the dispatcher: fake-tensor modes and memory trackers must not see these tensors.
-            if _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes):
-                replay.random = before
-
-
-class _Buffer:
-    """A buffer that an evaluation may change, and its value before, if it did."""
-
-    def __init__(self, buffers: dict[str, Tensor | None], name: str) -> None:
-        self._buffers, self._name = buffers, name
-        self._before: Tensor | None = None
-        self._own: Tensor | None = None
-        self._version = 0
-
-    def take(self) -> None:
-        self._own = self._buffers[self._name]
-        assert self._own is not None
-        self._version, self._before = self._own._version, self._own.clone()
-
-    def keep_if_changed(self) -> None:
-        # BatchNorm moves its statistics without raising their version counters; in train mode it does not read them.
-        if self._buffers[self._name] is self._own and self._own is not None and self._own._version == self._version:
-            self._before = None
-        self._own = None
-
-    def lend(self) -> None:
-        """Put a copy in the buffer's place, to be changed at will."""
-        self._own = self._buffers[self._name]
-        value = self._own if self._before is None else self._before
-        self._buffers[self._name] = None if value is None else value.clone()
-
-    def give_back(self) -> None:
-        self._buffers[self._name] = self._own
-        self._own = None
+        restore_random_states(states, device)
 
 
 def _refuse_sharded(module: nn.Module) -> None:
@@ -235,58 +286,16 @@ def _refuse_sharded(module: nn.Module) -> None:
         )
 
 
-def random_states(device: torch.device) -> list[Tensor]:
-    """The state of the CPU's generator, and of the device's where that is another."""
-    cpu = torch.default_generator.get_state()
-    return [cpu] if device.type in ("cpu", "meta") else [cpu, torch.get_device_module(device).get_rng_state(device)]
-
-
-def _restore(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.get_device_module(device).set_rng_state(state, device)
-
-
-def autocast_state(device: torch.device) -> AutocastState:
-    if not torch._C._is_any_autocast_enabled():
-        return []
-    kind = device.type
-    on_device = kind not in ("cpu", "meta") and torch.is_autocast_enabled(kind)
-    if not on_device and not torch.is_autocast_enabled("cpu"):
-        return []
-    kinds = ("cpu",) if kind in ("cpu", "meta") else ("cpu", kind)
-    return [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
-
-
-def _switched_off(state: AutocastState) -> AutocastState:
-    return [(kind, False, dtype) for kind, _, dtype in state]
-
-
-@contextmanager
-def _autocast(state: AutocastState) -> Iterator[None]:
-    """Autocast as in `state`, with the cache of cast weights off.
-
-    Older versions of PyTorch (2.13 does not) take a weight that was cast and cached without a graph from the cache in
-    ordinary autograd later in the same context, and leave it untrained. And a rerun's casts would stay in the cache for
-    no use.
-    """
-    with ExitStack() as stack:
-        for kind, enabled, dtype in state:
-            stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
-        yield
-
-
-# Reading the CPU's random state takes as long as a small linear layer: these modules are known to leave it alone.
 _LAZY = (
     "a {} has not seen an input yet, and so has no parameters that could be trained: call the network once within "
     "`with torch.no_grad():`"
 )
-_DETERMINISTIC = frozenset({
-    nn.Sequential, nn.ModuleList, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear, nn.Embedding,
+
+# Reading the CPU's random state takes as long as a small linear layer: these modules are known to leave it alone.
+KNOWN = frozenset({
+    nn.Sequential, nn.ModuleList, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear,
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm,
     nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU,
     nn.SiLU, nn.GELU, nn.Mish, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Hardswish,
 })  # fmt: skip
-_memcmp = (ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)).memcmp
-_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]

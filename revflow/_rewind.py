@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from revflow._calls import Call, Coupled, Whole
-from revflow._graph import alias_of, laid_out
+from revflow._graph import alias_of, keep_quiet_in_rewinds, laid_out
 from revflow._guard import Evidence, Witness
 from revflow._overwrite import Given
 from revflow._passage import (
@@ -48,7 +48,7 @@ from revflow._passage import (
     run_whole,
     versions_of,
 )
-from revflow._replay import Draws
+from revflow._random import Draws
 
 
 class Tape:
@@ -63,8 +63,15 @@ class Tape:
         dropped it, a copy to the CPU may still be under way on another CUDA stream."""
         self._entries[torch._C._current_graph_task_id()] = streams, evidence, output
 
-    def take(self) -> tuple[list[Tensor], Evidence | None, Streams]:
-        return self._entries.pop(torch._C._current_graph_task_id())
+    def take(self, position: str) -> tuple[list[Tensor], Evidence | None, Streams]:
+        entry = self._entries.pop(torch._C._current_graph_task_id(), None)
+        if entry is None:
+            raise RuntimeError(
+                f"a backward pass begins at block {position}, and not at the output of its sequence, from which blocks are "
+                f"recomputed: a loss was computed from the block's output (kept by a hook), without the sequence's own. Add "
+                f"`0 * y.sum()` of the sequence's output y to the loss; or end one sequence there, and begin another"
+            )
+        return entry
 
 
 class _Offer:
@@ -179,10 +186,14 @@ class _Rewind(torch.autograd.Function):
         first = call.first if passage.meter is None else partial(passage.meter.first, call)
         outputs, kept = first(streams, leaves)
         ctx.call = call
+        samples: Streams = ()
         if passage.tape.witness is not None and any(ctx.needs_input_grad):  # type: ignore[union-attr]
-            call.samples = passage.tape.witness.samples(call.rebuilt(streams))  # type: ignore[union-attr]
+            samples = passage.tape.witness.samples(call.rebuilt(streams))  # type: ignore[union-attr]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*leaves, *call.parameters, *kept)
+        # All that differs from run to run: where torch.utils.checkpoint runs a chain again, of the same run as the output.
+        moved = call.moved_buffers()
+        ctx.counts = len(kept), len(moved)
+        ctx.save_for_backward(*leaves, *call.parameters, *kept, *moved, *samples)
         return outputs
 
     @staticmethod
@@ -199,16 +210,20 @@ _apply_rewind = super(torch.autograd.Function, _Rewind).apply
 def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     call: Call = ctx.call
     tape: Tape = call.passage.tape  # type: ignore[assignment]
-    now, evidence, _output = tape.take()
+    now, evidence, _output = tape.take(call.position)
     saved: Streams = ctx.saved_tensors
     begin = len(call.passage.arguments.tensors)
     end = begin + len(call.parameters)
     # An alias a place: a tensor may stand in the context twice, or be a parameter too.
     leaves = [*map(alias_of, saved[:begin])]
-    own = own_of(saved[begin:end])
+    own = own_of(call.parameters)
+    kept_end, moved_end = end + ctx.counts[0], end + sum(ctx.counts)
+    if moved_end > kept_end:
+        call.recall(saved[kept_end:moved_end])
+    call.samples = saved[moved_end:]
     needs = ctx.needs_input_grad[1:]
     seen = None if evidence is None else tape.witness.watch(evidence, call)  # type: ignore[union-attr]
-    found = call.rewind(now, Given(grads, needs, leaves, own, saved[end:], seen))
+    found = call.rewind(now, Given(grads, needs, leaves, own, saved[end:kept_end], seen))
     if seen is not None:
         seen.inputs(call.rebuilt(tuple(now)))
     if call.before is not None and torch._C._will_engine_execute_node(call.before):  # rule 4
@@ -219,9 +234,19 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
 
 
 def own_of(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The parameters to evaluate with: where the user has hooks an alias takes their place. They see the whole gradient, when
-    the Function returns it."""
-    return [p if p.grad_fn is None and not p._backward_hooks else alias_of(p) for p in parameters]
+    """The parameters to evaluate with: themselves, or an alias of what another module has computed.
+
+    Their hooks keep quiet meanwhile: they see the whole gradient, when the Function returns it. An alias would keep them away,
+    too, but another thread would find it in the module's place.
+    """
+    return [p if p.grad_fn is None and not p._backward_hooks else _own(p) for p in parameters]
+
+
+def _own(parameter: Tensor) -> Tensor:
+    if parameter.grad_fn is not None:
+        return alias_of(parameter)
+    keep_quiet_in_rewinds(parameter._backward_hooks)  # type: ignore[arg-type]
+    return parameter
 
 
 class _Anchor(torch.autograd.Function):

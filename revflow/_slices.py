@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from revflow._graph import is_ours, plus
 from revflow._overwrite import Given, Overwrite
 from revflow._passage import Gradients, Passage, Stepwise, Streams
-from revflow._replay import Replay, random_states
+from revflow._random import random_states
+from revflow._replay import Replay
 
 _MIXING = 1e-3
 """What one sample may tell of another, relative to the largest value: rounding, and no more."""
@@ -32,11 +33,11 @@ class Sliced(Overwrite):
     ) -> None:
         device = streams[0].device
         super().__init__(block, passage, target, conditioner, device)
-        for module in self._modules:
+        for module in self.modules:
             if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
                 which = "in train mode" if module.training else "without running statistics"
                 raise ValueError(f"chunks={passage.chunks}: a {type(module).__name__} {which} {_MIXES}")
-        self._key = f"{key}/{conditioner.training}"
+        self._key = key
         self._size = _batch_size(streams)
         length = max(1, -(-self._size // passage.chunks))
         self._slices = [
@@ -45,6 +46,14 @@ class Sliced(Overwrite):
         ]
         if not self.keeps_target:
             self.keeps *= len(self._slices)
+
+    def moved_buffers(self) -> list[Tensor]:
+        return [value for _, step in self._slices for value in step.moved_buffers()]
+
+    def recall(self, moved: Sequence[Tensor]) -> Sequence[Tensor]:
+        for _, step in self._slices:
+            moved = step.recall(moved)
+        return moved
 
     def run(self, passage: Passage, now: list[Tensor], leaves: Sequence[Tensor]) -> tuple[Streams, Tensor | None]:
         self._refuse_mixing(passage, now, leaves)
@@ -117,7 +126,7 @@ class Sliced(Overwrite):
         that says nothing yet: the next pass looks again.
         """
         witness = None if passage.tape is None else passage.tape.witness
-        if witness is None or self._key in witness.guard.looked_at or self._size < 2 or _is_hidden(now):
+        if witness is None or self._size < 2 or _is_hidden(now) or not witness.guard.looks(self._key, self, 1):
             return
         k, two = self.target, slice(0, 2)
         target, others, context = now[k][two], [s[two] for s in now[:k] + now[k + 1 :]], self._cut(leaves, two)
@@ -141,7 +150,7 @@ class Sliced(Overwrite):
                     f"chunks={passage.chunks}: the conditioner {type(self._conditioner).__name__} {_MIXES}"
                 )
         if any(_largest(a[0]) > 0 for a in before):
-            witness.guard.looked_at.add(self._key)
+            witness.guard.has_looked(self._key, self)
 
 
 def _batch_size(streams: Streams) -> int:

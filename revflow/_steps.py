@@ -17,7 +17,8 @@ from torch import Tensor
 from revflow._backward import Pass
 from revflow._guard import Guard
 from revflow._passage import Arguments, Context, Streams
-from revflow._replay import Draws, Replay
+from revflow._random import Draws
+from revflow._replay import Replay
 from revflow._states import Kept, Like
 from revflow._watch import Watch
 
@@ -48,6 +49,7 @@ class Cell:
     def first(self, step: Step, given: Evaluated, context: Context) -> Evaluated:
         taken = [*chain(*given)]
         versions = [t._version for t in taken]
+        reachable = step.arguments.watch(context)
         state, memory = self.update.first(step.draws, self.module.update, *given, context)
         _check("update", "state", state, given.state)
         _check("update", "memory", memory, given.memory)
@@ -56,6 +58,8 @@ class Cell:
         versions += [t._version for t in state]
         streams = self.mix.first(step.draws, self.module.mix, given.streams, state, context)
         _check("mix", "streams", streams, given.streams)
+        if reachable is not None:
+            reachable.refuse_changes(self.module)
         if [t._version for t in taken] != versions:
             raise RuntimeError(
                 "its streams, its state or its memory were changed in place, which cannot be undone; let it work on a copy"
@@ -76,6 +80,12 @@ class Cell:
     def mixed(self, streams: Streams, state: Tensors, context: Context) -> Streams:
         """The output streams, of the new state; without a graph."""
         return self.mix.again(self.parameters, torch.no_grad()(self.module.mix), streams, state, context)
+
+    def moved_buffers(self) -> list[Tensor]:
+        return [*self.update.moved_buffers(), *self.mix.moved_buffers()]
+
+    def recall(self, moved: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self.mix.recall(self.update.recall(moved))
 
     def refuse_changes(self) -> None:
         if [p._version for p in self.parameters] != self._versions:
@@ -126,6 +136,8 @@ class Step:
         self.keeps = keeping.keeps(self.number)
         self.like: list[Like] = []
         """Of its results."""
+        self.like_saved = 0, 0, 0
+        """How many states and memories of its own its end saves, how many buffers, and how many values for the guard."""
         self._context_versions = [t._version for t in self.arguments.tensors]
 
     def settled(self, tensors: Tensors) -> Tensors:
@@ -182,6 +194,15 @@ class Step:
             if any(runs[k + 1 :]):
                 streams = cell.mixed(streams, new, context)
             memory = left
+
+    def moved_buffers(self) -> list[Tensor]:
+        """Buffers that the step has changed, as they were before, for autograd to save."""
+        return [value for cell in self.cells for value in cell.moved_buffers()]
+
+    def recall(self, moved: Sequence[Tensor]) -> None:
+        """Bring them back."""
+        for cell in self.cells:
+            moved = cell.recall(moved)
 
     def _refuse_changes(self) -> None:
         for cell in self.cells:

@@ -14,6 +14,7 @@ step's end, and are not saved twice. What a backward pass lays aside is in its `
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from revflow._backward import Pass, running
-from revflow._graph import alias_of, leaf
+from revflow._graph import alias_of, leaf, not_leaves
 from revflow._guard import Guard
 from revflow._passage import NAMED, Context, Gradients, Streams, named
 from revflow._rewind import once
@@ -62,7 +63,11 @@ def run(
     step.draws.end()
     if any(nodes):
         step.like = [(t.dtype, t.device) for t in results]
-        ended: Tensors = _End.apply(step, nodes, (*anchor, *own), *streams, *results)  # type: ignore[no-untyped-call]
+        leaving = step.watch.see(tuple([s.detach() for s in streams]))
+        moved = step.moved_buffers()
+        saved = (*anchor, *own, *moved, *leaving)
+        step.like_saved = len(own), len(moved), len(leaving)
+        ended: Tensors = _End.apply(step, nodes, saved, *streams, *results)  # type: ignore[no-untyped-call]
         streams, results = ended[: len(streams)], [*ended[len(streams) : -1]]
     return streams, step.by_cell(results)
 
@@ -94,10 +99,7 @@ class _Update(torch.autograd.Function):
         ctx.step, ctx.k, ctx.layout = step, k, [t.stride() for t in inputs]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[len(inputs) :])
-        returned = cell.first(step, given, context)
-        if k + 1 == len(step.cells):
-            step.watch.see(returned.streams)
-        return tuple(chain(*returned))
+        return tuple(chain(*cell.first(step, given, context)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
@@ -111,21 +113,28 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     step, k = ctx.step, ctx.k
     cell, now, saved = step.cells[k], running(), ctx.saved_tensors
     given, expected = now.given.pop((step, k))
+    name = f"cell {k} ({type(cell.module).__name__})"
     begin = len(saved) - len(cell.parameters)
     inputs = [*map(leaf, chain(*given), ctx.layout, ctx.needs_input_grad[2:]), *map(alias_of, saved[:begin])]
     own = [*map(alias_of, saved[begin:])]
-    context = step.arguments.filled(inputs[len(ctx.layout) :])
-    returned = cell.again(own, step, step.parted(inputs, k), context)
+    entering = not_leaves(inputs)
+    context = step.arguments.filled(entering[len(ctx.layout) :])
+    followed = step.watch.follow(name, cell.update)
+    with followed or nullcontext():
+        returned = cell.again(own, step, step.parted(entering, k), context)
+    del entering, context
     outputs = tuple(chain(*returned))
-    name, is_last = f"cell {k} ({type(cell.module).__name__})", k + 1 == len(step.cells)
+    is_last = k + 1 == len(step.cells)
     step.watch.look(now, name, cell.update, expected, outputs[step.width :], returned.streams if is_last else None)
-    step.watch.graph(name, outputs, (*inputs, *own))
+    step.watch.graph(name, outputs, (*inputs, *own), cell.module, step.arguments)
     del returned
     heir = _heir(ctx, now)
     sums = now.sums.pop((step, k), None)
     if heir is not None and (heir, k) in now.sums:  # from another step that went on from the same states
         sums = _summed(now.sums.pop((heir, k)), sums)
     _add_gradients(outputs, [*inputs, *own], grads, sums)
+    del outputs
+    step.watch.escaped(name, followed, (*cell.update.escaped, *cell.mix.escaped))
     own_grads = [p.grad for p in own]
     now.done.add((step, k))
     if heir is not None:
@@ -204,6 +213,7 @@ class _End(torch.autograd.Function):
 def _replay(end: Any, grads: Gradients) -> Gradients:
     now, step = running(), end.step
     after = _results(end, now)
+    _recall(end, now)
     step.replay(now, _saved(end, now)[: step.width], _before(end, now), after, end.nodes)
     del now.results[step], now.saved[step]
     previous = step.begin.end
@@ -215,7 +225,7 @@ def _replay(end: Any, grads: Gradients) -> Gradients:
 
 
 def _saved(end: Any, now: Pass) -> Tensors:
-    """What `end` has saved: its anchor, the states and the memory that are its own, its packed results, and `connected`.
+    """What `end` has saved: its anchor, the states and the memory that are its own, buffers, its packed results, `connected`.
 
     Taken once in a pass, as `torch.utils.checkpoint` demands.
     """
@@ -242,9 +252,19 @@ def _results(end: Any, now: Pass) -> Tensors:
         missing.append(node)
         node = node.step.begin.end
     for node in reversed(missing):
+        _recall(node, now)
         again = node.step.again(_saved(node, now)[: node.step.width], _before(node, now))
         now.results[node.step] = Unpacked(again)
     return _unpacked(end, now).tensors()
+
+
+def _recall(end: Any, now: Pass) -> None:
+    """Bring back the buffers that the step's first evaluations have changed, and what the guard kept of them."""
+    own, moved, leaving = end.step.like_saved
+    begin = end.step.width + own
+    saved = _saved(end, now)
+    end.step.recall(saved[begin : begin + moved])
+    end.step.watch.recall(saved[begin + moved : begin + moved + leaving])
 
 
 def _unpacked(end: Any, now: Pass) -> Unpacked:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
     _global_forward_hooks,
     _global_forward_pre_hooks,
 )
+from torch.nn.utils import parametrize
 
 # PyTorch 2.6 cannot tell: there, export under no_grad.
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -33,3 +40,39 @@ def allow_recompilations(count: int) -> None:
     config = torch._dynamo.config
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name in PyTorch 2.6
     setattr(config, limit, max(getattr(config, limit), count))
+
+
+def caches_parametrizations() -> bool:
+    """Whether this is within `parametrize.cached()`."""
+    return bool(parametrize._cache_enabled)
+
+
+def parametrization_cache() -> dict[Any, Any]:
+    """That of `parametrize.cached()`."""
+    return parametrize._cache
+
+
+def set_parametrization_cache(cache: dict[Any, Any]) -> None:
+    parametrize._cache = cache
+
+
+def checkpointed_call() -> object | None:
+    """What stands for the innermost call of `torch.utils.checkpoint` that now runs, the same object when it is recomputed."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None or getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
+        return None
+    pack = inspect.unwrap(hooks[0])
+    cells = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
+    if "frame" in cells:  # of the forward pass
+        return cells["frame"].cell_contents  # type: ignore[no-any-return]
+    return cells["target_frame_ref"].cell_contents() if "target_frame_ref" in cells else None
+
+
+@contextmanager
+def unchanged_versions(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Hide that these are changed in place: by an embedding, say, that scales its rows down to `max_norm` at each call."""
+    if not tensors:
+        yield
+        return
+    with torch.autograd._unsafe_preserve_version_counter(tuple(tensors)):  # type: ignore[attr-defined]
+        yield

@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from revflow._guard import LOW_PRECISION, Guard, Tolerance, no_gradient_for, stranger_among, tolerance_of
+from revflow._escapes import Made
+from revflow._guard import LOW_PRECISION, Guard, Tolerance, refuse_strangers, tolerance_of
+from revflow._passage import Arguments
 from revflow._replay import Replay
 
 if TYPE_CHECKING:
@@ -48,10 +50,13 @@ class Watch:
         self._leaving: Tensors = ()
         """Of the streams that left the step."""
 
-    def see(self, streams: Tensors) -> None:
-        """The streams that leave the step, in the forward pass."""
-        if self._witness is not None:
-            self._leaving = self._witness.samples(streams)
+    def see(self, streams: Tensors) -> Tensors:
+        """Values of the streams that leave the step in the forward pass, for autograd to save."""
+        return () if self._witness is None else self._witness.samples(streams)
+
+    def recall(self, leaving: Tensors) -> None:
+        """What `see` returned."""
+        self._leaving = leaving
 
     def look(
         self, now: Pass, cell: str, replay: Replay, before: Tensors, again: Tensors, leaving: Tensors | None
@@ -66,15 +71,21 @@ class Watch:
         tolerance = LOW_PRECISION if self._rounded else tolerance_of(again, (replay,))
         now.found.setdefault(self._guard, []).append(Found(cell, first, second, tolerance))
 
-    def graph(self, cell: str, outputs: Tensors, inputs: Sequence[Tensor]) -> None:
-        """Refuse, the first time, a cell whose outputs depend on what the engine does not know of."""
-        looked_at = self._guard.looked_at
-        if self._witness is None or cell in looked_at:
-            return
-        stranger = stranger_among(outputs, inputs)
-        if stranger is not None:
-            raise RuntimeError(f"{cell} uses {no_gradient_for(stranger)}")
-        looked_at.add(cell)
+    def graph(
+        self, cell: str, outputs: Tensors, inputs: Sequence[Tensor], module: nn.Module, arguments: Arguments
+    ) -> None:
+        """Refuse a cell whose outputs depend on what the engine does not know of."""
+        if self._witness is not None:
+            refuse_strangers(cell, outputs, inputs, module, arguments)
+
+    def follow(self, cell: str, replay: Replay) -> Made | None:
+        """Notes what an evaluation makes, if that is to be looked at closely."""
+        return None if self._witness is None else self._guard.follow(cell, replay)
+
+    def escaped(self, cell: str, followed: Made | None, attributes: Sequence[str]) -> None:
+        """What has left the cell by another way than its result."""
+        if self._witness is not None:
+            self._guard.refuse_escapes(cell, followed, attributes)
 
 
 def judge(guard: Guard, found: list[Found]) -> None:

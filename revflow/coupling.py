@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from revflow._passage import Arguments, Passage, Stepwise, run_plainly
-from revflow._replay import Draws
+from revflow._random import Draws
 from revflow._rewind import run_stepwise
 from revflow._torch import has_global_hook
 from revflow.bijection import Bijection, Streams

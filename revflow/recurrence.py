@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from revflow import _through_time
 from revflow._guard import Guard, Mode
-from revflow._mode import engine_applies
+from revflow._mode import engine_applies, refuse_replica
 from revflow._passage import Streams
 from revflow._states import States, keeping
 from revflow._torch import allow_recompilations
@@ -123,6 +123,7 @@ class ReversibleRecurrence(nn.ModuleList):
         self._check(streams, state)
         if not engine_applies():
             return self.plain_step(streams, state, **context)
+        refuse_replica(self)
         return self._rebuilt_step(streams, state, context)  # type: ignore[no-any-return]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from revflow._chain import Chain, streams_of, values_are_hidden
 from revflow._guard import Guard, Mode
-from revflow._mode import engine_applies
+from revflow._mode import engine_applies, refuse_replica
 from revflow._passage import Arguments, Passage, Stepwise, Streams
-from revflow._replay import Draws, undisturbed
+from revflow._random import Draws
+from revflow._replay import undisturbed
 from revflow._rewind import Tape
 from revflow._table import number_of_parameters, table
 from revflow._torch import allow_recompilations
@@ -275,6 +276,7 @@ class ReversibleSequence(nn.Sequential):
         self, x: Tensor | Streams, context: dict[str, Any], inverse: bool = False, log_det: bool = False
     ) -> tuple[Any, Any]:
         if engine_applies() and not self._budget.keeps_all:
+            refuse_replica(self)
             return self._on_a_tape(x, context, inverse, log_det)  # type: ignore[no-any-return]
         return self._chain(x, context, inverse, log_det).run()
 

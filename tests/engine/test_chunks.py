@@ -272,6 +272,7 @@ def test_copies(make):
     net(x).sum().backward()
     twin = make(net)
     assert twin.chunks == 3 and "chunks=3" in repr(twin)
+    twin(x).sum().backward()  # a copy looks at its own modules whether they mix samples
     assert evaluations(twin, lambda: twin(x).sum().backward())[0] == [6]
     assert_same_gradients(twin, lambda: twin(x), lambda: twin.plain(x), [x])
 

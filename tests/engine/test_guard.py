@@ -245,7 +245,6 @@ COUPLINGS["gated"] = (revflow.GatedCoupling, 2)
 KINDS = {
     "python": lambda outputs: Drawing(random.Random(1).random, outputs),
     "generator": lambda outputs: Drawing(private_generator(), outputs),
-    "attribute": Stateful,
 }
 
 
@@ -260,6 +259,15 @@ def test_conditioner_that_gives_another_result_the_second_time(conditioners, cou
     parts = [KINDS[kind](outputs), Conditioner(4, outputs)][:conditioners]
     net = chain(make_good(4), make_good(4), make(*parts), make_good(4), guard="raise")
     with found_at(2, remedy="gave another result the second time.*random numbers.*revflow.verify"):
+        step(net, frames(), mode)
+
+
+@modes
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_conditioner_that_changes_its_own_tensor_in_place_is_refused_at_once(outputs, mode):
+    make = revflow.AdditiveCoupling if outputs == 1 else revflow.AffineCoupling
+    net = chain(additive(4), make(Stateful(outputs)), guard="off")
+    with pytest.raises(RuntimeError, match=r"block 1 .*changes its own tensor Stateful\.scale in place.*register_buffer"):
         step(net, frames(), mode)
 
 

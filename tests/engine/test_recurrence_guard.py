@@ -30,10 +30,6 @@ class Clock:
         self.count = getattr(self, "count", 0) + 1
         return 1 + 0.1 * self.count
 
-    def attribute(self, cell):
-        cell.scale = getattr(cell, "scale", torch.ones((), dtype=torch.float64)) * 1.05
-        return cell.scale
-
     def wall_clock(self, cell):
         return 1 + time.perf_counter_ns() % 1_000_003 / 1_000_003
 
@@ -50,7 +46,7 @@ def make_err(cell, method, number):
 
 @exact_modes
 @pytest.mark.parametrize(
-    "number, k", [("numpy", 0), ("numpy", 1), ("numpy", 2), ("counter", 0), ("attribute", 1), ("wall_clock", 2)]
+    "number, k", [("numpy", 0), ("numpy", 1), ("numpy", 2), ("counter", 0), ("wall_clock", 2)]
 )
 def test_an_update_that_does_not_repeat(states, number, k):
     np.random.seed(0)

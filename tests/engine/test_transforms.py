@@ -191,7 +191,9 @@ def test_saved_tensors_hooks_see_what_the_sequence_saves(stack):
         y = net(x)
     assert any(t.shape == y.shape and torch.equal(t, y) for t in packed)
     parameters = {id(p): p for p in net.parameters()}.values()
+    of_guard = (64,)  # values of each stream that is recomputed
     streams = [t for t in packed if not any(t.shape == p.shape and torch.equal(t, p) for p in parameters)]
+    streams = [t for t in streams if t.shape != of_guard]
     gated = [b for b in net if isinstance(b, revflow.GatedCoupling)]
     assert len(streams) == 1 + sum(len(conditioners(b)) for b in gated)
     wanted = [x, *net.parameters()]

@@ -6,6 +6,7 @@ Modules are entered only as roots, and classes of PyTorch's and of the standard 
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from enum import Enum
@@ -185,24 +186,33 @@ def tensors_in(value: Any, place: str) -> Iterator[tuple[str, Tensor]]:
                         yield f"{place}{where.removeprefix(_ROOT)}{_named(holder, name)}", inner
 
 
+STATE_IN_CONTEXT = (
+    "state in the context. A conditioner is evaluated twice, the first time without a graph: what it stores in an argument would "
+    "get no gradient, and the second evaluation would find it filled. In training pass no cache (use_cache=False in "
+    "transformers); let results leave through a stream"
+)
+
+
 class Reachable:
     """The tensors that the keyword arguments of a call lead to, before a conditioner is evaluated with them."""
 
     def __init__(self, context: dict[str, Any]) -> None:
         self._context, self._found = context, _with_versions(context)
 
-    def refuse_changes(self, module: nn.Module) -> None:
-        """The evaluation is done."""
+    def changed(self) -> str | None:
+        """Where an evaluation has stored a tensor."""
         now = _with_versions(self._context)
-        for place in self._found.keys() | now.keys():
+        for place in self._found | now:
             before, after = self._found.get(place), now.get(place)
             if before is None or after is None or before[0] is not after[0] or before[1] != after[1]:
-                raise RuntimeError(
-                    f"the conditioner {type(module).__name__} changed {place}, which its keyword arguments lead to. A "
-                    f"conditioner is evaluated twice, the first time without a graph: what it stores there would get no "
-                    f"gradient, and the second evaluation would find it filled. In training pass no cache (use_cache=False in "
-                    f"transformers); let results leave through a stream"
-                )
+                return place
+        return None
+
+    def refuse_changes(self, module: nn.Module) -> None:
+        """The evaluation is done."""
+        place = self.changed()
+        if place is not None:
+            raise RuntimeError(f"the conditioner {type(module).__name__} changed {place}: {STATE_IN_CONTEXT}")
 
 
 def has_holders(context: dict[str, Any]) -> bool:
@@ -218,13 +228,29 @@ def _with_versions(context: dict[str, Any]) -> dict[str, tuple[Tensor, int]]:
     }
 
 
+def copied(value: Any, *also: Any) -> Any:
+    """A deep copy, in which tensors that have a graph are copied without it: PyTorch refuses to copy those."""
+    memo: dict[int, Any] = {}
+    for root in (value, *also):
+        for _, tensor in _all_tensors(root):
+            if tensor.grad_fn is not None:
+                memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(value, memo)
+
+
 def place_of(tensor: Tensor, roots: dict[str, Any]) -> str | None:
     """Where the tensor is found, from the roots on; modules are entered, too. For errors: this takes its time."""
-    found, seen = list(roots.items()), set[int]()
+    return next((place for place, found in _all_tensors(roots) if found is tensor), None)
+
+
+def _all_tensors(roots: dict[str, Any] | nn.Module | Any) -> Iterator[tuple[str, Tensor]]:
+    """All that the roots lead to, modules entered, with their places."""
+    found = list(roots.items()) if type(roots) is dict else [(type(roots).__name__, roots)]
+    seen = set[int]()
     for place, value in found:  # which grows on the way
-        if value is tensor:
-            return place
-        if id(value) in seen or len(found) > _MOST**2 or type(value) in _PLAIN:
+        if isinstance(value, Tensor):
+            yield place, value
+        if id(value) in seen or len(found) > _MOST**3 or type(value) in _PLAIN:
             continue
         seen.add(id(value))
         if isinstance(value, nn.Module):
@@ -234,7 +260,6 @@ def place_of(tensor: Tensor, roots: dict[str, Any]) -> str | None:
         else:
             continue
         found += [(f"{place}{_named(value, name)}", held) for name, held in inner.items()]
-    return None
 
 
 class _Root:

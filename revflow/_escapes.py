@@ -37,3 +37,24 @@ class Made(TorchFunctionMode):
             if found is not None:
                 return found, function
         return None
+
+
+def refuse_escapes(place: str, followed: Made | None, attributes: Sequence[str]) -> None:
+    """Refuse what has left an evaluation: tensors in `attributes`, or some of those that it made."""
+    if attributes:
+        raise RuntimeError(
+            f"{place} leaves a tensor that needs a gradient in the attribute {', '.join(attributes)}. {_ESCAPES}"
+        )
+    found = None if followed is None else followed.held()
+    if found is not None:
+        tensor, function = found
+        raise RuntimeError(
+            f"{place} makes a tensor of shape {tuple(tensor.shape)} (by {function}) that is still held, by a forward hook or a "
+            f"list, say. {_ESCAPES}"
+        )
+
+
+_ESCAPES = (
+    "A loss that is computed from it gives no gradient, since the forward pass ran without a graph. Let it leave through a "
+    "stream of its own (docs/blocks.md, auxiliary losses), or keep it without a graph: `.detach()`"
+)

@@ -23,20 +23,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.checkpoint import CheckpointFunction
 
-from revflow._attributes import place_of
 from revflow._calls import Call
-from revflow._escapes import Made
+from revflow._escapes import Made, refuse_escapes
 from revflow._passage import Arguments, Streams
 from revflow._replay import Replay
+from revflow._strangers import refuse_strangers
 from revflow.exact import fingerprint
 
 Mode = Literal["warn", "raise", "off"]
@@ -70,13 +69,6 @@ image, which is right to 1e-7 and no more, is no fault.
 
 _SAMPLES = 64
 """Values kept of each stream that a block changes."""
-
-_REGISTER = "Register it, or pass it as a keyword argument of the call"
-
-_ESCAPES = (
-    "A loss that is computed from it gives no gradient, since the forward pass ran without a graph. Let it leave through a "
-    "stream of its own (docs/blocks.md, auxiliary losses), or keep it without a graph: `.detach()`"
-)
 
 _CLOSE_LOOKS = 2
 """Evaluations whose every intermediate result is followed."""
@@ -119,20 +111,6 @@ class Guard:
             return None
         self.has_looked(position, replay)
         return Made()
-
-    def refuse_escapes(self, place: str, followed: Made | None, attributes: Sequence[str]) -> None:
-        """Refuse what has left an evaluation by another way than its result."""
-        if attributes:
-            raise RuntimeError(
-                f"{place} leaves a tensor that needs a gradient in the attribute {', '.join(attributes)}. {_ESCAPES}"
-            )
-        found = None if followed is None else followed.held()
-        if found is not None:
-            tensor, function = found
-            raise RuntimeError(
-                f"{place} makes a tensor of shape {tuple(tensor.shape)} (by {function}) that is still held, by a forward hook or "
-                f"a list, say. {_ESCAPES}"
-            )
 
     def looks(self, position: str, replay: Replay, times: int) -> bool:
         """Whether to look closely at what is evaluated there: so many times, and after its modules or their modes changed."""
@@ -202,7 +180,7 @@ class Seen:
 
     def escapes(self, followed: Made | None, replay: Replay) -> None:
         """Refuse what has left an evaluation by another way than its result; its graph is gone."""
-        self._witness.guard.refuse_escapes(self._place, followed, replay.escaped)
+        refuse_escapes(self._place, followed, replay.escaped)
 
     def inputs(self, rebuilt: Streams) -> None:
         self.before += self.call.samples
@@ -322,56 +300,6 @@ class Witness:
             places = torch.arange(0, _SAMPLES * stride, stride, device=stream.device).remainder_(count)
             self._positions[key] = places
         return places
-
-
-def refuse_strangers(
-    user: str,
-    outputs: Streams,
-    inputs: Sequence[Tensor],
-    module: nn.Module | None,
-    arguments: Arguments | None,
-    remedy: str = "",
-) -> None:
-    """Refuse a graph from `inputs` to `outputs` that uses another leaf, or that cannot be differentiated here."""
-    stranger = stranger_among(outputs, inputs)
-    if stranger is None:
-        return
-    if not isinstance(stranger, Tensor):
-        raise RuntimeError(
-            f"{user} uses torch.utils.checkpoint with use_reentrant=True, which gives parameters their gradients behind the "
-            f"engine's back: pass use_reentrant=False"
-        )
-    in_context = None if arguments is None else place_of(stranger, arguments.others)
-    place = in_context or (None if module is None else place_of(stranger, {type(module).__name__: module}))
-    if in_context is not None:
-        remedy = (
-            "The engine sees tensors only in lists, tuples and dictionaries: pass it as a keyword argument by itself"
-        )
-    found = "" if place is None else f" ({place})"
-    raise RuntimeError(
-        f"{user} uses a tensor of shape {tuple(stranger.shape)}{found} that needs a gradient and is neither its parameter nor an "
-        f"argument: it would get none. {remedy or _REGISTER}"
-    )
-
-
-def stranger_among(outputs: Streams, inputs: Sequence[Tensor]) -> Tensor | Any | None:
-    """A leaf in the graph of `outputs` that is none of `inputs`; or the node of a reentrant checkpoint."""
-    known = {id(i) for i in inputs}
-    nodes = [o.grad_fn for o in outputs if o.grad_fn is not None]
-    seen = set(nodes)
-    for node in nodes:  # which grows on the way
-        following = node.next_functions
-        if not following:
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) not in known:
-                return leaf
-            if isinstance(node, CheckpointFunction._backward_cls):
-                return node
-        for child, _ in following:
-            if child is not None and child not in seen:
-                seen.add(child)
-                nodes.append(child)
-    return None
 
 
 def _values_of(stream: Tensor) -> Tensor:

@@ -3,7 +3,6 @@ log-derivative that of what it computes?"""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from revflow._attributes import STATE_IN_CONTEXT, Reachable, copied
 from revflow._guard import Tolerance
 from revflow._passage import Context, Stepwise, Streams
 from revflow.exact import Grid
@@ -36,16 +36,17 @@ class Inspection:
 
     def look(self, net: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Worst:
         """Look at each block with the streams that it is given in the network; returns the worst inverse."""
-        net = copy.deepcopy(net)  # without gradients, so under ordinary autograd
+        net = copied(net)  # without gradients, so under ordinary autograd
         calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
         def keep(block: nn.Module, streams: tuple[Any, ...], context: dict[str, Any]) -> None:
-            calls.setdefault(block, (streams, context))
+            calls.setdefault(block, (streams, copied(context)))
 
         hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for _, block, _ in named_blocks(net)]
         inputs, context = arguments
         found: list[Worst] = []
         with seeded(self._device), torch.no_grad():
+            inputs, context = copied((inputs, context))
             net(*inputs, **context)
             for hook in hooks:
                 hook.remove()
@@ -68,7 +69,13 @@ class Inspection:
         results = []
         for _ in range(2):
             torch.manual_seed(0)
-            results.append(block(*streams, **context))
+            given = copied(context)
+            reachable = Reachable(given)
+            results.append(block(*streams, **given))
+            place = reachable.changed()
+            if place is not None:
+                self.problems.append(f"{name} changes {place}: {STATE_IN_CONTEXT}")
+                return False
             changed = [key for key, b in block.named_buffers() if not torch.equal(b, buffers[key])]
             for key, b in block.named_buffers():
                 b.copy_(buffers[key])

@@ -71,6 +71,21 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def refuse_compiled_autograd() -> None:
+    """At the beginning of a backward pass."""
+    if torch.compiler.is_compiling():
+        _refuse_compiled_autograd()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _refuse_compiled_autograd() -> None:
+    raise RuntimeError(
+        "compiled autograd runs a backward pass outside of the autograd engine, which a sequence or recurrence depends on: "
+        "leave it off (torch._dynamo.config.compiled_autograd = False), or run the network within "
+        "`with revflow.ordinary_autograd():`"
+    )
+
+
 def refuse_replica(module: nn.Module) -> None:
     if "_is_replica" in module.__dict__:
         raise RuntimeError(

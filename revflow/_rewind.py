@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from revflow._calls import Call, Coupled, Whole
 from revflow._graph import alias_of, keep_quiet_in_rewinds, laid_out
 from revflow._guard import Evidence, Witness
+from revflow._mode import refuse_compiled_autograd
 from revflow._overwrite import Given
 from revflow._passage import (
     Arguments,
@@ -265,6 +266,7 @@ class _Anchor(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        refuse_compiled_autograd()
         if torch.is_grad_enabled():
             return once(_begin, ctx, grads, ctx.saved_tensors)
         return _begin(ctx, grads)

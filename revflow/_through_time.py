@@ -25,6 +25,7 @@ from torch import Tensor
 from revflow._backward import Pass, running
 from revflow._graph import alias_of, leaf, not_leaves
 from revflow._guard import Guard
+from revflow._mode import refuse_compiled_autograd
 from revflow._passage import NAMED, Context, Gradients, Streams, named
 from revflow._rewind import once
 from revflow._states import Kept, Unpacked
@@ -205,6 +206,7 @@ class _End(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        refuse_compiled_autograd()
         if torch.is_grad_enabled():
             return once(_replay, ctx, grads, _saved(ctx, running())[-1:])
         return _replay(ctx, grads)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from revflow._escapes import Made
-from revflow._guard import LOW_PRECISION, Guard, Tolerance, refuse_strangers, tolerance_of
+from revflow._escapes import Made, refuse_escapes
+from revflow._guard import LOW_PRECISION, Guard, Tolerance, tolerance_of
 from revflow._passage import Arguments
 from revflow._replay import Replay
+from revflow._strangers import refuse_strangers
 
 if TYPE_CHECKING:
     from revflow._backward import Pass
@@ -85,7 +86,7 @@ class Watch:
     def escaped(self, cell: str, followed: Made | None, attributes: Sequence[str]) -> None:
         """What has left the cell by another way than its result."""
         if self._witness is not None:
-            self._guard.refuse_escapes(cell, followed, attributes)
+            refuse_escapes(cell, followed, attributes)
 
 
 def judge(guard: Guard, found: list[Found]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 import warnings
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from revflow._attributes import copied
 from revflow._guard import LOW_PRECISION, TOLERANCES, Guard, ReconstructionWarning, Tolerance, tf32
 from revflow._inspection import Inspection, Worst, named_blocks, seeded, sequences_in
 from revflow._mode import ordinary_autograd
@@ -135,7 +135,7 @@ class _Trial:
 
     def _copy(self) -> nn.Module:
         """The network without guards. Where it has a memory budget it has measured what that leaves to be rebuilt."""
-        net = _unguarded(copy.deepcopy(self._net))
+        net = _unguarded(copied(self._net))
         if any(sequence.memory_budget not in ("all", "none") for sequence in sequences_in(net)):
             (inputs, context), _ = _with_leaves(self._arguments)
             with undisturbed(net, self._device):
@@ -150,7 +150,7 @@ class _Trial:
 
     def _compare_gradients(self, evaluations: dict[str, int], reconstruction: Worst) -> Worst | None:
         with ordinary_autograd():
-            plain = self._gradients(copy.deepcopy(self._net))
+            plain = self._gradients(copied(self._net))
         net = self._copy()
         self._leave_out_chunks(net)
         with _counted(net, evaluations):
@@ -194,14 +194,14 @@ class _Trial:
 
     def _rounded(self, seed: int) -> _Gradients:
         """Ordinary autograd's gradients, where each value of the inputs and parameters is moved by a rounding error."""
-        net = copy.deepcopy(self._net)
+        net = copied(self._net)
         generator = torch.Generator().manual_seed(seed)
         with ordinary_autograd():
             return self._gradients(net, lambda tensor: _moved(tensor, generator))
 
     def _train_with_guards(self) -> None:
         """Let the guards see a training step, as they would: what they refuse is a problem."""
-        net = copy.deepcopy(self._net)
+        net = copied(self._net)
         for sequence in sequences_in(net):  # with new ones, which look at each block
             mode, exact = sequence._guard.mode, sequence._guard.exact
             sequence._guard = Guard("warn" if mode == "off" else mode, exact)
@@ -326,7 +326,8 @@ def _with_leaves(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[Any
     """The arguments with new leaves for their floating-point tensors."""
     values, spec = pytree.tree_flatten(arguments)
     values = [
-        v.detach().clone().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values
+        v.detach().clone().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else copied(v)
+        for v in values  # of an object each run gets its own, since it may be filled
     ]
     leaves = [v for v in values if isinstance(v, Tensor) and v.requires_grad]
     return pytree.tree_unflatten(values, spec), leaves

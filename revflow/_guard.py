@@ -58,7 +58,10 @@ class Tolerance(NamedTuple):
 
 TOLERANCES = {torch.float64: Tolerance(1e-8, 1e-4), torch.float32: Tolerance(1e-4, 1e-2)}
 LOW_PRECISION = Tolerance(2e-2, 1e-1)
-"""Where streams, parameters, autocast or TF32 products have 8 to 11 bits."""
+"""If parameters, autocast or TF32 products have 8 to 11 bits."""
+
+LOW_STREAMS = Tolerance(1e-2, 1e-1)
+"""If the streams themselves have so few: then what is recomputed loses digits in every block, and gradients with it."""
 
 _DWARFED = 10.0
 """An error relative to the chain's own input warns from `Tolerance.error` on, and raises from so many times that.
@@ -336,7 +339,7 @@ def _largest(errors: list[float]) -> float:
 
 
 def _of_streams(block: Seen) -> Tolerance:
-    return max([TOLERANCES.get(s.dtype.to_real(), LOW_PRECISION) for s in block.again], default=LOW_PRECISION)
+    return max([TOLERANCES.get(s.dtype.to_real(), LOW_STREAMS) for s in block.again], default=LOW_PRECISION)
 
 
 def _tolerance(block: Seen) -> Tolerance:
@@ -345,6 +348,8 @@ def _tolerance(block: Seen) -> Tolerance:
 
 def tolerance_of(results: Sequence[Tensor], replays: Sequence[Replay]) -> Tolerance:
     """By the least precise of what the `replays` compute their `results` with."""
+    if any(s.dtype.to_real() not in TOLERANCES for s in results):
+        return LOW_STREAMS
     if any(enabled for replay in replays for _, enabled, _ in replay.autocast) or (
         any(s.is_cuda and s.dtype == torch.float32 for s in results) and tf32()
     ):

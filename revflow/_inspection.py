@@ -3,14 +3,14 @@ log-derivative that of what it computes?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from revflow._attributes import STATE_IN_CONTEXT, Reachable, copied
+from revflow._attributes import STATE_IN_CONTEXT, Reachable, contents, copied, refill
 from revflow._guard import Tolerance
 from revflow._passage import Context, Stepwise, Streams
 from revflow.exact import Grid
@@ -50,28 +50,53 @@ class Inspection:
             net(*inputs, **context)
             for hook in hooks:
                 hook.remove()
+            first_streams = {block: streams for block, (streams, _) in calls.items()}
             for name, block, grid in named_blocks(net):
                 call = calls.pop(block, None)
                 if call is not None and self._is_deterministic(name, block, *call):
                     found.append(self._look_at_inverse(name, block, grid, *call))
                     if isinstance(block, Stepwise):
                         self._look_at_log_derivative(name, block, *call)
+            self._note_depth(net, first_streams)
         if self._with_buffers:
             first, others = self._with_buffers[0], len(self._with_buffers) - 1
             and_others = f", as do{'es' * (others == 1)} {others} other block{'s' * (others > 1)}" if others else ""
             self.notes.append(f"{first}{and_others}; the engine lets it happen once a step")
         return max(found, default=Worst(0.0, "no block was compared"))
 
+    def _note_depth(self, net: nn.Module, given: dict[nn.Module, Streams]) -> None:
+        """Say if a sequence is so deep, or its streams grow so much, that exact arithmetic is advisable.
+
+        `given`: the streams that each block was given.
+        """
+        for sequence in sequences_in(net):
+            blocks = [block for block in sequence if block in given]
+            if sequence.exact or not blocks or given[blocks[0]][0].dtype == torch.float64:
+                continue
+            first, last = (max(_largest(s) for s in given[block]) for block in (blocks[0], blocks[-1]))
+            growth = last / first if first else 0.0
+            if len(blocks) > _DEEP or growth > _GROWN:
+                self.notes.append(
+                    f"{len(blocks)} blocks, through which the streams grow {growth:,.1f}-fold: from {_DEEP} blocks on, or from a "
+                    f"growth of {_GROWN:.0f}, rounding may put single values on the other side of a ReLU's kink, and change a "
+                    f"tensor's gradient by some percent without a warning. exact=True does not round"
+                )
+
     def _is_deterministic(self, name: str, block: nn.Module, streams: tuple[Any, ...], context: dict[str, Any]) -> bool:
         """Evaluate twice with the same random numbers and buffers, as the engine does."""
         buffers = {key: b.clone() for key, b in block.named_buffers()}
-        attributes = _tensor_attributes(block)
+        attributes, values = [(m, contents(m)) for m in block.modules()], _tensor_attributes(block)
         results = []
         for _ in range(2):
             torch.manual_seed(0)
             given = copied(context)
             reachable = Reachable(given)
             results.append(block(*streams, **given))
+            rebound = [
+                key for key, (own, _) in _tensor_attributes(block).items() if own is not values.get(key, (None,))[0]
+            ]
+            for module, held in attributes:
+                refill(module, held)
             place = reachable.changed()
             if place is not None:
                 self.problems.append(f"{name} changes {place}: {STATE_IN_CONTEXT}")
@@ -81,14 +106,16 @@ class Inspection:
                 b.copy_(buffers[key])
         if changed:
             self._with_buffers.append(f"{name} changes its buffers ({', '.join(changed)})")
+        if rebound:
+            self._with_buffers.append(f"{name} changes its own {', '.join(rebound)}")
         if not all(torch.isfinite(s).all() for s in results[0]):
             self.problems.append(f"{name} returns values that are not finite")
             return False
         same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         if not same:
-            moved = [key for key, value in _tensor_attributes(block).items() if not torch.equal(value, attributes[key])]
+            moved = [key for key, (own, value) in values.items() if not torch.equal(own, value)]
             cause = (
-                f"it changes its own {', '.join(moved)}, which is no buffer: register_buffer makes it one"
+                f"it changes its own {', '.join(moved)} in place, which is not a buffer: register_buffer makes it one"
                 if moved
                 else "random numbers that are not torch's, or state outside of its parameters and buffers"
             )
@@ -101,11 +128,17 @@ class Inspection:
         """In eval mode: dropout in the inverse draws in another order."""
         modes = {m: m.training for m in block.modules()}
         block.eval()
+        attributes = [(m, contents(m)) for m in block.modules()]
         if grid is None:
-            rebuilt = block.inverse(*block(*streams, **context), **context)  # type: ignore[operator]
+            outputs: tuple[Any, ...] = block(*streams, **context)
+            undo: Callable[..., Streams] = block.inverse  # type: ignore[assignment]
         else:
             alone = ReversibleSequence([block], exact=grid)
-            rebuilt = alone.inverse_with_residuals(*alone.forward_with_residuals(streams, **context), **context)
+            outputs = alone.forward_with_residuals(streams, **context)
+            undo = alone.inverse_with_residuals
+        for module, held in attributes:
+            refill(module, held)
+        rebuilt = undo(*outputs, **context)
         for module, mode in modes.items():
             module.training = mode
         scale = max((s.abs().max().item() for s in streams if s.numel()), default=0.0) or 1.0
@@ -154,6 +187,13 @@ class Inspection:
             )
 
 
+_DEEP, _GROWN = 100, 30.0
+
+
+def _largest(stream: Tensor) -> float:
+    return stream.abs().max().item() if stream.numel() else 0.0
+
+
 def sequences_in(net: nn.Module) -> list[ReversibleSequence]:
     return [m for m in net.modules() if isinstance(m, ReversibleSequence)]
 
@@ -174,10 +214,10 @@ def seeded(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _tensor_attributes(block: nn.Module) -> dict[str, Tensor]:
-    """Tensors that are neither parameters nor buffers, copied."""
+def _tensor_attributes(block: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Tensors that are neither parameters nor buffers, with copies of their values."""
     return {
-        f"{name}.{key}" if name else key: value.detach().clone()
+        f"{name}.{key}" if name else key: (value, value.detach().clone())
         for name, module in block.named_modules()
         for key, value in module.__dict__.items()
         if isinstance(value, Tensor)

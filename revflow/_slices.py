@@ -6,7 +6,7 @@ along dimension 0, and so are the context's tensors; those of one sample, or of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -138,12 +138,13 @@ class Sliced(Overwrite):
         replay = Replay(self._conditioner, target.device)
         replay.random = random_states(target.device)
         evaluate = torch.no_grad()(self._block.evaluate)
-        before, after = (
-            replay.again(
-                replay.parameters, evaluate, self._conditioner, target, streams, passage.arguments.filled(tensors)
-            )
-            for streams, tensors in ((others, context), (strangers, its_own))
-        )
+
+        def evaluate_with(streams: list[Tensor], tensors: Sequence[Tensor]) -> Streams:
+            filled = passage.arguments.filled(tensors)
+            return replay.again(replay.parameters, evaluate, self._conditioner, target, streams, filled)
+
+        before, after = evaluate_with(others, context), evaluate_with(strangers, its_own)
+        self._refuse_ambiguous(leaves, context, before, lambda tensors: evaluate_with(others, tensors))
         for a, b in zip(before, after, strict=True):
             if _largest(a[0] - b[0]) > _MIXING * _largest(a[0]):
                 raise ValueError(
@@ -151,6 +152,29 @@ class Sliced(Overwrite):
                 )
         if any(_largest(a[0]) > 0 for a in before):
             witness.guard.has_looked(self._key, self)
+
+    def _refuse_ambiguous(
+        self,
+        leaves: Sequence[Tensor],
+        cut: Sequence[Tensor],
+        expected: Streams,
+        evaluate: Callable[[Sequence[Tensor]], Streams],
+    ) -> None:
+        """Refuse a keyword tensor that is as long as the batch by coincidence: the conditioner takes it whole, too, and makes
+        something else of it than of a slice."""
+        for i, leaf in enumerate(leaves):
+            if self._size < 3 or not self._is_cut(leaf):
+                continue
+            try:
+                whole = evaluate([*cut[:i], leaf, *cut[i + 1 :]])
+            except (RuntimeError, ValueError, IndexError):
+                continue  # it needs an entry for each sample
+            if any(_largest(a - b) > _MIXING * _largest(a) for a, b in zip(expected, whole, strict=True)):
+                raise ValueError(
+                    f"chunks: a keyword tensor of shape {tuple(leaf.shape)} has as many entries as the batch has samples, but "
+                    f"the conditioner takes it whole, too: if it is for all samples, pass it with a first dimension of 1 "
+                    f"(tensor[None]); if its values are mixed over the batch, leave out chunks"
+                )
 
 
 def _batch_size(streams: Streams) -> int:

@@ -115,3 +115,38 @@ def test_whole_blocks_see_whole_context():
     net, x, by = revflow.ReversibleSequence([Shift()], chunks=2).double(), batch(), image(3).requires_grad_()
     results = [gradients_of(run(x, by=by), [x, by]) for run in (net, net.plain)]
     assert_close(*results)
+
+
+class Mixed(nn.Module):
+    """A matrix that is the same for all samples, and has as many rows as the batch has samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, BATCH)
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x, matrix):
+        return self.last((self.first(x) @ matrix.expand(1, BATCH, 4)[0]).tanh())
+
+
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x, matrix):
+        return self.last(x * matrix.mean(0)).tanh()
+
+
+def test_a_tensor_that_is_as_long_as_the_batch_by_coincidence_is_refused():
+    net = revflow.ReversibleSequence([revflow.AdditiveCoupling(Pooled()) for _ in range(2)], chunks=2)
+    x, matrix = torch.randn(BATCH, 8), torch.randn(BATCH, 4)
+    with pytest.raises(ValueError, match=rf"block 0 .*keyword tensor of shape \({BATCH}, 4\).*tensor\[None\]"):
+        net(x, matrix=matrix)
+
+
+def test_the_remedy_for_a_tensor_that_is_as_long_as_the_batch():
+    net = revflow.ReversibleSequence([revflow.AdditiveCoupling(Mixed()) for _ in range(2)], chunks=2).double()
+    x = torch.randn(BATCH, 8, dtype=torch.float64, requires_grad=True)
+    matrix = torch.randn(1, BATCH, 4, dtype=torch.float64, requires_grad=True)
+    assert_same_gradients(net, lambda: net(x, matrix=matrix), lambda: net.plain(x, matrix=matrix), [x, matrix])

@@ -267,7 +267,9 @@ def test_conditioner_that_gives_another_result_the_second_time(conditioners, cou
 def test_a_conditioner_that_changes_its_own_tensor_in_place_is_refused_at_once(outputs, mode):
     make = revflow.AdditiveCoupling if outputs == 1 else revflow.AffineCoupling
     net = chain(additive(4), make(Stateful(outputs)), guard="off")
-    with pytest.raises(RuntimeError, match=r"block 1 .*changes its own tensor Stateful\.scale in place.*register_buffer"):
+    with pytest.raises(
+        RuntimeError, match=r"block 1 .*changes its own tensor Stateful\.scale in place.*register_buffer"
+    ):
         step(net, frames(), mode)
 
 

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 import revflow
 from engine.nets import (
@@ -284,3 +285,19 @@ def test_a_conditioner_of_another_type(stack):
             m.float()
     assert net(x).dtype == torch.float32
     assert_same_gradients(net, lambda: net(x), lambda: net.plain(x), [x], tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("depth", "warns"), [(4, False), (96, True)])
+def test_streams_of_bfloat16_warn_before_gradients_are_twice_as_far_off(depth, warns):
+    """Against float64: at 96 blocks 3.5 %, under standard autograd 1.8 %."""
+    torch.manual_seed(0)
+
+    def conditioner():
+        return nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+    blocks = [revflow.AdditiveCoupling(conditioner()) for _ in range(depth)]
+    net, x = revflow.ReversibleSequence(blocks, split_dim=-1).bfloat16(), torch.randn(8, 8, 64).bfloat16()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", revflow.ReconstructionWarning)
+        net(x).square().mean().backward()
+    assert ["Pass float32 streams" in str(w.message) for w in caught] == [True] * warns

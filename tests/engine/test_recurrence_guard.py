@@ -45,9 +45,7 @@ def make_err(cell, method, number):
 
 
 @exact_modes
-@pytest.mark.parametrize(
-    "number, k", [("numpy", 0), ("numpy", 1), ("numpy", 2), ("counter", 0), ("wall_clock", 2)]
-)
+@pytest.mark.parametrize("number, k", [("numpy", 0), ("numpy", 1), ("numpy", 2), ("counter", 0), ("wall_clock", 2)])
 def test_an_update_that_does_not_repeat(states, number, k):
     np.random.seed(0)
     net = recurrence(states=states)

@@ -13,7 +13,7 @@ from engine.nets import STACKS, Conditioner, Scale, additive, image, mixed, netw
 
 
 class Stateful(nn.Module):
-    """Changes a tensor of its own that is no buffer."""
+    """Changes a tensor of its own in place that is not a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -21,7 +21,7 @@ class Stateful(nn.Module):
         self.scale = torch.ones(())
 
     def forward(self, x):
-        self.scale = self.scale * 1.1
+        self.scale.mul_(1.1)
         return self.conv(x) * self.scale
 
 
@@ -119,7 +119,10 @@ def test_a_network_with_sequences_inside_and_context():
 @pytest.mark.parametrize(
     ("block", "problem"),
     [
-        (revflow.AdditiveCoupling(Stateful()), r"block 1 .*not deterministic.*its own F\.scale, .*register_buffer"),
+        (
+            revflow.AdditiveCoupling(Stateful()),
+            r"block 1 .*not deterministic.*its own F\.scale in place.*register_buffer",
+        ),
         (
             revflow.AdditiveCoupling(DrawsElsewhere(4)),
             "block 1 .*not deterministic.*random numbers that are not torch's",
@@ -299,3 +302,68 @@ def test_a_network_with_a_budget_and_chunks():
     report = revflow.verify(net, x)
     assert set(report.evaluations.values()) == {2}
     assert not report.problems and any("chunks" in note for note in report.notes)
+
+
+class Rebinding(Conditioner):
+    """Puts another tensor in the place of its own, which the second evaluation does not see."""
+
+    def __init__(self):
+        super().__init__(4)
+        self.mean = torch.zeros(())
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return super().forward(x) + self.mean
+
+
+def test_an_attribute_that_moves_once_a_step_is_a_note():
+    report = revflow.verify(of(revflow.AdditiveCoupling(Rebinding())), image(dtype=torch.float32))
+    assert report.ok and any("block 1 (AdditiveCoupling) changes its own F.mean" in note for note in report.notes)
+
+
+class Cache:
+    def __init__(self):
+        self.seen = []
+
+
+class Caching(Conditioner):
+    def forward(self, x, cache):
+        out = super().forward(x)
+        cache.seen.append(out)
+        return sum(cache.seen)
+
+
+def test_state_in_the_context_is_named_and_the_callers_object_stays_empty():
+    net, cache = revflow.ReversibleSequence([revflow.AdditiveCoupling(Caching(4))]), Cache()
+    report = revflow.verify(net, image(dtype=torch.float32), cache=cache)
+    assert any(re.search(r"block 0 .*changes cache\.seen\[0\]: state in the context", p) for p in report.problems)
+    assert not any("float64" in p for p in report.problems)
+    assert cache.seen == []
+
+
+class Auxiliary(Conditioner):
+    def forward(self, x):
+        out = super().forward(x)
+        self.loss = out.square().mean()
+        return out
+
+
+def test_a_loss_in_an_attribute_is_a_problem_also_in_a_network_that_holds_its_graph():
+    net, x = revflow.ReversibleSequence([revflow.AdditiveCoupling(Auxiliary(4))]), image(dtype=torch.float32)
+    net.plain(x)
+    assert net[0].F.loss.grad_fn is not None  # PyTorch does not copy such tensors
+    report = revflow.verify(net, x)
+    assert any(re.search(r"block 0 .*attribute Auxiliary\.loss.*stream of its own", p) for p in report.problems)
+
+
+@pytest.mark.parametrize(
+    ("depth", "scale", "exact", "noted"),
+    [(101, 1, False, True), (4, 1, False, False), (4, 100, False, True), (101, 1, True, False)],
+)
+def test_depth_and_growth_from_which_on_exact_arithmetic_is_advisable(depth, scale, exact, noted):
+    torch.manual_seed(0)
+    blocks = [revflow.AdditiveCoupling(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))) for _ in range(depth)]
+    for block in blocks:
+        block.F[1].weight.data.mul_(0.1 * scale**2)
+    report = revflow.verify(revflow.ReversibleSequence(blocks, exact=exact, split_dim=-1), torch.randn(3, 8))
+    assert any(f"{depth} blocks, through which" in note for note in report.notes) == noted

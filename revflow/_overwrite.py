@@ -25,7 +25,7 @@ from revflow._replay import Replay
 from revflow.exact import Residual
 
 if TYPE_CHECKING:
-    from revflow._guard import Seen
+    from revflow._witness import Seen
 
 _RETURN = "Let a conditioner return it, as one more coefficient"
 

@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from revflow._calls import Call, Coupled, Whole
 from revflow._graph import alias_of, keep_quiet_in_rewinds, laid_out
-from revflow._guard import Evidence, Witness
 from revflow._mode import refuse_compiled_autograd
 from revflow._overwrite import Given
 from revflow._passage import (
@@ -50,6 +49,7 @@ from revflow._passage import (
     versions_of,
 )
 from revflow._random import Draws
+from revflow._witness import Evidence, Witness
 
 
 class Tape:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from revflow._attributes import place_of
+from revflow._holders import place_of
 from revflow._passage import Arguments, Streams
 
 _REGISTER = "Register it, or pass it as a keyword argument of the call"

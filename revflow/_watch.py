@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from revflow._escapes import Made, refuse_escapes
-from revflow._guard import LOW_PRECISION, Guard, Tolerance, tolerance_of
+from revflow._guard import Guard
 from revflow._passage import Arguments
 from revflow._replay import Replay
 from revflow._strangers import refuse_strangers
+from revflow._tolerance import LOW_PRECISION, Tolerance, tolerance_of
+from revflow._witness import witness_of
 
 if TYPE_CHECKING:
     from revflow._backward import Pass
@@ -47,7 +49,7 @@ class Watch:
 
     def __init__(self, guard: Guard, rounded: bool) -> None:
         self._guard, self._rounded = guard, rounded
-        self._witness = guard.witness()
+        self._witness = witness_of(guard)
         self._leaving: Tensors = ()
         """Of the streams that left the step."""
 

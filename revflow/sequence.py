@@ -19,6 +19,7 @@ from revflow._replay import undisturbed
 from revflow._rewind import Tape
 from revflow._table import number_of_parameters, table
 from revflow._torch import allow_recompilations
+from revflow._witness import witness_of
 from revflow.budget import Budget, MemoryBudget, Plan
 from revflow.coupling import Coupling
 from revflow.exact import Extent, Grid, Residual
@@ -282,7 +283,7 @@ class ReversibleSequence(nn.Sequential):
 
     @torch.compiler.disable(**_REASON)  # type: ignore[untyped-decorator]
     def _on_a_tape(self, x: Tensor | Streams, context: dict[str, Any], inverse: bool, log_det: bool) -> tuple[Any, Any]:
-        chain = self._chain(x, context, inverse, log_det, Tape(self._guard.witness()))
+        chain = self._chain(x, context, inverse, log_det, Tape(witness_of(self._guard)))
         return self._budget.run(chain) if self._budget.is_limited else chain.run()
 
     def _chain(

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revflow._attributes import copied
-from revflow._guard import LOW_PRECISION, TOLERANCES, Guard, ReconstructionWarning, Tolerance, tf32
+from revflow._guard import Guard, ReconstructionWarning
+from revflow._holders import copied
 from revflow._inspection import Inspection, Worst, named_blocks, seeded, sequences_in
 from revflow._mode import ordinary_autograd
 from revflow._passage import Stepwise
 from revflow._replay import undisturbed
+from revflow._tolerance import LOW_PRECISION, TOLERANCES, Tolerance, tf32
 from revflow.memory import measure_memory
 
 

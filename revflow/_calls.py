@@ -43,7 +43,11 @@ class Call(ABC):
 
     def moved_buffers(self) -> list[Tensor]:
         """Buffers that this pass has changed, as they were before, for autograd to save."""
-        return [value for replay in self.replays for value in replay.moved_buffers()]
+        moved: list[Tensor] = []
+        for replay in self.replays:
+            if replay.buffers:
+                moved += replay.moved_buffers()
+        return moved
 
     def recall(self, moved: Sequence[Tensor]) -> None:
         """Bring them back."""

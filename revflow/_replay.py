@@ -72,7 +72,7 @@ class Replay:
     """One evaluation of `module` on `device`, to be repeated: `first` once, then `again` any number of times."""
 
     __slots__ = (
-        "_attributes", "_buffers", "_device", "_foreign", "_moved", "_renormalised", "_slots", "_surroundings", "autocast",
+        "_attributes", "_device", "_foreign", "_moved", "_renormalised", "_slots", "_surroundings", "autocast", "buffers",
         "escaped", "is_known", "modes", "modules", "parameters", "random",
     )  # fmt: skip
 
@@ -88,7 +88,8 @@ class Replay:
         self.modules = [module]
         self.modes: list[bool] = []
         self._slots: list[tuple[dict[str, Tensor | None], str, int]] = []
-        self._buffers: list[Buffer] = []
+        self.buffers: list[Buffer] = []
+        """Those that an evaluation may change."""
         self._moved: list[Buffer] = []
         self._foreign: list[nn.Module] = []
         self._renormalised: list[Tensor] = []
@@ -126,11 +127,13 @@ class Replay:
                         self.parameters.append(parameter)
                     self._slots.append((slots, name, position))
             if m._buffers and (m.training or not is_known):
-                self._buffers += buffers_of(m)
+                self.buffers += buffers_of(m)
 
     def first(self, draws: Draws, function: Callable[..., T], *arguments: object) -> T:
         """Call `function` where gradients are off, and remember what it saw."""
-        if self.is_known and not self._buffers:
+        if self.is_known and not self.buffers:
+            if not self.autocast:
+                return function(*arguments)
             return self._called(function, *arguments)
         with _alone:
             if self.is_known:
@@ -160,12 +163,12 @@ class Replay:
         _thread.evaluating = True
         try:
             attributes = Attributes(self._foreign)
-            for buffer in self._buffers:
+            for buffer in self.buffers:
                 buffer.take()
             draws.begin(self, self._device)
             with self._care(self._surroundings):
                 result = self._called(function, *arguments)
-            for buffer in self._buffers:
+            for buffer in self.buffers:
                 buffer.keep_if_changed()
             attributes.keep_changes()
             self._attributes = attributes if attributes.matter else None
@@ -178,11 +181,23 @@ class Replay:
         with _alone:
             modes = [m.training for m in self.modules]
             held = [(slots, name, slots[name], i) for slots, name, i in self._slots if slots[name] is not parameters[i]]
-            if not self.is_known or self._buffers or held or modes != self.modes:
+            if not self.is_known or self.buffers or held or modes != self.modes:
                 lent = _Lent(modes, held)
                 with _NOTHING if self._surroundings is None else self._care(self._surroundings):
                     return self._again(parameters, lent, function, *arguments)
         return self._with_graph(function, *arguments)  # beside other threads: nothing is changed for its time
+
+    def _with_graph(self, function: Callable[..., T], *arguments: object) -> T:
+        outer = getattr(_thread, "recomputing", False)
+        _thread.recomputing = True
+        torch._C._set_grad_enabled(True)
+        try:
+            if not self.autocast and not torch._C._is_any_autocast_enabled():
+                return function(*arguments)
+            return self._called(function, *arguments)
+        finally:
+            torch._C._set_grad_enabled(False)
+            _thread.recomputing = outer
 
     def _again(self, parameters: Sequence[Tensor], lent: _Lent, function: Callable[..., T], *arguments: object) -> T:
         """The same, where the module has to be changed for the time of the evaluation."""
@@ -193,7 +208,7 @@ class Replay:
                 self._set_modes(self.modes)
             for slots, name, _, i in lent.slots:
                 slots[name] = parameters[i]
-            for buffer in self._buffers:
+            for buffer in self.buffers:
                 buffer.lend()
             if self.random is not None:
                 restore_random_states(self.random, self._device)
@@ -201,7 +216,7 @@ class Replay:
         finally:
             if random is not None:
                 restore_random_states(random, self._device)
-            for buffer in self._buffers:
+            for buffer in self.buffers:
                 buffer.give_back()
             for slots, name, parameter, _ in lent.slots:
                 slots[name] = parameter
@@ -211,21 +226,9 @@ class Replay:
                 self.escaped = self._attributes.escaped()
                 give_back(attributes)
 
-    def _with_graph(self, function: Callable[..., T], *arguments: object) -> T:
-        outer = is_recomputing()
-        _thread.recomputing = True
-        torch._C._set_grad_enabled(True)
-        try:
-            return self._called(function, *arguments)
-        finally:
-            torch._C._set_grad_enabled(False)
-            _thread.recomputing = outer
-
     def moved_buffers(self) -> list[Tensor]:
         """The values of those buffers that the first evaluation has changed, before it; taken out, for autograd to save."""
-        if not self._buffers:
-            return []
-        self._moved = [buffer for buffer in self._buffers if buffer.before is not None]
+        self._moved = [buffer for buffer in self.buffers if buffer.before is not None]
         values: list[Tensor] = [buffer.before for buffer in self._moved]  # type: ignore[misc]
         for buffer in self._moved:
             buffer.before = None
@@ -241,7 +244,7 @@ class Replay:
     def refusing_changes_of_parameters(self, user: str) -> Iterator[None]:
         """Put back what an evaluation changes in parameters, and say so. It may, if it initialises them from its input."""
         copies = (
-            [p.detach().clone() for p in self.parameters] if any(b.before is not None for b in self._buffers) else []
+            [p.detach().clone() for p in self.parameters] if any(b.before is not None for b in self.buffers) else []
         )
         yield
         changed = [(p, c) for p, c in zip(self.parameters, copies, strict=False) if not torch.equal(p, c)]

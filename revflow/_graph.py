@@ -30,7 +30,7 @@ def not_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Aliases of leaves, for modules that the engine does not know: as under standard autograd they are given no leaves, whose
     hooks may not ask which nodes a backward pass will come to."""
     torch._C._set_grad_enabled(True)
-    aliases = [_alias(t) if t.requires_grad else t for t in tensors]
+    aliases = [(_alias(t) if type(t) is Tensor else t.view_as(t)) if t.requires_grad else t for t in tensors]
     torch._C._set_grad_enabled(False)  # as in every rewind
     return aliases
 
@@ -82,7 +82,7 @@ class _Quiet:
         return None if getattr(_thread, "in_rewind", False) else self.hook(gradient)
 
 
-def keep_quiet_in_rewinds(hooks: dict[int, Any]) -> None:
+def _keep_quiet_in_rewinds(hooks: dict[int, Any]) -> None:
     """`hooks`: those that a tensor's gradient passes through."""
     for number, hook in [*hooks.items()]:
         if type(hook) is not _Quiet:
@@ -114,6 +114,9 @@ def gradients(ends: Sequence[End], inputs: Streams, grads: Gradients) -> Gradien
     known = [(e, g) for e, g in zip(ends, grads, strict=True) if e is not None and g is not None]
     if not known or not wanted:
         return (None,) * len(inputs)
+    for tensor in wanted:
+        if tensor._backward_hooks:
+            _keep_quiet_in_rewinds(tensor._backward_hooks)
     _thread.in_rewind = True
     try:
         found: Gradients = torch.autograd.Variable._execution_engine.run_backward(

@@ -183,7 +183,7 @@ class Replay:
             held = [(slots, name, slots[name], i) for slots, name, i in self._slots if slots[name] is not parameters[i]]
             if not self.is_known or self.buffers or held or modes != self.modes:
                 lent = _Lent(modes, held)
-                with _NOTHING if self._surroundings is None else self._care(self._surroundings):
+                with self._care(self._surroundings or surroundings()) if self._foreign else _NOTHING:
                     return self._again(parameters, lent, function, *arguments)
         return self._with_graph(function, *arguments)  # beside other threads: nothing is changed for its time
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from revflow._calls import Call, Coupled, Whole
-from revflow._graph import alias_of, keep_quiet_in_rewinds, laid_out
+from revflow._graph import alias_of, laid_out
 from revflow._mode import refuse_compiled_autograd
 from revflow._overwrite import Given
 from revflow._passage import (
@@ -157,7 +157,7 @@ def _same(streams: Streams, expected: Streams, versions: list[int]) -> bool:
     return (
         len(streams) == len(expected)
         and (all(map(operator.is_, streams, expected)) or all(map(_is_alias, streams, expected)))
-        and [s._version for s in streams] == versions
+        and versions_of(streams) == versions
     )
 
 
@@ -237,17 +237,10 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
 def own_of(parameters: Sequence[Tensor]) -> list[Tensor]:
     """The parameters to evaluate with: themselves, or an alias of what another module has computed.
 
-    Their hooks keep quiet meanwhile: they see the whole gradient, when the Function returns it. An alias would keep them away,
-    too, but another thread would find it in the module's place.
+    Their hooks keep quiet meanwhile (`_graph.gradients`): they see the whole gradient, when the Function returns it. An alias
+    would keep them away, too, but another thread would find it in the module's place.
     """
-    return [p if p.grad_fn is None and not p._backward_hooks else _own(p) for p in parameters]
-
-
-def _own(parameter: Tensor) -> Tensor:
-    if parameter.grad_fn is not None:
-        return alias_of(parameter)
-    keep_quiet_in_rewinds(parameter._backward_hooks)  # type: ignore[arg-type]
-    return parameter
+    return [p if p.grad_fn is None else alias_of(p) for p in parameters]
 
 
 class _Anchor(torch.autograd.Function):

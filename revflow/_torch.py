@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -16,6 +17,7 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # PyTorch 2.6 cannot tell: there, export under no_grad.
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -66,6 +68,16 @@ def checkpointed_call() -> object | None:
     if "frame" in cells:  # of the forward pass
         return cells["frame"].cell_contents  # type: ignore[no-any-return]
     return cells["target_frame_ref"].cell_contents() if "target_frame_ref" in cells else None
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor, or one that a subclass wraps: this process's shard of a DTensor, the values of a jagged tensor."""
+    if type(tensor) is Tensor or isinstance(tensor, FakeTensor):
+        return tensor
+    if is_traceable_wrapper_subclass(tensor):
+        inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        return unwrapped(next(i for i in inner if isinstance(i, Tensor)))
+    return tensor.as_subclass(Tensor)
 
 
 @contextmanager

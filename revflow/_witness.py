@@ -27,7 +27,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from revflow._calls import Call
 from revflow._escapes import Made, refuse_escapes
@@ -36,6 +35,7 @@ from revflow._passage import Arguments, Streams
 from revflow._replay import Replay
 from revflow._strangers import refuse_strangers
 from revflow._tolerance import LOW_PRECISION, LOW_STREAMS, TOLERANCES, Tolerance, tolerance_of
+from revflow._torch import unwrapped
 from revflow.exact import fingerprint
 
 _DWARFED = 10.0
@@ -124,7 +124,7 @@ class Witness:
 
     def samples(self, streams: Streams) -> Streams:
         """Values of each stream, at the same places each time; in exact arithmetic each followed by its fingerprint."""
-        values = [v for v in map(_values_of, streams) if _counts(v)]
+        values = [v for v in map(unwrapped, streams) if _counts(v)]
         if not self.guard.exact:
             return tuple([torch.take(v, self._places(v)) for v in values])
         # Beside the sum the few values see what does not change it: a permutation.
@@ -222,16 +222,6 @@ class Witness:
         return places
 
 
-def _values_of(stream: Tensor) -> Tensor:
-    """The stream, or one tensor that a subclass wraps: this process's shard of a DTensor, the values of a jagged tensor."""
-    if type(stream) is Tensor or isinstance(stream, FakeTensor):
-        return stream
-    if is_traceable_wrapper_subclass(stream):
-        inner = [getattr(stream, name) for name in stream.__tensor_flatten__()[0]]
-        return _values_of(next(i for i in inner if isinstance(i, Tensor)))
-    return stream.as_subclass(Tensor)
-
-
 def _counts(stream: Tensor) -> bool:
     """Empty streams have nothing to compare; integers have no gradient, nor rounding errors."""
     return bool(stream.numel()) and (stream.is_floating_point() or stream.is_complex())
@@ -239,7 +229,7 @@ def _counts(stream: Tensor) -> bool:
 
 def _extremes(streams: Streams) -> list[Tensor]:
     """The smallest and the largest value of each stream: one pass each, and not a copy."""
-    values = [v for v in map(_values_of, streams) if _counts(v)]
+    values = [v for v in map(unwrapped, streams) if _counts(v)]
     parts = [torch.view_as_real(v.resolve_conj()) if v.is_complex() else v for v in values]
     return [end for part in parts for end in (part.amin(), part.amax())]
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from revflow._torch import unwrapped
+
 _ESCAPE = -128
 """The code of a value that is kept as it is."""
 
@@ -119,7 +121,7 @@ class Extent:
 
     def see(self, stream: Tensor) -> None:
         if stream.numel():
-            stream = stream.detach()
+            stream = unwrapped(stream.detach())
             self._seen.append((self.source, stream.dtype, stream.amin(), stream.amax()))
 
     def outgrown(self) -> tuple[tuple[str, object] | None, str] | None:

@@ -63,6 +63,8 @@ class Sliced(Overwrite):
         log_dets: list[Tensor] = []
         for part, step in self._slices:
             piece = [s[part] for s in now]
+            if passage.meter is None:  # slices of a Function's inputs would seem to need a gradient
+                piece = [s.detach() for s in piece]
             its_kept, log_det = step.run(passage, piece, self._cut(leaves, part))
             kept += its_kept
             targets.append(piece[self.target])
@@ -129,7 +131,8 @@ class Sliced(Overwrite):
         if witness is None or self._size < 2 or _is_hidden(now) or not witness.guard.looks(self._key, self, 1):
             return
         k, two = self.target, slice(0, 2)
-        target, others, context = now[k][two], [s[two] for s in now[:k] + now[k + 1 :]], self._cut(leaves, two)
+        pieces = [s[two].detach() for s in now]
+        target, others, context = pieces[k], pieces[:k] + pieces[k + 1 :], self._cut(leaves, two)
         strangers = [torch.cat((s[:1], 1 - s[1:])) if s.is_floating_point() else s for s in others]
         # Of the context's values only the first sample's own are known to be valid for another.
         its_own = [

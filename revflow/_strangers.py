@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -44,8 +46,26 @@ def refuse_strangers(
     )
 
 
+def _holders_of(leaf: Tensor) -> int:
+    return sys.getrefcount(leaf)
+
+
+def _holders_of_a_local_leaf() -> int:
+    """What `_holders_of` finds for a leaf that a function has made and that only its graph holds: another in each release."""
+    node = (lambda: torch.ones(1, requires_grad=True) * 1)().grad_fn
+    leaf: Tensor = node.next_functions[0][0].variable  # type: ignore[union-attr]
+    return _holders_of(leaf)
+
+
+_ALONE = _holders_of_a_local_leaf()
+_REENTRANT = CheckpointFunction._backward_cls
+
+
 def stranger_among(outputs: Streams, inputs: Sequence[Tensor]) -> Tensor | Any | None:
-    """A leaf in the graph of `outputs` that is none of `inputs`; or the node of a reentrant checkpoint."""
+    """A leaf in the graph of `outputs` that is none of `inputs`; or the node of a reentrant checkpoint.
+
+    A leaf that the evaluation has made itself does not count: nobody holds it, and nobody waits for its gradient.
+    """
     known = {id(i) for i in inputs}
     nodes = [o.grad_fn for o in outputs if o.grad_fn is not None]
     seen = set(nodes)
@@ -53,10 +73,10 @@ def stranger_among(outputs: Streams, inputs: Sequence[Tensor]) -> Tensor | Any |
         following = node.next_functions
         if not following:
             leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) not in known:
+            if leaf is not None and id(leaf) not in known and _holders_of(leaf) > _ALONE:
                 return leaf
-            if isinstance(node, CheckpointFunction._backward_cls):
-                return node
+        elif type(node) is _REENTRANT:
+            return node
         for child, _ in following:
             if child is not None and child not in seen:
                 seen.add(child)

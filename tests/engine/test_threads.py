@@ -1,0 +1,105 @@
+"""Two threads: gradients, statistics and random numbers are those of one thread."""
+
+import copy
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import revflow
+from engine.against_plain import Body, chain, recurrence, through_time
+
+STEPS = 8
+
+
+class Slow(nn.Module):
+    """Lets the other thread go on, in the midst of an evaluation."""
+
+    def forward(self, x):
+        time.sleep(0.001)
+        return x
+
+
+def in_threads(*works):
+    errors = []
+
+    def guarded(work):
+        try:
+            work()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+def inputs(seed):
+    return torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients_of(net, x):
+    return torch.autograd.grad(net(x).square().sum(), [*net.parameters()])
+
+
+def body(*layers):
+    return lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), Slow(), *[layer() for layer in layers], nn.Linear(6, 4))
+
+
+KINDS = {
+    "linear": body(),
+    "batch norm": body(lambda: nn.BatchNorm1d(6)),
+    "own": lambda: nn.Sequential(Body(), Slow()),
+    "known layers": lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 4)),
+}
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_network_is_trained_in_two_threads(kind, hooks):
+    net = chain(KINDS[kind])
+    twin = copy.deepcopy(net)
+    if hooks:
+        for p in net.parameters():
+            p.register_hook(lambda g: g * 1)
+    expected = [gradients_of(twin, inputs(k)) for k in (0, 1)]
+    found = {0: [], 1: []}
+    in_threads(*[lambda k=k: [found[k].append(gradients_of(net, inputs(k))) for _ in range(STEPS)] for k in (0, 1)])
+    for k, its in found.items():
+        for gradients in its:
+            for f, e in zip(gradients, expected[k], strict=True):
+                torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-9)
+    counts = [b for name, b in net.named_buffers() if name.endswith("num_batches_tracked")]
+    assert all(count == 2 * STEPS for count in counts)
+
+
+def test_dropout_in_two_networks():
+    """Each mask is the same in both evaluations: a gradient of the loss that was computed, by finite differences of it."""
+    nets = [chain(body(lambda: nn.Dropout(0.5)), exact=revflow.Grid(30)) for _ in range(2)]
+    in_threads(*[lambda k=k: [gradients_of(nets[k], inputs(k)) for _ in range(STEPS)] for k in (0, 1)])
+
+
+@pytest.mark.parametrize("states", ["kept", 2])
+def test_dropout_in_two_recurrences(states):
+    nets = [recurrence(body(lambda: nn.Dropout(0.5)), states) for _ in range(2)]
+    in_threads(*[lambda k=k: [through_time()(nets[k]).backward() for _ in range(STEPS)] for k in (0, 1)])
+
+
+def test_a_network_is_trained_while_a_copy_of_it_is_evaluated():
+    net = chain(KINDS["batch norm"])
+    copied, x = copy.deepcopy(net).eval(), inputs(0)
+    expected = copied(x)
+    found = []
+
+    def evaluate():
+        with torch.no_grad():
+            found.extend(copied(x) for _ in range(STEPS))
+
+    in_threads(lambda: [gradients_of(net, inputs(1)) for _ in range(STEPS)], evaluate)
+    for y in found:
+        torch.testing.assert_close(y, expected)

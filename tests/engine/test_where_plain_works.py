@@ -61,6 +61,8 @@ def test_multi_grad_hooks_inside_of_a_conditioner(of):
         net(x).square().sum().backward()  # a hook per evaluation stays on the parameters: no comparison, but no error
     else:
         assert_right(chain(Watched), squared(x), [x])
+        by_plain, by_engine = calls[:3], calls[3:]
+        assert by_plain == by_engine == [1] * 3
     assert calls
 
 

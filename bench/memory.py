@@ -34,7 +34,6 @@ from multiprocessing import get_context
 from typing import get_args
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 import report
@@ -52,8 +51,11 @@ PAPERS_PATCH = 4
 def main() -> None:
     a = options()
     device = torch.device("cuda" if a.how == "cuda" else "cpu")
+    from rich.progress import track
+
     trainings = [*all_of(a, device)]
-    rows = [row for found in measured(trainings, a.how, a.batch) for row in found]
+    progress = track(measured(trainings, a.how, a.batch), "measuring", total=len(trainings))
+    rows = [row for found in progress for row in found]
     about = report.machine(device)
     lines = [cells(row) for row in rows]
     report.show(f"A training step, {a.how}: GiB", HEADINGS, lines, LEFT)
@@ -119,10 +121,10 @@ def measured(trainings: list[Training], how: str, batches: list[int]) -> Iterato
     """The rows of each training. Predictions take a core each."""
     work = partial(measure, how=how, batches=batches)
     if how != "predicted" or len(trainings) == 1:
-        yield from map(work, track(trainings, "measuring"))
+        yield from map(work, trainings)
         return
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        yield from track(pool.map(work, trainings), "predicting", total=len(trainings))
+        yield from pool.map(work, trainings)
 
 
 def measure(training: Training, how: str, batches: list[int]) -> list[Row]:

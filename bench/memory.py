@@ -39,6 +39,7 @@ from torch import Tensor
 import report
 import revflow
 from crevnet import PRESETS
+from device_memory import free, ran_out
 from memory_figures import draw
 from memory_row import AXES, GIB, Row, beyond_model, label, lines_over
 from schedules import MODELS, PATCHED, SCHEDULES, Precision, Training
@@ -184,13 +185,21 @@ def on_cuda(training: Training) -> Row:
         next(steps)
         return steps
 
-    torch.cuda.empty_cache()
+    free()
+    blocks, cached = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)  # others'
     try:
-        standing = revflow.measure_memory(lambda: trained.append(warm_up()), device=device).kept
+        first = revflow.measure_memory(lambda: trained.append(warm_up()), device=device)
         torch.cuda.reset_peak_memory_stats(device)
-        peak = standing + revflow.measure_memory(lambda: next(trained[0]), device=device).peak
-        return replace(row(training, "cuda", kept[-1], peak), reserved=torch.cuda.max_memory_reserved(device))
-    except torch.OutOfMemoryError:
+        peak = first.kept + revflow.measure_memory(lambda: next(trained[0]), device=device).peak
+        return replace(
+            row(training, "cuda", kept[-1], peak),
+            reserved=torch.cuda.max_memory_reserved(device) - cached,
+            allocated=torch.cuda.max_memory_allocated(device) - blocks,
+            first=first.peak,
+        )
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         return replace(row(training, "cuda"), note="out of memory")
 
 

@@ -310,7 +310,7 @@ def test_failures_among_the_tests_for_cuda_are_rows(checkout):
 
 
 def test_tests_for_cuda_that_take_too_long_leave_rows(checkout):
-    found = checkout("def test_stays(): time.sleep(600)\n", left=15.0)
+    found = checkout("def test_stays(): time.sleep(600)\n", left=10.0)
     assert next(found) == {"tests": "tests/test_some.py", "passed": 1, "failed": 0, "skipped": 0}
     assert next(found)["note"].startswith("out of time: stopped after")
     with pytest.raises(TimeoutError):

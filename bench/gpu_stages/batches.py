@@ -21,7 +21,7 @@ def rows(setup: Setup) -> Rows:
     height, width = setup.frame
     speed.set_precision("tf32")
     device = torch.device(setup.device)
-    for gibibytes, schedule in product((0.02, 0.03) if setup.toy else (16.0, 32.0), SCHEDULES):
+    for gibibytes, schedule in product((0.012, 0.015) if setup.toy else (16.0, 32.0), SCHEDULES):
         training = Training(setup.preset, schedule, "32-true", 1, 3 if setup.toy else 11, height, width, device)
         for row in capacity.measure(training, [gibibytes], timed=True, rounds=2):
             fields = asdict(row) | {"precision": "tf32" if device.type == "cuda" else row.precision}

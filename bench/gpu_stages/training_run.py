@@ -97,7 +97,8 @@ def folder_of(base: RunSettings, setup: Setup) -> Path:
 def run(base: RunSettings, folder: Path, seconds: float, resume: bool = False) -> Row:
     """Train until so many seconds have passed, those before a resumption included."""
     before = len(losses(folder))
-    torch.cuda.reset_peak_memory_stats() if torch.cuda.is_initialized() else None
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     training = replace(base.training, max_minutes=seconds / 60)
     score = train(replace(base, training=training), folder, resume)

@@ -1,9 +1,9 @@
-# Every target sets itself up: a virtual environment in .venv, made once.
+# Every target but `gpu` sets itself up: a virtual environment in .venv, made once.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: help demo test test-all docs release bench bench-store experiment clean
+.PHONY: help demo test test-all docs release bench bench-store gpu experiment clean
 
 help:
 	@echo "make demo      train CrevNet on a synthetic city, score it, draw its predictions (minutes, on two CPU cores)"
@@ -13,6 +13,7 @@ help:
 	@echo "make release   build the sdist and the wheel into dist/, install each elsewhere and use it there (minutes)"
 	@echo "make bench     time the engine's hot paths against ordinary autograd, and fail if one is slower than was stored"
 	@echo "make bench-store  the same, and store the ratios instead"
+	@echo "make gpu       measure memory, batches, exactness and times on a CUDA GPU (nine minutes; PYTHON as it is, OUT=folder)"
 	@echo "make experiment   train CrevNet by the paper's recipe, and other models beside it (two hours on two cores; goes on where it stopped)"
 	@echo "make clean     remove .venv, dist/, the site and the demo's folder"
 
@@ -56,6 +57,11 @@ bench bench-store: .venv/.ready
 	    --benchmark-json .benchmarks/hot-paths-$$run.json || exit 1; \
 	done
 	@$(BIN)/python bench/regressions.py .benchmarks/hot-paths-[123].json $(if $(filter bench-store,$@),--store)
+
+# In no environment of its own: a GPU machine has a PyTorch that fits its driver.
+OUT ?= bench/results/gpu
+gpu:
+	PYTHONPATH=.:models $(PYTHON) bench/gpu.py --out "$(OUT)"
 
 # One thread each, so that two cores train side by side; stopped at any point, it goes on. SEEDS=3 trains with three.
 SEEDS ?= 1

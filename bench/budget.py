@@ -28,12 +28,15 @@ from matplotlib.figure import Figure
 import networks
 import report
 import trials
-from methods import PEERS, checkpointed, libraries, planned, reversible, selective
+from methods import PEERS, Method, checkpointed, compiled, libraries, offloaded, planned, reversible, selective
 from networks import Network
 from trials import Row
 
 PARTS = 8
 """Budgets divide the way from "none" to "all" in so many parts."""
+
+MORE = {"offloaded": offloaded, "compiled": compiled}
+"""Checkpointing of every coupling with its inputs in the host's memory; compiled with its checkpoints."""
 
 
 def main() -> None:
@@ -51,7 +54,7 @@ def main() -> None:
     rows: list[Row] = []
     sections: list[str] = []
     for name in dict.fromkeys(a.only):
-        found = compare(made[name], a.rounds, device)
+        found = compare(made[name], a.rounds, device, [MORE[more]() for more in a.more])
         lines = [cells(row, found[0]) for row in found]
         report.show(f"A training step: {name}, {found[0].size}", HEADINGS, lines, LEFT)
         print(verdict(found), flush=True)
@@ -70,6 +73,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--image", type=int, default=16, help="height and width of the convolutions' streams")
     parser.add_argument("--tokens", type=int, default=128, help="of the transformer's sequences")
     parser.add_argument("--frame", type=int, default=96, help="height and width of the autoencoder's, a multiple of 8")
+    parser.add_argument(
+        "--more", nargs="+", choices=MORE, default=[], help="further checkpointing; compiling takes minutes"
+    )
     report.add_outputs(parser)
     a = parser.parse_args()
     if min(a.batch, a.image, a.tokens, a.frame) < 1 or a.rounds < 2:
@@ -79,13 +85,14 @@ def options() -> argparse.Namespace:
     return a
 
 
-def compare(make: Callable[[], Network], rounds: int, device: torch.device) -> list[Row]:
+def compare(make: Callable[[], Network], rounds: int, device: torch.device, more: Iterable[Method] = ()) -> list[Row]:
     """A row for each method: ordinary autograd first, then revflow's budgets from the smallest on."""
     low, high = (planned(make(), budget).peak for budget in ("none", "all"))
     budgets = [reversible(f"{part}/{PARTS}", low + (high - low) * part // PARTS) for part in range(1, PARTS)]
     methods = [
         *map(checkpointed, (1, 2, 4, 8)),
         selective(),
+        *more,
         *libraries(),
         reversible("none, 4 chunks", chunks=4),
         reversible("none"),

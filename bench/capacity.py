@@ -18,7 +18,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import get_args
 
@@ -28,6 +28,7 @@ import report
 import revflow
 import throughput
 from crevnet import PRESETS
+from device_memory import cap, free, ran_out
 from memory_row import GIB
 from schedules import MODELS, PATCHED, SCHEDULES, Precision, Training
 from trials import seconds
@@ -129,10 +130,25 @@ def measure(training: Training, capacities: list[float], timed: bool, rounds: in
             t.model, t.preset if t.model == "crevnet" else "", t.schedule, t.precision, t.patch, t.steps, t.height,
             t.width, capacity, "cuda" if found is tried else "predicted", batch, peak,
         )  # fmt: skip
-        if timed and batch:
-            rate = sequences_a_second(t, rounds)
-            row = replace(row, sequences_a_second=rate, throughput=share_of_matrix_rate(t, rate))
-        yield row
+        yield trained(row, t, rounds) if timed and batch else row
+
+
+def trained(row: Row, training: Training, rounds: int) -> Row:
+    """With the pace at the row's batch, or at the largest below it: a second step may run out of memory after a first one."""
+    rates: list[float] = []
+    while runs_out(lambda its=training: rates.append(sequences_a_second(its, rounds))):
+        training = replace(training, batch=training.batch - 1)
+        if not training.batch:
+            return replace(row, batch=0, peak=None)
+    if training.batch < row.batch:
+        row = replace(row, batch=training.batch, peak=peak_of(training))
+    free()
+    return replace(row, sequences_a_second=rates[0], throughput=share_of_matrix_rate(training, rates[0]))
+
+
+def peak_of(training: Training) -> int:
+    """Bytes, of a first step."""
+    return revflow.measure_memory(lambda: next(training.train()), device=training.device).peak
 
 
 def predicted(training: Training, capacities: list[float]) -> Iterator[tuple[float, int, int | None]]:
@@ -150,12 +166,8 @@ def tried(training: Training, capacities: list[float]) -> Iterator[tuple[float, 
         cap(training.device, capacity * GIB)
 
         def fits(batch: int, peaks: dict[int, int] = peaks) -> bool:
-            steps = replace(training, batch=batch).train
-            return batch in peaks or not runs_out(
-                lambda: peaks.update(
-                    {batch: revflow.measure_memory(lambda: next(steps()), device=training.device).peak}
-                )
-            )
+            its = replace(training, batch=batch)
+            return batch in peaks or not runs_out(lambda: peaks.update({batch: peak_of(its)}))
 
         def guess(limit: float = capacity * GIB, peaks: dict[int, int] = peaks) -> int:
             return 1 + int((limit - peaks[1]) / (peaks[2] - peaks[1]))
@@ -178,18 +190,14 @@ def largest(fits: Callable[[int], bool], guess: Callable[[], int]) -> int:
     return batch
 
 
-def cap(device: torch.device, limit: float) -> None:
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
-
-
 def runs_out(step: Callable[[], object]) -> bool:
-    torch.cuda.empty_cache()  # of what a step before has left
+    free()
     try:
         step()
-    except torch.OutOfMemoryError:
-        return True
+    except RuntimeError as error:
+        if ran_out(error):
+            return True
+        raise
     return False
 
 
@@ -215,8 +223,12 @@ def share_of_matrix_rate(training: Training, rate: float) -> float | None:
 
 def operations(training: Training) -> float:
     """Floating-point operations of a training step on one sequence."""
+    return _operations(replace(training, schedule="plain", batch=1, device=torch.device("meta"), precision="32-true"))
+
+
+@cache
+def _operations(one: Training) -> float:
     with torch.device("meta"):
-        one = replace(training, schedule="plain", batch=1, device=torch.device("meta"), precision="32-true")
         network, inputs = one.trainee()
         return throughput.operations(partial(one.loss, network, inputs))
 

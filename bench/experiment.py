@@ -28,7 +28,7 @@ from crevnet.failures import StoppedError, TrainingError
 from crevnet.files import replace_file
 from crevnet.recipe.paper import Recipe, Step
 from crevnet.recipe.settings import RecipeSettings, read_recipe
-from crevnet.settings import SettingsError
+from crevnet.settings_error import SettingsError
 from experiment_plan import CREVNET, Plan, load_plan
 from experiment_tables import COLUMNS, MODELS, STAGES, TRAINED_ON, UNTRAINED, Row, page, print_tables
 from report import add_outputs, positive, write

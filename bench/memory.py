@@ -34,12 +34,12 @@ from multiprocessing import get_context
 from typing import get_args
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 import report
 import revflow
 from crevnet import PRESETS
+from device_memory import free, ran_out
 from memory_figures import draw
 from memory_row import AXES, GIB, Row, beyond_model, label, lines_over
 from schedules import MODELS, PATCHED, SCHEDULES, Precision, Training
@@ -52,8 +52,11 @@ PAPERS_PATCH = 4
 def main() -> None:
     a = options()
     device = torch.device("cuda" if a.how == "cuda" else "cpu")
+    from rich.progress import track
+
     trainings = [*all_of(a, device)]
-    rows = [row for found in measured(trainings, a.how, a.batch) for row in found]
+    progress = track(measured(trainings, a.how, a.batch), "measuring", total=len(trainings))
+    rows = [row for found in progress for row in found]
     about = report.machine(device)
     lines = [cells(row) for row in rows]
     report.show(f"A training step, {a.how}: GiB", HEADINGS, lines, LEFT)
@@ -119,10 +122,10 @@ def measured(trainings: list[Training], how: str, batches: list[int]) -> Iterato
     """The rows of each training. Predictions take a core each."""
     work = partial(measure, how=how, batches=batches)
     if how != "predicted" or len(trainings) == 1:
-        yield from map(work, track(trainings, "measuring"))
+        yield from map(work, trainings)
         return
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        yield from track(pool.map(work, trainings), "predicting", total=len(trainings))
+        yield from pool.map(work, trainings)
 
 
 def measure(training: Training, how: str, batches: list[int]) -> list[Row]:
@@ -182,13 +185,21 @@ def on_cuda(training: Training) -> Row:
         next(steps)
         return steps
 
-    torch.cuda.empty_cache()
+    free()
+    blocks, cached = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)  # others'
     try:
-        standing = revflow.measure_memory(lambda: trained.append(warm_up()), device=device).kept
+        first = revflow.measure_memory(lambda: trained.append(warm_up()), device=device)
         torch.cuda.reset_peak_memory_stats(device)
-        peak = standing + revflow.measure_memory(lambda: next(trained[0]), device=device).peak
-        return replace(row(training, "cuda", kept[-1], peak), reserved=torch.cuda.max_memory_reserved(device))
-    except torch.OutOfMemoryError:
+        peak = first.kept + revflow.measure_memory(lambda: next(trained[0]), device=device).peak
+        return replace(
+            row(training, "cuda", kept[-1], peak),
+            reserved=torch.cuda.max_memory_reserved(device) - cached,
+            allocated=torch.cuda.max_memory_allocated(device) - blocks,
+            first=first.peak,
+        )
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         return replace(row(training, "cuda"), note="out of memory")
 
 

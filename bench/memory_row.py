@@ -36,7 +36,11 @@ class Row:
     """The largest batch in 16 GiB; of predicted rows (bench/capacity.py tries batches on a GPU)."""
     largest_32: int | None = None
     reserved: int | None = None
-    """What the allocator holds; of CUDA's rows."""
+    """What the allocator holds; of CUDA's rows, as are the next two."""
+    allocated: int | None = None
+    """The peak of the blocks that the allocator has handed out, which are rounded up."""
+    first: int | None = None
+    """The first step's peak, with what is done once."""
     note: str = ""
 
     @property

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -47,6 +48,8 @@ class Method:
     name: str
     setting: str
     of: Callable[[Network], Passes]
+    may_fail: bool = False
+    """Whether it needs what may be missing or broken here: another library, a compiler."""
 
 
 def plain() -> Method:
@@ -64,12 +67,24 @@ def selective() -> Method:
     return Method("selective", "every 1", _selective)
 
 
+def offloaded() -> Method:
+    """Checkpointing of every coupling, whose inputs wait in the host's memory for the backward pass."""
+    return Method("checkpoint", "every 1, offloaded", _offloaded)
+
+
+def compiled() -> Method:
+    """Checkpointing of every coupling, each compiled within its checkpoint."""
+    return Method(
+        "checkpoint", "every 1, compiled", partial(_checkpoint, every=1, run=torch.compile(_run)), may_fail=True
+    )
+
+
 def libraries() -> list[Method]:
     """The others that rebuild activations."""
     return [
-        Method("memcnn", "per block", _memcnn),
-        Method("revtorch", "per stage", _revtorch),
-        Method("revlib", "per stage", _revlib),
+        Method("memcnn", "per block", _memcnn, may_fail=True),
+        Method("revtorch", "per stage", _revtorch, may_fail=True),
+        Method("revlib", "per stage", _revlib, may_fail=True),
     ]
 
 
@@ -117,7 +132,19 @@ def _selective(network: Network) -> Passes:
     return _checkpoint(network, 1, context_fn=partial(create_selective_checkpoint_contexts, KEPT))
 
 
-def _checkpoint(network: Network, every: int | None, **options: object) -> Passes:
+def _offloaded(network: Network) -> Passes:
+    if not network.leaf.is_cuda:
+        raise UnfitError("it offloads to the host's memory, where a CPU's tensors are already")
+    return _checkpoint(network, 1, boundaries=partial(torch.autograd.graph.save_on_cpu, pin_memory=True))
+
+
+def _checkpoint(
+    network: Network,
+    every: int | None,
+    run: Callable[..., Streams] = _run,
+    boundaries: Callable[[], AbstractContextManager[object]] = nullcontext,
+    **options: object,
+) -> Passes:
     """Groups of couplings, each with the bijections before it; the last is computed again at once, and so not checkpointed."""
     every = every or round(len(network.conditioners) ** 0.5)
     groups: list[list[nn.Module]] = [[]]
@@ -131,10 +158,11 @@ def _checkpoint(network: Network, every: int | None, **options: object) -> Passe
 
     def forward(x: Tensor) -> Streams:
         streams = network.parted(x)
-        for group in checkpointed:
-            # Nothing draws random numbers.
-            streams = checkpoint(_run, group, *streams, use_reentrant=False, preserve_rng_state=False, **options)
-        return _run(last, *streams)
+        with boundaries():  # of which the tensors are saved that a checkpoint begins with
+            for group in checkpointed:
+                # Nothing draws random numbers.
+                streams = checkpoint(run, group, *streams, use_reentrant=False, preserve_rng_state=False, **options)
+        return run(last, *streams)
 
     return Passes(forward)
 

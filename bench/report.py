@@ -22,8 +22,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 
 def positive(text: str) -> int:
@@ -101,6 +99,9 @@ def version_of(package: str) -> str | None:
 
 def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str]) -> None:
     """Print a table, at its full width; the columns named in `left` are aligned to the left."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title)
     for name in headings:
         table.add_column(name, justify="left" if name in left else "right", no_wrap=True)

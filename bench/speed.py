@@ -22,14 +22,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import capacity
@@ -39,9 +36,10 @@ import revflow
 import throughput
 import trials
 from crevnet import PRESETS, CrevNet
-from methods import PEERS, checkpointed, libraries, plain, reversible
+from methods import PEERS, Method, checkpointed, libraries, plain, reversible
 from networks import Network
 from schedules import SCHEDULES, Training
+from speed_figures import draw
 from trials import Row, Step, Trial
 
 
@@ -77,8 +75,7 @@ def main() -> None:
     device = report.device_here()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high" if a.precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = a.precision == "tf32"
+    set_precision(a.precision)
     about = report.machine(device, packages=PEERS)
     print(about)
     rows: list[Row] = []
@@ -95,7 +92,13 @@ def main() -> None:
     report.write(a, rows, report.markdown("Time of a training step", about, sections), draw)
 
 
-def options() -> argparse.Namespace:
+def set_precision(name: str) -> None:
+    """The arithmetic of float32 products and convolutions on CUDA: TF32, or float32."""
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = name == "tf32"
+
+
+def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     own = {
         field: ", ".join(f"{getattr(e, field)} ({name})" for name, e in NETWORKS.items()) for field in Extent._fields
@@ -114,10 +117,11 @@ def options() -> argparse.Namespace:
     crevnet.add_argument("--preset", choices=PRESETS, default="tiny")
     crevnet.add_argument("--schedule", nargs="+", choices=SCHEDULES, default=list(SCHEDULES), help="beside plain")
     crevnet.add_argument("--steps", type=report.positive, default=11, help="time steps")
+    crevnet.add_argument("--channels-last", action="store_true", help="convolutions in the layout of tensor cores")
     crevnet.add_argument("--height", type=report.positive, default=128)
     crevnet.add_argument("--width", type=report.positive, default=112)
     report.add_outputs(parser)
-    a = parser.parse_args()
+    a = parser.parse_args(arguments)
     if a.rounds == 1:
         parser.error("--rounds has to be 2 at least: one has no spread")
     if a.precision == "tf32" and not torch.cuda.is_available():
@@ -125,20 +129,30 @@ def options() -> argparse.Namespace:
     return a
 
 
-def compare(name: str, extent: Extent, a: argparse.Namespace, device: torch.device) -> list[Row]:
+def compare(
+    name: str, extent: Extent, a: argparse.Namespace, device: torch.device, methods: Sequence[Method] = METHODS
+) -> list[Row]:
     """A row for each method, ordinary autograd first."""
     if name == "crevnet":
-        training = Training(a.preset, "plain", "32-true", extent.batch, a.steps, a.height, a.width, device)
-        tried = [*of_crevnet(training, a.schedule, a.precision, a.compile)]
+        size = extent.batch, a.steps, a.height, a.width
+        training = Prepared(
+            a.preset, "plain", "32-true", *size, device, compiled=a.compile, channels_last=a.channels_last
+        )
+        tried = [*of_crevnet(training, a.schedule, a.precision)]
     else:
         make = partial(maker(name, a), extent.batch, device=device)
         prepare = partial(prepared, precision=a.precision, compiled=a.compile, device=device)
-        tried = [*trials.attempt_all(METHODS, make, device, prepare)]
+        tried = [*trials.attempt_all(methods, make, device, prepare)]
     rows = trials.compare(tried, extent.rounds, device)
     if device.type == "cuda":
-        useful = extent.batch * capacity.operations(training) if name == "crevnet" else operations(make())
+        useful = (
+            extent.batch * capacity.operations(replace(training, compiled=False))
+            if name == "crevnet"
+            else operations(make())
+        )
         rows = shares(rows, useful, throughput.matrix_rate(device, PRECISIONS[a.precision] or torch.float32))
-    return [replace(row, precision=a.precision, compiled=a.compile) for row in rows]
+    layout = a.channels_last and name == "crevnet"
+    return [replace(row, precision=a.precision, compiled=a.compile, channels_last=layout) for row in rows]
 
 
 def maker(name: str, a: argparse.Namespace) -> Callable[..., Network]:
@@ -173,28 +187,37 @@ def operations(network: Network) -> float:
     return throughput.operations(partial(plain().of(network).forward, network.leaf))
 
 
-class Compiled(Training):
-    """Of a network that is compiled."""
+@dataclass(frozen=True)
+class Prepared(Training):
+    """Of a network that is compiled, or whose convolutions are in the layout of tensor cores."""
+
+    compiled: bool = False
+    channels_last: bool = False
 
     def trainee(self) -> tuple[CrevNet, list[Tensor]]:
         network, inputs = super().trainee()
-        network.compile_parts()
+        if self.channels_last:
+            network.to(memory_format=network.channels_last)
+        if self.compiled:
+            network.compile_parts()
         return network, inputs
 
 
-def of_crevnet(base: Training, schedules: Sequence[str], precision: str, compiled: bool) -> Iterator[Trial]:
+def of_crevnet(base: Prepared, schedules: Sequence[str], precision: str) -> Iterator[Trial]:
     """Ordinary autograd, and the schedules."""
     names = f"crevnet-{base.preset}", f"batch {base.batch}, {base.steps} steps of {base.height} x {base.width}"
     for schedule in dict.fromkeys(["plain", *schedules]):
         training = replace(base, schedule=schedule)
-        if compiled and SCHEDULES[schedule].checkpoints:
+        if base.compiled and SCHEDULES[schedule].checkpoints:
             yield Trial(*names, schedule, note="compiling its parts would undo their checkpoints")
             continue
-        start = partial(training_step, Compiled(**vars(training)) if compiled else training, precision)
+        start = partial(training_step, training, precision)
         memory = revflow.measure_memory(lambda: start()(nothing), device=base.device)  # noqa: B023
         step = start()
         step(nothing)
-        yield Trial(*names, schedule, step=step, memory=memory, evaluations=evaluations(training))
+        yield Trial(
+            *names, schedule, step=step, memory=memory, evaluations=evaluations(replace(training, compiled=False))
+        )
     for peer in PEERS:
         yield Trial(*names, peer, note="for chains alone: CrevNet's predictor is recurrent")
 
@@ -237,22 +260,13 @@ def cells_of(network: CrevNet) -> list[nn.Module]:
 
 
 def described(row: Row) -> str:
-    return row.precision + ", compiled" * row.compiled
+    return row.precision + ", compiled" * row.compiled + ", channels last" * row.channels_last
 
 
 HEADINGS = (
-    "method",
-    "setting",
-    "time, plain = 1",
-    "standard error, quartiles",
-    "forward",
-    "backward",
-    "inverse",
-    "evaluations",
-    "ms a step",
-    "peak, MiB",
-    "of matrix rate",
-)
+    "method", "setting", "time, plain = 1", "standard error, quartiles", "forward", "backward", "inverse", "evaluations",
+    "ms a step", "peak, MiB", "of matrix rate",
+)  # fmt: skip
 LEFT = ("method", "setting", "standard error, quartiles")
 
 
@@ -269,57 +283,11 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.forward:.2f}",
         f"{row.backward:.2f}",
         "" if row.inverse is None else f"{row.inverse:.2f}",
-        f"{row.evaluations:.2f}",
+        "" if row.evaluations is None else f"{row.evaluations:.2f}",
         f"{1e3 * row.seconds:,.1f}",
         f"{row.peak / 2**20:,.2f}",
         "" if row.throughput is None else f"{row.throughput:.0%}",
     )
-
-
-FORWARD, BACKWARD, INK, PALE = "#2a6fb8", "#a9cbee", "#1c1c1c", "#e4e4e4"
-
-
-def draw(rows: Sequence[Row]) -> Figure:
-    """A panel a network, a bar a method: forward and backward pass end to end, with the quartiles of their sum."""
-    panels = [[*group] for _, group in groupby(rows, lambda row: row.network)]
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure((5.4 * columns, 3.3 * lines + 0.3), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
-    for axis, panel in zip(axes, panels, strict=False):
-        draw_panel(axis, panel)
-    for axis in [*axes][len(panels) :]:
-        axis.remove()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    return figure
-
-
-def draw_panel(axis: Axes, rows: Sequence[Row]) -> None:
-    axis.set_yticks(range(len(rows)), [row.label.replace("sqrt(L)", "√L") for row in rows], color=INK)
-    axis.set_ylim(len(rows) - 0.4, -0.6)
-    timed = {y: row for y, row in enumerate(rows) if row.time_ratio is not None}
-    forward, backward = ([getattr(row, part) for row in timed.values()] for part in ("forward", "backward"))
-    axis.barh([*timed], forward, height=0.66, color=FORWARD, label="forward pass")
-    axis.barh([*timed], backward, left=forward, height=0.66, color=BACKWARD, label="backward pass")
-    for y, row in enumerate(rows):
-        if y in timed:
-            axis.plot(row.quartiles, (y, y), color=INK, linewidth=1)
-            axis.annotate(
-                f"{row.time_ratio:.2f}", (max(row.quartiles[1], row.forward + row.backward), y), (4, 0), **TEXT
-            )
-        else:
-            axis.annotate(row.note.split(":")[0], (0, y), (4, 0), **TEXT, style="italic")
-    axis.axvline(1, color=INK, linewidth=0.8, linestyle=":")
-    axis.set_xlim(0, 1.15 * max(max(row.quartiles[1], row.time_ratio) for row in timed.values()))
-    axis.set_title(rows[0].network, loc="left", fontsize=11, color=INK)
-    axis.set_xlabel("time of a step, ordinary autograd = 1", color=INK)
-    axis.tick_params(axis="y", length=0)
-    axis.grid(axis="x", color=PALE, linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-
-
-TEXT: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": INK}
 
 
 if __name__ == "__main__":

@@ -133,6 +133,15 @@ def test_compiled_crevnet(monkeypatch, run):
     assert all(row["compiled"] for row in rows) and "32-true, compiled" in text
 
 
+def test_crevnet_in_the_layout_of_tensor_cores(run):
+    size = speed.Prepared("tiny", "plain", "32-true", 1, 1, 32, 32, CPU, channels_last=True)
+    network, _ = size.trainee()
+    weights = [p for p in network.parameters() if p.dim() == 4 and p.shape[2] > 1 and p.shape[1] > 1]
+    assert weights and all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    rows, text = run("--only", "crevnet", "--steps", "1", "--schedule", "reversible", "--channels-last")
+    assert all(row["channels_last"] for row in rows) and "32-true, channels last" in text
+
+
 def test_useful_operations():
     """Of eight layers of a multiplication and an addition for each of 8 x 8 weights and 2 rows; backward twice as many."""
     assert speed.operations(networks.tiny(2, blocks=4)) == 3 * 8 * 2 * 8 * 8 * 2

@@ -1,5 +1,6 @@
 """bench/trials.py and bench/methods.py: every method's gradients and evaluations; what is timed, by a clock of our own."""
 
+import shutil
 import sys
 import time
 from functools import cache, partial
@@ -213,3 +214,48 @@ def test_medians_and_their_spread():
     row = trial.row([trials.Lap(2, forward, 2, None) for forward in (0, 1, 2, 4, 8)])
     assert (row.time_ratio, row.quartiles, row.forward, row.backward, row.seconds) == (2, (1.25, 4), 1, 1, 4)
     assert row.error == pytest.approx(1.2533 * 1.5811 / 5**0.5, rel=1e-4)
+
+
+def test_the_inputs_of_checkpoints_are_offloaded_and_nothing_else():
+    """By stand-ins for the host's memory: two streams of each coupling but the last, whose activations stay."""
+    network, plain = twin("convolutions")
+    away = []
+
+    def leave(tensor):
+        away.append(tensor.clone())
+        return len(away) - 1
+
+    def elsewhere():
+        return torch.autograd.graph.saved_tensors_hooks(leave, lambda number: away[number])
+
+    passes = methods._checkpoint(network, 1, boundaries=elsewhere)
+    network.to(torch.float64)
+    loss = network.step(passes.forward)
+    gradients = [parameter.grad for parameter in network.parameters]
+    assert trials.difference([loss, *gradients], plain.results) < trials.TOLERANCE
+    assert len(away) == 2 * (len(network.conditioners) - 1)
+    assert {tensor.shape for tensor in away} == {(2, 64, 4, 4)}
+    with pytest.raises(methods.UnfitError, match="host's memory"):
+        methods.offloaded().of(network)
+
+
+@pytest.mark.parametrize("may_fail", [False, True])
+def test_a_method_that_fails_is_a_row_if_it_may(may_fail):
+    def fail(network):
+        raise RuntimeError("no compiler\nat all")
+
+    method = methods.Method("checkpoint", "compiled", fail, may_fail)
+    tried = trials.attempt_all([method], NETWORKS["tiny"], CPU)
+    if may_fail:
+        assert [trial.note for trial in tried] == ["", "RuntimeError: no compiler"]
+    else:
+        with pytest.raises(RuntimeError, match="no compiler"):
+            list(tried)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_compiled_checkpoints_compute_the_same():
+    network, plain = twin("transformer")
+    found = trials.proof(methods.compiled().of(network), network)
+    assert trials.difference(found.results, plain.results) < trials.TOLERANCE

@@ -22,7 +22,8 @@ from crevnet.failures import StoppedError, TrainingError, warned
 from crevnet.options import make_parser
 from crevnet.processes import is_first, is_first_to_fail
 from crevnet.recipe.settings import RecipeSettings
-from crevnet.settings import RunSettings, SettingsError
+from crevnet.settings import RunSettings
+from crevnet.settings_error import SettingsError
 
 _SHORT = re.compile(r"--model(=.*)?")
 """jsonargparse takes --model itself, for a file with the model's values alone; here it is short for --model.name."""

@@ -47,7 +47,8 @@ from crevnet.recipe.settings import RecipeSettings
 from crevnet.run_figures import run_figures
 from crevnet.score_file import check_score_file, write_score_file
 from crevnet.score_table import score_tables
-from crevnet.settings import DataSettings, RunSettings, SettingsError, load_settings, save_yaml
+from crevnet.settings import DataSettings, RunSettings, load_settings, save_yaml
+from crevnet.settings_error import SettingsError
 from crevnet.training import train
 
 console = Console(highlight=False, soft_wrap=True)

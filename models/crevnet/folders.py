@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from crevnet.parser import SettingsError
+from crevnet.settings_error import SettingsError
 
 try:
     import fcntl

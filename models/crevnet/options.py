@@ -14,8 +14,9 @@ from crevnet.data.protocol import ProtocolName
 from crevnet.defaults import data_of_runs, fit_defaults, recipe_defaults, value_of
 from crevnet.models import MODELS
 from crevnet.network import Feedback
+from crevnet.parser import Parser
 from crevnet.recipe.settings import add_recipe
-from crevnet.settings import DataSettings, Parser, RunSettings, add_sections, with_protocol
+from crevnet.settings import DataSettings, RunSettings, add_sections, with_protocol
 
 
 def make_parser(arguments: list[str]) -> Parser:

@@ -8,15 +8,13 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
+from crevnet.settings_error import SettingsError
+
 _UNION = re.compile(r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: ")
 _CHOICE = re.compile(r"a typing\.Literal\[(.*?)\]")
 _WORDS = re.compile(r"typing\.Literal\[(.*?)\]")
 _CLASS = re.compile(r"(?:a )?<class '(?:\w+\.)*(\w+)'>")
 _UNKNOWN = re.compile(r"(?:unrecognized arguments: (--)|there is no option )([\w.-]+)")
-
-
-class SettingsError(Exception):
-    """Something on the command line or in a configuration file is wrong: one line that says what to do."""
 
 
 class Parser(jsonargparse.ArgumentParser):

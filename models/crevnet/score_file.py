@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from crevnet.files import replace_file
-from crevnet.parser import SettingsError
+from crevnet.settings_error import SettingsError
 
 
 def check_score_file(path: Path | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 
@@ -15,8 +15,11 @@ from crevnet.data.layouts import LayoutName
 from crevnet.data.protocol import HeadingOrder, ProtocolName, protocol
 from crevnet.files import replace_file
 from crevnet.models import MODELS
-from crevnet.parser import Parser, SettingsError
 from crevnet.recipe.folders import base_run, is_recipe
+from crevnet.settings_error import SettingsError
+
+if TYPE_CHECKING:
+    from crevnet.parser import Parser
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,8 @@ def load_settings(run: Path) -> RunSettings:
         raise SettingsError(
             f"{run} is no run's folder, it has no config.yaml: give one that crevnet fit wrote, its --out"
         )
+    from crevnet.parser import Parser  # needs jsonargparse, which training itself does not
+
     parser = Parser(prog="crevnet")
     try:
         add_sections(parser, RunSettings(default_model(model_named_in(path))))

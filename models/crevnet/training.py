@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -117,7 +118,7 @@ class FusedAdam(torch.optim.Adam):
                 state[name] = torch.empty_like(parameter).copy_(state[name])
 
 
-class _ProgressBar(RichProgressBar):
+class _ProgressBar(RichProgressBar if find_spec("rich") else TQDMProgressBar):  # type: ignore[misc]
     """Lightning's, without the logger's version number."""
 
     def get_metrics(self, *arguments: Any) -> dict[str, Any]:

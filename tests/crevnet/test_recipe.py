@@ -18,7 +18,8 @@ from crevnet.failures import DivergedError, explained
 from crevnet.recipe.folders import begun_runs
 from crevnet.recipe.paper import Recipe
 from crevnet.recipe.settings import FineTuning, RecipeSettings, load_recipe
-from crevnet.settings import SettingsError, load_settings
+from crevnet.settings import load_settings
+from crevnet.settings_error import SettingsError
 from crevnet.training import FusedAdam
 
 CONFIGS = Path(__file__).parents[2] / "configs"

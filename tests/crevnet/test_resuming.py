@@ -33,7 +33,8 @@ from crevnet.data import DataError, Windows
 from crevnet.data.city_data import CityData
 from crevnet.failures import TrainingError
 from crevnet.folders import only_process
-from crevnet.settings import SettingsError, load_settings
+from crevnet.settings import load_settings
+from crevnet.settings_error import SettingsError
 from crevnet.training import train
 
 EPOCHS, BATCHES = 2, 6

@@ -9,7 +9,8 @@ import torch
 from crevnet import PRESETS, CrevNetConfig
 from crevnet.checkpoints import load_network
 from crevnet.data import DataError
-from crevnet.settings import DataSettings, RunSettings, SettingsError, TrainingSettings, load_settings
+from crevnet.settings import DataSettings, RunSettings, TrainingSettings, load_settings
+from crevnet.settings_error import SettingsError
 from crevnet.training import train
 
 

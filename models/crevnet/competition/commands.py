@@ -36,7 +36,8 @@ from crevnet.files import quoted
 from crevnet.network import Feedback
 from crevnet.recipe.folders import base_run, is_recipe
 from crevnet.score_file import check_score_file, write_score_file
-from crevnet.settings import DataSettings, SettingsError
+from crevnet.settings import DataSettings
+from crevnet.settings_error import SettingsError
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from crevnet.competition.challenge2019 import Challenge2019
 from crevnet.competition.challenge2021 import Challenge2021, Task
 from crevnet.competition.interface import Challenge
-from crevnet.settings import DataSettings, SettingsError
+from crevnet.settings import DataSettings
+from crevnet.settings_error import SettingsError
 
 
 @dataclass(frozen=True)

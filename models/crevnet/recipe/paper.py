@@ -22,7 +22,8 @@ from crevnet.forecasts import Forecast, by_frame
 from crevnet.models import make_network
 from crevnet.recipe.folders import base_run, city_run, frame_run, record, score_of, settings_file
 from crevnet.recipe.settings import FineTuning, RecipeSettings, load_recipe, refuse_changes, refuse_what_is_no_base
-from crevnet.settings import RunSettings, SettingsError, save_yaml
+from crevnet.settings import RunSettings, save_yaml
+from crevnet.settings_error import SettingsError
 from crevnet.training import train
 
 STAGES = ("single model", "fine-tuned on each city", "fine-tuned on each time step")

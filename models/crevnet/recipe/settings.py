@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from crevnet.recipe.folders import settings_file
 from crevnet.settings import (
-    Parser,
     RunSettings,
-    SettingsError,
     TrainingSettings,
     add_sections,
     default_model,
     model_named_in,
 )
+from crevnet.settings_error import SettingsError
+
+if TYPE_CHECKING:
+    from crevnet.parser import Parser
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ def load_recipe(folder: Path) -> RecipeSettings:
 
 def read_recipe(path: Path) -> RecipeSettings:
     """A recipe's configuration file. Raises SettingsError where it is wrong."""
+    from crevnet.parser import Parser
+
     parser = Parser(prog="crevnet")
     try:
         add_recipe(parser, RecipeSettings(RunSettings(default_model(model_named_in(path)))))

@@ -1,0 +1,71 @@
+"""Stage tradeoff: memory against time of the networks of bench/budget.py. What is compiled comes last, as it takes longest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+
+import budget
+import networks
+import speed
+import trials
+from gpu_stages.jobs import Job, each
+from gpu_stages.stage import Row, Rows, Setup
+from methods import checkpointed, compiled, offloaded
+from networks import Network
+
+
+def rows(setup: Setup) -> Rows:
+    device, rounds = torch.device(setup.device), 2 if setup.toy else 5
+    torch.manual_seed(0)
+    speed.set_precision("tf32")
+    made = sizes(setup, device)
+    jobs = [Job({"network": name}, partial(of_budgets, make, rounds, device)) for name, make in made.items()]
+    if not setup.toy:  # compilers take minutes on a CPU
+        jobs += [
+            Job({"network": name, "method": "compiled"}, partial(of_compiled, make, rounds, device), may_fail=True)
+            for name, make in made.items()
+        ]
+    return each(jobs)
+
+
+def sizes(setup: Setup, device: torch.device) -> dict[str, Callable[[], Network]]:
+    if setup.toy:
+        return {
+            "convolutions": partial(networks.convolutions, 4, 4, blocks=4, device=device),
+            "transformer": partial(networks.transformer, 4, 8, layers=2, device=device),
+            "autoencoder": partial(networks.autoencoder, 4, 16, blocks=1, device=device),
+        }
+    return {
+        "convolutions": partial(networks.convolutions, 16, 56, device=device),
+        "transformer": partial(networks.transformer, 16, 1024, device=device),
+        "autoencoder": partial(networks.autoencoder, 16, 432, device=device),
+    }
+
+
+def of_budgets(make: Callable[[], Network], rounds: int, device: torch.device) -> Iterable[Row]:
+    return flat(budget.compare(make, rounds, device, [offloaded()]))
+
+
+def of_compiled(make: Callable[[], Network], rounds: int, device: torch.device) -> Iterable[Row]:
+    tried = trials.attempt_all([checkpointed(1), compiled()], make, device)
+    return flat(trials.compare([*tried], rounds, device))
+
+
+def flat(found: list[trials.Row]) -> Iterable[Row]:
+    plain = found[0]
+    for row in found:
+        yield {
+            "network": row.network,
+            "size": row.size,
+            "method": row.method,
+            "setting": row.setting,
+            "peak_bytes": row.peak,
+            "peak_over_plain": None if row.peak is None else row.peak / plain.peak,
+            "time_over_plain": row.time_ratio,
+            "standard_error": row.error,
+            "seconds_per_step": row.seconds,
+            "note": row.note,
+        }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -52,6 +52,7 @@ class Attributes:
             if isinstance(value, Tensor) and not value.is_inference()
         ]
         self._changed: list[Changed] = []
+        self._moved: list[tuple[Contents, Any]] = []
         self._switches: list[tuple[dict[str, Any], Contents]] = []
 
     def keep_changes(self) -> None:
@@ -94,6 +95,25 @@ class Attributes:
             held.append((holder, contents(holder)))
             refill(holder, before)
         return held
+
+    def moved(self) -> list[Tensor]:
+        """The tensors in whose place the first evaluation put others; taken out, for autograd to save."""
+        values: list[Tensor] = []
+        self._moved = []
+        for _, holder, before in self._changed:
+            now = contents(holder)
+            for name, value in before.items():
+                if isinstance(value, Tensor) and now.get(name) is not value:
+                    self._moved.append((before, name))
+                    values.append(value)
+        for before, name in self._moved:
+            before[name] = None
+        return values
+
+    def recall(self, moved: Sequence[Tensor]) -> None:
+        """Bring back what `moved` has taken out."""
+        for (before, name), value in zip(self._moved, moved, strict=True):
+            before[name] = value
 
     def escaped(self) -> list[str]:
         """Places in which the second evaluation has left tensors of its graph."""

@@ -41,12 +41,12 @@ class Call(ABC):
     def first(self, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
         """The block's output, and what to keep of this pass: anchors or residuals; `leaves` stand for the context's tensors."""
 
-    def moved_buffers(self) -> list[Tensor]:
-        """Buffers that this pass has changed, as they were before, for autograd to save."""
+    def moved(self) -> list[Tensor]:
+        """Buffers and attributes that this pass has changed, as they were before, for autograd to save."""
         moved: list[Tensor] = []
         for replay in self.replays:
-            if replay.buffers:
-                moved += replay.moved_buffers()
+            if replay.buffers or not replay.is_known:
+                moved += replay.moved()
         return moved
 
     def recall(self, moved: Sequence[Tensor]) -> None:

@@ -72,8 +72,8 @@ class Replay:
     """One evaluation of `module` on `device`, to be repeated: `first` once, then `again` any number of times."""
 
     __slots__ = (
-        "_attributes", "_device", "_foreign", "_moved", "_renormalised", "_slots", "_surroundings", "autocast", "buffers",
-        "escaped", "is_known", "modes", "modules", "parameters", "random",
+        "_attributes", "_count", "_device", "_foreign", "_moved", "_renormalised", "_slots", "_surroundings", "autocast",
+        "buffers", "escaped", "is_known", "modes", "modules", "parameters", "random",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -91,6 +91,7 @@ class Replay:
         self.buffers: list[Buffer] = []
         """Those that an evaluation may change."""
         self._moved: list[Buffer] = []
+        self._count = 0
         self._foreign: list[nn.Module] = []
         self._renormalised: list[Tensor] = []
         self._attributes: Attributes | None = None
@@ -226,19 +227,24 @@ class Replay:
                 self.escaped = self._attributes.escaped()
                 give_back(attributes)
 
-    def moved_buffers(self) -> list[Tensor]:
-        """The values of those buffers that the first evaluation has changed, before it; taken out, for autograd to save."""
+    def moved(self) -> list[Tensor]:
+        """The values of those buffers and attributes that the first evaluation has changed, before it; taken out, for autograd to
+        save."""
         self._moved = [buffer for buffer in self.buffers if buffer.before is not None]
         values: list[Tensor] = [buffer.before for buffer in self._moved]  # type: ignore[misc]
         for buffer in self._moved:
             buffer.before = None
-        return values
+        of_attributes = [] if self._attributes is None else self._attributes.moved()
+        self._count = len(values) + len(of_attributes)
+        return values + of_attributes
 
     def recall(self, moved: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Bring back what `moved_buffers` has taken out: the first of `moved`. Returns the others."""
+        """Bring back what `moved` has taken out: the first of these. Returns the others."""
         for buffer, value in zip(self._moved, moved, strict=False):
             buffer.before = value
-        return moved[len(self._moved) :]
+        if self._attributes is not None:
+            self._attributes.recall(moved[len(self._moved) : self._count])
+        return moved[self._count :]
 
     @contextmanager
     def refusing_changes_of_parameters(self, user: str) -> Iterator[None]:

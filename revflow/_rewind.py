@@ -192,7 +192,7 @@ class _Rewind(torch.autograd.Function):
             samples = passage.tape.witness.samples(call.rebuilt(streams))  # type: ignore[union-attr]
         ctx.set_materialize_grads(False)
         # All that differs from run to run: where torch.utils.checkpoint runs a chain again, of the same run as the output.
-        moved = call.moved_buffers()
+        moved = call.moved()
         ctx.counts = len(kept), len(moved)
         ctx.save_for_backward(*leaves, *call.parameters, *kept, *moved, *samples)
         return outputs

@@ -47,8 +47,8 @@ class Sliced(Overwrite):
         if not self.keeps_target:
             self.keeps *= len(self._slices)
 
-    def moved_buffers(self) -> list[Tensor]:
-        return [value for _, step in self._slices for value in step.moved_buffers()]
+    def moved(self) -> list[Tensor]:
+        return [value for _, step in self._slices for value in step.moved()]
 
     def recall(self, moved: Sequence[Tensor]) -> Sequence[Tensor]:
         for _, step in self._slices:

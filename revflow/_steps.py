@@ -81,8 +81,8 @@ class Cell:
         """The output streams, of the new state; without a graph."""
         return self.mix.again(self.parameters, torch.no_grad()(self.module.mix), streams, state, context)
 
-    def moved_buffers(self) -> list[Tensor]:
-        return [*self.update.moved_buffers(), *self.mix.moved_buffers()]
+    def moved(self) -> list[Tensor]:
+        return [*self.update.moved(), *self.mix.moved()]
 
     def recall(self, moved: Sequence[Tensor]) -> Sequence[Tensor]:
         return self.mix.recall(self.update.recall(moved))
@@ -195,9 +195,9 @@ class Step:
                 streams = cell.mixed(streams, new, context)
             memory = left
 
-    def moved_buffers(self) -> list[Tensor]:
-        """Buffers that the step has changed, as they were before, for autograd to save."""
-        return [value for cell in self.cells for value in cell.moved_buffers()]
+    def moved(self) -> list[Tensor]:
+        """Buffers and attributes that the step has changed, as they were before, for autograd to save."""
+        return [value for cell in self.cells for value in cell.moved()]
 
     def recall(self, moved: Sequence[Tensor]) -> None:
         """Bring them back."""

@@ -65,7 +65,7 @@ def run(
     if any(nodes):
         step.like = [(t.dtype, t.device) for t in results]
         leaving = step.watch.see(tuple([s.detach() for s in streams]))
-        moved = step.moved_buffers()
+        moved = step.moved()
         saved = (*anchor, *own, *moved, *leaving)
         step.like_saved = len(own), len(moved), len(leaving)
         ended: Tensors = _End.apply(step, nodes, saved, *streams, *results)  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import revflow
 from engine.against_plain import Body, Halved, assert_right, chain, frames, recurrence, squared, through_time
@@ -194,3 +195,13 @@ def test_a_tensor_that_changes_in_place_is_refused_with_its_remedy():
 
     with pytest.raises(RuntimeError, match=r"block 0 .*own tensor InPlace\.mean in place.*register_buffer"):
         chain(InPlace)(frames())
+
+
+@pytest.mark.parametrize("of", ["sequence", "recurrence"])
+def test_an_average_within_a_checkpoint_is_that_of_the_run_that_is_recomputed(of):
+    x = frames()
+    if of == "sequence":
+        assert_right(chain(Average), lambda net: checkpoint(net, x, use_reentrant=False).square().sum(), [x], steps=2)
+    else:
+        loss_of = through_time()
+        assert_right(recurrence(Average), lambda net: checkpoint(loss_of, net, use_reentrant=False), steps=2)

@@ -58,7 +58,8 @@ class Guard:
         return Made()
 
     def looks(self, position: str, replay: Replay, times: int) -> bool:
-        """Whether to look closely at what is evaluated there: so many times, and after its modules or their modes changed."""
+        """Whether to look closely at what is evaluated there: so many times, and after its modules, their modes
+        or hooks changed."""
         look = self._looks.get(position)
         return look is None or look.times < times or look != Look.at(replay, look.times)
 
@@ -75,8 +76,10 @@ class Look(NamedTuple):
 
     modules: tuple[ref[nn.Module], ...]
     modes: tuple[bool, ...]
+    hooks: int
     times: int
 
     @classmethod
     def at(cls, replay: Replay, times: int) -> Look:
-        return cls(tuple(map(ref, replay.modules)), tuple(replay.modes), times)
+        hooks = sum([len(m._forward_hooks) + len(m._forward_pre_hooks) for m in replay.modules])
+        return cls(tuple(map(ref, replay.modules)), tuple(replay.modes), hooks, times)

@@ -10,6 +10,7 @@ import copy
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from enum import Enum
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -136,6 +137,8 @@ _ROOT = "Root.value"
 
 def _is_object(value: Any) -> bool:
     kind = type(value)
+    if kind is SimpleNamespace:
+        return True
     return (
         kind.__module__.partition(".")[0] not in _FOREIGN
         and not isinstance(value, (nn.Module, type, Enum, Tensor))

@@ -209,22 +209,22 @@ class Replay:
                 self._set_modes(self.modes)
             for slots, name, _, i in lent.slots:
                 slots[name] = parameters[i]
+            copies: dict[int, Tensor] = {}
             for buffer in self.buffers:
-                buffer.lend()
+                buffer.lend(copies)
             if self.random is not None:
                 restore_random_states(self.random, self._device)
             return self._with_graph(function, *arguments)
         finally:
             if random is not None:
                 restore_random_states(random, self._device)
-            for buffer in self.buffers:
-                buffer.give_back()
+            self.escaped = [place for buffer in self.buffers if (place := buffer.give_back())]
             for slots, name, parameter, _ in lent.slots:
                 slots[name] = parameter
             if lent.modes != self.modes:
                 self._set_modes(lent.modes)
             if self._attributes is not None:
-                self.escaped = self._attributes.escaped()
+                self.escaped += self._attributes.escaped()
                 give_back(attributes)
 
     def moved(self) -> list[Tensor]:
@@ -273,8 +273,9 @@ def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Leave the module's buffers and the random states as they were before what runs in this context."""
     states = random_states(device)
     buffers = [buffer for m in module.modules() for buffer in buffers_of(m)]
+    copies: dict[int, Tensor] = {}
     for buffer in buffers:
-        buffer.lend()
+        buffer.lend(copies)
     try:
         yield
     finally:

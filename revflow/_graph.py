@@ -82,11 +82,12 @@ class _Quiet:
         return None if getattr(_thread, "in_rewind", False) else self.hook(gradient)
 
 
-def _keep_quiet_in_rewinds(hooks: dict[int, Any]) -> None:
-    """`hooks`: those that a tensor's gradient passes through."""
-    for number, hook in [*hooks.items()]:
-        if type(hook) is not _Quiet:
-            hooks[number] = _Quiet(hook)
+def _keep_quiet_in_rewinds(of_tensors: Sequence[dict[int, Any]]) -> None:
+    """`of_tensors`: the hooks that the gradients of each tensor pass through."""
+    for hooks in of_tensors:
+        for number, hook in [*hooks.items()]:
+            if type(hook) is not _Quiet:
+                hooks[number] = _Quiet(hook)
 
 
 def edges(outputs: Sequence[Tensor]) -> list[End]:
@@ -114,10 +115,10 @@ def gradients(ends: Sequence[End], inputs: Streams, grads: Gradients) -> Gradien
     known = [(e, g) for e, g in zip(ends, grads, strict=True) if e is not None and g is not None]
     if not known or not wanted:
         return (None,) * len(inputs)
-    for tensor in wanted:
-        if tensor._backward_hooks:
-            _keep_quiet_in_rewinds(tensor._backward_hooks)
-    _thread.in_rewind = True
+    with_hooks = [t._backward_hooks for t in wanted if t._backward_hooks]
+    if with_hooks:
+        _keep_quiet_in_rewinds(with_hooks)
+        _thread.in_rewind = True
     try:
         found: Gradients = torch.autograd.Variable._execution_engine.run_backward(
             tuple([e for e, _ in known]),
@@ -129,7 +130,8 @@ def gradients(ends: Sequence[End], inputs: Streams, grads: Gradients) -> Gradien
             accumulate_grad=False,
         )
     finally:
-        _thread.in_rewind = False
+        if with_hooks:
+            _thread.in_rewind = False
     if len(wanted) == len(inputs):
         return found
     rest = iter(found)

@@ -44,7 +44,7 @@ class Attributes:
         roots = [m for m in modules if len(m.__dict__) > len(INTERNAL)]
         self._bare = [m for m in modules if len(m.__dict__) <= len(INTERNAL)]
         """Modules without attributes of their own."""
-        self._held = [(place, holder, contents(holder)) for place, holder in holders_in(roots)]
+        self._held = [(place, h, contents(h)) for place, h in holders_in(roots) if not isinstance(h, tuple)]
         self._versions = [
             (f"{place}{named(holder, name)}", value, value._version)
             for place, holder, held in self._held
@@ -168,7 +168,10 @@ class Reachable:
 
 def has_holders(context: dict[str, Any]) -> bool:
     """Whether there is something in the keyword arguments in which a conditioner may store a tensor."""
-    return any(type(v) not in PLAIN and len(holders_in([Root(v)])) > 1 for v in context.values())
+    return any(
+        type(v) not in PLAIN and any(not isinstance(held, (Root, tuple)) for _, held in holders_in([Root(v)]))
+        for v in context.values()
+    )
 
 
 def _with_versions(context: dict[str, Any]) -> dict[str, tuple[Tensor, int]]:

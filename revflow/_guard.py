@@ -50,6 +50,8 @@ class Guard:
 
     def follow(self, position: str, replay: Replay) -> Made | None:
         """Notes what an evaluation makes, if that is to be looked at closely."""
+        # A hook that comes later may keep what the first looks found to be let go.
+        position += f"/{sum([len(m._forward_hooks) + len(m._forward_pre_hooks) for m in replay.modules])} hooks"
         if not self.looks(position, replay, _CLOSE_LOOKS) or any(
             m._compiled_call_impl is not None for m in replay.modules
         ):
@@ -58,8 +60,7 @@ class Guard:
         return Made()
 
     def looks(self, position: str, replay: Replay, times: int) -> bool:
-        """Whether to look closely at what is evaluated there: so many times, and after its modules, their modes
-        or hooks changed."""
+        """Whether to look closely at what is evaluated there: so many times, and after its modules or their modes changed."""
         look = self._looks.get(position)
         return look is None or look.times < times or look != Look.at(replay, look.times)
 
@@ -76,10 +77,8 @@ class Look(NamedTuple):
 
     modules: tuple[ref[nn.Module], ...]
     modes: tuple[bool, ...]
-    hooks: int
     times: int
 
     @classmethod
     def at(cls, replay: Replay, times: int) -> Look:
-        hooks = sum([len(m._forward_hooks) + len(m._forward_pre_hooks) for m in replay.modules])
-        return cls(tuple(map(ref, replay.modules)), tuple(replay.modes), hooks, times)
+        return cls(tuple(map(ref, replay.modules)), tuple(replay.modes), times)

@@ -78,7 +78,7 @@ def holders_in(roots: Iterable[Any]) -> list[tuple[str, Any]]:
             if type(value) in _CONTAINERS or isinstance(value, tuple) or _is_object(value):
                 seen.add(id(value))
                 found.append((f"{place}{named(holder, name)}", value))
-    return [(place, holder) for place, holder in found if not isinstance(holder, tuple)]
+    return found
 
 
 def tensors_in(value: Any, place: str) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from revflow._attributes import Attributes
 from revflow._graph import is_ours, plus
 from revflow._overwrite import Given, Overwrite
 from revflow._passage import Gradients, Passage, Stepwise, Streams
@@ -146,8 +147,11 @@ class Sliced(Overwrite):
             filled = passage.arguments.filled(tensors)
             return replay.again(replay.parameters, evaluate, self._conditioner, target, streams, filled)
 
+        attributes = Attributes(self._foreign)
         before, after = evaluate_with(others, context), evaluate_with(strangers, its_own)
         self._refuse_ambiguous(leaves, context, before, lambda tensors: evaluate_with(others, tensors))
+        attributes.keep_changes()
+        attributes.lend()  # as before this look
         for a, b in zip(before, after, strict=True):
             if _largest(a[0] - b[0]) > _MIXING * _largest(a[0]):
                 raise ValueError(

@@ -1,7 +1,7 @@
 """State that evaluations fill and read again: refused with its place, or right; by the twin under standard autograd."""
 
 import copy
-from collections import OrderedDict, UserDict, defaultdict, deque
+from collections import UserDict, defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +31,6 @@ class Slotted:
 
 class Wrapped(NamedTuple):
     pairs: list
-    name: str = "wrapped"
 
 
 class Attending(Body):
@@ -68,13 +67,16 @@ CACHES = {
     "a named tuple of objects": (
         lambda: Wrapped([Pair()]),
         attribute(lambda c: c.pairs[0], "values"),
-        r"\.pairs\[0\]\.",
+        r"cache\[0\]\[0\]\.values",
     ),
     "a namespace": (SimpleNamespace, attribute(lambda c: c, "keys"), r"cache\.keys"),
     "a mapping of the library": (UserDict, item("k"), r"cache\.data\['k'\]"),
-    "an ordered dictionary": (OrderedDict, item("k"), r"cache\['k'\]"),
+    "pairs by layer": (
+        dict,
+        (lambda c: c.get(0, (None,))[0], lambda c, t: c.update({0: (t, t + 1)})),
+        r"cache\[0\]\[\d\]",
+    ),
     "lists by layer": (lambda: defaultdict(list), last_of(lambda c: c[0]), r"cache\[0\]\[0\]"),
-    "a queue in a tuple": (lambda: (deque(), 3), last_of(lambda c: c[0]), r"cache\[0\]\[0\]"),
 }
 
 CHAINS = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revflow._graph import edges, gradients, leaf, not_leaves, plus
+from revflow._graph import edges, gradients, leaf, not_leaves, plus, strange
 from revflow._overwrite import Given, Overwrite
 from revflow._passage import Gradients, Passage, Stepwise, Streams, is_built_in, rotate, run_whole, total, versions_of
 from revflow._replay import Replay
@@ -130,9 +130,11 @@ class Whole(Call):
         self._strides = [s.stride() for s in streams]
 
     def first(self, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
-        context, versions = self.passage.arguments.filled(leaves), versions_of(streams)
+        given = streams if self._replay.is_known or is_built_in(self._block) else tuple(strange(streams))
+        context, versions = self.passage.arguments.filled(strange(leaves)), versions_of(streams)
         reachable = self.passage.arguments.watch(context)
-        outputs = self._replay.first(self.passage.draws, run_whole, self._block, self.passage, streams, context)
+        outputs = self._replay.first(self.passage.draws, run_whole, self._block, self.passage, given, context)
+        outputs = tuple([next((s for s, g in zip(streams, given, strict=True) if g is o), o) for o in outputs])
         if reachable is not None:
             reachable.refuse_changes(self._block)
         if versions_of(streams) != versions:

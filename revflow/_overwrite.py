@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revflow._graph import edges, gradients, is_ours, laid_out, leaf, not_leaves
+from revflow._graph import edges, gradients, is_ours, laid_out, leaf, not_leaves, strange
 from revflow._passage import (
     Gradients,
     Passage,
@@ -69,6 +69,8 @@ class Overwrite(Replay):
         others = now[:k] + now[k + 1 :]
         taken = [*others, *leaves] if leaves else others
         versions = versions_of(taken)
+        if not self.is_known:  # hooks that it registers on its arguments belong to this evaluation alone
+            others, leaves = strange(others), strange(leaves)
         context = passage.arguments.filled(leaves)
         reachable = passage.arguments.watch(context)
         t = self.first(passage.draws, block.evaluate, self._conditioner, now[k], others, context)

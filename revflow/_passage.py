@@ -256,6 +256,7 @@ _NO_GRAPH = (
 _HINTS = {
     "does not require grad": _NO_GRAPH,
     "doesn't require gradient": _NO_GRAPH,
+    "can't retain_grad": _NO_GRAPH,
     "unexpected keyword argument": ". The keyword arguments of a sequence's call reach every conditioner: let its forward take "
     "**context",
 }

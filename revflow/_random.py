@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from revflow._replay import Replay
+
+alone = threading.RLock()
+"""Held by an evaluation that may draw random numbers or change a module: two threads may train one network, or two networks
+with one random generator."""
 
 
 class Draws:
@@ -33,7 +38,9 @@ class Draws:
     def end(self) -> None:
         """All evaluations are done."""
         if self._last is not None:
-            self._settle(self._last, random_states(self._last[1]))
+            with alone:  # a second evaluation in another thread may have put an earlier state there for a time
+                states = random_states(self._last[1])
+            self._settle(self._last, states)
             self._last = None
 
     def _settle(self, last: tuple[Replay, torch.device, list[Tensor]], states: list[Tensor]) -> None:

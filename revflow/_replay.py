@@ -33,7 +33,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from revflow._attributes import Attributes, give_back
 from revflow._buffers import Buffer, buffers_of
-from revflow._random import Draws, random_states, restore_random_states
+from revflow._random import Draws, alone, random_states, restore_random_states
 from revflow._surroundings import AutocastState, Surroundings, Within, autocast, autocast_state, surroundings
 from revflow._torch import caches_parametrizations, has_global_hook, unchanged_versions
 
@@ -42,10 +42,6 @@ T = TypeVar("T")
 _thread = threading.local()
 
 _NOTHING = nullcontext()
-
-_alone = threading.RLock()
-"""Held by an evaluation that may draw random numbers or change a module: two threads may train one network, or two networks
-with one random generator."""
 
 
 def is_recomputing() -> bool:
@@ -96,7 +92,7 @@ class Replay:
         self._renormalised: list[Tensor] = []
         self._attributes: Attributes | None = None
         self._surroundings: Surroundings | None = None
-        with _alone:  # another thread may have put other parameters in the slots for a time
+        with alone:  # another thread may have put other parameters in the slots for a time
             self._look_at_modules()
         self.is_known = not (self._foreign or has_global_hook())
         """Whether nothing but PyTorch's own layers runs, none of which draws random numbers or reads what it changes."""
@@ -136,7 +132,7 @@ class Replay:
             if not self.autocast:
                 return function(*arguments)
             return self._called(function, *arguments)
-        with _alone:
+        with alone:
             if self.is_known:
                 return self._called(function, *arguments)
             return self._first_of_foreign(draws, function, *arguments)
@@ -179,7 +175,7 @@ class Replay:
 
     def again(self, parameters: Sequence[Tensor], function: Callable[..., T], *arguments: object) -> T:
         """Call `function` with gradients on, and `parameters` (in the order of `self.parameters`) in the module's slots."""
-        with _alone:
+        with alone:
             modes = [m.training for m in self.modules]
             held = [(slots, name, slots[name], i) for slots, name, i in self._slots if slots[name] is not parameters[i]]
             if not self.is_known or self.buffers or held or modes != self.modes:
@@ -252,10 +248,12 @@ class Replay:
         copies = (
             [p.detach().clone() for p in self.parameters] if any(b.before is not None for b in self.buffers) else []
         )
-        yield
-        changed = [(p, c) for p, c in zip(self.parameters, copies, strict=False) if not torch.equal(p, c)]
-        for parameter, copy in changed:
-            parameter.data.copy_(copy)
+        try:
+            yield
+        finally:
+            changed = [(p, c) for p, c in zip(self.parameters, copies, strict=False) if not torch.equal(p, c)]
+            for parameter, copy in changed:
+                parameter.data.copy_(copy)
         if changed:
             raise RuntimeError(
                 f"{user} changed a parameter of shape {tuple(changed[0][0].shape)}, which is put back: a block that initialises "

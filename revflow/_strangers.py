@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from revflow._holders import place_of
 from revflow._passage import Arguments, Streams
 
-_REGISTER = "Register it, or pass it as a keyword argument of the call"
+_REGISTER = "Register it, or pass it by itself as a keyword argument of the call"
 
 
 def refuse_strangers(

@@ -27,6 +27,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -64,15 +65,13 @@ class Tape:
         dropped it, a copy to the CPU may still be under way on another CUDA stream."""
         self._entries[torch._C._current_graph_task_id()] = streams, evidence, output
 
-    def take(self, position: str) -> tuple[list[Tensor], Evidence | None, Streams]:
-        entry = self._entries.pop(torch._C._current_graph_task_id(), None)
-        if entry is None:
-            raise RuntimeError(
-                f"a backward pass begins at block {position}, and not at the output of its sequence, from which blocks are "
-                f"recomputed: a loss was computed from the block's output (kept by a hook), without the sequence's own. Add "
-                f"`0 * y.sum()` of the sequence's output y to the loss; or end one sequence there, and begin another"
-            )
-        return entry
+    def take(self) -> tuple[list[Tensor], Evidence | None, Streams] | None:
+        """None if a backward pass begins at this block."""
+        return self._entries.pop(torch._C._current_graph_task_id(), None)
+
+    def begin(self, streams: list[Tensor]) -> tuple[list[Tensor], Evidence | None, Streams]:
+        """What `take` returns after a chain's, or an observed block's, output has been put there."""
+        return streams, None if self.witness is None else self.witness.begin(tuple(streams)), ()
 
 
 class _Offer:
@@ -113,11 +112,39 @@ def _observed(
         outputs = as_streams(call(*streams, **context))
     finally:
         _thread.offer = None
+    if passage.tape is not None:
+        _remember(offer.results, outputs)
     if is_bound(passage) and not _same(outputs, offer.results[: len(outputs)], offer.versions):
         raise RuntimeError(
             "a hook replaced its output, or called the block itself, which cannot be undone; make that a block"
         )
     return (*outputs, offer.results[-1]) if passage.log_det else outputs
+
+
+def _remember(results: Streams, outputs: Streams) -> None:
+    """Let a backward pass begin at this block: a hook may keep its output, and a loss be computed from that alone.
+
+    Nothing is held: streams that the hook has not kept are gone.
+    """
+    node: Any = next((r.grad_fn for r in results if r.grad_fn is not None), None)
+    if node is not None:
+        node.outputs, node.versions = [ref(o) for o in outputs], versions_of(outputs)
+
+
+def _begin_here(ctx: Any, tape: Tape) -> tuple[list[Tensor], Evidence | None, Streams]:
+    outputs = [reference() for reference in getattr(ctx, "outputs", ())]
+    streams = [o for o in outputs if o is not None]
+    if not streams or len(streams) < len(outputs):
+        raise RuntimeError(
+            f"a backward pass begins at block {ctx.call.position}, and not at the output of its sequence, from which blocks are "
+            f"recomputed. For a loss of this block's output alone let a forward hook keep the whole output, a tuple; or "
+            f"add `0 * y.sum()` of the sequence's output y to the loss"
+        )
+    if versions_of(streams) != ctx.versions:
+        raise RuntimeError(
+            f"the output of block {ctx.call.position} was modified by an inplace operation, and is still needed"
+        )
+    return tape.begin([s.detach() for s in streams])
 
 
 def run_stepwise(block: Stepwise, inverse: bool, streams: Streams, context: Context) -> Streams:
@@ -211,7 +238,7 @@ _apply_rewind = super(torch.autograd.Function, _Rewind).apply
 def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     call: Call = ctx.call
     tape: Tape = call.passage.tape  # type: ignore[assignment]
-    now, evidence, _output = tape.take(call.position)
+    now, evidence, _output = tape.take() or _begin_here(ctx, tape)
     saved: Streams = ctx.saved_tensors
     begin = len(call.passage.arguments.tensors)
     end = begin + len(call.parameters)

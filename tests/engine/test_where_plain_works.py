@@ -168,19 +168,58 @@ def test_tracing_with_gradients_on(options):
     torch.testing.assert_close(torch.jit.load(file)(x), net(x))
 
 
-@pytest.mark.parametrize("options", [{}, {"exact": revflow.Grid(30)}, {"chunks": 2}], ids=str)
-def test_a_loss_of_one_block_alone_is_refused_and_its_remedy_is_right(options):
+@pytest.mark.parametrize("options", [{}, {"exact": revflow.Grid(30)}, {"chunks": 2}, {"memory_budget": "1kB"}], ids=str)
+@pytest.mark.parametrize("coupling", [revflow.AdditiveCoupling, revflow.GatedCoupling])
+@pytest.mark.parametrize("of", ["one block", "two blocks", "one block, then the output"])
+@pytest.mark.filterwarnings("ignore:memory_budget")
+def test_a_loss_of_a_block_alone(of, coupling, options):
     x, kept = frames(), {}
-    net = chain(Body, 4, **options)
-    net[1].register_forward_hook(lambda m, i, o: kept.update(out=o))
+    make = Body if coupling is revflow.AdditiveCoupling else lambda: Halved(Body(8))
+    net = chain(make, 4, coupling, **options)
+    for k in (1, 2):
+        net[k].register_forward_hook(lambda m, i, o, k=k: kept.update({k: o}))
+    found = []
+    for run in (net, net.plain):
+        for _ in range(2):  # the second step runs by what a budget has measured in the first
+            net.zero_grad()
+            x.grad = None
+            y = run(x)
+            loss = kept[1][1].square().sum()
+            if of == "two blocks":
+                loss = loss + kept[2][0].sum()
+            loss.backward(retain_graph=True)
+            if of == "one block, then the output":
+                y.square().sum().backward()
+        found.append([x.grad, *[p.grad for p in net.parameters()]])
+    for f, e in zip(*found, strict=True):
+        assert (f is None) == (e is None)
+        if e is not None:
+            torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-9)
+
+
+def test_a_loss_of_a_blocks_stream_whose_others_are_gone_is_refused_and_its_remedy_is_right():
+    x, kept = frames(), {}
+    net = chain(Body, 4)
+    net[1].register_forward_hook(lambda m, i, o: kept.update(out=o[1]))
     net(x)
-    with pytest.raises(RuntimeError, match=r"begins at block 1, and not at the output.*0 \* y\.sum\(\)"):
-        kept["out"][1].square().sum().backward()
-    y = net(x)
-    (kept["out"][1].square().sum() + 0 * y.sum()).backward()
-    found = [p.grad for p in net.parameters()]
-    net.zero_grad()
-    y = net.plain(x)
-    (kept["out"][1].square().sum() + 0 * y.sum()).backward()
-    for f, p in zip(found, net.parameters(), strict=True):
-        torch.testing.assert_close(f, p.grad, rtol=1e-9, atol=1e-9)
+    with pytest.raises(RuntimeError, match=r"begins at block 1, and not at the output.*whole output.*0 \* y\.sum\(\)"):
+        kept["out"].square().sum().backward()
+    found = []
+    for run in (net, net.plain):
+        net.zero_grad()
+        y = run(x)
+        (kept["out"].square().sum() + 0 * y.sum()).backward()
+        found.append([p.grad for p in net.parameters()])
+    for f, e in zip(*found, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-9)
+
+
+def test_a_blocks_output_that_was_changed_is_refused():
+    net, kept = chain(Body, 4), {}
+    net[1].register_forward_hook(lambda m, i, o: kept.update(out=o))
+    net(frames())
+    loss = kept["out"][1].sum()
+    with torch.no_grad():
+        kept["out"][1].detach().mul_(2)
+    with pytest.raises(RuntimeError, match=r"output of block 1 was modified by an inplace operation"):
+        loss.backward()

@@ -24,7 +24,7 @@ from revflow._slices import Sliced
 class Call(ABC):
     """The block at a chain's `position` (its name in the chain), passed once."""
 
-    __slots__ = ("before", "block_type", "parameters", "passage", "position", "replays", "samples")
+    __slots__ = ("before", "block_type", "checked", "parameters", "passage", "position", "replays", "samples")
 
     def __init__(self, passage: Passage, position: str, block: object, before: Any, replays: Sequence[Replay]) -> None:
         self.passage, self.position, self.block_type = passage, position, type(block).__name__
@@ -32,8 +32,11 @@ class Call(ABC):
         """The autograd node of the block before this one."""
         self.replays = replays
         self.parameters: list[Tensor] = []
+        self.checked: list[Tensor] = []
+        """For autograd to save."""
         for replay in replays:
             self.parameters += replay.parameters
+            self.checked += replay.checked
         self.samples: Streams = ()
         """What the guard keeps of the block's input."""
 

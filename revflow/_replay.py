@@ -137,6 +137,13 @@ class Replay:
                 return self._called(function, *arguments)
             return self._first_of_foreign(draws, function, *arguments)
 
+    @property
+    def checked(self) -> list[Tensor]:
+        """The parameters, whose versions tell of changes; copies that share none in the place of those that are scaled."""
+        if not self._renormalised:
+            return self.parameters
+        return [p.data if any(p is r for r in self._renormalised) else p for p in self.parameters]
+
     def _care(self, given: Surroundings) -> AbstractContextManager[Any, Any]:
         """What the evaluation of modules that the engine does not know needs, if anything."""
         if self._renormalised:

@@ -221,7 +221,7 @@ class _Rewind(torch.autograd.Function):
         # All that differs from run to run: where torch.utils.checkpoint runs a chain again, of the same run as the output.
         moved = call.moved()
         ctx.counts = len(kept), len(moved)
-        ctx.save_for_backward(*leaves, *call.parameters, *kept, *moved, *samples)
+        ctx.save_for_backward(*leaves, *call.checked, *kept, *moved, *samples)
         return outputs
 
     @staticmethod

@@ -24,7 +24,7 @@ from revflow._slices import Sliced
 class Call(ABC):
     """The block at a chain's `position` (its name in the chain), passed once."""
 
-    __slots__ = ("before", "block_type", "checked", "parameters", "passage", "position", "replays", "samples")
+    __slots__ = ("before", "block_type", "parameters", "passage", "position", "replays", "samples")
 
     def __init__(self, passage: Passage, position: str, block: object, before: Any, replays: Sequence[Replay]) -> None:
         self.passage, self.position, self.block_type = passage, position, type(block).__name__
@@ -32,17 +32,22 @@ class Call(ABC):
         """The autograd node of the block before this one."""
         self.replays = replays
         self.parameters: list[Tensor] = []
-        self.checked: list[Tensor] = []
-        """For autograd to save."""
         for replay in replays:
             self.parameters += replay.parameters
-            self.checked += replay.checked
         self.samples: Streams = ()
         """What the guard keeps of the block's input."""
 
     @abstractmethod
     def first(self, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
         """The block's output, and what to keep of this pass: anchors or residuals; `leaves` stand for the context's tensors."""
+
+    @property
+    def checked(self) -> list[Tensor]:
+        """The parameters, for autograd to save: it refuses those that were changed."""
+        for replay in self.replays:
+            if replay.renormalised:
+                return [p for replay in self.replays for p in replay.checked]
+        return self.parameters
 
     def moved(self) -> list[Tensor]:
         """Buffers and attributes that this pass has changed, as they were before, for autograd to save."""

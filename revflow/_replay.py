@@ -68,8 +68,8 @@ class Replay:
     """One evaluation of `module` on `device`, to be repeated: `first` once, then `again` any number of times."""
 
     __slots__ = (
-        "_attributes", "_count", "_device", "_foreign", "_moved", "_renormalised", "_slots", "_surroundings", "autocast",
-        "buffers", "escaped", "is_known", "modes", "modules", "parameters", "random",
+        "_attributes", "_count", "_device", "_foreign", "_moved", "_slots", "_surroundings", "autocast",
+        "buffers", "escaped", "is_known", "modes", "modules", "parameters", "random", "renormalised",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -89,7 +89,8 @@ class Replay:
         self._moved: list[Buffer] = []
         self._count = 0
         self._foreign: list[nn.Module] = []
-        self._renormalised: list[Tensor] = []
+        self.renormalised: list[Tensor] = []
+        """Tables that embeddings with max_norm scale down whenever they are evaluated."""
         self._attributes: Attributes | None = None
         self._surroundings: Surroundings | None = None
         with alone:  # another thread may have put other parameters in the slots for a time
@@ -108,7 +109,7 @@ class Replay:
                 self._foreign.append(m)
                 _refuse_sharded(m)
                 if getattr(m, "max_norm", None) is not None:
-                    self._renormalised += m._parameters.values()  # type: ignore[arg-type]
+                    self.renormalised += m._parameters.values()  # type: ignore[arg-type]
             for child in m._modules.values():
                 if child is not None and child not in known:
                     known.add(child)
@@ -140,15 +141,13 @@ class Replay:
     @property
     def checked(self) -> list[Tensor]:
         """The parameters, whose versions tell of changes; copies that share none in the place of those that are scaled."""
-        if not self._renormalised:
-            return self.parameters
-        return [p.data if any(p is r for r in self._renormalised) else p for p in self.parameters]
+        return [p.data if any(p is r for r in self.renormalised) else p for p in self.parameters]
 
     def _care(self, given: Surroundings) -> AbstractContextManager[Any, Any]:
         """What the evaluation of modules that the engine does not know needs, if anything."""
-        if self._renormalised:
+        if self.renormalised:
             stack = ExitStack()
-            stack.enter_context(unchanged_versions(self._renormalised))
+            stack.enter_context(unchanged_versions(self.renormalised))
             stack.enter_context(Within(given))
             return stack
         if not all(self.modes) or caches_parametrizations() or given != surroundings():

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from revflow._holders import (
     ABSENT,
     INTERNAL,
-    PLAIN,
     Contents,
-    Root,
+    all_tensors,
     contents,
     holders_in,
+    is_holder,
     named,
     refill,
     tensors_in,
@@ -168,17 +168,14 @@ class Reachable:
 
 def has_holders(context: dict[str, Any]) -> bool:
     """Whether there is something in the keyword arguments in which a conditioner may store a tensor."""
-    return any(
-        type(v) not in PLAIN and any(not isinstance(held, (Root, tuple)) for _, held in holders_in([Root(v)]))
-        for v in context.values()
-    )
+    return any(map(is_holder, context.values()))
 
 
 def _with_versions(context: dict[str, Any]) -> dict[str, tuple[Tensor, int]]:
     return {
         place: (tensor, 0 if tensor.is_inference() else tensor._version)
         for name, value in context.items()
-        for place, tensor in tensors_in(value, name)
+        for place, tensor in all_tensors({name: value})
     }
 
 

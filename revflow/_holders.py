@@ -7,7 +7,7 @@ library not at all.
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from enum import Enum
 from types import SimpleNamespace
@@ -21,8 +21,8 @@ Contents = dict[Any, Any]
 INTERNAL = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 
-_DICTIONARIES = (dict, OrderedDict, defaultdict)
-_CONTAINERS = frozenset((*_DICTIONARIES, list, deque, set))
+_CONTAINERS = (dict, list, deque, set)
+_WITH_PLACES = (*_CONTAINERS, tuple)
 PLAIN = frozenset(
     (int, float, bool, str, bytes, complex, type(None), Tensor, nn.Parameter, torch.Size, torch.dtype, torch.device)
 )
@@ -36,29 +36,27 @@ _MOST = 64
 
 def contents(holder: Any) -> Contents:
     """Values by name, key or position."""
-    kind = type(holder)
-    if kind in _DICTIONARIES:
+    if isinstance(holder, dict):
         return dict(holder)
-    if kind in _CONTAINERS or isinstance(holder, tuple):
+    if isinstance(holder, _WITH_PLACES):
         return dict(enumerate(holder))
     if isinstance(holder, nn.Module):
         own = vars(holder)
         return {name: own[name] for name in own.keys() - INTERNAL}
-    slots = {name: getattr(holder, name) for name in _slots(kind) if hasattr(holder, name)}
+    slots = {name: getattr(holder, name) for name in _slots(type(holder)) if hasattr(holder, name)}
     return slots | getattr(holder, "__dict__", {})
 
 
 def refill(holder: Any, held: Contents) -> None:
     """Give the holder these contents again."""
-    kind = type(holder)
-    if kind is list:
+    if isinstance(holder, list):
         holder[:] = held.values()
-    elif kind in (deque, set):
+    elif isinstance(holder, (deque, set)):
         holder.clear()
-        (holder.extend if kind is deque else holder.update)(held.values())
-    elif kind in _DICTIONARIES:
-        holder.clear()
-        holder.update(held)
+        (holder.extend if isinstance(holder, deque) else holder.update)(held.values())
+    elif isinstance(holder, dict):
+        dict.clear(holder)
+        dict.update(holder, held)
     else:
         for name in contents(holder).keys() - held.keys():
             object.__delattr__(holder, name)
@@ -75,7 +73,7 @@ def holders_in(roots: Iterable[Any]) -> list[tuple[str, Any]]:
         for name, value in contents(holder).items():
             if type(value) in PLAIN or id(value) in seen or len(found) >= most:
                 continue
-            if type(value) in _CONTAINERS or isinstance(value, tuple) or _is_object(value):
+            if isinstance(value, _WITH_PLACES) or _is_object(value):
                 seen.add(id(value))
                 found.append((f"{place}{named(holder, name)}", value))
     return found
@@ -85,7 +83,7 @@ def tensors_in(value: Any, place: str) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that `value` is or leads to, with its place."""
     if isinstance(value, Tensor):
         yield place, value
-    elif type(value) in _CONTAINERS or isinstance(value, tuple) or _is_object(value):
+    elif isinstance(value, _WITH_PLACES) or _is_object(value):
         for where, holder in holders_in([Root(value)]):
             if not isinstance(holder, Root):
                 for name, inner in contents(holder).items():
@@ -97,7 +95,7 @@ def copied(value: Any, *also: Any) -> Any:
     """A deep copy, in which tensors that have a graph are copied without it: PyTorch refuses to copy those."""
     memo: dict[int, Any] = {}
     for root in (value, *also):
-        for _, tensor in _all_tensors(root):
+        for _, tensor in all_tensors(root):
             if tensor.grad_fn is not None:
                 memo[id(tensor)] = tensor.detach().clone()
     return copy.deepcopy(value, memo)
@@ -105,10 +103,10 @@ def copied(value: Any, *also: Any) -> Any:
 
 def place_of(tensor: Tensor, roots: dict[str, Any]) -> str | None:
     """Where the tensor is found, from the roots on; modules are entered, too. For errors: this takes its time."""
-    return next((place for place, found in _all_tensors(roots) if found is tensor), None)
+    return next((place for place, found in all_tensors(roots) if found is tensor), None)
 
 
-def _all_tensors(roots: dict[str, Any] | nn.Module | Any) -> Iterator[tuple[str, Tensor]]:
+def all_tensors(roots: dict[str, Any] | nn.Module | Any) -> Iterator[tuple[str, Tensor]]:
     """All that the roots lead to, modules entered, with their places."""
     found = list(roots.items()) if type(roots) is dict else [(type(roots).__name__, roots)]
     seen = set[int]()
@@ -120,7 +118,7 @@ def _all_tensors(roots: dict[str, Any] | nn.Module | Any) -> Iterator[tuple[str,
         seen.add(id(value))
         if isinstance(value, nn.Module):
             inner = contents(value) | value._parameters | value._buffers | value._modules
-        elif type(value) in _CONTAINERS or isinstance(value, tuple) or _is_object(value):
+        elif isinstance(value, _WITH_PLACES) or _is_object(value):
             inner = contents(value)
         else:
             continue
@@ -133,6 +131,15 @@ class Root:
 
 
 _ROOT = "Root.value"
+
+
+def is_holder(value: Any) -> bool:
+    """Whether a tensor can be stored in it, or in what it leads to."""
+    if type(value) in PLAIN:
+        return False
+    if isinstance(value, tuple):
+        return any(map(is_holder, value))
+    return isinstance(value, (*_CONTAINERS, nn.Module)) or _is_object(value)
 
 
 def _is_object(value: Any) -> bool:
@@ -154,4 +161,4 @@ def _slots(kind: type) -> list[str]:
 
 
 def named(holder: Any, name: Any) -> str:
-    return f"[{name!r}]" if type(holder) in _CONTAINERS or isinstance(holder, tuple) else f".{name}"
+    return f"[{name!r}]" if isinstance(holder, _WITH_PLACES) else f".{name}"

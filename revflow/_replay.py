@@ -168,12 +168,14 @@ class Replay:
             attributes = Attributes(self._foreign)
             for buffer in self.buffers:
                 buffer.take()
+            frozen = [(p, p._version) for p in self.parameters if not p.requires_grad]
             draws.begin(self, self._device)
             with self._care(self._surroundings):
                 result = self._called(function, *arguments)
             for buffer in self.buffers:
                 buffer.keep_if_changed()
             attributes.keep_changes()
+            _refuse_moved(frozen)
             self._attributes = attributes if attributes.matter else None
         finally:
             _thread.evaluating = outer
@@ -286,6 +288,16 @@ def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
         for buffer in buffers:
             buffer.give_back()
         restore_random_states(states, device)
+
+
+def _refuse_moved(frozen: Sequence[tuple[Tensor, int]]) -> None:
+    """A codebook that follows the data, say: it would move twice, and the second evaluation would see another one."""
+    for parameter, version in frozen:
+        if parameter._version != version:
+            raise RuntimeError(
+                f"it changes a frozen parameter of shape {tuple(parameter.shape)} in place, so the second evaluation would start "
+                f"from other values: make it a buffer, by register_buffer"
+            )
 
 
 def _refuse_sharded(module: nn.Module) -> None:

@@ -1,10 +1,11 @@
 """State that an evaluation leaves in objects: in the context it is refused; in a module's attributes it moves once per step."""
 
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import revflow
@@ -39,7 +40,24 @@ class Storing(Body):
         return out
 
 
+class Output(OrderedDict):
+    """As transformers' ModelOutput."""
+
+
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("filled", torch.zeros(6, 4, dtype=torch.float64))
+
+
 CONTEXTS = {
+    "a subclass of a dictionary": (Output, lambda c, t: c.update(key=t), r"cache\['key'\]"),
+    "a module": (Table, lambda c, t: c.filled.copy_(t.detach()), r"cache\.filled"),
+    "the 81st of many layers": (
+        lambda: [Layer() for _ in range(100)],
+        lambda c, t: setattr(c[80], "keys", t),
+        r"cache\[80\]\.keys",
+    ),
     "objects in a list": (Cache, lambda c, t: setattr(c.layers[0], "keys", t), r"cache\.layers\[0\]\.keys"),
     "slots": (Slots, lambda c, t: c.found.append(t), r"cache\.found\[0\]"),
     "the caller's list": (list, lambda c, t: c.append(t), r"cache\[0\]"),
@@ -205,3 +223,20 @@ def test_an_average_within_a_checkpoint_is_that_of_the_run_that_is_recomputed(of
     else:
         loss_of = through_time()
         assert_right(recurrence(Average), lambda net: checkpoint(loss_of, net, use_reentrant=False), steps=2)
+
+
+def test_a_frozen_parameter_that_moves_is_refused_with_its_remedy():
+    """A codebook that follows the data."""
+
+    class Codebook(Body):
+        def __init__(self):
+            super().__init__()
+            self.codes = nn.Parameter(torch.ones(4), requires_grad=False)
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.codes.lerp_(x.mean(0), 0.1)
+            return super().forward(x) * self.codes.clone()
+
+    with pytest.raises(RuntimeError, match=r"block 0 .*frozen parameter of shape \(4,\) in place.*register_buffer"):
+        chain(Codebook)(frames())

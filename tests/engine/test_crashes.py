@@ -129,6 +129,8 @@ class Attending(nn.Module):
         else:
             make = nn.TransformerDecoderLayer if kind == "decoder" else nn.TransformerEncoderLayer
             self.layer = make(4, 2, 8, batch_first=True, dropout=0.0, norm_first=kind == "encoder, norm first")
+            if kind == "stack":
+                self.layer = nn.TransformerEncoder(self.layer, 2)
 
     def forward(self, x, mask):
         if isinstance(self.layer, nn.MultiheadAttention):
@@ -138,7 +140,7 @@ class Attending(nn.Module):
         return self.layer(x, src_key_padding_mask=mask)
 
 
-@pytest.mark.parametrize("layer", ["attention", "decoder", "encoder", "encoder, norm first"])
+@pytest.mark.parametrize("layer", ["attention", "decoder", "encoder", "encoder, norm first", "stack"])
 @pytest.mark.parametrize("make", [two, lambda make: chain(make, coupling=Own), lambda make: chain(make, chunks=2)])
 @pytest.mark.parametrize("after", [False, True])
 def test_padding_masks_in_eval_mode(layer, make, after):

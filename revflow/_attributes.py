@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from revflow._holders import (
+from revflow._holders import (  # fmt: skip
     ABSENT,
     INTERNAL,
     Contents,
     all_tensors,
     contents,
     holders_in,
+    is_container,
     is_holder,
     named,
+    put,
     refill,
     tensors_in,
-)  # fmt: skip
+)
 
 _SWITCHES = (bool, str, type(None), Enum)
+
+
+Held = tuple[Callable[[Any, Contents], None], Any, Contents]
+"""How to give a holder its contents back."""
 
 
 class Changed(NamedTuple):
@@ -53,7 +59,7 @@ class Attributes:
         ]
         self._changed: list[Changed] = []
         self._moved: list[tuple[Contents, Any]] = []
-        self._switches: list[tuple[dict[str, Any], Contents]] = []
+        self._switches: list[tuple[Any, Contents]] = []
 
     def keep_changes(self) -> None:
         """The first evaluation is done. Refuses tensors that it has changed in place."""
@@ -71,28 +77,26 @@ class Attributes:
         for module in self._bare:
             if len(module.__dict__) > len(INTERNAL) and _tensors_differ({}, contents(module)):
                 self._changed.append(Changed(type(module).__name__, module, {}))
+        self._switches = [(h, found) for _, h, _ in self._held if (found := _switches_of(h))]
         self._held, self._versions = [], []
-        for module in self._modules:
-            own = module.__dict__
-            if len(own) <= len(INTERNAL):
-                continue
-            switches = {n: own[n] for n in own.keys() - INTERNAL if isinstance(own[n], _SWITCHES)}
-            if switches:
-                self._switches.append((own, switches))
 
-    def lend(self) -> list[tuple[Any, Contents]]:
+    def lend(self) -> list[Held]:
         """Put everything as the first evaluation saw it; returns what `give_back` needs.
 
-        Switches (booleans, strings, None) are as they were when it ended: an initialisation is not repeated.
+        Switches (booleans, strings, None, and lists of them) are as they were when it ended: an initialisation is not repeated.
         """
-        held: list[tuple[Any, Contents]] = []
-        for own, switches in self._switches:
-            now = {name: own.get(name, ABSENT) for name in switches}
-            if now != switches:
-                held.append((own, {**own}))
-                own.update(switches)
+        held: list[Held] = []
+        for holder, switches in self._switches:
+            now = contents(holder)
+            if is_container(holder):
+                if now != switches:
+                    held.append((refill, holder, now))
+                    refill(holder, switches)
+            elif any(_is_switched(now.get(name, ABSENT), value) for name, value in switches.items()):
+                held.append((put, holder, {name: now[name] for name in now.keys() & switches.keys()}))
+                put(holder, switches)
         for _, holder, before in self._changed:
-            held.append((holder, contents(holder)))
+            held.append((refill, holder, contents(holder)))
             refill(holder, before)
         return held
 
@@ -132,9 +136,9 @@ class Attributes:
         return bool(self._changed or self._switches)
 
 
-def give_back(held: list[tuple[Any, Contents]]) -> None:
-    for holder, now in reversed(held):
-        refill(holder, now)
+def give_back(held: list[Held]) -> None:
+    for fill, holder, now in reversed(held):
+        fill(holder, now)
 
 
 STATE_IN_CONTEXT = (
@@ -177,6 +181,18 @@ def _with_versions(context: dict[str, Any]) -> dict[str, tuple[Tensor, int]]:
         for name, value in context.items()
         for place, tensor in all_tensors({name: value})
     }
+
+
+def _switches_of(holder: Any) -> Contents:
+    """What in it may choose between ways of computing."""
+    now = contents(holder)
+    if is_container(holder):
+        return now if now and all(isinstance(value, _SWITCHES) for value in now.values()) else {}
+    return {n: v for n, v in now.items() if isinstance(v, _SWITCHES) or (is_container(v) and _switches_of(v))}
+
+
+def _is_switched(now: Any, then: Any) -> bool:
+    return now is not then and (is_container(then) or now != then)
 
 
 def _tensors_differ(before: Contents, after: Contents) -> bool:

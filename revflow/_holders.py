@@ -64,6 +64,16 @@ def refill(holder: Any, held: Contents) -> None:
             object.__setattr__(holder, name, value)
 
 
+def put(holder: Any, values: Contents) -> None:
+    """Give an object these attributes, among others."""
+    for name, value in values.items():
+        object.__setattr__(holder, name, value)
+
+
+def is_container(value: Any) -> bool:
+    return isinstance(value, _CONTAINERS)
+
+
 def holders_in(roots: Iterable[Any]) -> list[tuple[str, Any]]:
     """The roots, and whatever they lead to, each with its place."""
     found: list[tuple[str, Any]] = [(type(root).__name__, root) for root in roots]

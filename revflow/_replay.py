@@ -68,7 +68,7 @@ class Replay:
     """One evaluation of `module` on `device`, to be repeated: `first` once, then `again` any number of times."""
 
     __slots__ = (
-        "_attributes", "_count", "_device", "_foreign", "_moved", "_slots", "_surroundings", "autocast",
+        "_attributes", "_count", "_device", "_foreign", "_hooked", "_moved", "_slots", "_surroundings", "autocast",
         "buffers", "escaped", "is_known", "modes", "modules", "parameters", "random", "renormalised",
     )  # fmt: skip
 
@@ -87,6 +87,8 @@ class Replay:
         self.buffers: list[Buffer] = []
         """Those that an evaluation may change."""
         self._moved: list[Buffer] = []
+        self._hooked: list[Tensor] = []
+        """Parameters on which the first evaluation has registered hooks: those of the second one would be too many."""
         self._count = 0
         self._foreign: list[nn.Module] = []
         self.renormalised: list[Tensor] = []
@@ -169,6 +171,7 @@ class Replay:
             for buffer in self.buffers:
                 buffer.take()
             frozen = [(p, p._version) for p in self.parameters if not p.requires_grad]
+            hooks = [_hooks_of(p) for p in self.parameters]
             draws.begin(self, self._device)
             with self._care(self._surroundings):
                 result = self._called(function, *arguments)
@@ -176,6 +179,7 @@ class Replay:
                 buffer.keep_if_changed()
             attributes.keep_changes()
             _refuse_moved(frozen)
+            self._hooked = [p for p, before in zip(self.parameters, hooks, strict=True) if _hooks_of(p) > before]
             self._attributes = attributes if attributes.matter else None
         finally:
             _thread.evaluating = outer
@@ -208,6 +212,7 @@ class Replay:
         """The same, where the module has to be changed for the time of the evaluation."""
         random = None if self.random is None else random_states(self._device)
         attributes = [] if self._attributes is None else self._attributes.lend()
+        hooks = [_hooks_of(p) for p in self._hooked]
         try:
             if lent.modes != self.modes:
                 self._set_modes(self.modes)
@@ -225,6 +230,9 @@ class Replay:
             self.escaped = [place for buffer in self.buffers if (place := buffer.give_back())]
             for slots, name, parameter, _ in lent.slots:
                 slots[name] = parameter
+            for parameter, before in zip(self._hooked, hooks, strict=True):
+                for number in _hooks_of(parameter) - before:
+                    del parameter._backward_hooks[number]  # type: ignore[union-attr]
             if lent.modes != self.modes:
                 self._set_modes(lent.modes)
             if self._attributes is not None:
@@ -288,6 +296,10 @@ def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
         for buffer in buffers:
             buffer.give_back()
         restore_random_states(states, device)
+
+
+def _hooks_of(parameter: Tensor) -> frozenset[int]:
+    return frozenset(parameter._backward_hooks or ())
 
 
 def _refuse_moved(frozen: Sequence[tuple[Tensor, int]]) -> None:

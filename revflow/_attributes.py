@@ -130,6 +130,11 @@ class Attributes:
             if tensor.requires_grad
         ]
 
+    def switches(self) -> tuple[object, ...]:
+        """Their values when the first evaluation ended, as something that can be compared."""
+        values = [value for _, switches in self._switches for value in switches.values()]
+        return tuple([repr(value) if is_container(value) else value for value in values])
+
     @property
     def matter(self) -> bool:
         """Whether the second evaluation needs them."""

@@ -24,16 +24,33 @@ from revflow._slices import Sliced
 class Call(ABC):
     """The block at a chain's `position` (its name in the chain), passed once."""
 
-    __slots__ = ("before", "block_type", "parameters", "passage", "position", "replays", "samples")
+    __slots__ = (
+        "before",
+        "block_type",
+        "checked",
+        "foreign",
+        "parameters",
+        "passage",
+        "position",
+        "replays",
+        "samples",
+    )
 
     def __init__(self, passage: Passage, position: str, block: object, before: Any, replays: Sequence[Replay]) -> None:
         self.passage, self.position, self.block_type = passage, position, type(block).__name__
         self.before = before
         """The autograd node of the block before this one."""
         self.replays = replays
+        self.foreign = [replay for replay in replays if not replay.is_known]
+        """Evaluations of modules that may do more than return a result."""
         self.parameters: list[Tensor] = []
+        """As the modules hold them."""
+        self.checked = self.parameters
+        """The parameters, for autograd to save: it refuses those that were changed."""
         for replay in replays:
             self.parameters += replay.parameters
+        if any([replay.renormalised for replay in self.foreign]):
+            self.checked = [p for replay in replays for p in replay.checked]
         self.samples: Streams = ()
         """What the guard keeps of the block's input."""
 
@@ -41,21 +58,9 @@ class Call(ABC):
     def first(self, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
         """The block's output, and what to keep of this pass: anchors or residuals; `leaves` stand for the context's tensors."""
 
-    @property
-    def checked(self) -> list[Tensor]:
-        """The parameters, for autograd to save: it refuses those that were changed."""
-        for replay in self.replays:
-            if replay.renormalised:
-                return [p for replay in self.replays for p in replay.checked]
-        return self.parameters
-
     def moved(self) -> list[Tensor]:
         """Buffers and attributes that this pass has changed, as they were before, for autograd to save."""
-        moved: list[Tensor] = []
-        for replay in self.replays:
-            if replay.buffers or not replay.is_known:
-                moved += replay.moved()
-        return moved
+        return [value for replay in self.replays if replay.may_move for value in replay.moved()]
 
     def recall(self, moved: Sequence[Tensor]) -> None:
         """Bring them back."""
@@ -134,6 +139,8 @@ class Whole(Call):
     def __init__(self, passage: Passage, position: str, block: nn.Module, before: Any, streams: Streams) -> None:
         self._block, self._replay = block, Replay(block, streams[0].device)
         super().__init__(passage, position, block, before, (self._replay,))
+        if is_built_in(block):
+            self.foreign = []
         self._shapes = [s.shape for s in streams]
         self._strides = [s.stride() for s in streams]
 
@@ -159,7 +166,7 @@ class Whole(Call):
         now[:] = [s.detach() for s in streams]
         inputs = tuple(map(leaf, streams, self._strides, given.needs))
         del streams
-        followed = None if given.seen is None or is_built_in(self._block) else given.seen.follow("it", self._replay)
+        followed = None if given.seen is None else given.seen.follow(self._replay)
         entering, leaves = tuple(not_leaves(inputs)), not_leaves(given.leaves)
         with followed or nullcontext():
             again = self._evaluated(entering, leaves, given.own)
@@ -176,11 +183,11 @@ class Whole(Call):
 
     def _undone(self, outputs: Streams, given: Given) -> Streams:
         """The block's input."""
-        passage, undo = self.passage, torch.no_grad()(run_whole)
+        passage = self.passage
         backwards = passage._replace(inverse=not passage.inverse, log_det=False, extent=None)
         context, versions = passage.arguments.filled(given.leaves), versions_of(outputs)
         with self._replay.refusing_changes_of_parameters(f"the {self._undoing} of block {self.position}"):
-            streams = self._replay.again(given.own, undo, self._block, backwards, outputs, context)
+            streams = self._replay.values(given.own, run_whole, self._block, backwards, outputs, context)
         if versions_of(outputs) != versions:
             raise RuntimeError(f"block {self.position} ({self.block_type}): {self._undoing} {_IN_PLACE}")
         if [s.shape for s in streams] != self._shapes:

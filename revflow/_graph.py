@@ -120,7 +120,7 @@ def gradients(ends: Sequence[End], inputs: Streams, grads: Gradients) -> Gradien
     known = [(e, g) for e, g in zip(ends, grads, strict=True) if e is not None and g is not None]
     if not known or not wanted:
         return (None,) * len(inputs)
-    with_hooks = [t._backward_hooks for t in wanted if t._backward_hooks]
+    with_hooks = [hooks for t in wanted if (hooks := t._backward_hooks)]
     if with_hooks:
         _keep_quiet_in_rewinds(with_hooks)
         _thread.in_rewind = True

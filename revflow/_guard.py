@@ -8,7 +8,7 @@ from weakref import ref
 
 from torch import nn
 
-from revflow._escapes import Made
+from revflow._escapes import Made, Remembered, Remembering
 from revflow._replay import Replay
 
 Mode = Literal["warn", "raise", "off"]
@@ -26,6 +26,10 @@ _CLOSE_LOOKS = 2
 """Evaluations whose every intermediate result is followed."""
 
 
+_MOST_SWITCHES = 64
+"""States of a module's switches that are told apart: a name may change in every step."""
+
+
 class Guard:
     """What to do about an error: the part that lives as long as the sequence."""
 
@@ -35,6 +39,8 @@ class Guard:
         self.mode, self.exact = mode, exact
         self._looks: dict[str, Look] = {}
         self._warned = False
+        self._remembered = Remembered()
+        self._switches: dict[str, set[tuple[object, ...]]] = {}
 
     def __reduce__(self) -> tuple[type[Guard], tuple[Mode, bool]]:
         return Guard, (self.mode, self.exact)  # a copy looks at its own modules
@@ -48,14 +54,36 @@ class Guard:
                 f"{message} (This is said once for a sequence or recurrence.)", ReconstructionWarning, stacklevel=2
             )
 
-    def follow(self, position: str, replay: Replay) -> Made | None:
-        """Notes what an evaluation makes, if that is to be looked at closely."""
+    def choose(self, position: str, replay: Replay) -> bool:
+        """Before the first of its two evaluations: whether to follow closely what these make. Returns that."""
         # A hook that comes later may keep what the first looks found to be let go.
         position += f"/{sum([len(m._forward_hooks) + len(m._forward_pre_hooks) for m in replay.modules])} hooks"
-        if not self.looks(position, replay, _CLOSE_LOOKS) or any(map(_is_compiled, replay.modules)):
+        replay.place = position
+        replay.is_followed = self._follows(position, replay)
+        return replay.is_followed
+
+    def remember(self) -> Remembering:
+        """Notes what first evaluations make."""
+        return Remembering(self._remembered)
+
+    def follow(self, replay: Replay) -> Made | None:
+        """Notes what a second evaluation makes, if that is to be looked at closely."""
+        if not (self._is_switched(replay) or replay.is_followed):
             return None
-        self.has_looked(position, replay)
-        return Made()
+        self.has_looked(replay.place, replay)
+        return Made(self._remembered)
+
+    def _follows(self, position: str, replay: Replay) -> bool:
+        return self.looks(position, replay, _CLOSE_LOOKS) and not any(map(_is_compiled, replay.modules))
+
+    def _is_switched(self, replay: Replay) -> bool:
+        """Whether a switch among its modules' attributes (`keep_features = True`, say) stands as it never did before."""
+        switches = replay.switches()
+        seen = self._switches.setdefault(replay.place, set())
+        if not switches or switches in seen or len(seen) > _MOST_SWITCHES:
+            return False
+        seen.add(switches)
+        return not any(map(_is_compiled, replay.modules))
 
     def looks(self, position: str, replay: Replay, times: int) -> bool:
         """Whether to look closely at what is evaluated there: so many times, and after its modules or their modes changed."""

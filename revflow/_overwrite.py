@@ -106,14 +106,16 @@ class Overwrite(Replay):
         k, block = self.target, self._block
         inputs = [*map(leaf, now[:k] + now[k + 1 :], self._layout, given.needs[:k] + given.needs[k + 1 :])]
         wanted = (*inputs, *given.leaves, *given.own)
-        followed = None if given.seen is None or self.is_known else given.seen.follow(f"conditioner {k}", self)
-        others, leaves = inputs, given.leaves
-        if not self.is_known:
-            others, leaves = not_leaves(inputs), not_leaves(leaves)
-        with followed or nullcontext():
+        others, leaves, followed = inputs, given.leaves, None
+        if self.is_known:
             t = self._evaluated(passage, now[k], others, leaves, given.own)
-        if given.seen is not None and not self.is_known:
-            given.seen.graph("a conditioner", t, wanted, self._conditioner, passage.arguments)
+        else:
+            others, leaves = not_leaves(inputs), not_leaves(leaves)
+            followed = None if given.seen is None else given.seen.follow(self)
+            with followed or nullcontext():
+                t = self._evaluated(passage, now[k], others, leaves, given.own)
+            if given.seen is not None:
+                given.seen.graph("a conditioner", t, wanted, self._conditioner, passage.arguments)
         # The other streams are outputs too: so autograd adds the gradients that each gets on both ways, and in the same order
         # as without an engine.
         other_grads = grads[:k] + grads[k + 1 :]

@@ -236,7 +236,7 @@ def _described(value: object) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-NAMED = (RuntimeError, TypeError, ValueError, NotImplementedError)
+NAMED = (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, AssertionError)
 """Errors of a block that are raised again with its place and what it was given."""
 
 
@@ -257,6 +257,8 @@ _HINTS = {
     "does not require grad": _NO_GRAPH,
     "doesn't require gradient": _NO_GRAPH,
     "can't retain_grad": _NO_GRAPH,
+    "Expected gradient function to be set": _NO_GRAPH,
+    "'NoneType' object has no attribute 'register_hook'": _NO_GRAPH,
     "unexpected keyword argument": ". The keyword arguments of a sequence's call reach every conditioner: let its forward take "
     "**context",
 }

@@ -69,7 +69,7 @@ class Replay:
 
     __slots__ = (
         "_attributes", "_count", "_device", "_foreign", "_hooked", "_moved", "_slots", "_surroundings", "autocast",
-        "buffers", "escaped", "is_known", "modes", "modules", "parameters", "random", "renormalised",
+        "buffers", "escaped", "is_followed", "is_known", "modes", "modules", "parameters", "place", "random", "renormalised",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -80,6 +80,8 @@ class Replay:
         """The random states before the first evaluation, if it drew from them (`Draws`)."""
         self.escaped: list[str] = []
         """Attributes in which the last evaluation left tensors of its graph."""
+        self.place, self.is_followed = "", False
+        """For the guard: where this is, and whether to follow closely what the evaluations make."""
         self._device = device
         self.modules = [module]
         self.modes: list[bool] = []
@@ -101,32 +103,34 @@ class Replay:
         """Whether nothing but PyTorch's own layers runs, none of which draws random numbers or reads what it changes."""
 
     def _look_at_modules(self) -> None:
-        modules = self.modules
+        modules, modes, held, parameters = self.modules, self.modes, self._slots, self.parameters
         known = {*modules}
         positions: dict[int, int] = {}
         for m in modules:  # which grows on the way
-            self.modes.append(m.training)
-            is_known = type(m) in KNOWN and not (m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__)
+            own = m.__dict__
+            training: bool = own["training"]
+            modes.append(training)
+            is_known = type(m) in KNOWN and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
             if not is_known:
                 self._foreign.append(m)
                 _refuse_sharded(m)
                 if getattr(m, "max_norm", None) is not None:
                     self.renormalised += m._parameters.values()  # type: ignore[arg-type]
-            for child in m._modules.values():
+            for child in own["_modules"].values():
                 if child is not None and child not in known:
                     known.add(child)
                     modules.append(child)
-            slots: dict[str, Tensor | None] = m._parameters  # type: ignore[assignment]
+            slots: dict[str, Tensor | None] = own["_parameters"]
             for name, parameter in slots.items():
                 if parameter is not None:
                     position = positions.get(id(parameter))
                     if position is None:
                         if type(parameter) is UninitializedParameter:
                             raise RuntimeError(_LAZY.format(type(m).__name__))
-                        position = positions[id(parameter)] = len(self.parameters)
-                        self.parameters.append(parameter)
-                    self._slots.append((slots, name, position))
-            if m._buffers and (m.training or not is_known):
+                        position = positions[id(parameter)] = len(parameters)
+                        parameters.append(parameter)
+                    held.append((slots, name, position))
+            if own["_buffers"] and (training or not is_known):
                 self.buffers += buffers_of(m)
 
     def first(self, draws: Draws, function: Callable[..., T], *arguments: object) -> T:
@@ -139,6 +143,11 @@ class Replay:
             if self.is_known:
                 return self._called(function, *arguments)
             return self._first_of_foreign(draws, function, *arguments)
+
+    @property
+    def may_move(self) -> bool:
+        """Whether an evaluation may change something that the second one reads."""
+        return not self.is_known or bool(self.buffers)
 
     @property
     def checked(self) -> list[Tensor]:
@@ -187,28 +196,39 @@ class Replay:
 
     def again(self, parameters: Sequence[Tensor], function: Callable[..., T], *arguments: object) -> T:
         """Call `function` with gradients on, and `parameters` (in the order of `self.parameters`) in the module's slots."""
+        return self._repeat(True, parameters, function, *arguments)
+
+    def values(self, parameters: Sequence[Tensor], function: Callable[..., T], *arguments: object) -> T:
+        """The same without a graph."""
+        return self._repeat(False, parameters, function, *arguments)
+
+    def _repeat(self, graph: bool, parameters: Sequence[Tensor], function: Callable[..., T], *arguments: object) -> T:
         with alone:
             modes = [m.training for m in self.modules]
             held = [(slots, name, slots[name], i) for slots, name, i in self._slots if slots[name] is not parameters[i]]
             if not self.is_known or self.buffers or held or modes != self.modes:
                 lent = _Lent(modes, held)
                 with self._care(self._surroundings or surroundings()) if self._foreign else _NOTHING:
-                    return self._again(parameters, lent, function, *arguments)
-        return self._with_graph(function, *arguments)  # beside other threads: nothing is changed for its time
+                    return self._run_changed(graph, parameters, lent, function, *arguments)
+        return self._run(graph, function, *arguments)  # beside other threads: nothing is changed for its time
 
-    def _with_graph(self, function: Callable[..., T], *arguments: object) -> T:
+    def _run(self, graph: bool, function: Callable[..., T], *arguments: object) -> T:
         outer = getattr(_thread, "recomputing", False)
         _thread.recomputing = True
-        torch._C._set_grad_enabled(True)
+        if graph:
+            torch._C._set_grad_enabled(True)
         try:
             if not self.autocast and not torch._C._is_any_autocast_enabled():
                 return function(*arguments)
             return self._called(function, *arguments)
         finally:
-            torch._C._set_grad_enabled(False)
+            if graph:
+                torch._C._set_grad_enabled(False)
             _thread.recomputing = outer
 
-    def _again(self, parameters: Sequence[Tensor], lent: _Lent, function: Callable[..., T], *arguments: object) -> T:
+    def _run_changed(
+        self, graph: bool, parameters: Sequence[Tensor], lent: _Lent, function: Callable[..., T], *arguments: object
+    ) -> T:
         """The same, where the module has to be changed for the time of the evaluation."""
         random = None if self.random is None else random_states(self._device)
         attributes = [] if self._attributes is None else self._attributes.lend()
@@ -223,7 +243,7 @@ class Replay:
                 buffer.lend(copies)
             if self.random is not None:
                 restore_random_states(self.random, self._device)
-            return self._with_graph(function, *arguments)
+            return self._run(graph, function, *arguments)
         finally:
             if random is not None:
                 restore_random_states(random, self._device)
@@ -238,6 +258,10 @@ class Replay:
             if self._attributes is not None:
                 self.escaped += self._attributes.escaped()
                 give_back(attributes)
+
+    def switches(self) -> tuple[object, ...]:
+        """Their values when the first evaluation ended."""
+        return () if self._attributes is None else self._attributes.switches()
 
     def moved(self) -> list[Tensor]:
         """The values of those buffers and attributes that the first evaluation has changed, before it; taken out, for autograd to

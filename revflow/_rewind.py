@@ -211,12 +211,17 @@ class _Rewind(torch.autograd.Function):
         passage = call.passage
         leaves = passage.arguments.tensors
         streams = tensors[: len(tensors) - len(leaves) - len(call.parameters)]
+        witness = passage.tape.witness  # type: ignore[union-attr]
         first = call.first if passage.meter is None else partial(passage.meter.first, call)
-        outputs, kept = first(streams, leaves)
+        if witness is None or not call.foreign:
+            outputs, kept = first(streams, leaves)
+        else:
+            with witness.remember(call):
+                outputs, kept = first(streams, leaves)
         ctx.call = call
         samples: Streams = ()
-        if passage.tape.witness is not None and any(ctx.needs_input_grad):  # type: ignore[union-attr]
-            samples = passage.tape.witness.samples(call.rebuilt(streams))  # type: ignore[union-attr]
+        if witness is not None and any(ctx.needs_input_grad):
+            samples = witness.samples(call.rebuilt(streams))
         ctx.set_materialize_grads(False)
         # All that differs from run to run: where torch.utils.checkpoint runs a chain again, of the same run as the output.
         moved = call.moved()
@@ -245,8 +250,9 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     # An alias a place: a tensor may stand in the context twice, or be a parameter too.
     leaves = [*map(alias_of, saved[:begin])]
     own = own_of(call.parameters)
-    kept_end, moved_end = end + ctx.counts[0], end + sum(ctx.counts)
-    if moved_end > kept_end:
+    kept, moved = ctx.counts
+    kept_end, moved_end = end + kept, end + kept + moved
+    if moved:
         call.recall(saved[kept_end:moved_end])
     call.samples = saved[moved_end:]
     needs = ctx.needs_input_grad[1:]

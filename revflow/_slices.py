@@ -85,6 +85,7 @@ class Sliced(Overwrite):
         for i, (part, step) in enumerate(self._slices):
             piece = [s[part] for s in now]
             its_grads = [None if g is None else g[part] for g in grads]
+            step.place, step.is_followed = self.place, self.is_followed
             found = step.undo(passage, piece, its_grads, self._given(given, i))
             if not self.keeps_target:
                 x.put(part, piece[k])
@@ -121,7 +122,7 @@ class Sliced(Overwrite):
             f"dimension; got one of shape {tuple(leaf.shape)}"
         )
 
-    @torch.no_grad()  # on where the pass is measured, and off after `Replay.again`
+    @torch.no_grad()  # on where the pass is measured
     def _refuse_mixing(self, passage: Passage, now: list[Tensor], leaves: Sequence[Tensor]) -> None:
         """Refuse, the first time, a conditioner in which the samples of a batch see each other.
 
@@ -141,11 +142,12 @@ class Sliced(Overwrite):
         ]
         replay = Replay(self._conditioner, target.device)
         replay.random = random_states(target.device)
-        evaluate = torch.no_grad()(self._block.evaluate)
+        parameters, evaluate = replay.parameters, self._block.evaluate
 
         def evaluate_with(streams: list[Tensor], tensors: Sequence[Tensor]) -> Streams:
             filled = passage.arguments.filled(tensors)
-            return replay.again(replay.parameters, evaluate, self._conditioner, target, streams, filled)
+            with witness.guard.remember():  # the slices may find what a cache keeps of this look
+                return replay.values(parameters, evaluate, self._conditioner, target, streams, filled)
 
         attributes = Attributes(self._foreign)
         before, after = evaluate_with(others, context), evaluate_with(strangers, its_own)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from revflow._backward import Pass
+from revflow._graph import strange
 from revflow._guard import Guard
 from revflow._passage import Arguments, Context, Streams
 from revflow._random import Draws
@@ -50,14 +51,20 @@ class Cell:
         taken = [*chain(*given)]
         versions = [t._version for t in taken]
         reachable = step.arguments.watch(context)
-        state, memory = self.update.first(step.draws, self.module.update, *given, context)
+        # Hooks that it registers on its arguments belong to this evaluation alone.
+        aliases = Evaluated(*[tuple(strange(tensors)) for tensors in given])
+        state, memory = self.update.first(step.draws, self.module.update, *aliases, context)
+        _refuse_hooks(aliases)
         _check("update", "state", state, given.state)
         _check("update", "memory", memory, given.memory)
+        state, memory = _own(state, aliases, given), _own(memory, aliases, given)
         state, memory = step.settled(state), step.settled(memory)
         taken += state  # which mix is given
         versions += [t._version for t in state]
-        streams = self.mix.first(step.draws, self.module.mix, given.streams, state, context)
+        given, aliases = Evaluated(given.streams, state, ()), Evaluated(aliases.streams, tuple(strange(state)), ())
+        streams = self.mix.first(step.draws, self.module.mix, aliases.streams, aliases.state, context)
         _check("mix", "streams", streams, given.streams)
+        streams = _own(streams, aliases, given)
         if reachable is not None:
             reachable.refuse_changes(self.module)
         if [t._version for t in taken] != versions:
@@ -75,11 +82,11 @@ class Cell:
 
     def results(self, given: Evaluated, context: Context) -> tuple[Tensors, Tensors]:
         """The new state and memory; without a graph. As `update` returns them: what is rounded is kept, not computed again."""
-        return self.update.again(self.parameters, torch.no_grad()(self.module.update), *given, context)
+        return self.update.values(self.parameters, self.module.update, *given, context)
 
     def mixed(self, streams: Streams, state: Tensors, context: Context) -> Streams:
         """The output streams, of the new state; without a graph."""
-        return self.mix.again(self.parameters, torch.no_grad()(self.module.mix), streams, state, context)
+        return self.mix.values(self.parameters, self.module.mix, streams, state, context)
 
     def moved(self) -> list[Tensor]:
         return [*self.update.moved(), *self.mix.moved()]
@@ -93,6 +100,20 @@ class Cell:
                 f"a parameter of a {type(self.module).__name__} was modified by an inplace operation between the forward and "
                 f"the backward pass of its step: the step can no longer be rebuilt"
             )
+
+
+def _own(results: Tensors, aliases: Evaluated, given: Evaluated) -> Tensors:
+    """The results, in which what a cell returns as it was given is no alias."""
+    own = {id(alias): tensor for alias, tensor in zip(chain(*aliases), chain(*given), strict=True)}
+    return tuple([own.get(id(result), result) for result in results])
+
+
+def _refuse_hooks(given: Evaluated) -> None:
+    if any([tensor._backward_hooks for tensor in (*given.state, *given.memory)]):
+        raise RuntimeError(
+            "it registers a hook on a state or memory that it is given: the hook would not see the gradients that reach that "
+            "tensor from elsewhere. Register it on a tensor that the cell computes"
+        )
 
 
 def _check(method: str, what: str, new: object, old: Tensors) -> None:

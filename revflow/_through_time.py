@@ -100,7 +100,8 @@ class _Update(torch.autograd.Function):
         ctx.step, ctx.k, ctx.layout = step, k, [t.stride() for t in inputs]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[len(inputs) :])
-        return tuple(chain(*cell.first(step, given, context)))
+        with step.watch.remember(f"cell {k}", cell.update):
+            return tuple(chain(*cell.first(step, given, context)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
@@ -120,7 +121,7 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     own = [*map(alias_of, saved[begin:])]
     entering = not_leaves(inputs)
     context = step.arguments.filled(entering[len(ctx.layout) :])
-    followed = step.watch.follow(name, cell.update)
+    followed = step.watch.follow(cell.update)
     with followed or nullcontext():
         returned = cell.again(own, step, step.parted(entering, k), context)
     del entering, context

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,9 +82,15 @@ class Watch:
         if self._witness is not None:
             refuse_strangers(cell, outputs, inputs, module, arguments)
 
-    def follow(self, cell: str, replay: Replay) -> Made | None:
+    def remember(self, cell: str, replay: Replay) -> AbstractContextManager[Any, Any]:
+        """Notes what a cell's first evaluation makes, if that is to be looked at closely."""
+        if self._witness is None or not self._guard.choose(cell, replay):
+            return nullcontext()
+        return self._guard.remember()
+
+    def follow(self, replay: Replay) -> Made | None:
         """Notes what an evaluation makes, if that is to be looked at closely."""
-        return None if self._witness is None else self._guard.follow(cell, replay)
+        return self._guard.follow(replay)
 
     def escaped(self, cell: str, followed: Made | None, attributes: Sequence[str]) -> None:
         """What has left the cell by another way than its result."""

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,9 @@ _SAMPLES = 64
 
 _JUMP = 30.0
 """Drift grows little by little; an error so much larger than that of the blocks behind is a fault."""
+
+
+_NOTHING = nullcontext()
 
 
 def witness_of(guard: Guard) -> Witness | None:
@@ -94,9 +98,9 @@ class Seen:
         """Refuse what makes `outputs` depend on what the engine does not know of; `module` and `arguments` may lead to it."""
         refuse_strangers(f"{self._place}: {user}", outputs, inputs, module, arguments, remedy)
 
-    def follow(self, user: str, replay: Replay) -> Made | None:
+    def follow(self, replay: Replay) -> Made | None:
         """Notes what an evaluation makes, if that is to be looked at closely."""
-        return self._witness.guard.follow(f"{self.call.position}/{user}", replay)
+        return self._witness.guard.follow(replay)
 
     def escapes(self, followed: Made | None, replay: Replay) -> None:
         """Refuse what has left an evaluation by another way than its result; its graph is gone."""
@@ -129,6 +133,11 @@ class Witness:
             return tuple([torch.take(v, self._places(v)) for v in values])
         # Beside the sum the few values see what does not change it: a permutation.
         return tuple([e for v in values for e in (torch.take(v, self._places(v)), fingerprint(v))])
+
+    def remember(self, call: Call) -> AbstractContextManager[Any, Any]:
+        """Notes what a block's first evaluations make, if they are to be looked at closely."""
+        chosen = [self.guard.choose(f"{call.position}/{k}", replay) for k, replay in enumerate(call.foreign)]
+        return self.guard.remember() if any(chosen) else _NOTHING
 
     def begin(self, outputs: Streams) -> Evidence:
         """Begin a backward pass, at the chain's output."""

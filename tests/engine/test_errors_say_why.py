@@ -80,6 +80,22 @@ def test_a_gradient_in_a_cell():
     assert_right(recurrence(ForceWithGrad), through_time())
 
 
+@pytest.mark.parametrize("make", [chain, recurrence])
+@pytest.mark.parametrize("of_node", [False, True])
+def test_a_hook_on_a_node_in_a_conditioner(make, of_node):
+    class Hooking(Body):
+        def forward(self, x):
+            hidden = torch.tanh(self.first(x))
+            if of_node:
+                hidden.grad_fn.register_hook(lambda into, out: None)
+            else:
+                torch.autograd.graph.register_multi_grad_hook([hidden], lambda grads: None)
+            return self.last(hidden)
+
+    with pytest.raises(Exception, match=r"(block|cell) 0 .*register hooks only if the tensor requires a gradient"):
+        squared(frames())(make(Hooking)) if make is chain else through_time()(make(Hooking))
+
+
 def test_a_hook_on_a_tensor_in_a_conditioner():
     class Hooking(Body):
         careful = False

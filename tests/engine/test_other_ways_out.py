@@ -1,5 +1,7 @@
 """Results that leave a conditioner by another way than its return value: refused with the place, or without a graph no fault."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -124,6 +126,57 @@ def test_features_that_are_kept_outside_are_refused(kind):
     loss = net(frames()).sum()
     with pytest.raises(RuntimeError, match=r"block \d .*tensor of shape \(6, \d\) .*still held.*stream of its own"):
         loss.backward()
+
+
+class Switched(Body):
+    """Keeps what it computes once somebody asks for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.switch = False
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x))
+        if self.switch:
+            EVERYTHING.append(hidden)
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize("values", [(False, True), ("", "all"), (None, "all")], ids=str)
+@pytest.mark.parametrize("make", [lambda m: (chain(m), squared(frames())), lambda m: (recurrence(m), through_time())])
+def test_features_that_are_kept_from_the_fifth_step_on(make, values):
+    net, loss_of = make(Switched)
+    bodies = [m for m in net.modules() if isinstance(m, Switched)]
+    for step in range(5):
+        EVERYTHING.clear()
+        for body in bodies:
+            body.switch = values[step == 4]
+        loss = loss_of(net)
+        with pytest.raises(RuntimeError, match=r"still held") if step == 4 else nullcontext():
+            loss.backward()
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+def test_what_an_autograd_function_makes():
+    class Telling(Body):
+        def forward(self, x):
+            EVERYTHING.append(Doubled.apply(self.first(x)))
+            return self.last(torch.tanh(EVERYTHING[-1]))
+
+    for net, loss_of in ((chain(Telling), squared(frames())), (recurrence(Telling), through_time())):
+        EVERYTHING.clear()
+        loss = loss_of(net)
+        with pytest.raises(RuntimeError, match=r"\(by DoubledBackward\) that is still held"):
+            loss.backward()
 
 
 def test_features_without_a_graph_are_no_fault():

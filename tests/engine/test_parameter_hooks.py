@@ -8,7 +8,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import revflow
-from engine.against_plain import Body, Halved, assert_right, chain, frames, recurrence, squared, through_time
+from engine.against_plain import Body, Cell, Halved, assert_right, chain, frames, recurrence, squared, through_time
 
 
 def packed(t):
@@ -129,3 +129,54 @@ def test_a_hook_that_a_conditioner_registers_at_every_call(kind):
         "exact": lambda: chain(Scaling, exact=revflow.Grid(30)),
     }[kind]()
     assert_right(net, squared(x), [x])
+
+
+@pytest.mark.parametrize("states", ["kept", 2])
+@pytest.mark.parametrize("method", ["update", "mix"])
+def test_a_hook_that_a_cell_registers_on_its_streams(method, states):
+    class Hooking(Cell):
+        def update(self, streams, state, memory, context):
+            if method == "update":
+                double(*streams)
+            return super().update(streams, state, memory, context)
+
+        def mix(self, streams, state, context):
+            if method == "mix":
+                double(*streams)
+            return super().mix(streams, state, context)
+
+    def double(*tensors):
+        for tensor in tensors:
+            if tensor.requires_grad:
+                tensor.register_hook(lambda g: 2 * g)
+
+    torch.manual_seed(1)
+    net = revflow.ReversibleRecurrence([Hooking(Body()) for _ in range(2)], states=states).double()
+    assert_right(net, through_time(), steps=2)
+
+
+def doubled(tensors):
+    for tensor in tensors:
+        if tensor.requires_grad:
+            tensor.register_hook(lambda g: 2 * g)
+    return tensors
+
+
+def test_a_hook_that_a_cell_registers_on_its_new_state():
+    class Hooking(Cell):
+        def mix(self, streams, state, context):
+            return super().mix(streams, doubled(state), context)
+
+    torch.manual_seed(1)
+    net = revflow.ReversibleRecurrence([Hooking(Body()) for _ in range(2)]).double()
+    assert_right(net, through_time(), steps=2)
+
+
+def test_a_hook_that_a_cell_registers_on_its_old_state_is_refused():
+    class Hooking(Cell):
+        def update(self, streams, state, memory, context):
+            return super().update(streams, doubled(state), memory, context)
+
+    net = revflow.ReversibleRecurrence([Hooking(Body()) for _ in range(2)]).double()
+    with pytest.raises(RuntimeError, match=r"cell 0 .*registers a hook on a state.*on a tensor that the cell computes"):
+        through_time()(net)

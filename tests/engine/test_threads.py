@@ -103,3 +103,16 @@ def test_a_network_is_trained_while_a_copy_of_it_is_evaluated():
     in_threads(lambda: [gradients_of(net, inputs(1)) for _ in range(STEPS)], evaluate)
     for y in found:
         torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("states", ["kept", 2])
+def test_one_recurrence_is_trained_in_two_threads(states):
+    net = recurrence(Body, states)
+    twin, losses = copy.deepcopy(net), [through_time(steps=3), through_time(steps=4)]
+    for loss_of in losses * 3:
+        with revflow.ordinary_autograd():
+            loss = loss_of(twin)
+        loss.backward()
+    in_threads(*(lambda loss_of=loss_of: [loss_of(net).backward() for _ in range(3)] for loss_of in losses))
+    for found, expected in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-9)

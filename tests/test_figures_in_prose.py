@@ -30,7 +30,7 @@ QUOTED = [
     ),
     ("docs/exact.md", "gradients of 100 blocks are off by 5.2e-3", "drift-cpu.md", ["5.2e-03"]),
     ("docs/exact.md", "takes 4 to 6 % longer on the CPU", "exact-cpu.md", ["+4.2 %", "+6.1 %"]),
-    ("docs/exact.md", "and 6 to 8 % where they are gated", "exact-cpu.md", ["+5.6 %", "+7.9 %"]),
+    ("docs/exact.md", "and 6 to 8 % if gated", "exact-cpu.md", ["+5.6 %", "+7.9 %"]),
     (
         "docs/promises.md",
         "float32: 3e-6 untrained, 4e-3 after the demo",
@@ -68,12 +68,17 @@ QUOTED = [
         ],
     ),
     ("docs/crevnet.md", "every third time step (24 sequences", "memory-steps.md", ["7.10 | 0.37 | 24 |"]),
-    ("docs/scaling.md", "4.3 alone, 5.3 under DDP, 4.1 under FSDP", "scaling-memory-cpu.md", ["4.27", "5.28", "4.13"]),
-    ("docs/scaling.md", "7.2 minutes, with its batch of 1", "paper-step-cpu.md", ["time: 7.2 min"]),
+    (
+        "docs/scaling.md",
+        "4.3 in one process, 5.3 under DDP, 4.1 under FSDP",
+        "scaling-memory-cpu.md",
+        ["4.27", "5.28", "4.13"],
+    ),
+    ("docs/scaling.md", "7.2 minutes with a batch of 1", "paper-step-cpu.md", ["time: 7.2 min"]),
     ("docs/scaling.md", "`paper` has 446,340,532 parameters", "paper-step-cpu.md", ["parameters: 446,340,532"]),
     (
         "docs/data.md",
-        "677 frames a second are then read where it was 138, and 320 by one worker where it was 114",
+        "677 frames per second are then read instead of 138, and 320 by one worker instead of 114",
         "loading-cpu.md",
         [
             "| repacked | 61 | 0 | cold | 677 |",
@@ -155,7 +160,7 @@ def test_memory_of_a_device_among_several():
     copy = 4 * 446_340_532 / 2**30
     text = prose(ROOT / "docs/scaling.md")
     assert f"A copy of `paper`'s parameters is {copy:.2f} GiB" in text
-    _, rows = table("docs/scaling.md", "`paper`, beside the activations")
+    _, rows = table("docs/scaling.md", "`paper`, without activations")
     gib = [[re.sub(" GiB.*", "", cell) for cell in cells] for _, *cells in rows]
     assert gib == [
         [f"{4 * copy:.1f}", f"{5 * copy:.1f}", f"{5 * copy:.1f}"],
@@ -163,7 +168,7 @@ def test_memory_of_a_device_among_several():
         ["", *(f"{(2 + 4 / n) * copy:.1f}" for n in (8, 64))],
     ]
     spared = [f"{(2 - 4 / n) * copy:.1f}" for n in (8, 64)]
-    assert f"activations FSDP spares {spared[0]} to {spared[1]} GiB a device" in text
+    assert f"activations, FSDP saves {spared[0]} to {spared[1]} GiB per device" in text
 
 
 def test_steps_and_ranges_of_grids():

@@ -49,9 +49,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
 PAGES += [f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ["revflow", "models", "bench", "examples"]
 EXCEPTIONS = {  # shrinks only
-    "CONTRIBUTING.md",
     "CHANGELOG.md",
-    "examples/README.md",
     "docs/limits.md",
     "docs/training.md",
     *FOLDERS,

@@ -1,0 +1,121 @@
+"""The site's search finds the field's words: each query has its page among the first two results.
+
+The ranking is that of Material's search (lunr without stemming or length normalisation; every word is also a prefix), on the
+index that the build writes.
+"""
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+QUERIES = {
+    "gradient checkpointing": "which-when faq",
+    "activation checkpointing": "which-when",
+    "activation recomputation": "which-when index glossary",
+    "offloading": "which-when",
+    "FSDP": "distributed which-when",
+    "DDP": "distributed",
+    "multi-GPU": "distributed faq scaling",
+    "out of memory": "faq",
+    "nvidia-smi": "faq",
+    "BatchNorm": "faq",
+    "dropout": "faq",
+    "gradient accumulation": "faq",
+    "torch.compile": "faq limits",
+    "pretrained weights": "faq",
+    "double backward": "faq limits",
+    "odd number of channels": "faq",
+    "changed its input in place": "faq",
+    "cannot be differentiated twice": "faq limits",
+    "ReconstructionError": "faq api",
+    "LSTM": "recurrence faq",
+    "backpropagation through time": "recurrence",
+    "bf16": "exact faq",
+    "mixed precision": "exact faq",
+    "bit-identical gradients": "exact",
+    "numerical drift": "exact",
+    "RevNet": "blocks glossary",
+    "i-RevNet": "blocks glossary",
+    "NICE": "blocks glossary",
+    "RealNVP": "blocks glossary",
+    "normalizing flow": "blocks",
+    "log determinant": "blocks",
+    "invertible network": "index glossary",
+    "mixture of experts": "blocks",
+    "transformer": "get-started",
+    "ResNet": "get-started",
+    "Reformer": "get-started glossary",
+    "memory budget": "memory",
+    "largest batch": "memory",
+    "memcnn": "coming-from",
+    "revlib": "coming-from",
+    "custom coupling": "extending",
+    "Traffic4cast": "traffic4cast",
+    "ConvLSTM": "crevnet experiment",
+    "Moving MNIST": "moving-mnist",
+    "resume training": "training",
+    "learning curves": "figures",
+    "quickstart": "get-started",
+    "Hugging Face": "faq",
+    "reproducibility": "exact",
+    "U-Net baseline": "crevnet",
+    "cite": "citation",
+}
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    pytest.importorskip("mkdocs")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    site = tmp_path_factory.mktemp("site")
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(site)))
+    return Index(json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8")))
+
+
+class Index:
+    def __init__(self, stored):
+        self.separator = re.compile(stored["config"]["separator"])
+        boosts = {name: field["boost"] for name, field in stored["config"]["fields"].items()}
+        self.postings = defaultdict(list)  # of a token: section, times it occurs in a field, the field's boost
+        for section in stored["docs"]:
+            for field in ("title", "text"):
+                for token, times in Counter(self.tokens(section.get(field, ""))).items():
+                    boost = boosts[field] * section.get("boost", 1)
+                    self.postings[token].append((section["location"], times, boost))
+        self.sections = len(stored["docs"])
+
+    def tokens(self, text):
+        return [token.lower() for token in self.separator.split(re.sub(r"<[^>]+>", " ", text)) if token]
+
+    def pages(self, query):
+        """In the order of their best sections."""
+        terms = self.tokens(query)
+        scores, matched = defaultdict(float), defaultdict(set)
+        for token, postings in self.postings.items():
+            for term in filter(token.startswith, terms):
+                inverse_frequency = math.log(1 + abs((self.sections - len(postings) + 0.5) / (len(postings) + 0.5)))
+                for location, times, boost in postings:
+                    scores[location] += inverse_frequency * 2.2 * times / (1.2 + times) * boost
+                    matched[location].add(term)
+        for location in scores:
+            share = ("#" not in location) + len(matched[location]) / len(set(terms))
+            scores[location] *= 1 + share**2
+        ranked = sorted(scores, key=lambda location: -scores[location])
+        return [*dict.fromkeys(re.sub(r"\.html.*", "", location) for location in ranked)]
+
+
+def test_there_are_forty_queries_or_more():
+    assert len(QUERIES) >= 40
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_a_query_finds_its_page_first_or_second(index, query):
+    found = index.pages(query)[:2]
+    assert set(found) & set(QUERIES[query].split()), found

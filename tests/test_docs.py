@@ -50,7 +50,7 @@ def test_python_runs_and_prints_what_stands_below_it(page, capsys, monkeypatch, 
             assert found == wanted  # pages break long lines
         everything += printed
     if page == "README.md":
-        reversible, plain = map(float, re.findall(r"peak ([\d.]+)", everything))
+        reversible, plain = map(float, re.findall(r"([\d.]+) MiB", everything))
         assert reversible < plain / 10
 
 

@@ -110,6 +110,10 @@ def test_prose(place):
         assert not found, f"{len(found)} in {place}:\n" + "\n".join(found)
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
 def test_exceptions_exist():
     assert {*PAGES, *FOLDERS} >= EXCEPTIONS
 

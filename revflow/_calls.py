@@ -25,6 +25,7 @@ class Call(ABC):
     """The block at a chain's `position` (its name in the chain), passed once."""
 
     __slots__ = (
+        "_moving",
         "before",
         "block_type",
         "checked",
@@ -41,15 +42,21 @@ class Call(ABC):
         self.before = before
         """The autograd node of the block before this one."""
         self.replays = replays
-        self.foreign = [replay for replay in replays if not replay.is_known]
+        self.foreign: list[Replay] = []
         """Evaluations of modules that may do more than return a result."""
+        self._moving: list[Replay] = []
+        """Evaluations that may change a buffer or an attribute."""
         self.parameters: list[Tensor] = []
         """As the modules hold them."""
         self.checked = self.parameters
         """The parameters, for autograd to save: it refuses those that were changed."""
         for replay in replays:
             self.parameters += replay.parameters
-        if any([replay.renormalised for replay in self.foreign]):
+            if not replay.is_known:
+                self.foreign.append(replay)
+            if replay.buffers or not replay.is_known:
+                self._moving.append(replay)
+        if self.foreign and any([replay.renormalised for replay in self.foreign]):
             self.checked = [p for replay in replays for p in replay.checked]
         self.samples: Streams = ()
         """What the guard keeps of the block's input."""
@@ -60,11 +67,11 @@ class Call(ABC):
 
     def moved(self) -> list[Tensor]:
         """Buffers and attributes that this pass has changed, as they were before, for autograd to save."""
-        return [value for replay in self.replays if replay.may_move for value in replay.moved()]
+        return [value for replay in self._moving for value in replay.moved()] if self._moving else []
 
     def recall(self, moved: Sequence[Tensor]) -> None:
         """Bring them back."""
-        for replay in self.replays:
+        for replay in self._moving:
             moved = replay.recall(moved)
 
     @abstractmethod

@@ -50,8 +50,6 @@ class Given(NamedTuple):
 class Overwrite(Replay):
     """One conditioner of a stepwise block, and the stream that it overwrites."""
 
-    __slots__ = ("_block", "_conditioner", "_grid", "_inverse", "_layout", "keeps", "keeps_target", "target")
-
     def __init__(self, block: Stepwise, passage: Passage, target: int, conditioner: nn.Module, device: torch.device):
         super().__init__(conditioner, device)
         self.target = target

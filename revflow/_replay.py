@@ -67,36 +67,33 @@ class _Lent(NamedTuple):
 class Replay:
     """One evaluation of `module` on `device`, to be repeated: `first` once, then `again` any number of times."""
 
-    __slots__ = (
-        "_attributes", "_count", "_device", "_foreign", "_hooked", "_moved", "_slots", "_surroundings", "autocast",
-        "buffers", "escaped", "is_followed", "is_known", "modes", "modules", "parameters", "place", "random", "renormalised",
-    )  # fmt: skip
+    # Most modules need none of these: as attributes of the class they cost a block nothing.
+    random: list[Tensor] | None = None
+    """The random states before the first evaluation, if it drew from them (`Draws`)."""
+    escaped: Sequence[str] = ()
+    """Attributes in which the last evaluation left tensors of its graph."""
+    place, is_followed = "", False
+    """For the guard: where this is, and whether to follow closely what the evaluations make."""
+    renormalised: Sequence[Tensor] = ()
+    """Tables that embeddings with max_norm scale down whenever they are evaluated."""
+    _moved: Sequence[Buffer] = ()
+    _hooked: Sequence[Tensor] = ()
+    """Parameters on which the first evaluation has registered hooks: those of the second one would be too many."""
+    _count = 0
+    _attributes: Attributes | None = None
+    _surroundings: Surroundings | None = None
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.autocast: AutocastState = autocast_state(device)
         self.parameters: list[Tensor] = []
         """The distinct parameters that the module held, functional_call's substitutes included."""
-        self.random: list[Tensor] | None = None
-        """The random states before the first evaluation, if it drew from them (`Draws`)."""
-        self.escaped: list[str] = []
-        """Attributes in which the last evaluation left tensors of its graph."""
-        self.place, self.is_followed = "", False
-        """For the guard: where this is, and whether to follow closely what the evaluations make."""
         self._device = device
         self.modules = [module]
         self.modes: list[bool] = []
         self._slots: list[tuple[dict[str, Tensor | None], str, int]] = []
         self.buffers: list[Buffer] = []
         """Those that an evaluation may change."""
-        self._moved: list[Buffer] = []
-        self._hooked: list[Tensor] = []
-        """Parameters on which the first evaluation has registered hooks: those of the second one would be too many."""
-        self._count = 0
         self._foreign: list[nn.Module] = []
-        self.renormalised: list[Tensor] = []
-        """Tables that embeddings with max_norm scale down whenever they are evaluated."""
-        self._attributes: Attributes | None = None
-        self._surroundings: Surroundings | None = None
         with alone:  # another thread may have put other parameters in the slots for a time
             self._look_at_modules()
         self.is_known = not (self._foreign or has_global_hook())
@@ -115,7 +112,7 @@ class Replay:
                 self._foreign.append(m)
                 _refuse_sharded(m)
                 if getattr(m, "max_norm", None) is not None:
-                    self.renormalised += m._parameters.values()  # type: ignore[arg-type]
+                    self.renormalised = [*self.renormalised, *m._parameters.values()]  # type: ignore[list-item]
             for child in own["_modules"].values():
                 if child is not None and child not in known:
                     known.add(child)
@@ -143,11 +140,6 @@ class Replay:
             if self.is_known:
                 return self._called(function, *arguments)
             return self._first_of_foreign(draws, function, *arguments)
-
-    @property
-    def may_move(self) -> bool:
-        """Whether an evaluation may change something that the second one reads."""
-        return not self.is_known or bool(self.buffers)
 
     @property
     def checked(self) -> list[Tensor]:

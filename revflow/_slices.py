@@ -27,8 +27,6 @@ _MIXING = 1e-3
 class Sliced(Overwrite):
     """As its base class, in slices."""
 
-    __slots__ = ("_key", "_size", "_slices")
-
     def __init__(
         self, block: Stepwise, passage: Passage, key: str, target: int, conditioner: nn.Module, streams: Streams
     ) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 States = Literal["kept", "bfloat16", "offloaded"] | int
+"""How a recurrence keeps its states: the type of `ReversibleRecurrence`'s `states`."""
 Tensors = tuple[Tensor, ...]
 
 _thread = threading.local()

@@ -1,10 +1,10 @@
 """revflow: train deep networks without storing their activations."""
 
-from revflow._guard import ReconstructionError as ReconstructionError
-from revflow._guard import ReconstructionWarning as ReconstructionWarning
-from revflow._mode import ordinary_autograd as ordinary_autograd
-from revflow._replay import is_recomputing as is_recomputing
-from revflow._states import States as States
+from revflow._guard.policy import ReconstructionError as ReconstructionError
+from revflow._guard.policy import ReconstructionWarning as ReconstructionWarning
+from revflow._replay.mode import ordinary_autograd as ordinary_autograd
+from revflow._replay.replay import is_recomputing as is_recomputing
+from revflow._through_time.states import States as States
 from revflow._version import __version__ as __version__
 from revflow.bijection import Bijection as Bijection
 from revflow.bijection import PixelUnshuffle as PixelUnshuffle

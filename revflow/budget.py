@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from revflow._chain import Chain, Result
+    from revflow._rewind.chain import Chain, Result
 
 _log = logging.getLogger(__name__)
 

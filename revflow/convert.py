@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revflow._guard import Mode
+from revflow._guard.policy import Mode
 from revflow.budget import MemoryBudget, Plan
 from revflow.coupling import AdditiveCoupling
 from revflow.exact import Grid

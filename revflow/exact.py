@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from revflow._torch import unwrapped
+from revflow._base.torch_private import unwrapped
 
 _ESCAPE = -128
 """The code of a value that is kept as it is."""

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from revflow import _through_time
-from revflow._guard import Guard, Mode
-from revflow._mode import engine_applies, refuse_replica
-from revflow._passage import Streams
-from revflow._states import States, keeping
-from revflow._torch import allow_recompilations
+from revflow._base.torch_private import allow_recompilations
+from revflow._guard.policy import Guard, Mode
+from revflow._replay.mode import engine_applies, refuse_replica
+from revflow._rewind.passage import Streams
+from revflow._through_time.functions import run
+from revflow._through_time.states import States, keeping
 
 Tensors = tuple[Tensor, ...]
 
@@ -130,7 +130,7 @@ class ReversibleRecurrence(nn.ModuleList):
     def _rebuilt_step(
         self, streams: Streams, state: RecurrentState, context: dict[str, Any]
     ) -> tuple[Streams, RecurrentState]:
-        streams, results = _through_time.run(
+        streams, results = run(
             self._cells(), streams, state.cells, state.memories[-1], context, self._keeping, self._guard
         )
         return streams, RecurrentState(tuple(new for new, _ in results), tuple(left for _, left in results))

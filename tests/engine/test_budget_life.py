@@ -12,7 +12,7 @@ from torch import nn
 
 import revflow
 from engine.nets import Conditioner, additive, assert_same_gradients, conditioners, evaluations, image
-from revflow._chain import Chain
+from revflow._rewind.chain import Chain
 from revflow.budget import size
 
 HUGE = 2**40

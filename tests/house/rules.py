@@ -81,8 +81,8 @@ def wide_functions(source: Source) -> Iterator[str]:
 
 
 def private_torch(source: Source) -> Iterator[str]:
-    """Names of torch that may change with any release: `revflow/_torch.py` is the place for them."""
-    if source.name == "revflow/_torch.py":
+    """Names of torch that may change with any release: `revflow/_base/torch_private.py` is the place for them."""
+    if source.name == "revflow/_base/torch_private.py":
         return
     dotted = {".".join(_path(node)) for node in source.nodes if isinstance(node, ast.Attribute)}
     dotted |= {f"{module}.{name}" for module, name in source.imports}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from revflow._replay import Replay
+from revflow._replay.replay import Replay
 
 
 class Tolerance(NamedTuple):

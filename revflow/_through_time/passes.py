@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from revflow._watch import Found, judge
+from revflow._guard.steps import Found, judge
 
 if TYPE_CHECKING:
-    from revflow._guard import Guard
-    from revflow._states import Unpacked
-    from revflow._steps import Evaluated, Step
+    from revflow._guard.policy import Guard
+    from revflow._through_time.states import Unpacked
+    from revflow._through_time.steps import Evaluated, Step
 
 
 class Pass:

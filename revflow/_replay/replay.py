@@ -4,11 +4,11 @@ The first evaluation runs in the forward pass without a graph; the second one, i
 Between the two a training loop may draw random numbers, leave an autocast context, switch to eval mode or move
 BatchNorm's statistics. A `Replay` remembers, for one evaluation:
 
-- the random state of the CPU and of the streams' device, kept only if something was drawn (`_random`);
-- autocast, the default dtype and the kernels for attention (`_surroundings`);
+- the random state of the CPU and of the streams' device, kept only if something was drawn (`random_states`);
+- autocast, the default dtype and the kernels for attention (`surroundings`);
 - the train/eval mode of every submodule;
-- the buffers that the evaluation changed (spectral norm's vectors, say), as they were before it (`_buffers`);
-- tensors in attributes that it changed, as they were before it, and switches such as an adapter's (`_attributes`).
+- the buffers that the evaluation changed (spectral norm's vectors, say), as they were before it (`buffers`);
+- tensors in attributes that it changed, as they were before it, and switches such as an adapter's (`attributes`).
 
 The second evaluation leaves all of these as it found them: BatchNorm's running statistics move once. Parameters come
 from the caller, so that `functional_call`'s are seen.
@@ -31,11 +31,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from revflow._attributes import Attributes, give_back
-from revflow._buffers import Buffer, buffers_of
-from revflow._random import Draws, alone, random_states, restore_random_states
-from revflow._surroundings import AutocastState, Surroundings, Within, autocast, autocast_state, surroundings
-from revflow._torch import caches_parametrizations, has_global_hook, unchanged_versions
+from revflow._base.torch_private import caches_parametrizations, has_global_hook, unchanged_versions
+from revflow._replay.attributes import Attributes, give_back
+from revflow._replay.buffers import Buffer, buffers_of
+from revflow._replay.random_states import Draws, alone, random_states, restore_random_states
+from revflow._replay.surroundings import AutocastState, Surroundings, Within, autocast, autocast_state, surroundings
 
 T = TypeVar("T")
 

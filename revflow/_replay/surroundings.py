@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.backends import cuda, mha
 
-from revflow._torch import parametrization_cache, set_parametrization_cache
+from revflow._base.torch_private import parametrization_cache, set_parametrization_cache
 
 AutocastState = list[tuple[str, bool, torch.dtype]]
 

@@ -11,8 +11,8 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from revflow._replay import is_evaluating, is_recomputing
-from revflow._torch import checkpointed_call, is_exporting
+from revflow._base.torch_private import checkpointed_call, is_exporting
+from revflow._replay.replay import is_evaluating, is_recomputing
 
 _thread = threading.local()
 

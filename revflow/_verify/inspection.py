@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revflow._attributes import STATE_IN_CONTEXT, Reachable
-from revflow._holders import contents, copied, refill
-from revflow._passage import Context, Stepwise, Streams
-from revflow._tolerance import Tolerance
+from revflow._guard.tolerance import Tolerance
+from revflow._replay.attributes import STATE_IN_CONTEXT, Reachable
+from revflow._replay.holders import contents, copied, refill
+from revflow._rewind.passage import Context, Stepwise, Streams
 from revflow.exact import Grid
 from revflow.sequence import ReversibleSequence
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from revflow._backward import Pass
-from revflow._graph import strange
-from revflow._guard import Guard
-from revflow._passage import Arguments, Context, Streams
-from revflow._random import Draws
-from revflow._replay import Replay
-from revflow._states import Kept, Like
-from revflow._watch import Watch
+from revflow._guard.policy import Guard
+from revflow._guard.steps import Watch
+from revflow._replay.random_states import Draws
+from revflow._replay.replay import Replay
+from revflow._rewind.graph import strange
+from revflow._rewind.passage import Arguments, Context, Streams
+from revflow._through_time.passes import Pass
+from revflow._through_time.states import Kept, Like
 
 if TYPE_CHECKING:
     from revflow.recurrence import RecurrentCell

@@ -1,7 +1,7 @@
 """What passes through a block: streams, context and gradients; and a block's pass under ordinary autograd.
 
 A stepwise block (a coupling) is taken apart into steps, one a conditioner; any other is known by `forward` and `inverse`
-alone. On a grid (exact arithmetic) the streams are rounded here as in the passes that are made to be undone (`_calls`).
+alone. On a grid (exact arithmetic) the streams are rounded here as in the passes that are made to be undone (`blocks`).
 
 Where the log-determinant is asked for, one value a sample follows a block's streams, and its gradient theirs.
 """
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revflow._attributes import Reachable, has_holders
-from revflow._random import Draws
+from revflow._replay.attributes import Reachable, has_holders
+from revflow._replay.random_states import Draws
 from revflow.exact import Extent, Grid, Residual
 
 if TYPE_CHECKING:
-    from revflow._meter import Meter
-    from revflow._rewind import Tape
+    from revflow._budget.meter import Meter
+    from revflow._rewind.functions import Tape
 
 S = TypeVar("S", list[Tensor], list[Tensor | None], tuple[bool, ...])
 Streams = tuple[Tensor, ...]

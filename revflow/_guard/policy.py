@@ -1,4 +1,4 @@
-"""The guard's policy: what to do about an error, and how often to look closely. `_witness` finds the errors."""
+"""The guard's policy: what to do about an error, and how often to look closely. `chains` and `steps` find the errors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from weakref import ref
 
 from torch import nn
 
-from revflow._escapes import Made, Remembered, Remembering
-from revflow._replay import Replay
+from revflow._guard.escapes import Made, Remembered, Remembering
+from revflow._replay.replay import Replay
 
 Mode = Literal["warn", "raise", "off"]
 

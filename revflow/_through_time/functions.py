@@ -1,6 +1,6 @@
 """The autograd Functions of a recurrence: what each time step keeps, and how its backward pass rebuilds the rest.
 
-A step keeps the streams that it was given (the anchor), and its results as `_states` says. Its backward pass first
+A step keeps the streams that it was given (the anchor), and its results as `states` says. Its backward pass first
 replays the mixes from the anchor, which gives the input of every cell; then each cell, from the last to the first, is
 evaluated once more, with a graph. So an update runs exactly twice a training step, a mix three times. Where the results of
 a step were not kept they are computed again, from the last ones that were: both run once more.
@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from revflow._backward import Pass, running
-from revflow._graph import alias_of, leaf, not_leaves
-from revflow._guard import Guard
-from revflow._mode import refuse_compiled_autograd
-from revflow._passage import NAMED, Context, Gradients, Streams, named
-from revflow._rewind import once
-from revflow._states import Kept, Unpacked
-from revflow._steps import Begin, Step, Tensors
+from revflow._guard.policy import Guard
+from revflow._replay.mode import refuse_compiled_autograd
+from revflow._rewind.functions import once
+from revflow._rewind.graph import alias_of, leaf, not_leaves
+from revflow._rewind.passage import NAMED, Context, Gradients, Streams, named
+from revflow._through_time.passes import Pass, running
+from revflow._through_time.states import Kept, Unpacked
+from revflow._through_time.steps import Begin, Step, Tensors
 
 if TYPE_CHECKING:
     from revflow.recurrence import RecurrentCell

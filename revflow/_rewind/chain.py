@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from revflow._meter import Meter
-from revflow._mode import is_transformed
-from revflow._passage import NAMED, Context, Passage, Streams, is_bound, named
-from revflow._rewind import end, hold, through
-from revflow._surroundings import autocast_state
+from revflow._budget.meter import Meter
+from revflow._replay.mode import is_transformed
+from revflow._replay.surroundings import autocast_state
+from revflow._rewind.functions import end, hold, through
+from revflow._rewind.passage import NAMED, Context, Passage, Streams, is_bound, named
 from revflow.budget import Table
 from revflow.exact import Extent, Grid
 

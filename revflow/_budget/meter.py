@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from revflow._calls import Call
-from revflow._mode import ordinary_autograd
-from revflow._passage import Streams
+from revflow._replay.mode import ordinary_autograd
+from revflow._rewind.blocks import Call
+from revflow._rewind.passage import Streams
 from revflow.budget import Cost
 
 

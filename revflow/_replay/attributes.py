@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from revflow._holders import (  # fmt: skip
+from revflow._replay.holders import (  # fmt: skip
     ABSENT,
     INTERNAL,
     Contents,

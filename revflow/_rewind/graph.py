@@ -13,8 +13,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from revflow._passage import Gradients, Streams
-from revflow._torch import holders
+from revflow._base.torch_private import holders
+from revflow._rewind.passage import Gradients, Streams
 
 _thread = threading.local()
 
@@ -44,7 +44,7 @@ _alias = torch.ops.aten.alias.default  # keeps strides
 
 
 def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """The tensor with these strides (rule 5 of _rewind)."""
+    """The tensor with these strides (rule 5 of `functions`)."""
     if tensor.stride() == strides or is_traceable_wrapper_subclass(tensor):
         return tensor
     laid = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)

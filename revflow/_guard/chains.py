@@ -29,14 +29,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from revflow._calls import Call
-from revflow._escapes import Made, refuse_escapes
-from revflow._guard import Guard
-from revflow._passage import Arguments, Streams
-from revflow._replay import Replay
-from revflow._strangers import refuse_strangers
-from revflow._tolerance import LOW_PRECISION, LOW_STREAMS, TOLERANCES, Tolerance, tolerance_of
-from revflow._torch import unwrapped
+from revflow._base.torch_private import unwrapped
+from revflow._guard.escapes import Made, refuse_escapes
+from revflow._guard.policy import Guard
+from revflow._guard.strangers import refuse_strangers
+from revflow._guard.tolerance import LOW_PRECISION, LOW_STREAMS, TOLERANCES, Tolerance, tolerance_of
+from revflow._replay.replay import Replay
+from revflow._rewind.blocks import Call
+from revflow._rewind.passage import Arguments, Streams
 from revflow.exact import fingerprint
 
 _DWARFED = 10.0

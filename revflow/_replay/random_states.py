@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from revflow._replay import Replay
+    from revflow._replay.replay import Replay
 
 alone = threading.RLock()
 """Held by an evaluation that may draw random numbers or change a module: two threads may train one network, or two networks

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from revflow._escapes import Made, refuse_escapes
-from revflow._guard import Guard
-from revflow._passage import Arguments
-from revflow._replay import Replay
-from revflow._strangers import refuse_strangers
-from revflow._tolerance import LOW_PRECISION, Tolerance, tolerance_of
-from revflow._witness import witness_of
+from revflow._guard.chains import witness_of
+from revflow._guard.escapes import Made, refuse_escapes
+from revflow._guard.policy import Guard
+from revflow._guard.strangers import refuse_strangers
+from revflow._guard.tolerance import LOW_PRECISION, Tolerance, tolerance_of
+from revflow._replay.replay import Replay
+from revflow._rewind.passage import Arguments
 
 if TYPE_CHECKING:
-    from revflow._backward import Pass
+    from revflow._through_time.passes import Pass
 
 Tensors = tuple[Tensor, ...]
 

@@ -32,11 +32,13 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from revflow._calls import Call, Coupled, Whole
-from revflow._graph import alias_of, laid_out
-from revflow._mode import refuse_compiled_autograd
-from revflow._overwrite import Given
-from revflow._passage import (
+from revflow._guard.chains import Evidence, Witness
+from revflow._replay.mode import refuse_compiled_autograd
+from revflow._replay.random_states import Draws
+from revflow._rewind.blocks import Call, Coupled, Whole
+from revflow._rewind.conditioner import Given
+from revflow._rewind.graph import alias_of, laid_out
+from revflow._rewind.passage import (
     Arguments,
     Context,
     Gradients,
@@ -49,8 +51,6 @@ from revflow._passage import (
     run_whole,
     versions_of,
 )
-from revflow._random import Draws
-from revflow._witness import Evidence, Witness
 
 
 class Tape:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revflow._graph import edges, gradients, is_ours, laid_out, leaf, not_leaves, strange
-from revflow._passage import (
+from revflow._replay.replay import Replay
+from revflow._rewind.graph import edges, gradients, is_ours, laid_out, leaf, not_leaves, strange
+from revflow._rewind.passage import (
     Gradients,
     Passage,
     Stepwise,
@@ -21,11 +22,10 @@ from revflow._passage import (
     mapped,
     versions_of,
 )
-from revflow._replay import Replay
 from revflow.exact import Residual
 
 if TYPE_CHECKING:
-    from revflow._witness import Seen
+    from revflow._guard.chains import Seen
 
 _RETURN = "Let a conditioner return it, as one more coefficient"
 

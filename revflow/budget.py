@@ -18,13 +18,10 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from revflow._rewind.chain import Chain, Result
 
 _log = logging.getLogger(__name__)
 
@@ -152,6 +149,24 @@ class Plan:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+Result = tuple[Any, Any]
+"""A chain's output, a tensor or a tuple of streams, and the log-determinant or None."""
+
+
+class Chain(Protocol):
+    """A call of a chain of blocks, as far as the budget knows it."""
+
+    @property
+    def kind(self) -> Hashable: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def run(self, first_kept: int | None = None, mark: Tensor | None = None) -> Result: ...
+
+    def measured(self, mark: Tensor | None = None) -> tuple[Result, Table]: ...
 
 
 class Budget:

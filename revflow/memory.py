@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from revflow._through_time.states import is_in_host_memory
+from revflow._base.host_memory import is_in_host_memory
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from revflow._base.stepwise import Stepwise
 from revflow._guard.policy import Guard, ReconstructionWarning
 from revflow._guard.tolerance import LOW_PRECISION, TOLERANCES, Tolerance, tf32
 from revflow._replay.holders import copied
 from revflow._replay.mode import ordinary_autograd
 from revflow._replay.replay import undisturbed
-from revflow._rewind.passage import Stepwise
 from revflow._verify.inspection import Inspection, Worst, named_blocks, seeded, sequences_in
 from revflow.memory import measure_memory
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from revflow._rewind.passage import Stepwise
+from revflow._base.stepwise import Stepwise
 
 Shapes = Mapping[str, Sequence[torch.Size]]
 """By a block's name, those of the streams that it makes."""

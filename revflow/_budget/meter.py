@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from revflow._base.streams import Streams
 from revflow._replay.mode import ordinary_autograd
-from revflow._rewind.blocks import Call
-from revflow._rewind.passage import Streams
 from revflow.budget import Cost
+
+
+class Block(Protocol):
+    """A block's pass, as far as the meter knows it."""
+
+    position: str
+    block_type: str
+    parameters: list[Tensor]
+    passage: Any
+
+    @property
+    def replays(self) -> Sequence[object]: ...
+
+    def first(self, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]: ...
 
 
 class Meter:
@@ -32,7 +46,7 @@ class Meter:
         self._counted: list[StorageWeakRef] = []
         """As long as these are there no other storage gets the address of one that is gone."""
 
-    def first(self, call: Call, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
+    def first(self, call: Block, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
         """As `call.first`."""
         known = self._given.keys() | _storages([*streams, *leaves, *call.parameters]).keys()
         self._saved, self._of_step, self._transients, self._gradients = {}, {}, [], []

@@ -23,20 +23,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from revflow._base.streams import Streams
 from revflow._base.torch_private import unwrapped
 from revflow._guard.escapes import Made, refuse_escapes
 from revflow._guard.policy import Guard
 from revflow._guard.strangers import refuse_strangers
 from revflow._guard.tolerance import LOW_PRECISION, LOW_STREAMS, TOLERANCES, Tolerance, tolerance_of
+from revflow._replay.arguments import Arguments
 from revflow._replay.replay import Replay
-from revflow._rewind.blocks import Call
-from revflow._rewind.passage import Arguments, Streams
 from revflow.exact import fingerprint
 
 _DWARFED = 10.0
@@ -61,10 +61,22 @@ def witness_of(guard: Guard) -> Witness | None:
     return None if guard.mode == "off" else Witness(guard)
 
 
+class Block(Protocol):
+    """A block's pass, as far as the guard knows it."""
+
+    position: str
+    block_type: str
+    foreign: list[Replay]
+    samples: Streams
+
+    @property
+    def replays(self) -> Sequence[Replay]: ...
+
+
 class Seen:
     """A block that was rewound: values from the forward pass, and the same values now."""
 
-    def __init__(self, witness: Witness, call: Call) -> None:
+    def __init__(self, witness: Witness, call: Block) -> None:
         self.call = call
         self.before: list[Tensor] = []
         self.again: list[Tensor] = []
@@ -134,7 +146,7 @@ class Witness:
         # Beside the sum the few values see what does not change it: a permutation.
         return tuple([e for v in values for e in (torch.take(v, self._places(v)), fingerprint(v))])
 
-    def remember(self, call: Call) -> AbstractContextManager[Any, Any]:
+    def remember(self, call: Block) -> AbstractContextManager[Any, Any]:
         """Notes what a block's first evaluations make, if they are to be looked at closely."""
         chosen = [self.guard.choose(f"{call.position}/{k}", replay) for k, replay in enumerate(call.foreign)]
         return self.guard.remember() if any(chosen) else _NOTHING
@@ -143,7 +155,7 @@ class Witness:
         """Begin a backward pass, at the chain's output."""
         return Evidence(_extremes(outputs), [])
 
-    def watch(self, evidence: Evidence, call: Call) -> Seen:
+    def watch(self, evidence: Evidence, call: Block) -> Seen:
         """A block that is about to be rewound."""
         seen = Seen(self, call)
         evidence.blocks.append(seen)

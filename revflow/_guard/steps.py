@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,8 @@ from revflow._guard.escapes import Made, refuse_escapes
 from revflow._guard.policy import Guard
 from revflow._guard.strangers import refuse_strangers
 from revflow._guard.tolerance import LOW_PRECISION, Tolerance, tolerance_of
+from revflow._replay.arguments import Arguments
 from revflow._replay.replay import Replay
-from revflow._rewind.passage import Arguments
-
-if TYPE_CHECKING:
-    from revflow._through_time.passes import Pass
 
 Tensors = tuple[Tensor, ...]
 
@@ -63,7 +60,13 @@ class Watch:
         self._leaving = leaving
 
     def look(
-        self, now: Pass, cell: str, replay: Replay, before: Tensors, again: Tensors, leaving: Tensors | None
+        self,
+        found: dict[Guard, list[Found]],
+        cell: str,
+        replay: Replay,
+        before: Tensors,
+        again: Tensors,
+        leaving: Tensors | None,
     ) -> None:
         """At the state and memory that a cell returned `before`, and `again` in its second evaluation, and at the streams that
         leave the step now, if this is the last cell."""
@@ -73,7 +76,7 @@ class Watch:
         if leaving is not None:
             first, second = first + self._leaving, second + self._witness.samples(leaving)
         tolerance = LOW_PRECISION if self._rounded else tolerance_of(again, (replay,))
-        now.found.setdefault(self._guard, []).append(Found(cell, first, second, tolerance))
+        found.setdefault(self._guard, []).append(Found(cell, first, second, tolerance))
 
     def graph(
         self, cell: str, outputs: Tensors, inputs: Sequence[Tensor], module: nn.Module, arguments: Arguments

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from revflow._base.streams import Streams
+from revflow._replay.arguments import Arguments
 from revflow._replay.holders import place_of
-from revflow._rewind.passage import Arguments, Streams
 
 _REGISTER = "Register it, or pass it by itself as a keyword argument of the call"
 

@@ -5,35 +5,38 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from revflow._replay.replay import Replay
 
 alone = threading.RLock()
 """Held by an evaluation that may draw random numbers or change a module: two threads may train one network, or two networks
 with one random generator."""
 
 
+class Drawing:
+    """An evaluation that may draw random numbers."""
+
+    random: list[Tensor] | None = None
+    """The random states before it, if it drew from them."""
+
+
 class Draws:
     """Which of a chain's first evaluations drew random numbers.
 
     The state before an evaluation is compared with the one before the next: so that one state is read for each. It stays
-    with the first of the two, in `Replay.random`, if they differ.
+    with the first of the two, in `Drawing.random`, if they differ.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[Replay, torch.device, list[Tensor]] | None = None
+        self._last: tuple[Drawing, torch.device, list[Tensor]] | None = None
 
-    def begin(self, replay: Replay, device: torch.device) -> None:
-        """The evaluation of `replay` is about to begin."""
+    def begin(self, drawing: Drawing, device: torch.device) -> None:
+        """The evaluation of `drawing` is about to begin."""
         states = random_states(device)
         if self._last is not None:
             self._settle(self._last, states)
-        self._last = replay, device, states
+        self._last = drawing, device, states
 
     def end(self) -> None:
         """All evaluations are done."""
@@ -43,15 +46,15 @@ class Draws:
             self._settle(self._last, states)
             self._last = None
 
-    def _settle(self, last: tuple[Replay, torch.device, list[Tensor]], states: list[Tensor]) -> None:
-        replay, _, before = last
+    def _settle(self, last: tuple[Drawing, torch.device, list[Tensor]], states: list[Tensor]) -> None:
+        drawing, _, before = last
         if len(before) != len(states):  # another device
-            replay.random = before
+            drawing.random = before
             return
         for a, b in zip(before, states, strict=True):
             # Compared in place and behind the dispatcher: fake-tensor modes and memory trackers must not see these tensors.
             if _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes):
-                replay.random = before
+                drawing.random = before
 
 
 def random_states(device: torch.device) -> list[Tensor]:

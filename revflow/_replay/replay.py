@@ -34,7 +34,7 @@ from torch.nn.parameter import UninitializedParameter
 from revflow._base.torch_private import caches_parametrizations, has_global_hook, unchanged_versions
 from revflow._replay.attributes import Attributes, give_back
 from revflow._replay.buffers import Buffer, buffers_of
-from revflow._replay.random_states import Draws, alone, random_states, restore_random_states
+from revflow._replay.random_states import Drawing, Draws, alone, random_states, restore_random_states
 from revflow._replay.surroundings import AutocastState, Surroundings, Within, autocast, autocast_state, surroundings
 
 T = TypeVar("T")
@@ -64,12 +64,10 @@ class _Lent(NamedTuple):
     slots: list[tuple[dict[str, Tensor | None], str, Tensor | None, int]]
 
 
-class Replay:
+class Replay(Drawing):
     """One evaluation of `module` on `device`, to be repeated: `first` once, then `again` any number of times."""
 
     # Most modules need none of these: as attributes of the class they cost a block nothing.
-    random: list[Tensor] | None = None
-    """The random states before the first evaluation, if it drew from them (`Draws`)."""
     escaped: Sequence[str] = ()
     """Attributes in which the last evaluation left tensors of its graph."""
     place, is_followed = "", False

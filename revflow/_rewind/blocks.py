@@ -14,20 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revflow._base.stepwise import Stepwise
+from revflow._base.streams import Gradients, Streams, rotate, versions_of
 from revflow._replay.replay import Replay
 from revflow._rewind.conditioner import Given, Overwrite
 from revflow._rewind.graph import edges, gradients, leaf, not_leaves, plus, strange
-from revflow._rewind.passage import (
-    Gradients,
-    Passage,
-    Stepwise,
-    Streams,
-    is_built_in,
-    rotate,
-    run_whole,
-    total,
-    versions_of,
-)
+from revflow._rewind.passage import Passage, is_built_in, run_whole, total
 from revflow._rewind.slices import Sliced
 
 

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Sequence
-from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from revflow._base.errors import NAMED, named
+from revflow._base.streams import Context, Streams
 from revflow._budget.meter import Meter
 from revflow._replay.mode import is_transformed
 from revflow._replay.surroundings import autocast_state
 from revflow._rewind.functions import end, hold, through
-from revflow._rewind.passage import NAMED, Context, Passage, Streams, is_bound, named
-from revflow.budget import Table
+from revflow._rewind.passage import Passage, is_bound
+from revflow.budget import Result, Table
 from revflow.exact import Extent, Grid
-
-Result = tuple[Any, Any]
-"""The output, a tensor or a tuple of streams, and the log-determinant or None."""
 
 
 class Chain:

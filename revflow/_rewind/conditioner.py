@@ -9,19 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from revflow._base.stepwise import Stepwise
+from revflow._base.streams import Gradients, Streams, versions_of
 from revflow._replay.replay import Replay
 from revflow._rewind.graph import edges, gradients, is_ours, laid_out, leaf, not_leaves, strange
-from revflow._rewind.passage import (
-    Gradients,
-    Passage,
-    Stepwise,
-    Streams,
-    changed,
-    is_built_in,
-    log_det_of,
-    mapped,
-    versions_of,
-)
+from revflow._rewind.passage import Passage, changed, is_built_in, log_det_of, mapped
 from revflow.exact import Residual
 
 if TYPE_CHECKING:

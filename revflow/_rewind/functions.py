@@ -32,46 +32,17 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from revflow._guard.chains import Evidence, Witness
+from revflow._base.stepwise import Stepwise
+from revflow._base.streams import Context, Gradients, Streams, as_streams, versions_of
+from revflow._guard.chains import Evidence
+from revflow._replay.arguments import Arguments
 from revflow._replay.mode import refuse_compiled_autograd
 from revflow._replay.random_states import Draws
 from revflow._rewind.blocks import Call, Coupled, Whole
 from revflow._rewind.conditioner import Given
 from revflow._rewind.graph import alias_of, laid_out
-from revflow._rewind.passage import (
-    Arguments,
-    Context,
-    Gradients,
-    Passage,
-    Stepwise,
-    Streams,
-    as_streams,
-    is_bound,
-    run_plainly,
-    run_whole,
-    versions_of,
-)
-
-
-class Tape:
-    """Hands the rebuilt streams from one block's rewind to the next."""
-
-    def __init__(self, witness: Witness | None) -> None:
-        self.witness = witness
-        self._entries: dict[int, tuple[list[Tensor], Evidence | None, Streams]] = {}
-
-    def leave(self, streams: list[Tensor], evidence: Evidence | None, output: Streams = ()) -> None:
-        """`output`, the chain's own, is held for the time of the first rewind so that it is not overwritten: where the user has
-        dropped it, a copy to the CPU may still be under way on another CUDA stream."""
-        self._entries[torch._C._current_graph_task_id()] = streams, evidence, output
-
-    def take(self) -> tuple[list[Tensor], Evidence | None, Streams] | None:
-        """None if a backward pass begins at this block."""
-        return self._entries.pop(torch._C._current_graph_task_id(), None)
-
-    def begin(self, streams: list[Tensor]) -> tuple[list[Tensor], Evidence | None, Streams]:
-        """What `take` returns after a chain's, or an observed block's, output has been put there."""
-        return streams, None if self.witness is None else self.witness.begin(tuple(streams)), ()
+from revflow._rewind.passage import Passage, is_bound, run_plainly, run_whole
+from revflow._rewind.tape import Tape
 
 
 class _Offer:

@@ -13,8 +13,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from revflow._base.streams import Gradients, Streams
 from revflow._base.torch_private import holders
-from revflow._rewind.passage import Gradients, Streams
 
 _thread = threading.local()
 

@@ -8,108 +8,19 @@ Where the log-determinant is asked for, one value a sample follows a block's str
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from revflow._replay.attributes import Reachable, has_holders
+from revflow._base.stepwise import Stepwise
+from revflow._base.streams import Context, Streams, as_streams, described, rotate
+from revflow._budget.meter import Meter
+from revflow._replay.arguments import Arguments
 from revflow._replay.random_states import Draws
+from revflow._rewind.tape import Tape
 from revflow.exact import Extent, Grid, Residual
-
-if TYPE_CHECKING:
-    from revflow._budget.meter import Meter
-    from revflow._rewind.functions import Tape
-
-S = TypeVar("S", list[Tensor], list[Tensor | None], tuple[bool, ...])
-Streams = tuple[Tensor, ...]
-Context = dict[str, Any]
-Gradients = Sequence[Tensor | None]
-
-
-class Stepwise(ABC):
-    """A block that the engine takes apart, so that each conditioner runs exactly twice a training step.
-
-    Forward: for each conditioner, its target stream is overwritten by `combine(target, *t)`, an elementwise map whose
-    coefficients t the conditioner computes from the other streams; then the streams are rotated to the left by `rotation`.
-    Inverse: rotated back, then the targets are overwritten by `separate(target, *t)`, in reverse order.
-    """
-
-    rotation: int
-    combine: Callable[..., Tensor]
-    separate: Callable[..., Tensor]
-    log_derivative: Callable[..., Tensor]
-    """(target, *t) -> log |d combine / d target|, elementwise."""
-    ill_conditioned: ClassVar[bool]
-    """Whether `separate` loses digits: the overwritten stream is then kept as an anchor instead of rebuilt."""
-
-    @property
-    @abstractmethod
-    def translates(self) -> bool:
-        """Whether `combine` adds its only coefficient and `separate` subtracts it: their gradients then need no graph."""
-
-    @property
-    @abstractmethod
-    def unobserved(self) -> bool:
-        """Whether nothing but the engine would run if the block were called: no hooks, no `forward` of a subclass."""
-
-    @abstractmethod
-    def conditioners(self, streams: Streams) -> list[tuple[int, nn.Module]]:
-        """(target, conditioner), in the order in which the forward runs them; ValueError if it cannot take these streams."""
-
-    @abstractmethod
-    def evaluate(self, conditioner: nn.Module, target: Tensor, others: Sequence[Tensor], context: Context) -> Streams:
-        """The coefficients t for a stream of `target`'s shape and dtype."""
-
-
-class Arguments:
-    """The keyword arguments of a chain's call: the tensors among them, in any tree of lists and dictionaries, and the rest."""
-
-    def __init__(self, context: Context) -> None:
-        self.tensors: Streams = ()
-        self._spec: pytree.TreeSpec | None = None
-        self._has_holders = bool(context) and has_holders(context)
-        if context:
-            self._leaves, self._spec = pytree.tree_flatten(context)
-            self._positions = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
-            self.tensors = tuple(self._leaves[i] for i in self._positions)
-            for i in self._positions:
-                self._leaves[i] = None
-
-    @property
-    def switches(self) -> tuple[bool | str, ...]:
-        """Those that choose between ways of computing: numbers do not, and may be others at each call."""
-        return () if self._spec is None else tuple([leaf for leaf in self._leaves if isinstance(leaf, (bool, str))])
-
-    @property
-    def others(self) -> Context:
-        """The keyword arguments without their tensors."""
-        return self.filled(self.tensors and (None,) * len(self.tensors))  # type: ignore[arg-type]
-
-    def watch(self, context: Context) -> Reachable | None:
-        """Sees whether an evaluation stores tensors in these keyword arguments, if it can."""
-        return Reachable(context) if self._has_holders else None
-
-    def filled(self, tensors: Sequence[Tensor]) -> Context:
-        """The keyword arguments, with `tensors` in the place of theirs."""
-        if self._spec is None:
-            return {}
-        leaves = list(self._leaves)
-        for i, tensor in zip(self._positions, tensors, strict=True):
-            leaves[i] = tensor
-        context: Context = pytree.tree_unflatten(leaves, self._spec)
-        return context
-
-
-def versions_of(streams: Sequence[Tensor]) -> list[int]:
-    """How often each has been changed in place."""
-    try:
-        return [s._version for s in streams]
-    except RuntimeError:  # within inference_mode they do not tell
-        return []
 
 
 class Passage(NamedTuple):
@@ -225,56 +136,13 @@ def _call_whole(block: nn.Module, inverse: bool, log_det: bool, streams: Streams
     return (*outputs, value)
 
 
-def as_streams(value: object) -> Streams:
-    """A block's result, checked to be a tuple of tensors."""
-    if isinstance(value, tuple) and value and all([isinstance(s, Tensor) for s in value]):
-        return value
-    raise TypeError(f"a block has to return a tuple of tensors, one a stream; this one returned {_described(value)}")
-
-
-def _described(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-NAMED = (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, AssertionError)
-"""Errors of a block that are raised again with its place and what it was given."""
-
-
-def named(error: Exception, place: str, module: nn.Module, streams: Streams) -> Exception:
-    """The same error, with the place where it arose; one of another type (out of memory, say) as it is."""
-    if type(error) not in NAMED:
-        return error
-    shapes = ", ".join(str(tuple(s.shape)) for s in streams)
-    why = next((hint for text, hint in _HINTS.items() if text in str(error)), "")
-    return type(error)(f"{place} ({type(module).__name__}), given streams of shapes {shapes}: {error}{why}")
-
-
-_NO_GRAPH = (
-    ". The first of a conditioner's two evaluations runs without gradients: compute what needs them within "
-    "`with torch.enable_grad():`, of an input with requires_grad_(), and register hooks only if the tensor requires a gradient"
-)
-_HINTS = {
-    "does not require grad": _NO_GRAPH,
-    "doesn't require gradient": _NO_GRAPH,
-    "can't retain_grad": _NO_GRAPH,
-    "Expected gradient function to be set": _NO_GRAPH,
-    "'NoneType' object has no attribute 'register_hook'": _NO_GRAPH,
-    "unexpected keyword argument": ". The keyword arguments of a sequence's call reach every conditioner: let its forward take "
-    "**context",
-}
-
-
-def rotate(items: S, by: int) -> S:
-    return items[by:] + items[:by] if by else items
-
-
 def log_det_of(block: Stepwise, inverse: bool, x: Tensor, t: Streams) -> Tensor:
     """One value a sample; `x` is what `combine` is given, or what `separate` makes."""
     log_derivative: object = block.log_derivative(x, *t)
     if not (isinstance(log_derivative, Tensor) and log_derivative.shape == x.shape):
         raise ValueError(
             f"log_derivative has to return a tensor of the shape of the stream that combine changes, {tuple(x.shape)}; it "
-            f"returned {_described(log_derivative)}"
+            f"returned {described(log_derivative)}"
         )
     log_derivative = log_derivative.flatten(1).sum(1)
     return -log_derivative if inverse else log_derivative

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from revflow._base.stepwise import Stepwise
+from revflow._base.streams import Gradients, Streams
 from revflow._replay.attributes import Attributes
 from revflow._replay.random_states import random_states
 from revflow._replay.replay import Replay
 from revflow._rewind.conditioner import Given, Overwrite
 from revflow._rewind.graph import is_ours, plus
-from revflow._rewind.passage import Gradients, Passage, Stepwise, Streams
+from revflow._rewind.passage import Passage
 
 _MIXING = 1e-3
 """What one sample may tell of another, relative to the largest value: rounding, and no more."""

@@ -17,22 +17,21 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from revflow._base.errors import NAMED, named
+from revflow._base.streams import Context, Gradients, Streams
 from revflow._guard.policy import Guard
 from revflow._replay.mode import refuse_compiled_autograd
 from revflow._rewind.functions import once
 from revflow._rewind.graph import alias_of, leaf, not_leaves
-from revflow._rewind.passage import NAMED, Context, Gradients, Streams, named
 from revflow._through_time.passes import Pass, running
 from revflow._through_time.states import Kept, Unpacked
 from revflow._through_time.steps import Begin, Step, Tensors
-
-if TYPE_CHECKING:
-    from revflow.recurrence import RecurrentCell
+from revflow.cell import RecurrentCell
 
 
 def run(
@@ -127,7 +126,9 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     del entering, context
     outputs = tuple(chain(*returned))
     is_last = k + 1 == len(step.cells)
-    step.watch.look(now, name, cell.update, expected, outputs[step.width :], returned.streams if is_last else None)
+    step.watch.look(
+        now.found, name, cell.update, expected, outputs[step.width :], returned.streams if is_last else None
+    )
     step.watch.graph(name, outputs, (*inputs, *own), cell.module, step.arguments)
     del returned
     heir = _heir(ctx, now)

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from revflow._guard.policy import Guard
 from revflow._guard.steps import Found, judge
-
-if TYPE_CHECKING:
-    from revflow._guard.policy import Guard
-    from revflow._through_time.states import Unpacked
-    from revflow._through_time.steps import Evaluated, Step
+from revflow._through_time.states import Unpacked
 
 
 class Pass:
     """One backward pass. It lives until the pass is through, or has failed: nothing is left behind then."""
 
     def __init__(self) -> None:
-        self.given: dict[tuple[Step, int], tuple[Evaluated, tuple[Tensor, ...]]] = {}
+        self.given: dict[tuple[object, int], tuple[Any, tuple[Tensor, ...]]] = {}
         """By step and cell: what the cell was given, and the state and memory that it returned."""
-        self.saved: dict[Step, tuple[Tensor, ...]] = {}
+        self.saved: dict[object, tuple[Tensor, ...]] = {}
         """What the end of a step has saved."""
-        self.results: dict[Step, Unpacked] = {}
+        self.results: dict[object, Unpacked] = {}
         """The states and memories after a step."""
-        self.sums: dict[tuple[Step, int], list[Tensor | None]] = {}
+        self.sums: dict[tuple[object, int], list[Tensor | None]] = {}
         """By step and cell: the gradients of its parameters from later steps."""
-        self.done: set[tuple[Step, int]] = set()
+        self.done: set[tuple[object, int]] = set()
         """The cells that were evaluated."""
         self.found: dict[Guard, list[Found]] = {}
         """What each guard is to compare at the end."""

@@ -6,19 +6,17 @@ freed step by step, as everything that autograd saves.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from revflow._base.host_memory import in_host_memory
+
 States = Literal["kept", "bfloat16", "offloaded"] | int
 """How a recurrence keeps its states: the type of `ReversibleRecurrence`'s `states`."""
 Tensors = tuple[Tensor, ...]
-
-_thread = threading.local()
 
 
 class Kept:
@@ -114,20 +112,6 @@ def keeping(states: States) -> Kept:
     raise ValueError(
         f'states has to be "kept", "bfloat16", "offloaded", or n (1 or more) to keep every n-th step\'s; got {states!r}'
     )
-
-
-@contextmanager
-def in_host_memory() -> Iterator[None]:
-    """Tensors made within are copies in the CPU's memory: where the CPU stands for a device, they do not count as its own."""
-    _thread.in_host_memory = True
-    try:
-        yield
-    finally:
-        _thread.in_host_memory = False
-
-
-def is_in_host_memory() -> bool:
-    return getattr(_thread, "in_host_memory", False)
 
 
 def _is_wider(dtype: torch.dtype) -> bool:

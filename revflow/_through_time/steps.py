@@ -9,22 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from revflow._base.streams import Context, Streams
 from revflow._guard.policy import Guard
 from revflow._guard.steps import Watch
+from revflow._replay.arguments import Arguments
 from revflow._replay.random_states import Draws
 from revflow._replay.replay import Replay
 from revflow._rewind.graph import strange
-from revflow._rewind.passage import Arguments, Context, Streams
 from revflow._through_time.passes import Pass
 from revflow._through_time.states import Kept, Like
-
-if TYPE_CHECKING:
-    from revflow.recurrence import RecurrentCell
+from revflow.cell import RecurrentCell
 
 Tensors = tuple[Tensor, ...]
 

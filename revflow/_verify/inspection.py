@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from revflow._base.stepwise import Stepwise
+from revflow._base.streams import Context, Streams
 from revflow._guard.tolerance import Tolerance
 from revflow._replay.attributes import STATE_IN_CONTEXT, Reachable
 from revflow._replay.holders import contents, copied, refill
-from revflow._rewind.passage import Context, Stepwise, Streams
 from revflow.exact import Grid
 from revflow.sequence import ReversibleSequence
 

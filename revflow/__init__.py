@@ -5,6 +5,7 @@ from revflow._guard.policy import ReconstructionWarning as ReconstructionWarning
 from revflow._replay.mode import ordinary_autograd as ordinary_autograd
 from revflow._replay.replay import is_recomputing as is_recomputing
 from revflow._through_time.states import States as States
+from revflow._verify.verification import Verification as Verification
 from revflow._version import __version__ as __version__
 from revflow.bijection import Bijection as Bijection
 from revflow.bijection import PixelUnshuffle as PixelUnshuffle
@@ -25,5 +26,4 @@ from revflow.memory import measure_memory as measure_memory
 from revflow.memory import predict_memory as predict_memory
 from revflow.recurrence import ReversibleRecurrence as ReversibleRecurrence
 from revflow.sequence import ReversibleSequence as ReversibleSequence
-from revflow.verify import Verification as Verification
 from revflow.verify import verify as verify

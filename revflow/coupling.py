@@ -19,7 +19,7 @@ from revflow._base.stepwise import Stepwise
 from revflow._base.torch_private import has_global_hook
 from revflow._replay.arguments import Arguments
 from revflow._replay.random_states import Draws
-from revflow._rewind.functions import run_stepwise
+from revflow._rewind.hooked import run_stepwise
 from revflow._rewind.passage import Passage, run_plainly
 from revflow.bijection import Bijection, Streams
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, overload
 import torch
 from torch import Tensor, nn
 
+from revflow._base.bytes import MemoryBudget
 from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Streams
 from revflow._base.table import number_of_parameters, table
@@ -19,11 +20,11 @@ from revflow._guard.policy import Guard, Mode
 from revflow._replay.arguments import Arguments
 from revflow._replay.mode import engine_applies, refuse_replica
 from revflow._replay.random_states import Draws
-from revflow._replay.replay import undisturbed
+from revflow._replay.undisturbed import undisturbed
 from revflow._rewind.chain import Chain, streams_of, values_are_hidden
 from revflow._rewind.passage import Passage
 from revflow._rewind.tape import Tape
-from revflow.budget import Budget, MemoryBudget, Plan
+from revflow.budget import Budget, Plan
 from revflow.coupling import Coupling
 from revflow.exact import Extent, Grid, Residual
 

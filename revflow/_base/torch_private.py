@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.autograd import forward_ad
+from torch.nn.modules import batchnorm
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -17,10 +20,27 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
+
+BatchNorm = batchnorm._BatchNorm
+pytree = _pytree
 
 # PyTorch 2.6 cannot tell: there, export under no_grad.
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
+backward_pass: Callable[[], int] = torch._C._current_graph_task_id
+"""The number of the backward pass that this thread runs; -1 outside of one."""
+is_going_to_run: Callable[[Any], bool] = torch._C._will_engine_execute_node
+"""Whether this backward pass is going to come to a node."""
+run_backward: Callable[..., Any] = torch.autograd.Variable._execution_engine.run_backward
+"""torch.autograd.grad without its checks of the arguments, which for small conditioners take as long as it does."""
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+"""That of PyTorch without its context manager."""
+is_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+has_internal_overlap: Callable[[Tensor], int] = torch._debug_has_internal_overlap
+is_traced: Callable[[], bool] = torch._C._is_tracing
 
 _count_holders = getattr(torch._C, "_storage_Use_Count", None)
 
@@ -88,3 +108,19 @@ def unchanged_versions(tensors: Sequence[Tensor]) -> Iterator[None]:
         return
     with torch.autograd._unsafe_preserve_version_counter(tuple(tensors)):  # type: ignore[attr-defined]
         yield
+
+
+def at_the_end(callback: Callable[[], None]) -> None:
+    """Call it when the backward pass that now runs is through; nothing holds it if that fails."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.queue_callback(callback)
+
+
+def is_forward_ad() -> bool:
+    """Whether this is within a level of forward-mode AD."""
+    return forward_ad._current_level >= 0
+
+
+def is_transformed() -> bool:
+    """Whether one of torch.func's transforms is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

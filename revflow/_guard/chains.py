@@ -27,11 +27,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from revflow._base.streams import Streams
-from revflow._base.torch_private import unwrapped
+from revflow._base.torch_private import FakeTensor, unwrapped
 from revflow._guard.escapes import Made, refuse_escapes
+from revflow._guard.messages import INEXACT, drowned, off
 from revflow._guard.policy import Guard
 from revflow._guard.strangers import refuse_strangers
 from revflow._guard.tolerance import LOW_PRECISION, LOW_STREAMS, TOLERANCES, Tolerance, tolerance_of
@@ -48,9 +48,6 @@ image, which is right to 1e-7 and no more, is no fault.
 
 _SAMPLES = 64
 """Values kept of each stream that a block changes."""
-
-_JUMP = 30.0
-"""Drift grows little by little; an error so much larger than that of the blocks behind is a fault."""
 
 
 _NOTHING = nullcontext()
@@ -95,7 +92,7 @@ class Seen:
         self.again += self._witness.samples(again)
 
     @property
-    def _place(self) -> str:
+    def place(self) -> str:
         return f"block {self.call.position} ({self.call.block_type})"
 
     def graph(
@@ -108,7 +105,7 @@ class Seen:
         remedy: str = "",
     ) -> None:
         """Refuse what makes `outputs` depend on what the engine does not know of; `module` and `arguments` may lead to it."""
-        refuse_strangers(f"{self._place}: {user}", outputs, inputs, module, arguments, remedy)
+        refuse_strangers(f"{self.place}: {user}", outputs, inputs, module, arguments, remedy)
 
     def follow(self, replay: Replay) -> Made | None:
         """Notes what an evaluation makes, if that is to be looked at closely."""
@@ -116,7 +113,7 @@ class Seen:
 
     def escapes(self, followed: Made | None, replay: Replay) -> None:
         """Refuse what has left an evaluation by another way than its result; its graph is gone."""
-        refuse_escapes(self._place, followed, replay.escaped)
+        refuse_escapes(self.place, followed, replay.escaped)
 
     def inputs(self, rebuilt: Streams) -> None:
         self.before += self.call.samples
@@ -194,7 +191,7 @@ class Witness:
         for block in blocks:
             count = len(block.before) // 2
             if not all(same[:count]):
-                self.guard.report(_INEXACT.format(block.call.position, block.call.block_type), True)
+                self.guard.report(INEXACT.format(block.place), True)
             del same[:count]
 
     def _judge(self, blocks: list[Seen], errors: list[float], largest: float, own: float) -> None:
@@ -214,7 +211,7 @@ class Witness:
                 unsure.clear()
                 severe = worst > largest * tolerance.error
                 if severe or (worst > largest * tolerance.warn and not message):
-                    message = _message(block, worst, behind, largest, tolerance)
+                    message = off(block.place, [s.dtype for s in block.again], worst, behind, largest, tolerance)
                 if severe or (message and self.guard.mode == "raise"):
                     break
             behind.append(worst)
@@ -225,7 +222,7 @@ class Witness:
                 severe = worst > limit * _DWARFED
                 if severe or (worst > limit and not message):
                     k = next(k for k, error in enumerate(behind) if error > limit)
-                    message = _drowned(blocks[k], behind[k] / own)
+                    message = drowned(blocks[k].place, behind[k] / own)
         if message:
             self.guard.report(message, severe)
 
@@ -272,52 +269,3 @@ def _of_streams(block: Seen) -> Tolerance:
 
 def _tolerance(block: Seen) -> Tolerance:
     return tolerance_of(block.again, block.call.replays)
-
-
-_INEXACT = (
-    "block {} ({}): its input was not rebuilt to the last bit, in exact arithmetic. Either its conditioner gave another result "
-    "the second time: random numbers from elsewhere, state outside of parameters and buffers, or an operation that does not "
-    "repeat (try torch.use_deterministic_algorithms(True); on CUDA torch.backends.cudnn.benchmark has to be off). Or its "
-    "parameters were changed between forward and backward. Or it is a block of your own whose inverse is not exact: derive "
-    "from revflow.Coupling, which keeps what rounding loses. revflow.verify(net, x) tells which."
-)
-_DRIFT = (
-    "Normalise inside the conditioners, make the sequence shorter, or pass streams in float64. (A norm over an image that is "
-    "all but constant does the opposite: it multiplies rounding errors, unless its eps is larger than they are.)"
-)
-
-
-def _message(block: Seen, worst: float, behind: list[float], largest: float, tolerance: Tolerance) -> str:
-    found = (
-        f"block {block.call.position} ({block.call.block_type}): its input was rebuilt with an error of {worst / largest:.1e}, "
-        f"relative to the largest stream; the guard warns from {tolerance.warn:.0e} and raises from {tolerance.error:.0e}."
-    )
-    inherited = max(behind, default=0.0)
-    low = [s.dtype for s in block.again if s.dtype.to_real() not in TOLERANCES]
-    if low and worst <= largest * max(tolerance.error, _JUMP * inherited / largest):
-        return (
-            f"{found} Streams of {low[0]} lose digits in every block. Pass float32 streams; autocast or the conditioners' own "
-            f"dtype may stay low."
-        )
-    if behind and worst <= _JUMP * inherited and behind[0] <= largest * tolerance.warn / 10:
-        return f"{found} Rounding errors grow from block to block. {_DRIFT}"
-    if not behind:
-        after = "It is the first to be rebuilt"
-    elif worst <= _JUMP * inherited:
-        after = f"Already the first to be rebuilt was off by {behind[0] / largest:.0e}, which is more than rounding"
-    else:
-        after = f"The blocks after it are right to {inherited / largest:.0e}"
-    return (
-        f"{found} {after}: its inverse does not undo its forward, or it or its conditioner gave another result the second time "
-        f"(random numbers from elsewhere, state outside of parameters and buffers), or its parameters were changed between "
-        f"forward and backward, or a norm over an image that is all but constant multiplied rounding errors. "
-        f"revflow.verify(net, x) tells which; exact=True has no rounding errors."
-    )
-
-
-def _drowned(block: Seen, error: float) -> str:
-    return (
-        f"block {block.call.position} ({block.call.block_type}): its input was rebuilt with an error of {error:.1e}, relative "
-        f"to the sequence's input. The output is so much larger that the input's digits are lost in its rounding errors. "
-        f"{_DRIFT}"
-    )

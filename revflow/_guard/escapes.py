@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
+from revflow._base.torch_private import set_grad_enabled
+
 
 class Remembered:
     """What first evaluations have made of tensors that need gradients, and what is still held of that.
@@ -50,7 +52,7 @@ class Remembering(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return func(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        if func is torch._C._set_grad_enabled:
+        if func is set_grad_enabled:
             # Gradients are off in a first evaluation. So `no_grad` switches them off twice: where it begins, and where it ends.
             self._within_no_grad = not (args[0] or self._within_no_grad)
         elif not self._within_no_grad and func not in _DETACHING:

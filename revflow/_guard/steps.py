@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from revflow._base.torch_private import FakeTensor
 from revflow._guard.chains import witness_of
 from revflow._guard.escapes import Made, refuse_escapes
 from revflow._guard.policy import Guard

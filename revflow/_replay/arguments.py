@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from revflow._base.streams import Context, Streams
+from revflow._base.torch_private import pytree
 from revflow._replay.attributes import Reachable, has_holders
 
 

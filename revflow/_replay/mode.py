@@ -11,7 +11,14 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from revflow._base.torch_private import checkpointed_call, is_exporting
+from revflow._base.torch_private import (
+    backward_pass,
+    checkpointed_call,
+    is_exporting,
+    is_forward_ad,
+    is_traced,
+    is_transformed,
+)
 from revflow._replay.replay import is_evaluating, is_recomputing
 
 _thread = threading.local()
@@ -48,8 +55,7 @@ def engine_applies() -> bool:
     part of another chain's rerun, and under forward-mode differentiation and torch.func's transforms, which need graphs."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled() and not is_exporting()
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    if forward_mode or is_transformed() or is_recomputing() or is_evaluating() or torch._C._is_tracing():
+    if is_forward_ad() or is_transformed() or is_recomputing() or is_evaluating() or is_traced():
         return False
     return torch.is_grad_enabled() and not _is_off()
 
@@ -58,17 +64,12 @@ def _is_off() -> bool:
     """Whether this is within `ordinary_autograd()`, or recomputes what was."""
     off: _Off | None = getattr(_thread, "is_off", None)
     if off is None:
-        is_in_backward = torch._C._current_graph_task_id() != -1
+        is_in_backward = backward_pass() != -1
         return is_in_backward and checkpointed_call() in _off_when_recomputed
     call = checkpointed_call()
     if call is not None and call is not off.call:
         _off_when_recomputed.add(call)
     return True
-
-
-def is_transformed() -> bool:
-    """Whether one of torch.func's transforms is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def refuse_compiled_autograd() -> None:

@@ -15,13 +15,12 @@ from the caller, so that `functional_call`'s are seen.
 
 Not remembered: numbers in Python attributes, files, other libraries' random generators.
 
-All this runs for every conditioner in every step. So it is written to cost little if there is nothing to do: modules that
-consist of PyTorch's own layers alone (`KNOWN`) change nothing but BatchNorm's statistics, which they do not read.
+All this runs for every conditioner in every step. Modules that consist of PyTorch's own layers alone (`KNOWN`) pay next to
+nothing: they change nothing but BatchNorm's statistics, which they do not read.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -31,16 +30,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from revflow._base.torch_private import caches_parametrizations, has_global_hook, unchanged_versions
+from revflow._base.torch_private import (
+    caches_parametrizations,
+    has_global_hook,
+    is_any_autocast,
+    set_grad_enabled,
+    unchanged_versions,
+)
 from revflow._replay.attributes import Attributes, give_back
 from revflow._replay.buffers import Buffer, buffers_of
+from revflow._replay.known import KNOWN
 from revflow._replay.random_states import Drawing, Draws, alone, random_states, restore_random_states
+from revflow._replay.refusals import LAZY, refuse_moved, refuse_sharded
 from revflow._replay.surroundings import AutocastState, Surroundings, Within, autocast, autocast_state, surroundings
 
 T = TypeVar("T")
-
 _thread = threading.local()
-
 _NOTHING = nullcontext()
 
 
@@ -108,7 +113,7 @@ class Replay(Drawing):
             is_known = type(m) in KNOWN and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
             if not is_known:
                 self._foreign.append(m)
-                _refuse_sharded(m)
+                refuse_sharded(m)
                 if getattr(m, "max_norm", None) is not None:
                     self.renormalised = [*self.renormalised, *m._parameters.values()]  # type: ignore[list-item]
             for child in own["_modules"].values():
@@ -121,7 +126,7 @@ class Replay(Drawing):
                     position = positions.get(id(parameter))
                     if position is None:
                         if type(parameter) is UninitializedParameter:
-                            raise RuntimeError(_LAZY.format(type(m).__name__))
+                            raise RuntimeError(LAZY.format(type(m).__name__))
                         position = positions[id(parameter)] = len(parameters)
                         parameters.append(parameter)
                     held.append((slots, name, position))
@@ -156,7 +161,7 @@ class Replay(Drawing):
         return _NOTHING
 
     def _called(self, function: Callable[..., T], *arguments: object) -> T:
-        if self.autocast or torch._C._is_any_autocast_enabled():
+        if self.autocast or is_any_autocast():
             with autocast(self.autocast, self._device):
                 return function(*arguments)
         return function(*arguments)
@@ -177,7 +182,7 @@ class Replay(Drawing):
             for buffer in self.buffers:
                 buffer.keep_if_changed()
             attributes.keep_changes()
-            _refuse_moved(frozen)
+            refuse_moved(frozen)
             self._hooked = [p for p, before in zip(self.parameters, hooks, strict=True) if _hooks_of(p) > before]
             self._attributes = attributes if attributes.matter else None
         finally:
@@ -206,14 +211,14 @@ class Replay(Drawing):
         outer = getattr(_thread, "recomputing", False)
         _thread.recomputing = True
         if graph:
-            torch._C._set_grad_enabled(True)
+            set_grad_enabled(True)
         try:
-            if not self.autocast and not torch._C._is_any_autocast_enabled():
+            if not self.autocast and not is_any_autocast():
                 return function(*arguments)
             return self._called(function, *arguments)
         finally:
             if graph:
-                torch._C._set_grad_enabled(False)
+                set_grad_enabled(False)
             _thread.recomputing = outer
 
     def _run_changed(
@@ -296,58 +301,5 @@ class Replay(Drawing):
             module.training = mode
 
 
-@contextmanager
-def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Leave the module's buffers and the random states as they were before what runs in this context."""
-    states = random_states(device)
-    buffers = [buffer for m in module.modules() for buffer in buffers_of(m)]
-    copies: dict[int, Tensor] = {}
-    for buffer in buffers:
-        buffer.lend(copies)
-    try:
-        yield
-    finally:
-        for buffer in buffers:
-            buffer.give_back()
-        restore_random_states(states, device)
-
-
 def _hooks_of(parameter: Tensor) -> frozenset[int]:
     return frozenset(parameter._backward_hooks or ())
-
-
-def _refuse_moved(frozen: Sequence[tuple[Tensor, int]]) -> None:
-    """A codebook that follows the data, say: it would move twice, and the second evaluation would see another one."""
-    for parameter, version in frozen:
-        if parameter._version != version:
-            raise RuntimeError(
-                f"it changes a frozen parameter of shape {tuple(parameter.shape)} in place, so the second evaluation would start "
-                f"from other values: make it a buffer, by register_buffer"
-            )
-
-
-def _refuse_sharded(module: nn.Module) -> None:
-    """FSDP gathers a module's parameters when it is called: after the engine has taken those that the module held."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported here: that takes long
-    if fsdp is None or not isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
-        return
-    if next(module.parameters(), None) is not None:
-        raise RuntimeError(
-            f"fully_shard was called on a {type(module).__name__} that the engine runs by itself: its parameters would get no "
-            f"gradient. Call fully_shard on the sequence, on what holds it or the recurrence, or on a coupling as a whole"
-        )
-
-
-_LAZY = (
-    "a {} has not seen an input yet, and so has no parameters that could be trained: call the network once within "
-    "`with torch.no_grad():`"
-)
-
-# Reading the CPU's random state takes as long as a small linear layer: these modules are known to leave it alone.
-KNOWN = frozenset({
-    nn.Sequential, nn.ModuleList, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear,
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm,
-    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU,
-    nn.SiLU, nn.GELU, nn.Mish, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Hardswish,
-})  # fmt: skip

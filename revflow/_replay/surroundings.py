@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch.backends import cuda, mha
 
-from revflow._base.torch_private import parametrization_cache, set_parametrization_cache
+from revflow._base.torch_private import is_any_autocast, parametrization_cache, set_parametrization_cache
 
 AutocastState = list[tuple[str, bool, torch.dtype]]
 
 
 def autocast_state(device: torch.device) -> AutocastState:
     """(device type, enabled, dtype) for the CPU and this device; empty if autocast is off on both."""
-    if not torch._C._is_any_autocast_enabled():
+    if not is_any_autocast():
         return []
     kind = device.type
     on_device = kind not in ("cpu", "meta") and torch.is_autocast_enabled(kind)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Sequence
+from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from revflow._base.errors import NAMED, named
+from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Context, Streams
+from revflow._base.torch_private import FakeTensor, is_transformed
 from revflow._budget.meter import Meter
-from revflow._replay.mode import is_transformed
 from revflow._replay.surroundings import autocast_state
-from revflow._rewind.functions import end, hold, through
-from revflow._rewind.passage import Passage, is_bound
+from revflow._rewind.blocks import Coupled, Whole
+from revflow._rewind.functions import applied, end, hold
+from revflow._rewind.hooked import through_observed
+from revflow._rewind.passage import Passage, is_bound, run_plainly, run_whole
 from revflow.budget import Result, Table
 from revflow.exact import Extent, Grid
 
@@ -76,7 +79,7 @@ class Chain:
             if passage.extent is not None:
                 passage.extent.source = name, block
             try:
-                outputs = through(passage, name, block, streams, node, context)
+                outputs = _through(passage, name, block, streams, node, context)
             except NAMED as error:
                 raise named(error, f"block {name}", block, streams) from error
             if passage.log_det:
@@ -112,7 +115,7 @@ class Chain:
         times = []
         for name, block in self._blocks:
             began = _now(streams[0].device)
-            streams = through(self._passage, name, block, streams, None, self._context)
+            streams = _through(self._passage, name, block, streams, None, self._context)
             times.append(_now(streams[0].device) - began)
             if self._passage.log_det:
                 streams = streams[:-1]
@@ -178,3 +181,18 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def _through(
+    passage: Passage, position: str, block: nn.Module, streams: Streams, before: Any, context: Context
+) -> Streams:
+    """Pass `streams` through the chain's block at that `position`; `before` is the autograd node of the block before it."""
+    if not isinstance(block, Stepwise):
+        if passage.tape is None:
+            return run_whole(block, passage, streams, context)
+        return applied(Whole(passage, position, block, before, streams), streams)
+    if block.unobserved:
+        if passage.tape is None:
+            return run_plainly(block, passage, streams, context)
+        return applied(Coupled(passage, position, block, before, streams), streams)
+    return through_observed(passage, position, block, streams, before, context)

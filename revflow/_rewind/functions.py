@@ -22,84 +22,22 @@ Rules of the tape:
 
 from __future__ import annotations
 
-import operator
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
-from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from revflow._base.stepwise import Stepwise
-from revflow._base.streams import Context, Gradients, Streams, as_streams, versions_of
+from revflow._base.second_derivative import once
+from revflow._base.streams import Gradients, Streams, versions_of
+from revflow._base.torch_private import is_going_to_run
 from revflow._guard.chains import Evidence
-from revflow._replay.arguments import Arguments
 from revflow._replay.mode import refuse_compiled_autograd
-from revflow._replay.random_states import Draws
-from revflow._rewind.blocks import Call, Coupled, Whole
+from revflow._rewind.blocks import Call
 from revflow._rewind.conditioner import Given
 from revflow._rewind.graph import alias_of, laid_out
-from revflow._rewind.passage import Passage, is_bound, run_plainly, run_whole
 from revflow._rewind.tape import Tape
-
-
-class _Offer:
-    """What a chain wishes of the stepwise block that it is about to call, and what the block has made of it."""
-
-    def __init__(self, passage: Passage, position: str, block: object, streams: Streams, before: Any) -> None:
-        self.passage, self.position, self.block, self.streams, self.before = passage, position, block, streams, before
-        self.versions = versions_of(streams)
-        self.results: Streams = ()
-
-
-_thread = threading.local()
-
-
-def through(
-    passage: Passage, position: str, block: nn.Module, streams: Streams, before: Any, context: Context
-) -> Streams:
-    """Pass `streams` through the chain's block at that `position`; `before` is the autograd node of the block before it."""
-    if not isinstance(block, Stepwise):
-        if passage.tape is None:
-            return run_whole(block, passage, streams, context)
-        return _apply(Whole(passage, position, block, before, streams), streams)
-    if block.unobserved:
-        if passage.tape is None:
-            return run_plainly(block, passage, streams, context)
-        return _apply(Coupled(passage, position, block, before, streams), streams)
-    return _observed(passage, position, block, streams, before, context)
-
-
-def _observed(
-    passage: Passage, position: str, block: Stepwise, streams: Streams, before: Any, context: Context
-) -> Streams:
-    """A block on which somebody has hooks is called as any module is, with an offer on the side: the Function is applied inside
-    its own forward, so that its hooks see an ordinary module."""
-    offer = _thread.offer = _Offer(passage, position, block, streams, before)
-    try:
-        call: Callable[..., object] = block.inverse if passage.inverse else block  # type: ignore[assignment, attr-defined]
-        outputs = as_streams(call(*streams, **context))
-    finally:
-        _thread.offer = None
-    if passage.tape is not None:
-        _remember(offer.results, outputs)
-    if is_bound(passage) and not _same(outputs, offer.results[: len(outputs)], offer.versions):
-        raise RuntimeError(
-            "a hook replaced its output, or called the block itself, which cannot be undone; make that a block"
-        )
-    return (*outputs, offer.results[-1]) if passage.log_det else outputs
-
-
-def _remember(results: Streams, outputs: Streams) -> None:
-    """Let a backward pass begin at this block: a hook may keep its output, and a loss be computed from that alone.
-
-    Nothing is held: streams that the hook has not kept are gone.
-    """
-    node: Any = next((r.grad_fn for r in results if r.grad_fn is not None), None)
-    if node is not None:
-        node.outputs, node.versions = [ref(o) for o in outputs], versions_of(outputs)
 
 
 def _begin_here(ctx: Any, tape: Tape) -> tuple[list[Tensor], Evidence | None, Streams]:
@@ -118,23 +56,6 @@ def _begin_here(ctx: Any, tape: Tape) -> tuple[list[Tensor], Evidence | None, St
     return tape.begin([s.detach() for s in streams])
 
 
-def run_stepwise(block: Stepwise, inverse: bool, streams: Streams, context: Context) -> Streams:
-    """A stepwise block's forward or inverse: as a chain that has just called it wishes, else under ordinary autograd."""
-    offer: _Offer | None = getattr(_thread, "offer", None)
-    if offer is None or offer.block is not block:
-        return run_plainly(block, Passage(inverse, False, Arguments({}), Draws()), streams, context)
-    _thread.offer = None  # whatever the block's conditioners call is no part of this chain
-    passage = offer.passage
-    if is_bound(passage) and not _same(streams, offer.streams, offer.versions):
-        raise RuntimeError("a forward pre-hook replaced its input, which cannot be undone; make that change a block")
-    if passage.tape is None:
-        offer.results = run_plainly(block, passage, streams, context)
-    else:
-        offer.results = _apply(Coupled(passage, offer.position, block, offer.before, streams), streams)
-    offer.versions = versions_of(offer.results[: len(streams)])
-    return offer.results[: len(streams)]
-
-
 def end(
     tape: Tape | None, streams: Streams, join: int | None, log_det: Tensor | None, kept_follow: bool = False
 ) -> tuple[Streams, Tensor | None]:
@@ -150,27 +71,7 @@ def end(
     return (outputs, None) if log_det is None else (outputs[:-1], outputs[-1])
 
 
-def _same(streams: Streams, expected: Streams, versions: list[int]) -> bool:
-    """Whether these are the expected values: the tensors themselves or aliases of them, and not changed in place."""
-    return (
-        len(streams) == len(expected)
-        and (all(map(operator.is_, streams, expected)) or all(map(_is_alias, streams, expected)))
-        and versions_of(streams) == versions
-    )
-
-
-def _is_alias(a: Tensor, b: Tensor) -> bool:
-    """FSDP2 wraps what goes through a module in aliases."""
-    return (
-        a.data_ptr() == b.data_ptr()
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and a.dtype == b.dtype
-        and a.requires_grad == b.requires_grad
-    )
-
-
-def _apply(call: Call, streams: Streams) -> Streams:
+def applied(call: Call, streams: Streams) -> Streams:
     return _apply_rewind(call, *streams, *call.passage.arguments.tensors, *call.parameters)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -231,7 +132,7 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     found = call.rewind(now, Given(grads, needs, leaves, own, saved[end:kept_end], seen))
     if seen is not None:
         seen.inputs(call.rebuilt(tuple(now)))
-    if call.before is not None and torch._C._will_engine_execute_node(call.before):  # rule 4
+    if call.before is not None and is_going_to_run(call.before):  # rule 4
         tape.leave(now, evidence)
     elif evidence is not None:
         tape.witness.judge(evidence, tuple(now))  # type: ignore[union-attr]
@@ -303,30 +204,3 @@ class _Hold(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         return (None, *grads)
-
-
-def once(
-    backward: Callable[[Any, Gradients], Gradients], ctx: Any, grads: Gradients, connected: Sequence[Tensor]
-) -> Gradients:
-    """Call `backward`, where a graph is asked for, without one: its gradients can be used, but not differentiated.
-
-    `connected` leads to the chain's output, and so to all that a second derivative could be asked for.
-    """
-    with torch.no_grad():
-        found = backward(ctx, grads)
-    return tuple(None if g is None else _SecondDerivative.apply(g, *connected) for g in found)  # type: ignore[no-untyped-call]
-
-
-class _SecondDerivative(torch.autograd.Function):
-    """The identity, which refuses to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *connected: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        raise RuntimeError(
-            "a ReversibleSequence or ReversibleRecurrence cannot be differentiated twice: it keeps no graph. Within "
-            "`with revflow.ordinary_autograd():` the same network can"
-        )

@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from revflow._base.streams import Gradients, Streams
-from revflow._base.torch_private import holders
+from revflow._base.torch_private import (
+    FakeTensor,
+    has_internal_overlap,
+    holders,
+    is_traceable_wrapper_subclass,
+    run_backward,
+    set_grad_enabled,
+)
 
 _thread = threading.local()
 
@@ -29,9 +34,9 @@ def leaf(tensor: Tensor, strides: tuple[int, ...], needs_grad: bool) -> Tensor:
 def not_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Aliases of leaves, for modules that the engine does not know: as under standard autograd they are given no leaves, whose
     hooks may not ask which nodes a backward pass will come to."""
-    torch._C._set_grad_enabled(True)
+    set_grad_enabled(True)
     aliases = [(_alias(t) if type(t) is Tensor else t.view_as(t)) if t.requires_grad else t for t in tensors]
-    torch._C._set_grad_enabled(False)  # as in every rewind
+    set_grad_enabled(False)  # as in every rewind
     return aliases
 
 
@@ -62,7 +67,7 @@ def is_ours(stream: Tensor) -> bool:
         holders(storage) == 2
         and storage.nbytes() == stream.nbytes
         and storage.resizable()  # memory of NumPy's is not
-        and torch._debug_has_internal_overlap(stream) == 0
+        and has_internal_overlap(stream) == 0
     )
 
 
@@ -125,7 +130,7 @@ def gradients(ends: Sequence[End], inputs: Streams, grads: Gradients) -> Gradien
         _keep_quiet_in_rewinds(with_hooks)
         _thread.in_rewind = True
     try:
-        found: Gradients = torch.autograd.Variable._execution_engine.run_backward(
+        found: Gradients = run_backward(
             tuple([e for e, _ in known]),
             tuple([g for _, g in known]),
             False,  # retain_graph

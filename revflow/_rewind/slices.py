@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Gradients, Streams
+from revflow._base.torch_private import BatchNorm, FakeTensor
 from revflow._replay.attributes import Attributes
 from revflow._replay.random_states import random_states
 from revflow._replay.replay import Replay
@@ -35,7 +34,7 @@ class Sliced(Overwrite):
         device = streams[0].device
         super().__init__(block, passage, target, conditioner, device)
         for module in self.modules:
-            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            if isinstance(module, BatchNorm) and (module.training or module.running_mean is None):
                 which = "in train mode" if module.training else "without running statistics"
                 raise ValueError(f"chunks={passage.chunks}: a {type(module).__name__} {which} {_MIXES}")
         self._key = key

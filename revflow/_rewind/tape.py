@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from revflow._base.streams import Streams
+from revflow._base.torch_private import backward_pass
 from revflow._guard.chains import Evidence, Witness
 
 
@@ -19,11 +19,11 @@ class Tape:
     def leave(self, streams: list[Tensor], evidence: Evidence | None, output: Streams = ()) -> None:
         """`output`, the chain's own, is held for the time of the first rewind so that it is not overwritten: where the user has
         dropped it, a copy to the CPU may still be under way on another CUDA stream."""
-        self._entries[torch._C._current_graph_task_id()] = streams, evidence, output
+        self._entries[backward_pass()] = streams, evidence, output
 
     def take(self) -> tuple[list[Tensor], Evidence | None, Streams] | None:
         """None if a backward pass begins at this block."""
-        return self._entries.pop(torch._C._current_graph_task_id(), None)
+        return self._entries.pop(backward_pass(), None)
 
     def begin(self, streams: list[Tensor]) -> tuple[list[Tensor], Evidence | None, Streams]:
         """What `take` returns after a chain's, or an observed block's, output has been put there."""

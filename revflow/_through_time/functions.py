@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from revflow._base.errors import NAMED, named
+from revflow._base.second_derivative import once
 from revflow._base.streams import Context, Gradients, Streams
+from revflow._base.torch_private import is_going_to_run
 from revflow._guard.policy import Guard
 from revflow._replay.mode import refuse_compiled_autograd
-from revflow._rewind.functions import once
 from revflow._rewind.graph import alias_of, leaf, not_leaves
 from revflow._through_time.passes import Pass, running
 from revflow._through_time.states import Kept, Unpacked
@@ -175,7 +176,7 @@ def _heir(ctx: Any, now: Pass) -> Step | None:
             node is not None
             and _has_parameters_of(node, ctx)
             and (end.step, k) not in now.done
-            and torch._C._will_engine_execute_node(node)
+            and is_going_to_run(node)
         ):
             return end.step  # type: ignore[no-any-return]
         end = end.step.begin.end
@@ -221,7 +222,7 @@ def _replay(end: Any, grads: Gradients) -> Gradients:
     step.replay(now, _saved(end, now)[: step.width], _before(end, now), after, end.nodes)
     del now.results[step], now.saved[step]
     previous = step.begin.end
-    if previous is not None and torch._C._will_engine_execute_node(previous):
+    if previous is not None and is_going_to_run(previous):
         earlier = previous.step.begin.end
         if earlier is not None and earlier.step.keeping.prefetches:
             _unpacked(earlier, now)

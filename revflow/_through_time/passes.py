@@ -5,9 +5,9 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from revflow._base.torch_private import at_the_end, backward_pass
 from revflow._guard.policy import Guard
 from revflow._guard.steps import Found, judge
 from revflow._through_time.states import Unpacked
@@ -40,10 +40,9 @@ _passes: weakref.WeakValueDictionary[int, Pass] = weakref.WeakValueDictionary()
 
 def running() -> Pass:
     """The backward pass that is now running."""
-    task = torch._C._current_graph_task_id()
+    task = backward_pass()
     now = _passes.get(task)
     if now is None:
         now = _passes[task] = Pass()
-        engine: Any = torch.autograd.Variable._execution_engine
-        engine.queue_callback(now.end)  # which holds it until then; nothing else does
+        at_the_end(now.end)  # which holds it until then; nothing else does
     return now

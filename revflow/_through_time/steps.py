@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from revflow._base.streams import Context, Streams
+from revflow._base.torch_private import is_going_to_run
 from revflow._guard.policy import Guard
 from revflow._guard.steps import Watch
 from revflow._replay.arguments import Arguments
@@ -205,7 +206,7 @@ class Step:
         are the cells' own."""
         context = self.arguments.filled(self.arguments.tensors)
         self._refuse_changes()
-        runs = [node is not None and torch._C._will_engine_execute_node(node) for node in nodes]
+        runs = [node is not None and is_going_to_run(node) for node in nodes]
         states, memory = self.before_cells(before)
         streams = anchor
         for k, (cell, state, (new, left)) in enumerate(zip(self.cells, states, self.by_cell(after), strict=True)):

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from crevnet.competition.files import check_channels, refuse_existing, replacing, writing_array
+from crevnet.competition.files import check_channels, refuse_existing, writing_array
 from crevnet.competition.interface import Case, CaseFile, Challenge
 from crevnet.data import TEST_SLOTS, DataError, DayFile, DayReader, open_day, open_days
 from crevnet.data.protocol import Protocol, protocol
+from crevnet.files import replacing
 
 
 class Challenge2019(Challenge):

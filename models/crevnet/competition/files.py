@@ -11,13 +11,13 @@ import numpy as np
 
 from crevnet.data import DataError
 from crevnet.data.protocol import Protocol
-from crevnet.files import replacing
+from crevnet.hdf5_files import writing_hdf5
 
 
 @contextmanager
 def writing_array(path: Path, shape: tuple[int, ...], dtype: np.dtype | type = np.uint8) -> Iterator[h5py.Dataset]:
     """The dataset `array`, zeros at first, of a file that takes its name when it is finished: gzip 9, a chunk a case or frame."""
-    with replacing(path) as partial, h5py.File(partial, "w") as file:
+    with writing_hdf5(path) as file:
         yield file.create_dataset(
             "array", shape, dtype, chunks=(1, *shape[1:]), compression="gzip", compression_opts=9, fillvalue=0
         )

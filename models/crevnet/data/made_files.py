@@ -8,7 +8,8 @@ import h5py
 import numpy as np
 
 from crevnet.data.errors import DataError
-from crevnet.files import replacing
+from crevnet.files import NoRoomError
+from crevnet.hdf5_files import writing_hdf5
 
 
 def is_made(path: Path, mark: str, origin: str) -> bool:
@@ -29,11 +30,13 @@ def is_made(path: Path, mark: str, origin: str) -> bool:
 @contextmanager
 def making(path: Path, shape: tuple[int, ...], mark: str, origin: str, chunk: int = 1) -> Iterator[h5py.Dataset]:
     """Frames (slots, H, W, C) uint8 to be filled in, `chunk` of them compressed together; they get their name at the end.
-    DataError where they cannot be written."""
+    DataError where they cannot be written, NoRoomError if the disk is full."""
     try:
-        with replacing(path) as unfinished, h5py.File(unfinished, "w") as file:
+        with writing_hdf5(path) as file:
             array = file.create_dataset("array", shape, np.uint8, chunks=(chunk, *shape[1:]), compression="gzip")
             array.attrs[mark] = origin
             yield array
+    except NoRoomError:
+        raise
     except OSError as error:
         raise DataError(f"{path} cannot be written ({' '.join(str(error).split())}); choose another folder") from error

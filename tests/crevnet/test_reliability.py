@@ -144,7 +144,9 @@ def test_settings_that_find_no_room(own_run, tmp_path):
     little = partial(with_little_disk, len(before) - 1)
     assert end(start(("fit", "--resume", own_run, "--training.epochs=2"), tmp_path / "said", little)) == 1
     [line] = (tmp_path / "said").read_text().splitlines()
-    assert line.startswith(f"crevnet: no space left for {config} (File too large): raise the limit on the size of files")
+    assert line.startswith(
+        f"crevnet: no space left for {config} (File too large): raise the limit on the size of files"
+    )
     assert config.read_bytes() == before and not list(own_run.rglob("*.unfinished"))
 
 

@@ -118,7 +118,7 @@ class WindowLoader(DataLoader[dict[str, Any]]):
                 self._used += 1
                 yield batch
         except DataError as error:  # a worker's message ends with its traceback, and that with its error
-            kind = f"{DataError.__module__}.{DataError.__qualname__}: "
+            kind = f"{type(error).__module__}.{type(error).__qualname__}: "
             raise DataError(str(error).strip().splitlines()[-1].removeprefix(kind)) from error
 
     def _begun(self) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 
 from crevnet.data import DataError
+from crevnet.data.errors import refuse_undamaged
 from crevnet.data.protocol import Protocol
 from crevnet.hdf5_files import writing_hdf5
 
@@ -30,6 +31,7 @@ def reading_array(path: Path, expected: str) -> Iterator[h5py.Dataset]:
         with h5py.File(path, "r") as file:
             yield file["array"]
     except (OSError, KeyError, RuntimeError, ValueError) as error:
+        refuse_undamaged(str(path), error)
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}); expected {expected}") from error
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from crevnet.data.errors import DataError
+from crevnet.data.errors import DataError, refuse_undamaged
 from crevnet.files import NoRoomError
 from crevnet.hdf5_files import writing_hdf5
 
@@ -21,6 +21,7 @@ def is_made(path: Path, mark: str, origin: str) -> bool:
         with h5py.File(path, "r") as file:
             found = file["array"].attrs.get(mark)
     except (OSError, KeyError) as error:
+        refuse_undamaged(str(path), error)
         raise DataError(f"{path} exists, but was not made by this command; choose another folder or name") from error
     if found != origin:
         raise DataError(f"{path} exists, made from {found}, expected {origin}; choose another folder, name or seed")

@@ -21,7 +21,8 @@ _REMEDIES = {
     ),
     "^DataLoader worker": (
         "a process that reads data has died",
-        "lower --data.workers, or increase the available memory",
+        "load data without workers (--data.workers=0), or increase the available memory and, in a container, the shared memory "
+        "(docker run --shm-size=8g)",
     ),
 }
 """What an error's text holds: what the machine lacks, and the remedy. The first that fits counts."""

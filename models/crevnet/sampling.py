@@ -117,7 +117,11 @@ class WindowLoader(DataLoader[dict[str, Any]]):
                 batch["part"] = self.batch_sampler.part(self._used)
                 self._used += 1
                 yield batch
-        except DataError as error:  # a worker's message ends with its traceback, and that with its error
+        except Exception as error:
+            self._end_workers()
+            if not isinstance(error, DataError):
+                raise
+            # A worker's message ends with its traceback, and that with its error.
             kind = f"{type(error).__module__}.{type(error).__qualname__}: "
             raise DataError(str(error).strip().splitlines()[-1].removeprefix(kind)) from error
 
@@ -130,6 +134,12 @@ class WindowLoader(DataLoader[dict[str, Any]]):
                     f"no shared memory for --data.workers {self.num_workers} ({error.strerror})"
                 ) from error
             raise
+
+    def _end_workers(self) -> None:
+        """At once: Python, where it collects them as garbage, waits five seconds for each."""
+        if self._iterator is not None:
+            self._iterator._shutdown_workers()
+            self._iterator = None
 
     def state_dict(self) -> dict[str, int]:
         return {"used": self._used}

@@ -169,6 +169,8 @@ def draw(run: Path, data: DataSettings, checkpoint: str, feedback: Feedback | No
 def show(path: Path, slot: int | None, out: Path | None) -> None:
     if out is not None and out.suffix != ".png":
         raise SettingsError(f"--out {out}: name a .png file")
+    if out is not None and not out.parent.is_dir():
+        raise SettingsError(f"--out {out}: there is no folder {out.parent}: make it, or name another one")
     if not path.exists():
         raise SettingsError(f"{path} does not exist: give a run's or a recipe's folder, or a day file (.h5)")
     if is_recipe(path):

@@ -86,6 +86,7 @@ COMMANDS = ("data synth", "data holdout", "submit", "predict", "figures", "show"
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_file_that_finds_no_room(name, run, cities, held_out, failing, tmp_path):
+    (tmp_path / "out").mkdir()
     with little_disk():
         line = failing(*command(name, tmp_path / "out", run, cities, held_out), status=1)
     assert (

@@ -1,13 +1,17 @@
 """revflow: train deep networks without storing their activations."""
 
-from revflow._guard import ReconstructionError as ReconstructionError
-from revflow._guard import ReconstructionWarning as ReconstructionWarning
-from revflow._mode import ordinary_autograd as ordinary_autograd
-from revflow._replay import is_recomputing as is_recomputing
+from revflow._guard.policy import ReconstructionError as ReconstructionError
+from revflow._guard.policy import ReconstructionWarning as ReconstructionWarning
+from revflow._replay.mode import ordinary_autograd as ordinary_autograd
+from revflow._replay.replay import is_recomputing as is_recomputing
+from revflow._through_time.states import States as States
+from revflow._verify.verification import Verification as Verification
 from revflow._version import __version__ as __version__
 from revflow.bijection import Bijection as Bijection
 from revflow.bijection import PixelUnshuffle as PixelUnshuffle
 from revflow.budget import Plan as Plan
+from revflow.cell import RecurrentCell as RecurrentCell
+from revflow.cell import RecurrentState as RecurrentState
 from revflow.convert import TwoStreams as TwoStreams
 from revflow.convert import reversible as reversible
 from revflow.coupling import AdditiveCoupling as AdditiveCoupling
@@ -20,9 +24,6 @@ from revflow.memory import BatchMemory as BatchMemory
 from revflow.memory import MemoryReport as MemoryReport
 from revflow.memory import measure_memory as measure_memory
 from revflow.memory import predict_memory as predict_memory
-from revflow.recurrence import RecurrentCell as RecurrentCell
-from revflow.recurrence import RecurrentState as RecurrentState
 from revflow.recurrence import ReversibleRecurrence as ReversibleRecurrence
 from revflow.sequence import ReversibleSequence as ReversibleSequence
-from revflow.verify import Verification as Verification
 from revflow.verify import verify as verify

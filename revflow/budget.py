@@ -11,28 +11,20 @@ pass runs with a graph, whose saved tensors are counted and dropped again. From 
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from revflow._chain import Chain, Result
+from revflow._base.bytes import MemoryBudget, free_memory, parse, size
 
 _log = logging.getLogger(__name__)
 
-MemoryBudget = int | float | str
-"""Bytes, a share of the device's free memory, a size as "6GiB", "all" or "none"."""
 
-_UNITS = {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _KINDS_OF_INPUT = 64
 """How many are remembered: with inputs of ever other shapes, the oldest are measured again."""
 
@@ -154,6 +146,24 @@ class Plan:
     __repr__ = __str__
 
 
+Result = tuple[Any, Any]
+"""A chain's output, a tensor or a tuple of streams, and the log-determinant or None."""
+
+
+class Chain(Protocol):
+    """A call of a chain of blocks, as far as the budget knows it."""
+
+    @property
+    def kind(self) -> Hashable: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def run(self, first_kept: int | None = None, mark: Tensor | None = None) -> Result: ...
+
+    def measured(self, mark: Tensor | None = None) -> tuple[Result, Table]: ...
+
+
 class Budget:
     """A sequence's memory budget, what is known of its costs, and how much of it is in use."""
 
@@ -256,64 +266,6 @@ class Budget:
         self._pending -= 1
 
 
-def parse(given: MemoryBudget) -> int | float | Literal["all", "none"]:
-    """Bytes as an int, a share as a float; ValueError or TypeError for what is neither."""
-    if given == "all":
-        return "all"
-    if given == "none":
-        return "none"
-    if isinstance(given, str):
-        return _bytes(given)
-    if isinstance(given, bool) or not isinstance(given, Real):
-        raise TypeError(f"memory_budget {_WANTED}; got {given!r}, a {type(given).__name__}")
-    if isinstance(given, Integral):
-        if given < 0:
-            raise ValueError(f"memory_budget {_WANTED}; got {given}")
-        return int(given)
-    if not 0 < given <= 1:
-        raise ValueError(f"memory_budget as a float is a share of the free memory, above 0 and at most 1; got {given}")
-    return float(given)
-
-
-_WANTED = 'has to be bytes (a whole number), a size as "6GiB", a share of the free memory as 0.8, "all" or "none"'
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([A-Za-z]+)\s*", text)
-    if found is None or found[2] not in _UNITS:
-        raise ValueError(f"memory_budget {_WANTED}; got {text!r} (units are {', '.join(_UNITS)})")
-    return int(float(found[1]) * _UNITS[found[2]])
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a process could still take."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
-    if device.type == "cpu":
-        try:
-            return int(min(_available(), _left_in_container()))
-        except OSError:
-            pass
-    raise RuntimeError(
-        f"memory_budget as a share of the free memory is known for CUDA devices and on Linux, not for {device} here: give bytes"
-    )
-
-
-def _available() -> int:
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-
-
-def _left_in_container() -> float:
-    """What a control group (version 2) leaves to its processes."""
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
-    except OSError:
-        return float("inf")
-    return float("inf") if limit.strip() == "max" else int(limit) - int(used)
-
-
 def _is_packed() -> bool:
     """Whether hooks see what is saved for a backward pass: those of torch.utils.checkpoint, or of save_on_cpu."""
     node: Any = torch.empty(0, requires_grad=True).exp().grad_fn
@@ -322,12 +274,3 @@ def _is_packed() -> bool:
     except RuntimeError:  # it has some. PyTorch 2.6 has no other way to tell
         return True
     return False
-
-
-def size(count: float) -> str:
-    """Bytes, readable."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

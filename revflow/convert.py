@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revflow._guard import Mode
-from revflow.budget import MemoryBudget, Plan
+from revflow._base.bytes import MemoryBudget
+from revflow._guard.policy import Mode
+from revflow.budget import Plan
 from revflow.coupling import AdditiveCoupling
 from revflow.exact import Grid
 from revflow.sequence import ReversibleSequence

@@ -15,10 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from revflow._passage import Arguments, Passage, Stepwise, run_plainly
-from revflow._random import Draws
-from revflow._rewind import run_stepwise
-from revflow._torch import has_global_hook
+from revflow._base.stepwise import Stepwise
+from revflow._base.torch_private import has_global_hook
+from revflow._replay.arguments import Arguments
+from revflow._replay.random_states import Draws
+from revflow._rewind.hooked import run_stepwise
+from revflow._rewind.passage import Passage, run_plainly
 from revflow.bijection import Bijection, Streams
 
 

@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from revflow._torch import unwrapped
+from revflow._base.torch_private import FakeTensor, is_forward_ad, unwrapped
 
 _ESCAPE = -128
 """The code of a value that is kept as it is."""
@@ -102,7 +101,7 @@ class Grid:
 
 def _differentiated() -> bool:
     """By reverse mode or by forward mode, which runs under no_grad too."""
-    return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or is_forward_ad()
 
 
 def fingerprint(x: Tensor) -> Tensor:

@@ -19,10 +19,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from revflow._states import is_in_host_memory
+from revflow._base.host_memory import is_in_host_memory
+from revflow._base.torch_private import FakeTensor, FakeTensorMode, TorchDispatchMode
 
 
 @dataclass(frozen=True)

@@ -2,56 +2,22 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from types import MethodType
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from revflow import _through_time
-from revflow._guard import Guard, Mode
-from revflow._mode import engine_applies, refuse_replica
-from revflow._passage import Streams
-from revflow._states import States, keeping
-from revflow._torch import allow_recompilations
+from revflow._base.streams import Streams
+from revflow._base.torch_private import allow_recompilations
+from revflow._guard.policy import Guard, Mode
+from revflow._replay.mode import engine_applies, refuse_replica
+from revflow._through_time.functions import run
+from revflow._through_time.states import States, keeping
+from revflow.cell import RecurrentCell, RecurrentState
 
 Tensors = tuple[Tensor, ...]
-
-
-class RecurrentState(NamedTuple):
-    """What a step leaves for the next one."""
-
-    cells: tuple[Tensors, ...]
-    """The state of every cell."""
-    memories: tuple[Tensors, ...]
-    """The memory that left every cell; the last one enters the first cell in the next step."""
-
-
-class RecurrentCell(nn.Module, ABC):
-    """A module of a `ReversibleRecurrence`: streams go in and out, and a state goes from step to step.
-
-    All its cost should be in `update`: it runs twice a training step, `mix` three times. A memory is whatever passes from
-    each cell to the next one, and from the last one to the first of the next step; it may be empty.
-    """
-
-    @abstractmethod
-    def update(
-        self, streams: Streams, state: Tensors, memory: Tensors, context: dict[str, Any]
-    ) -> tuple[Tensors, Tensors]:
-        """The new state and the new memory, tensor by tensor of the shapes of the old ones."""
-
-    @abstractmethod
-    def mix(self, streams: Streams, state: Tensors, context: dict[str, Any]) -> Streams:
-        """The output streams, from the input streams and the new state."""
-
-    def forward(
-        self, streams: Streams, state: Tensors, memory: Tensors = (), **context: Any
-    ) -> tuple[Streams, Tensors, Tensors]:
-        """One step of this cell alone, under ordinary autograd: streams, state and memory."""
-        state, memory = self.update(streams, state, memory, context)
-        return self.mix(streams, state, context), state, memory
 
 
 class ReversibleRecurrence(nn.ModuleList):
@@ -130,7 +96,7 @@ class ReversibleRecurrence(nn.ModuleList):
     def _rebuilt_step(
         self, streams: Streams, state: RecurrentState, context: dict[str, Any]
     ) -> tuple[Streams, RecurrentState]:
-        streams, results = _through_time.run(
+        streams, results = run(
             self._cells(), streams, state.cells, state.memories[-1], context, self._keeping, self._guard
         )
         return streams, RecurrentState(tuple(new for new, _ in results), tuple(left for _, left in results))

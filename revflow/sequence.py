@@ -10,17 +10,21 @@ from typing import Any, Literal, Self, overload
 import torch
 from torch import Tensor, nn
 
-from revflow._chain import Chain, streams_of, values_are_hidden
-from revflow._guard import Guard, Mode
-from revflow._mode import engine_applies, refuse_replica
-from revflow._passage import Arguments, Passage, Stepwise, Streams
-from revflow._random import Draws
-from revflow._replay import undisturbed
-from revflow._rewind import Tape
-from revflow._table import number_of_parameters, table
-from revflow._torch import allow_recompilations
-from revflow._witness import witness_of
-from revflow.budget import Budget, MemoryBudget, Plan
+from revflow._base.bytes import MemoryBudget
+from revflow._base.stepwise import Stepwise
+from revflow._base.streams import Streams
+from revflow._base.table import number_of_parameters, table
+from revflow._base.torch_private import allow_recompilations
+from revflow._guard.chains import witness_of
+from revflow._guard.policy import Guard, Mode
+from revflow._replay.arguments import Arguments
+from revflow._replay.mode import engine_applies, refuse_replica
+from revflow._replay.random_states import Draws
+from revflow._replay.undisturbed import undisturbed
+from revflow._rewind.chain import Chain, streams_of, values_are_hidden
+from revflow._rewind.passage import Passage
+from revflow._rewind.tape import Tape
+from revflow.budget import Budget, Plan
 from revflow.coupling import Coupling
 from revflow.exact import Extent, Grid, Residual
 

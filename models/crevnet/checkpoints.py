@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from crevnet.config import ModelConfig
 from crevnet.data import DataError
+from crevnet.data.identity import Identity, difference
 from crevnet.failures import NUMERICAL, CheckpointError, DivergedError, reason_of_system
 from crevnet.files import quoted, replace_file
 from crevnet.models import make_network
@@ -108,10 +110,14 @@ class Checkpoints(Checkpoint):
         order: what the order of the windows follows from. Where it is another one than the checkpoint's, the epoch that
             was interrupted begins anew.
         scored: what the validation score is of. Where it is something else than the checkpoint's, the best one is chosen anew.
+        data: which files the run is trained and validated on. A warning says where they are others than the checkpoint's.
     """
 
-    def __init__(self, folder: Path, minutes: float, order: dict[str, Any], scored: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, minutes: float, order: dict[str, Any], scored: dict[str, Any], data: Identity
+    ) -> None:
         self.best = math.inf
+        self._data = data
         self._folder, self._seconds, self._order, self._scored = folder, 60 * minutes, order, scored
         self._written = time.monotonic()
         self._moment: dict[str, Any] | None = None  # after the last step of the optimizer; None while weights change
@@ -154,10 +160,18 @@ class Checkpoints(Checkpoint):
         moment = self._moment or {"loops": trainer.fit_loop.state_dict(), "random": _random_state()}
         checkpoint["loops"]["fit_loop"] = moment["loops"]
         checkpoint.update(random=moment["random"], order=self._order, scored=self._scored, best=self.best)
+        checkpoint["data"] = self._data
 
     def on_load_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         if checkpoint.get("scored", self._scored) == self._scored:  # older ones do not say it
             self.best = checkpoint["best"]
+        differs = difference(checkpoint.get("data", self._data), self._data)
+        if differs is not None:
+            warnings.warn(
+                f"the data differ from those that this run was trained on: {differs}. The resumed run will not equal one that "
+                "was never interrupted; restore those files if it should",
+                stacklevel=2,
+            )
         _set_random_state(checkpoint["random"])
         if checkpoint["order"] != self._order:
             _begin_epoch_anew(checkpoint["loops"]["fit_loop"])

@@ -18,7 +18,8 @@ from rich.markup import escape
 from crevnet.competition import ChallengeSettings
 from crevnet.data import DataError
 from crevnet.defaults import value_of
-from crevnet.failures import StoppedError, TrainingError, warned
+from crevnet.failures import TrainingError, warned
+from crevnet.machine import lack_of
 from crevnet.options import make_parser
 from crevnet.processes import is_first, is_first_to_fail
 from crevnet.recipe.settings import RecipeSettings
@@ -30,19 +31,26 @@ _SHORT = re.compile(r"--model(=.*)?")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command. An error is one line on stderr and exit status 2."""
+    """Run a command. An error is one line on stderr and exit status 2; 1 for what the machine lacks, such as room on a disk."""
     errors = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_first())
     warnings.showwarning = lambda message, *_, **__: errors.print(f"[yellow]warning:[/] {escape(warned(message))}")
     try:
         _run(sys.argv[1:] if arguments is None else list(arguments))
-    except StoppedError as error:
+    except TrainingError as error:
         _fail(str(error), error.exit_status)
-    except (SettingsError, DataError, TrainingError, OSError) as error:
+    except (SettingsError, DataError) as error:
         _fail(str(error), 2)
     except OverflowError as error:  # of the grid that streams live on in exact arithmetic
         _fail(f"{error}; a model's bits are its --model.exact_bits", 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except (MemoryError, OSError, RuntimeError) as error:
+        lack = lack_of(error)
+        if lack is not None:
+            _fail(lack, 1)
+        if not isinstance(error, OSError):
+            raise
+        _fail(str(error), 2)
 
 
 def _fail(message: str, status: int) -> NoReturn:

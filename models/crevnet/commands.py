@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 from rich.console import Console
@@ -39,6 +38,7 @@ from crevnet.data.city_data import CityData
 from crevnet.evaluation import Scores, mean_over_cities
 from crevnet.files import quoted
 from crevnet.folders import make_folder
+from crevnet.hdf5_files import writing_hdf5
 from crevnet.network import Feedback
 from crevnet.processes import go_alone, is_first
 from crevnet.recipe.folders import begun_runs, is_recipe, score_of, scores_file
@@ -169,6 +169,8 @@ def draw(run: Path, data: DataSettings, checkpoint: str, feedback: Feedback | No
 def show(path: Path, slot: int | None, out: Path | None) -> None:
     if out is not None and out.suffix != ".png":
         raise SettingsError(f"--out {out}: name a .png file")
+    if out is not None and not out.parent.is_dir():
+        raise SettingsError(f"--out {out}: there is no folder {out.parent}: make it, or name another one")
     if not path.exists():
         raise SettingsError(f"{path} does not exist: give a run's or a recipe's folder, or a day file (.h5)")
     if is_recipe(path):
@@ -218,7 +220,7 @@ def _print_scores(scores: Mapping[str, Scores], channels: int, horizons: Sequenc
 def _write_prediction(path: Path, forecast: np.ndarray, day: DayFile, slot: int) -> None:
     """(horizon, H, W, C) uint8, 0..255, dataset `array`, as in Traffic4cast's files."""
     values = np.rint(forecast.transpose(0, 2, 3, 1) * 255).astype(np.uint8)
-    with h5py.File(path, "w") as file:
+    with writing_hdf5(path) as file:
         dataset = file.create_dataset("array", data=values, compression="gzip")
         dataset.attrs.update({"city": day.city, "date": day.date, "first_slot": slot})
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import revflow
-from revflow.recurrence import States
+from revflow import States
 
 Cell = Literal["st-lstm", "convlstm"]
 Attention = Literal["deep", "pointwise"]

@@ -7,13 +7,13 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 import revflow
 from crevnet.config import CrevNetConfig
 from crevnet.data import DataError
 from crevnet.files import quoted
+from crevnet.machine import first_sentence, lack_of, out_of_memory
 from crevnet.recipe.folders import recipe_of
 from crevnet.settings import RunSettings
 
@@ -21,7 +21,14 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.
 
 
 class TrainingError(Exception):
-    """Training cannot go on: one line that says why and what to do."""
+    """Training cannot go on: one line that says why and what to do.
+
+    `exit_status` is 1 for what the machine lacks, and 2 for what settings or data have to change.
+    """
+
+    def __init__(self, message: str, exit_status: int = 2) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
 
 
 class DivergedError(TrainingError):
@@ -40,8 +47,7 @@ class StoppedError(TrainingError):
     """A signal has stopped training, which has saved its state."""
 
     def __init__(self, message: str, number: signal.Signals) -> None:
-        super().__init__(message)
-        self.exit_status = 128 + number
+        super().__init__(message, 128 + number)
 
 
 def explained(error: BaseException, settings: RunSettings, last: Path) -> TrainingError | None:
@@ -57,8 +63,10 @@ def explained(error: BaseException, settings: RunSettings, last: Path) -> Traini
     if isinstance(error, SystemExit):  # Lightning's; its SIGTERMException alone has no exit status
         number = signal.SIGINT if error.code else signal.SIGTERM
         return StoppedError(f"stopped by {number.name}{way_on}", number)
-    reason = _reason(error, settings)
-    return TrainingError(f"{reason}{way_on}") if reason else None
+    for exit_status, reason in ((1, _lack(error, settings)), (2, _reason(error, settings))):
+        if reason is not None:
+            return TrainingError(f"{reason}{way_on}", exit_status)
+    return None
 
 
 def warned(message: Warning | str) -> str:
@@ -66,7 +74,7 @@ def warned(message: Warning | str) -> str:
     if not isinstance(message, revflow.ReconstructionWarning):
         return str(message)
     return (
-        f"{_first_sentence(message)}. Rounding errors grow where frames are dark or blank, or weights large: see that the loss "
+        f"{first_sentence(message)}. Rounding errors grow where frames are dark or blank, or weights large: see that the loss "
         f"falls, or train without them by --model.exact_bits 16"
     )
 
@@ -94,31 +102,35 @@ def _reason(error: BaseException, settings: RunSettings) -> str | None:
             advice += ", or train in --training.precision 32-true"
         if not isinstance(error, DivergedError) and isinstance(model, CrevNetConfig):
             advice += f", or choose other --model.exact_bits (it is {model.exact_bits})"
-        return f"{_first_sentence(error)}: {advice}"
-    if isinstance(error, (DataError, CheckpointError)):
+        return f"{first_sentence(error)}: {advice}"
+    if isinstance(error, DataError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        states = ""
-        if isinstance(model, CrevNetConfig):
-            states = f"keep fewer states (--model.states 3 or offloaded; it is {model.states}), "
-        return (
-            f"out of memory ({_first_sentence(error)}): lower --data.batch_size (it is {settings.data.batch_size}), {states}or "
-            f"train in --training.precision 16-mixed (it is {training.precision})"
-        )
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-        return f"a process that reads data has died ({_first_sentence(error)}): lower --data.workers, or find it more memory"
     if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
         return (
-            f"another training process has ended, or cannot be reached ({_first_sentence(error)}): see what it has said"
+            f"another training process has ended, or cannot be reached ({first_sentence(error)}): see what it has said"
         )
-    system = reason_of_system(error)
-    if system is not None and system.errno in _DISK:
-        return f"the run's folder could not be written to ({system.strerror}): make room, or mend the disk"
     return None
 
 
-def _first_sentence(error: BaseException | str) -> str:
-    return " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+def _lack(error: BaseException, settings: RunSettings) -> str | None:
+    """What the machine lacks."""
+    if isinstance(error, (DataError, *NUMERICAL)):
+        return None
+    if isinstance(error, CheckpointError):
+        return str(error)
+    memory = out_of_memory(error)
+    if memory is not None:
+        states = ""
+        if isinstance(settings.model, CrevNetConfig):
+            states = f"keep fewer states (--model.states 3 or offloaded; it is {settings.model.states}), "
+        return (
+            f"{memory}: lower --data.batch_size (it is {settings.data.batch_size}), {states}or train in --training.precision "
+            f"16-mixed (it is {settings.training.precision})"
+        )
+    lack, system = lack_of(error), reason_of_system(error)
+    if lack is None and system is not None and system.errno in _DISK:
+        return f"the run's folder could not be written to ({system.strerror}): make room, or mend the disk"
+    return lack
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

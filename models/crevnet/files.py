@@ -2,32 +2,71 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # not on Unix
+    fcntl = None  # type: ignore[assignment]
+
 _UNFINISHED = ".unfinished"
+_NAME = re.compile(rf".+\.\d+{re.escape(_UNFINISHED)}")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class NoRoomError(OSError):
+    """A file that a full disk, a quota or a limit on the size of files has cut short.
+
+    Args:
+        error: the operating system's.
+        path: of the file.
+        size: bytes that the file takes, at least.
+    """
+
+    def __init__(self, error: OSError, path: Path, size: int) -> None:
+        super().__init__(error.errno, error.strerror, str(path))
+        lacking = max(size - shutil.disk_usage(path.parent).free, 1)
+        self._remedy = {
+            errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+            errno.EDQUOT: "raise your quota, or free some of it",
+        }.get(error.errno or 0, f"free {-(-lacking // 2**20)} MiB or more")
+
+    def __str__(self) -> str:
+        return f"no space left for {self.filename} ({self.strerror}): {self._remedy}, or choose another folder"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write a file to, which takes the place of `path` once it is on the disk: until then the old one stays.
 
-    What is raised leaves the old file too. The folder is made where it is missing.
+    What is raised leaves the old file too: NoRoomError where the disk is full. The folder is made where it is missing, and
+    rid of what killed processes have left unfinished in it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_unfinished_once(path.parent)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}{_UNFINISHED}")  # two runs never write the same one
     try:
-        yield unfinished
-        with unfinished.open("rb") as file:
+        with _owned(unfinished) as file:
+            yield unfinished
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
+            os.replace(unfinished, path)
+    except OSError as error:
+        if error.errno in _FULL and not isinstance(error, NoRoomError):
+            size = unfinished.stat().st_size if unfinished.exists() else 0
+            unfinished.unlink(missing_ok=True)  # before what is free is counted
+            raise NoRoomError(error, path, size) from error
         raise
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -35,6 +74,8 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     try:
         with replacing(path) as unfinished, unfinished.open("wb") as file:
             write(file)
+    except NoRoomError:
+        raise
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -45,6 +86,52 @@ def quoted(path: Path) -> str:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote has left in a folder."""
+    """Remove what processes that were killed while they wrote have left in a folder; never what a living one writes."""
     for path in folder.glob(f"*{_UNFINISHED}"):
-        path.unlink(missing_ok=True)
+        if _NAME.fullmatch(path.name) and path.is_file():
+            _remove_if_abandoned(path)
+
+
+_remove_unfinished_once = cache(remove_unfinished)
+"""Once in each folder that a process writes to: listing a folder of 10,000 movies for each of them would take minutes."""
+
+
+@contextmanager
+def _owned(unfinished: Path) -> Iterator[BinaryIO]:
+    """The file, made and locked: the lock ends with the process, so that it tells a file that is written from one that was
+    left. It is a shared one, beside which HDF5 can read the file."""
+    while True:
+        with unfinished.open("ab") as file:
+            if _locked(file, exclusive=False) is not False and _is_at(file, unfinished):
+                yield file
+                return
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    try:
+        with path.open("ab") as file:
+            if _locked(file, exclusive=True):
+                path.unlink(missing_ok=True)
+    except OSError:  # somebody else's, or gone
+        pass
+
+
+def _locked(file: BinaryIO, exclusive: bool) -> bool | None:
+    """Whether the lock was to be had; None on systems and file systems that know no such locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether the file still has that name, which a process that removes what was left may have taken from it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

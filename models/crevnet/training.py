@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from crevnet.checkpoints import AtomicCheckpointIO, Checkpoints, checkpoint_path, load_network, resumable_steps
 from crevnet.config import ModelConfig
+from crevnet.curves import date_logs_before
 from crevnet.data import DataError, Layout
 from crevnet.data.city_data import CityData
 from crevnet.data.layouts import TRAFFIC4CAST_2019
@@ -147,7 +149,8 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
         load_settings(training.start)  # says what is wrong where it is no run's folder
         start = load_network(training.start, settings.model, "best")
     batches, validation_batches = data.training_batches(), data.validation_batches()
-    checkpoints = Checkpoints(folder, training.checkpoint_minutes, _order(settings, batches), _scored(settings))
+    follows_from = _order(settings, batches), _scored(settings), data.identity
+    checkpoints = Checkpoints(folder, training.checkpoint_minutes, *follows_from)
     try:
         with _quiet():
             trainer = _trainer(training, folder, [checkpoints, ValidationPicture(data, settings)], steps)
@@ -167,6 +170,7 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
                 _refuse_trained(folder)  # by another process, which has ended since
             for place in (folder, last.parent):
                 remove_unfinished(place)
+            date_logs_before(folder, int(time.time()))
             settings.save(folder)
         try:
             with _quiet():

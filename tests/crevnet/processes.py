@@ -3,11 +3,13 @@
 A process is forked from a server that has imported everything, and so begins at once.
 """
 
+import ctypes
 import io
 import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -82,9 +84,8 @@ def killed_in_step(number: int) -> None:
 
 
 def waiting_in_step(number: int) -> None:
-    """Until it is killed. Processes that read data are forked, as in a command that a shell has started: this one's own server
-    would keep them alive."""
-    multiprocessing.set_start_method("fork", force=True)
+    """Until it is killed. This process's own server would keep those alive that read data."""
+    with_forked_workers()
     at_call(CrevNet, "loss", number, signal.pause)
 
 
@@ -136,6 +137,28 @@ def with_little_disk(size: int) -> None:
 
 def with_little_disk_from(number: int, size: int) -> None:
     at_call(CrevNet, "loss", number, partial(with_little_disk, size))
+
+
+CANNOT_MOUNT = 77
+
+
+def with_little_shared_memory(size: str) -> None:
+    """As in a container: a /dev/shm of this process and its workers alone. Ends with CANNOT_MOUNT where that is not allowed."""
+    own_mounts = 0x20000  # CLONE_NEWNS
+    commands = (["mount", "--make-rprivate", "/"], ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm"])
+    if ctypes.CDLL(None).unshare(own_mounts) or any(subprocess.run(command).returncode for command in commands):
+        os._exit(CANNOT_MOUNT)
+    with_forked_workers()
+
+
+def with_few_open_files(limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    with_forked_workers()
+
+
+def with_forked_workers() -> None:
+    """As in a command that a shell has started: this process's own server of processes has another view of the machine."""
+    multiprocessing.set_start_method("fork", force=True)
 
 
 def everything_wrong(number: int, size: int) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from crevnet.data import DataError, Windows, layout_named, open_days, repack
+from crevnet.files import NoRoomError
 
 hdf5plugin = pytest.importorskip("hdf5plugin")
 ROOT = Path(__file__).parents[2]
@@ -94,18 +95,20 @@ def test_killed_in_the_middle_of_a_file(source, tmp_path):
     code = """
 import os, signal, sys
 from pathlib import Path
+from crevnet import hdf5_files
 from crevnet.data import repack
-write = Path.write_bytes
-def write_half(path, content):
-    if "2019-01-03" in path.name:
-        write(path, content[: len(content) // 2])
+class Killed(bytes):
+    def __getitem__(self, rest):
         os.kill(os.getpid(), signal.SIGKILL)
-    write(path, content)
-Path.write_bytes = write_half
+written = []
+def half_of_the_third(image):
+    written.append(1)
+    return memoryview(image) if len(written) < 3 else Killed(image[: len(image) // 2])
+hdf5_files.memoryview = half_of_the_third
 repack(Path(sys.argv[1]), Path(sys.argv[2]))
 """
     assert run(code, source, target)[0] == -signal.SIGKILL
-    partial = target / "ANTWERP" / "training" / ".2019-01-03_ANTWERP_8ch.h5.partial"
+    [partial] = (target / "ANTWERP" / "training").glob("2019-01-03_ANTWERP_8ch.h5.*.unfinished")
     expected, finished = contents(source), contents(target)
     assert partial.stat().st_size > 10_000 and len(finished) == 3
     assert finished == {name: expected[name] for name in finished}
@@ -132,7 +135,7 @@ def test_a_full_disk(source, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, limits[1]))  # a day takes some 72,000 bytes
     try:
-        with pytest.raises(DataError, match=r"2019-01-01_ANTWERP_8ch.h5 cannot be written.*make room") as error:
+        with pytest.raises(NoRoomError, match=r"no space left for .*2019-01-01_ANTWERP_8ch.h5 .*ulimit") as error:
             repack(source, tmp_path / "packed")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

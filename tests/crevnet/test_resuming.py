@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import os
 import random
 import shutil
 import signal
@@ -29,6 +30,7 @@ from processes import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crevnet import CrevNet
+from crevnet.curves import date_logs_before, learning_curves
 from crevnet.data import DataError, Windows
 from crevnet.data.city_data import CityData
 from crevnet.failures import TrainingError
@@ -73,6 +75,8 @@ def assert_same_run(found, expected):
     """Weights, Adam's state, counters, random numbers, scores and curves, to the last bit."""
     for which in ("best", "last"):
         checkpoints = [checkpoint(folder, which) for folder in (found, expected)]
+        for found_data in (c.pop("data") for c in checkpoints):
+            assert found_data  # of copies of the same files, with other dates
         for loops in (c["loops"]["fit_loop"] for c in checkpoints):
             loops.pop("state_dict")  # the loader's place and the validation's total, both of the epoch that is over
             loops.pop("epoch_loop.val_loop.batch_progress")
@@ -245,8 +249,8 @@ def test_workers_that_are_killed(everybody, child, short, whole, tmp_path):
     status = end(child("--training.checkpoint_minutes=60", "--data.workers=2", before=before))
     said, run = (tmp_path / "said").read_text(), tmp_path / "run"
     assert "Traceback" not in said and f"--resume {run}" in said
-    assert (status == 2) == ("a process that reads data has died (DataLoader worker" in said)
-    assert status == 2 or (everybody and status == 128 + signal.SIGTERM)  # whichever is heard of first
+    assert (status == 1) == ("a process that reads data has died (DataLoader worker" in said)
+    assert status == 1 or (everybody and status == 128 + signal.SIGTERM)  # whichever is heard of first
     train(short, run, resume=True)
     assert_same_run(run, whole)
 
@@ -375,3 +379,62 @@ def test_epoch_begins_anew_with_another_batch_size(short, tmp_path, monkeypatch)
     last = checkpoint(tmp_path)
     assert (before["global_step"], last["global_step"]) == (2, 2 + windows / 4)
     assert [step for step, _ in scalars(tmp_path)["train/loss"]] == list(range(2 + windows // 4))
+
+
+# --- resumed with other data, or another clock
+
+
+def interrupted(short, folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, "loss", 3)
+        with pytest.raises(TrainingError):
+            train(short, folder)
+
+
+@pytest.mark.parametrize("change", ["date", "size", "name", "nothing"])
+def test_other_data_are_said(change, short, own_cities, tmp_path, monkeypatch, recwarn):
+    settings, run = replace(short, data=replace(short.data, root=own_cities)), tmp_path / "run"
+    interrupted(settings, run, monkeypatch)
+    name = "Here/Here_training/20180102_100m_bins.h5"
+    day = own_cities / name
+    before = day.stat()
+    if change == "date":
+        os.utime(day, (0, 0))
+    elif change == "size":
+        day.write_bytes(day.read_bytes() + b"0")
+        os.utime(day, ns=(before.st_atime_ns, before.st_mtime_ns))
+    elif change == "name":
+        day.rename(day.with_name("20180105_100m_bins.h5"))
+    recwarn.clear()
+    train(settings, run, resume=True)
+    said = [str(w.message) for w in recwarn if "the data differ" in str(w.message)]
+    if change == "nothing":
+        assert said == []
+        return
+    [warning] = said
+    assert f"{name} " in warning and f"had {before.st_size} bytes of" in warning and "restore those files" in warning
+    assert ("2 files differ" in warning) == (change == "name")
+
+
+def test_a_clock_that_goes_back_hides_no_curves(short, whole, tmp_path, monkeypatch):
+    """By a day: the logs of the run so far are dated after those of the resumed one."""
+    interrupted(short, tmp_path, monkeypatch)
+    [log] = (tmp_path / "tensorboard").glob("events.*")
+    later = f"events.out.tfevents.{int(time.time()) + 86_400:010d}.zzz"
+    log.rename(log.with_name(later))
+    train(short, tmp_path, resume=True)
+    expected = learning_curves(whole)["train/loss"]
+    found = learning_curves(tmp_path)["train/loss"]
+    assert found.steps.tolist() == expected.steps.tolist() and found.values.tolist() == expected.values.tolist()
+
+
+def test_logs_that_are_dated_back_keep_their_order_and_content(tmp_path):
+    """Though their processes had the same number, as in containers, and the second before is taken."""
+    folder = tmp_path / "tensorboard"
+    folder.mkdir()
+    for second, content in ((99, "a"), (100, "b"), (200, "c"), (300, "d")):
+        (folder / f"events.out.tfevents.{second:010d}.host.7.0").write_text(content)
+    date_logs_before(tmp_path, 102)
+    assert [(int(p.name.split(".")[3]), p.read_text()) for p in sorted(folder.iterdir())] == [
+        (98, "a"), (99, "b"), (100, "c"), (101, "d"),
+    ]  # fmt: skip

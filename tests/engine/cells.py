@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import revflow
 from engine.nets import assert_close
-from revflow._backward import Pass
-from revflow._steps import Step
+from revflow._through_time.passes import Pass
+from revflow._through_time.steps import Step
 
 STEPS, CELLS, SHAPE = 12, 3, (2, 3, 4, 4)
 MODES = ["kept", "bfloat16", "offloaded", 1, 3, 5, 100]

@@ -23,7 +23,8 @@ from engine.nets import (
     stacks,
     weighted,
 )
-from revflow.budget import Budget, Cost, Table, parse
+from revflow._base.bytes import parse
+from revflow.budget import Budget, Cost, Table
 
 HUGE = 2**40
 STREAM = 2 * 4 * 12 * 12 * 8

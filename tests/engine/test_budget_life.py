@@ -12,8 +12,8 @@ from torch import nn
 
 import revflow
 from engine.nets import Conditioner, additive, assert_same_gradients, conditioners, evaluations, image
-from revflow._chain import Chain
-from revflow.budget import size
+from revflow._base.bytes import size
+from revflow._rewind.chain import Chain
 
 HUGE = 2**40
 

@@ -7,7 +7,7 @@ import revflow
 from engine.exactly import assert_equal
 from engine.held import Held, chains, exactly, gradients, network, of, streams
 from engine.nets import additive_two, assert_close, conditioners, edge_to, image, weighted
-from revflow._graph import is_ours
+from revflow._rewind.graph import is_ours
 
 
 @chains
@@ -168,7 +168,7 @@ def test_an_output_that_was_dropped_is_not_overwritten(monkeypatch, kept):
         asked.append(is_ours(stream))
         return asked[-1]
 
-    monkeypatch.setattr("revflow._overwrite.is_ours", asking)
+    monkeypatch.setattr("revflow._rewind.conditioner.is_ours", asking)
     net, pair = of(*[additive_two() for _ in range(3)], memory_budget=2**40), streams()
     net.plan(pair)
     net._budget._first_kept = lambda table, limit: 3 - kept

@@ -8,7 +8,7 @@ import revflow
 from engine.exactly import assert_equal
 from engine.held import Held, chains, exactly, gradients, network, of, streams
 from engine.nets import Conditioner, additive, additive_two, assert_close, assert_same_gradients, image, weighted
-from revflow._graph import is_ours
+from revflow._rewind.graph import is_ours
 
 
 class Own(nn.Module):

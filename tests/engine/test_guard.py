@@ -23,7 +23,7 @@ from engine.nets import (
     mixed,
     relative_error,
 )
-from revflow._witness import witness_of
+from revflow._guard.chains import witness_of
 
 MODES = ["float32", "autocast"]
 modes = pytest.mark.parametrize("mode", MODES)

@@ -14,8 +14,8 @@ from torch import nn
 import revflow
 from engine.cells import CELLS, Cell, few_modes, given, loss_of, recurrence, values, without_collector
 from engine.nets import assert_close
-from revflow._backward import Pass
-from revflow._watch import Found
+from revflow._guard.steps import Found
+from revflow._through_time.passes import Pass
 
 exact_modes = pytest.mark.parametrize("states", ["kept", "offloaded", 3, 100])
 

@@ -19,8 +19,8 @@ from engine.cells import (
     without_collector,
 )
 from engine.nets import assert_close
-from revflow._backward import Pass
-from revflow._steps import Step
+from revflow._through_time.passes import Pass
+from revflow._through_time.steps import Step
 
 
 def parameters(net):

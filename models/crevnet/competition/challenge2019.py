@@ -9,6 +9,7 @@ The truth is the full day, in `<City>/<City>_test_truth/`, under the same name: 
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from crevnet.competition.files import check_channels, refuse_existing, replacing, writing_array
+from crevnet.competition.files import check_channels, exists_already, holding_out, is_held_out, origin_of
 from crevnet.competition.interface import Case, CaseFile, Challenge
 from crevnet.data import TEST_SLOTS, DataError, DayFile, DayReader, open_day, open_days
 from crevnet.data.protocol import Protocol, protocol
+from crevnet.files import replacing
 
 
 class Challenge2019(Challenge):
@@ -40,16 +42,17 @@ class Challenge2019(Challenge):
 
     def hold_out(self, days: Sequence[DayFile], count: int, rng: np.random.Generator, out: Path) -> Iterator[Path]:
         reader = DayReader()
-        for index in np.sort(rng.permutation(len(days))[:count]):
-            day, slots = days[index], self._slots_of(days[index])
-            path = out / day.city / f"{day.city}_test" / f"{day.date}_100m_bins.h5"
-            refuse_existing(path)
-            refuse_existing(_truth_of(path))
-            with replacing(_truth_of(path)) as partial:
-                shutil.copyfile(day.path, partial)
-            with writing_array(path, day.shape) as frames:
-                for first in slots:
-                    frames[first - self.protocol.past : first] = reader.read(day, first - self.protocol.past, first)
+        drawn = [days[index] for index in np.sort(rng.permutation(len(days))[:count])]
+        origin = origin_of(drawn, [self._slots_of(day) for day in drawn])
+        paths = {out / day.city / f"{day.city}_test" / f"{day.date}_100m_bins.h5": day for day in drawn}
+        held_out = {path: _is_held_out(path, day, origin) for path, day in paths.items()}  # before any is written
+        for path, day in paths.items():
+            if not held_out[path]:
+                with replacing(_truth_of(path)) as partial:
+                    shutil.copyfile(day.path, partial)
+                with holding_out(path, day.shape, origin) as frames:
+                    for first in self._slots_of(day):
+                        frames[first - self.protocol.past : first] = reader.read(day, first - self.protocol.past, first)
             yield path
 
     def _slots_of(self, day: DayFile) -> tuple[int, ...]:
@@ -97,6 +100,14 @@ class DayCases(CaseFile):
             raise DataError(f"{path} has shape {day.shape}, its test day {self._day.shape}; expected the same day")
         frames = self._reader.read(day, first, first + self._asked.horizon).astype(np.uint8)
         return frames[[horizon - 1 for horizon in self._asked.horizons]]
+
+
+def _is_held_out(path: Path, day: DayFile, origin: str) -> bool:
+    """Whether a test case and its truth are there. DataError where another file is in the place of one of them."""
+    truth = _truth_of(path)
+    if truth.exists() and not filecmp.cmp(truth, day.path, shallow=False):
+        raise exists_already(truth)
+    return is_held_out(path, origin) and truth.exists()
 
 
 def _truth_of(path: Path) -> Path:

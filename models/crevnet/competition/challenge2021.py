@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from crevnet.competition.files import check_channels, reading_array, refuse_existing, writing_array
+from crevnet.competition.files import check_channels, holding_out, is_held_out, origin_of, reading_array
 from crevnet.competition.interface import Case, CaseFile, Challenge
 from crevnet.data import DataError, DayFile, DayReader
 from crevnet.data.protocol import HeadingOrder, Protocol, protocol
@@ -62,14 +62,17 @@ class Challenge2021(Challenge):
         if not chosen:
             raise DataError(f"{days[0].path} has {days[0].shape[0]} slots, a test case needs {window}: use longer days")
         path = self._path(out, city)
-        for target in (path, _additional_of(path), _truth_of(path)):
-            refuse_existing(target)
+        origin = origin_of(days, [(day.path.name, start) for day, start in chosen])
+        there = [is_held_out(target, origin) for target in (path, _additional_of(path), _truth_of(path))]
+        if all(there):
+            yield path
+            return
         reader = DayReader()
         with ExitStack() as files:
-            hours = files.enter_context(writing_array(path, (len(chosen), past, *frame)))
-            additional = files.enter_context(writing_array(_additional_of(path), (len(chosen), 2)))
+            hours = files.enter_context(holding_out(path, (len(chosen), past, *frame), origin))
+            additional = files.enter_context(holding_out(_additional_of(path), (len(chosen), 2), origin))
             truth = files.enter_context(
-                writing_array(_truth_of(path), (len(chosen), len(self.protocol.horizons), *frame))
+                holding_out(_truth_of(path), (len(chosen), len(self.protocol.horizons), *frame), origin)
             )
             for index, (day, start) in enumerate(chosen):
                 frames = reader.read(day, start, start + window)

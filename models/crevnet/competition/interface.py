@@ -73,5 +73,6 @@ class Challenge(ABC):
     def hold_out(self, days: Sequence[DayFile], count: int, rng: np.random.Generator, out: Path) -> Iterator[Path]:
         """Make test cases of full days of one city, with the truth beside them, where `case_files(out)` finds them.
 
-        At most `count` are drawn. Gives the path of each file when it is written; DataError if it exists, or days are too short.
+        At most `count` are drawn. Gives the path of each file when it is written, or was there from the same draw; DataError if
+        another file is in its place, or days are too short.
         """

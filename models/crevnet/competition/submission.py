@@ -12,6 +12,7 @@ from crevnet.competition.files import writing_array
 from crevnet.competition.forecasting import CaseForecast, submitted
 from crevnet.competition.interface import CaseFile
 from crevnet.data import DataError
+from crevnet.data.errors import refuse_undamaged
 from crevnet.files import replacing
 
 
@@ -60,5 +61,6 @@ def _origin(path: Path) -> str | None:
         with h5py.File(path, "r") as file:
             origin: str = file["array"].attrs["made_from"]
             return origin
-    except (OSError, KeyError):
+    except (OSError, KeyError) as error:
+        refuse_undamaged(str(path), error)
         return None

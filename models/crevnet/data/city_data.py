@@ -14,6 +14,7 @@ from crevnet.data.dates import DateChoice
 from crevnet.data.days import DayFile, check_frame_sizes, open_days
 from crevnet.data.errors import DataError
 from crevnet.data.flips import FLIPS, FlippedWindows
+from crevnet.data.identity import Identity, identity
 from crevnet.data.layouts import layout_named
 from crevnet.data.protocol import TEST_SLOTS
 from crevnet.data.static import StaticInputs, static_maps
@@ -54,6 +55,13 @@ class CityData:
                 raise DataError(
                     f"{day.city} has validation days but no training day for its road map: choose --data.cities"
                 )
+
+    @property
+    def identity(self) -> Identity:
+        """Which files these are."""
+        root, days = Path(self._settings.root or ""), [*self.training_days, *self.validation_days]
+        static = {self.layout.static_file(root, day.city) for day in days}
+        return identity(root, {day.path for day in days} | {path for path in static if path is not None})
 
     def training_batches(self) -> WindowLoader:
         """The training windows in random order. DataError where they would be the validation windows, too."""

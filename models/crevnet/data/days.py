@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from crevnet.data.dates import DateChoice
-from crevnet.data.errors import DataError
+from crevnet.data.errors import DataError, UndamagedError, refuse_undamaged
 from crevnet.data.layouts import TRAFFIC4CAST_2019, Layout, layout_of
 
 _MAX_OPEN_FILES = 32
@@ -80,7 +80,7 @@ def open_days(
         raise DataError(f"{root} holds no day for {dates.option} in split {split!r}: check the lists of dates")
 
     def reject(error: DataError) -> None:
-        if not skip_damaged:
+        if not skip_damaged or isinstance(error, UndamagedError):
             raise error
         warnings.warn(f"left out: {error}", stacklevel=3)
 
@@ -279,6 +279,7 @@ def naming(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, KeyError, RuntimeError, ValueError) as error:
+        refuse_undamaged(what, error)
         raise DataError(
             f"{what} cannot be read ({_one_line(error)}); download the file again or leave it out"
         ) from error

@@ -7,8 +7,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from crevnet.data.errors import DataError
-from crevnet.files import replacing
+from crevnet.data.errors import DataError, refuse_undamaged
+from crevnet.files import NoRoomError
+from crevnet.hdf5_files import writing_hdf5
 
 
 def is_made(path: Path, mark: str, origin: str) -> bool:
@@ -20,6 +21,7 @@ def is_made(path: Path, mark: str, origin: str) -> bool:
         with h5py.File(path, "r") as file:
             found = file["array"].attrs.get(mark)
     except (OSError, KeyError) as error:
+        refuse_undamaged(str(path), error)
         raise DataError(f"{path} exists, but was not made by this command; choose another folder or name") from error
     if found != origin:
         raise DataError(f"{path} exists, made from {found}, expected {origin}; choose another folder, name or seed")
@@ -29,11 +31,13 @@ def is_made(path: Path, mark: str, origin: str) -> bool:
 @contextmanager
 def making(path: Path, shape: tuple[int, ...], mark: str, origin: str, chunk: int = 1) -> Iterator[h5py.Dataset]:
     """Frames (slots, H, W, C) uint8 to be filled in, `chunk` of them compressed together; they get their name at the end.
-    DataError where they cannot be written."""
+    DataError where they cannot be written, NoRoomError if the disk is full."""
     try:
-        with replacing(path) as unfinished, h5py.File(unfinished, "w") as file:
+        with writing_hdf5(path) as file:
             array = file.create_dataset("array", shape, np.uint8, chunks=(chunk, *shape[1:]), compression="gzip")
             array.attrs[mark] = origin
             yield array
+    except NoRoomError:
+        raise
     except OSError as error:
         raise DataError(f"{path} cannot be written ({' '.join(str(error).split())}); choose another folder") from error

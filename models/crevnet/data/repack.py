@@ -21,6 +21,8 @@ import numpy as np
 
 from crevnet.data.days import naming, opened
 from crevnet.data.errors import DataError
+from crevnet.files import NoRoomError, replacing
+from crevnet.hdf5_files import hdf5_in_memory
 
 _BLOCK = 36  # frames that are copied at once: two of h5py's own chunks of 18
 _MARK = "repacked_from"
@@ -88,8 +90,7 @@ def _repack_file(path: Path, copy: Path, codec: Any) -> Iterator[float]:
 
 def _write(path: Path, partial: Path, codec: Any) -> Iterator[float]:
     source_digest, digest = hashlib.blake2b(), hashlib.blake2b()
-    # In memory first: HDF5 itself may crash where a disk is full.
-    with opened(path) as source, h5py.File(partial, "w", driver="core", backing_store=False) as file:
+    with opened(path) as source, hdf5_in_memory(partial) as file:
         for name, item in source.file.items():
             if item != source:
                 source.file.copy(item, file, name)
@@ -99,8 +100,6 @@ def _write(path: Path, partial: Path, codec: Any) -> Iterator[float]:
             source_digest.update(values)
             target[start : start + len(values)] = values
             yield 0.9 * start / len(source)
-        file.flush()
-        partial.write_bytes(file.id.get_file_image())
     with opened(partial) as written:
         for _, values in _blocks(written):
             digest.update(values)
@@ -130,12 +129,10 @@ def _mark_of(copy: Path) -> str | None:
 @contextmanager
 def _partial(path: Path) -> Iterator[Path]:
     """A place for a file that is not whole yet, which becomes `path` where the context ends without an error."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            yield partial
+    except NoRoomError:
+        raise
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{path} cannot be written ({' '.join(str(error).split())}): make room there") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise DataError(f"{path} cannot be written ({' '.join(str(error).split())}): choose another folder") from error

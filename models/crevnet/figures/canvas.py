@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
+
+from crevnet.files import replace_file
 
 Frames = NDArray[np.float32]
 """(T, C, H, W) in [0, 1]."""
@@ -55,5 +58,5 @@ def run_name(run: Path) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=150)
+    replace_file(path, partial(figure.savefig, dpi=150, format="png"))
     plt.close(figure)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from numpy.typing import NDArray
+from PIL import Image
 
 from crevnet.data import Layout
 from crevnet.figures.canvas import ERRORS, VALUES, Frames, brightest, draw_frame, frame_grid
+from crevnet.files import replace_file
 
 _SHEET_PIXELS = 160
 
@@ -59,15 +59,20 @@ def forecast_animation(
         axis.set_axis_off()
         axis.set_title(name)
 
-    def draw(t: int) -> Sequence[AxesImage]:
+    def draw(t: int) -> None:
         for image, frames in zip(images, (left, right), strict=True):
             image.set_data(frames[t])
         lead, kind = layout.lead(t + 1 - len(past)), "seen" if t < len(past) else "predicted"
         figure.suptitle(f"{lead}, {kind}: {layout.channel_name(channel)}")
-        return images
 
-    FuncAnimation(figure, draw, frames=len(left)).save(path, PillowWriter(fps=3))
+    pictures = []
+    for t in range(len(left)):
+        draw(t)
+        figure.canvas.draw()
+        pictures.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
     plt.close(figure)
+    first, *others = pictures
+    replace_file(path, partial(first.save, format="GIF", save_all=True, append_images=others, duration=333, loop=0))
 
 
 def day_figure(frame: Frames, road_map: Frames, title: str, layout: Layout) -> Figure:

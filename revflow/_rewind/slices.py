@@ -1,0 +1,230 @@
+"""A conditioner's part in a block's pass, made slice by slice of the batch: its own activations are then those of a slice.
+
+Both evaluations are made so: they see tensors of the same shapes and draw the same random numbers. The streams are sliced
+along dimension 0, and so are the context's tensors; those of one sample, or of no dimension, go to every slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from revflow._base.stepwise import Stepwise
+from revflow._base.streams import Gradients, Streams
+from revflow._base.torch_private import BatchNorm, FakeTensor
+from revflow._replay.attributes import Attributes
+from revflow._replay.random_states import random_states
+from revflow._replay.replay import Replay
+from revflow._rewind.conditioner import Given, Overwrite
+from revflow._rewind.graph import is_ours, plus
+from revflow._rewind.passage import Passage
+
+_MIXING = 1e-3
+"""What one sample may tell of another, relative to the largest value: rounding, and no more."""
+
+
+class Sliced(Overwrite):
+    """As its base class, in slices."""
+
+    def __init__(
+        self, block: Stepwise, passage: Passage, key: str, target: int, conditioner: nn.Module, streams: Streams
+    ) -> None:
+        device = streams[0].device
+        super().__init__(block, passage, target, conditioner, device)
+        for module in self.modules:
+            if isinstance(module, BatchNorm) and (module.training or module.running_mean is None):
+                which = "in train mode" if module.training else "without running statistics"
+                raise ValueError(f"chunks={passage.chunks}: a {type(module).__name__} {which} {_MIXES}")
+        self._key = key
+        self._size = _batch_size(streams)
+        length = max(1, -(-self._size // passage.chunks))
+        self._slices = [
+            (slice(begin, begin + length), Overwrite(block, passage, target, conditioner, device))
+            for begin in range(0, max(1, self._size), length)
+        ]
+        if not self.keeps_target:
+            self.keeps *= len(self._slices)
+
+    def moved(self) -> list[Tensor]:
+        return [value for _, step in self._slices for value in step.moved()]
+
+    def recall(self, moved: Sequence[Tensor]) -> Sequence[Tensor]:
+        for _, step in self._slices:
+            moved = step.recall(moved)
+        return moved
+
+    def run(self, passage: Passage, now: list[Tensor], leaves: Sequence[Tensor]) -> tuple[Streams, Tensor | None]:
+        self._refuse_mixing(passage, now, leaves)
+        x = now[self.target]
+        kept: Streams = ()
+        targets: list[Tensor] = []
+        log_dets: list[Tensor] = []
+        for part, step in self._slices:
+            piece = [s[part] for s in now]
+            if passage.meter is None:  # slices of a Function's inputs would seem to need a gradient
+                piece = [s.detach() for s in piece]
+            its_kept, log_det = step.run(passage, piece, self._cut(leaves, part))
+            kept += its_kept
+            targets.append(piece[self.target])
+            if log_det is not None:
+                log_dets.append(log_det)
+        now[self.target] = torch.cat(targets)
+        return (x,) if self.keeps_target else kept, torch.cat(log_dets) if log_dets else None
+
+    def undo(self, passage: Passage, now: list[Tensor], grads: list[Tensor | None], given: Given) -> Gradients:
+        k, y = self.target, now[self.target]
+        x = _Gathered(self._size, given.kept[0].detach() if self.keeps_target else y if is_ours(y) else None)
+        # A step that adds leaves the gradient of its target as it is.
+        changed = [j for j in range(len(now)) if j != k or not self._block.translates]
+        stream_grads = [_Gathered(self._size) for _ in changed]
+        leaf_grads = [_Gathered(self._size) if self._is_cut(leaf) else _Sum() for leaf in given.leaves]
+        own_grads = [_Sum() for _ in given.own]
+        for i, (part, step) in enumerate(self._slices):
+            piece = [s[part] for s in now]
+            its_grads = [None if g is None else g[part] for g in grads]
+            step.place, step.is_followed = self.place, self.is_followed
+            found = step.undo(passage, piece, its_grads, self._given(given, i))
+            if not self.keeps_target:
+                x.put(part, piece[k])
+            for j, gathered in zip(changed, stream_grads, strict=True):
+                gathered.put(part, its_grads[j])
+            for whole, gradient in zip((*leaf_grads, *own_grads), found, strict=True):
+                whole.put(part, gradient)
+        assert x.value is not None
+        now[k] = x.value
+        for j, gathered in zip(changed, stream_grads, strict=True):
+            grads[j] = gathered.value
+        return [g.value for g in (*leaf_grads, *own_grads)]
+
+    def _given(self, given: Given, i: int) -> Given:
+        """What the i-th slice is given of it."""
+        part, step = self._slices[i]
+        kept = tuple([given.kept[0][part]]) if self.keeps_target else given.kept[i * step.keeps : (i + 1) * step.keeps]
+        grads = [None if g is None else g[part] for g in given.grads]
+        return given._replace(grads=grads, leaves=self._cut(given.leaves, part), kept=kept)
+
+    def _cut(self, leaves: Sequence[Tensor], part: slice) -> list[Tensor]:
+        """The context's tensors for a slice, as leaves of their own."""
+        return [
+            leaf.detach()[part].requires_grad_(leaf.requires_grad) if self._is_cut(leaf) else leaf for leaf in leaves
+        ]
+
+    def _is_cut(self, leaf: Tensor) -> bool:
+        if leaf.dim() == 0 or len(leaf) == 1 != self._size:
+            return False
+        if len(leaf) == self._size:
+            return True
+        raise ValueError(
+            f"chunks: tensors among the keyword arguments need one entry a sample ({self._size}), or one for all, in their first "
+            f"dimension; got one of shape {tuple(leaf.shape)}"
+        )
+
+    @torch.no_grad()  # on where the pass is measured
+    def _refuse_mixing(self, passage: Passage, now: list[Tensor], leaves: Sequence[Tensor]) -> None:
+        """Refuse, the first time, a conditioner in which the samples of a batch see each other.
+
+        What it makes of a first sample must not change with the second one. Where it makes zeros of it, as before training,
+        that says nothing yet: the next pass looks again.
+        """
+        witness = None if passage.tape is None else passage.tape.witness
+        if witness is None or self._size < 2 or _is_hidden(now) or not witness.guard.looks(self._key, self, 1):
+            return
+        k, two = self.target, slice(0, 2)
+        pieces = [s[two].detach() for s in now]
+        target, others, context = pieces[k], pieces[:k] + pieces[k + 1 :], self._cut(leaves, two)
+        strangers = [torch.cat((s[:1], 1 - s[1:])) if s.is_floating_point() else s for s in others]
+        # Of the context's values only the first sample's own are known to be valid for another.
+        its_own = [
+            torch.cat((c[:1], c[:1])) if self._is_cut(leaf) else c for c, leaf in zip(context, leaves, strict=True)
+        ]
+        replay = Replay(self._conditioner, target.device)
+        replay.random = random_states(target.device)
+        parameters, evaluate = replay.parameters, self._block.evaluate
+
+        def evaluate_with(streams: list[Tensor], tensors: Sequence[Tensor]) -> Streams:
+            filled = passage.arguments.filled(tensors)
+            with witness.guard.remember():  # the slices may find what a cache keeps of this look
+                return replay.values(parameters, evaluate, self._conditioner, target, streams, filled)
+
+        attributes = Attributes(self._foreign)
+        before, after = evaluate_with(others, context), evaluate_with(strangers, its_own)
+        self._refuse_ambiguous(leaves, context, before, lambda tensors: evaluate_with(others, tensors))
+        attributes.keep_changes()
+        attributes.lend()  # as before this look
+        for a, b in zip(before, after, strict=True):
+            if _largest(a[0] - b[0]) > _MIXING * _largest(a[0]):
+                raise ValueError(
+                    f"chunks={passage.chunks}: the conditioner {type(self._conditioner).__name__} {_MIXES}"
+                )
+        if any(_largest(a[0]) > 0 for a in before):
+            witness.guard.has_looked(self._key, self)
+
+    def _refuse_ambiguous(
+        self,
+        leaves: Sequence[Tensor],
+        cut: Sequence[Tensor],
+        expected: Streams,
+        evaluate: Callable[[Sequence[Tensor]], Streams],
+    ) -> None:
+        """Refuse a keyword tensor that is as long as the batch by coincidence: the conditioner takes it whole, too, and makes
+        something else of it than of a slice."""
+        for i, leaf in enumerate(leaves):
+            if self._size < 3 or not self._is_cut(leaf):
+                continue
+            try:
+                whole = evaluate([*cut[:i], leaf, *cut[i + 1 :]])
+            except (RuntimeError, ValueError, IndexError):
+                continue  # it needs an entry for each sample
+            if any(_largest(a - b) > _MIXING * _largest(a) for a, b in zip(expected, whole, strict=True)):
+                raise ValueError(
+                    f"chunks: a keyword tensor of shape {tuple(leaf.shape)} has as many entries as the batch has samples, but "
+                    f"the conditioner takes it whole, too: if it is for all samples, pass it with a first dimension of 1 "
+                    f"(tensor[None]); if its values are mixed over the batch, leave out chunks"
+                )
+
+
+def _batch_size(streams: Streams) -> int:
+    sizes = {s.shape[0] if s.dim() else None for s in streams}
+    if len(sizes) > 1 or None in sizes:
+        shapes = ", ".join(str(tuple(s.shape)) for s in streams)
+        raise ValueError(f"chunks slices the first dimension, which has to be the batch of every stream; got {shapes}")
+    return len(streams[0])
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().max().item() if values.numel() else 0.0
+
+
+def _is_hidden(streams: Sequence[Tensor]) -> bool:
+    return any(isinstance(s, FakeTensor) or s.is_meta for s in streams)
+
+
+class _Gathered:
+    """A whole, filled by slices; None where all of them are None, and zero where some are (a slice that was dropped)."""
+
+    def __init__(self, size: int, value: Tensor | None = None) -> None:
+        self.size, self.value = size, value
+
+    def put(self, part: slice, piece: Tensor | None) -> None:
+        if piece is not None:
+            if self.value is None:
+                self.value = piece.new_zeros((self.size, *piece.shape[1:]))
+            self.value[part] = piece
+
+
+class _Sum:
+    """What all slices add to; None where they are None."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def put(self, part: slice, piece: Tensor | None) -> None:
+        self.value = plus(self.value, piece)
+
+
+_MIXES = (
+    "mixes the samples of a batch, which would see only those of their slice: leave out chunks, or put it in eval mode if it "
+    "does not do so there"
+)

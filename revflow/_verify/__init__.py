@@ -1,0 +1,1 @@
+"""Look at each block of a network by itself, for `revflow.verify`."""

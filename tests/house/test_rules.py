@@ -1,0 +1,35 @@
+"""The house keeps its plan: each rule's exceptions are listed by name in `exceptions.toml`, and the list only shrinks."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from house import rules
+from importlinter.cli import lint_imports
+
+RULES = (
+    rules.long_files,
+    rules.long_functions,
+    rules.wide_functions,
+    rules.private_torch,
+    rules.hidden_engine,
+    rules.others_private_attributes,
+    rules.foreign_imports,
+)
+EXCEPTIONS = tomllib.loads(Path(__file__).with_name("exceptions.toml").read_text(encoding="utf-8"))
+SOURCES = rules.sources()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.__name__)
+def test_only_the_exceptions_break_a_rule(rule):
+    listed = EXCEPTIONS.get(rule.__name__, [])
+    found = {broken for source in SOURCES for broken in rule(source)}
+    assert listed == sorted(set(listed)), "the list is not sorted, or names something twice"
+    new, mended = sorted(found - set(listed)), sorted(set(listed) - found)
+    assert not new, f"{new} break the rule {rule.__name__}. {rule.__doc__ or ''}"
+    assert not mended, f"{mended} keep the rule {rule.__name__} now: take them out of exceptions.toml"
+
+
+def test_imports_go_one_way():
+    """The contracts of import-linter in pyproject.toml; an exception that is no longer needed is an error, too."""
+    assert lint_imports(config_filename=str(rules.ROOT / "pyproject.toml"), cache_dir=None) == 0

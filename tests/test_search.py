@@ -66,6 +66,15 @@ QUERIES = {
     "cite": "citation",
 }
 
+# lunr's, which are not in the index.
+STOP_WORDS = """
+    a able about across after all almost also am among an and any are as at be because been but by can cannot could dear did
+    do does either else ever every for from get got had has have he her hers him his how however i if in into is it its just
+    least let like likely may me might most must my neither no nor not of off often on only or other our own rather said say
+    says she should since so some than that the their them then there these they this tis to too twas us wants was we were
+    what when where which while who whom why will with would yet you your
+"""
+
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
@@ -82,12 +91,14 @@ class Index:
     def __init__(self, stored):
         self.separator = re.compile(stored["config"]["separator"])
         boosts = {name: field["boost"] for name, field in stored["config"]["fields"].items()}
+        stop_words = set(STOP_WORDS.split())
         self.postings = defaultdict(list)  # of a token: section, times it occurs in a field, the field's boost
         for section in stored["docs"]:
             for field in ("title", "text"):
                 for token, times in Counter(self.tokens(section.get(field, ""))).items():
-                    boost = boosts[field] * section.get("boost", 1)
-                    self.postings[token].append((section["location"], times, boost))
+                    if token not in stop_words:
+                        boost = boosts[field] * section.get("boost", 1)
+                        self.postings[token].append((section["location"], times, boost))
         self.sections = len(stored["docs"])
 
     def tokens(self, text):

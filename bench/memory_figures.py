@@ -22,6 +22,17 @@ COLOURS = {
     "reversible-every-3": "#1f8a5b",
 }
 
+# As the README and docs/ call them.
+SCHEDULE_NAMES = {
+    "plain": "standard autograd",
+    "checkpoint": "checkpointing",
+    "reversible-autoencoder": "revflow, autoencoder only",
+    "reversible": "revflow",
+    "reversible-bfloat16": "revflow, states in bfloat16",
+    "reversible-offloaded": "revflow, states offloaded",
+    "reversible-every-3": "revflow, every third state",
+}
+
 MODEL_NAMES = {
     "crevnet": "CrevNet",
     "convlstm": "ConvLSTM",
@@ -87,9 +98,13 @@ def draw_bars(rows: list[Row]) -> Figure:
         right.tick_params(axis="y", length=0)
     left.set_yticks([*settings.values()], [*settings], fontsize=8.5)
     left.set_ylim(places[-1] + 0.8, places[0] - 0.8)
-    schedules = [Patch(color=COLOURS[name], label=name) for name in COLOURS if any(r.schedule == name for r in rows)]
-    figure.legend(handles=schedules, loc="outside upper center", ncols=len(schedules), frameon=False, fontsize=8.5)
+    explain_colours(figure, {row.schedule for row in rows})
     return figure
+
+
+def explain_colours(figure: Figure, schedules: set[str]) -> None:
+    patches = [Patch(color=colour, label=SCHEDULE_NAMES[name]) for name, colour in COLOURS.items() if name in schedules]
+    figure.legend(handles=patches, loc="outside upper center", ncols=len(patches), frameon=False, fontsize=8.5)
 
 
 def name_of(row: Row) -> str:
@@ -110,27 +125,39 @@ def bars(axes: Axes, places: list[float], sizes: list[float], colours: list[str]
 
 
 def draw_lines(axis: str, lines: list[list[Row]]) -> Figure:
-    """What a training step takes beyond parameters, gradients and Adam's state, along the axis; a panel for each preset."""
+    """Memory of a training step beyond parameters, gradients and Adam's state, along the axis; one panel per preset."""
     panels: dict[str, list[list[Row]]] = {}
     for line in lines:
         panels.setdefault(f"{MODEL_NAMES[line[0].model]} {line[0].preset}".strip(), []).append(line)
-    width = 4.4 * len(panels) + 0.6
+    width = 5.4 * len(panels) + 0.6
     figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.8), squeeze=False, layout="constrained")
     for panel, (name, its) in zip(axes[0], panels.items(), strict=True):
         for line in its:
             first = line[0]
-            text = first.schedule if first.preset else f"patch {first.patch}, {first.schedule}"
             style = "-" if first.patch == 1 else "--" if first.patch == 2 else ":"
             places, sizes = [getattr(row, axis) for row in line], [beyond_model(row) / GIB for row in line]
-            panel.plot(places, sizes, style, color=COLOURS[first.schedule], marker="o", markersize=4, label=text)
+            panel.plot(places, sizes, style, color=COLOURS[first.schedule], marker="o", markersize=4)
         panel.set_title(name, fontsize=11)
         panel.set_xlabel(AXIS_NAMES[axis])
         panel.set_xlim(left=0)
         panel.set_ylim(bottom=0)
         finish(panel, "both")
-        panel.legend(fontsize=8, frameon=False)
+        label_ends(panel, axis, its)
     axes[0, 0].set_ylabel("memory beyond parameters,\ngradients and Adam, GiB")
     return figure
+
+
+def label_ends(panel: Axes, axis: str, lines: list[list[Row]]) -> None:
+    """Name each line at its last point, with the size there; labels keep a distance from each other."""
+    lowest, distance = 0.0, panel.get_ylim()[1] / 17
+    for row in sorted((line[-1] for line in lines), key=beyond_model):
+        name = SCHEDULE_NAMES[row.schedule] if row.preset else f"patch {row.patch}, {SCHEDULE_NAMES[row.schedule]}"
+        size = beyond_model(row) / GIB
+        lowest = max(size, lowest + distance)
+        panel.annotate(
+            f"{name} {size:.2f}", (1.02, lowest), xycoords=("axes fraction", "data"), fontsize=8.5, va="center",
+            color=COLOURS[row.schedule], annotation_clip=False,
+        )  # fmt: skip
 
 
 def finish(axes: Axes, grid: str) -> None:

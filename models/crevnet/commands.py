@@ -219,7 +219,7 @@ def _write_prediction(path: Path, forecast: np.ndarray, day: DayFile, slot: int)
     """(horizon, H, W, C) uint8, 0..255, dataset `array`, as in Traffic4cast's files."""
     values = np.rint(forecast.transpose(0, 2, 3, 1) * 255).astype(np.uint8)
     with h5py.File(path, "w") as file:
-        dataset = file.create_dataset("array", data=values, compression="gzip")
+        dataset = file.create_dataset("array", data=values, compression="gzip", fletcher32=True)
         dataset.attrs.update({"city": day.city, "date": day.date, "first_slot": slot})
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from crevnet.data import DataError
 from crevnet.data.protocol import Protocol
+from crevnet.data.safe_h5 import UNREADABLE, array_of, opened_file
 from crevnet.files import replacing
 
 
@@ -19,17 +20,18 @@ def writing_array(path: Path, shape: tuple[int, ...], dtype: np.dtype | type = n
     """The dataset `array`, zeros at first, of a file that takes its name when it is finished: gzip 9, a chunk a case or frame."""
     with replacing(path) as partial, h5py.File(partial, "w") as file:
         yield file.create_dataset(
-            "array", shape, dtype, chunks=(1, *shape[1:]), compression="gzip", compression_opts=9, fillvalue=0
-        )
+            "array", shape, dtype, chunks=(1, *shape[1:]), compression="gzip", compression_opts=9, fillvalue=0,
+            fletcher32=True,
+        )  # fmt: skip
 
 
 @contextmanager
 def reading_array(path: Path, expected: str) -> Iterator[h5py.Dataset]:
     """The dataset `array` of a file; `expected` says what should be there in the DataError for a file that cannot be read."""
     try:
-        with h5py.File(path, "r") as file:
-            yield file["array"]
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        with opened_file(path) as file:
+            yield array_of(file)
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}); expected {expected}") from error
 
 

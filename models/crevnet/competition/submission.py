@@ -6,12 +6,11 @@ import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import h5py
-
 from crevnet.competition.files import writing_array
 from crevnet.competition.forecasting import CaseForecast, submitted
 from crevnet.competition.interface import CaseFile
 from crevnet.data import DataError
+from crevnet.data.safe_h5 import UNREADABLE, array_of, opened_file, text_attribute
 from crevnet.files import replacing
 
 
@@ -57,8 +56,7 @@ def zip_submission(out: Path) -> Path:
 
 def _origin(path: Path) -> str | None:
     try:
-        with h5py.File(path, "r") as file:
-            origin: str = file["array"].attrs["made_from"]
-            return origin
-    except (OSError, KeyError):
+        with opened_file(path) as file:
+            return text_attribute(array_of(file), "made_from")
+    except UNREADABLE:
         return None

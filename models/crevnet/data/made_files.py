@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 
 from crevnet.data.errors import DataError
+from crevnet.data.safe_h5 import UNREADABLE, array_of, opened_file, text_attribute
 from crevnet.files import replacing
 
 
@@ -17,9 +18,9 @@ def is_made(path: Path, mark: str, origin: str) -> bool:
     if not path.exists():
         return False
     try:
-        with h5py.File(path, "r") as file:
-            found = file["array"].attrs.get(mark)
-    except (OSError, KeyError) as error:
+        with opened_file(path) as file:
+            found = text_attribute(array_of(file), mark)
+    except UNREADABLE as error:
         raise DataError(f"{path} exists, but was not made by this command; choose another folder or name") from error
     if found != origin:
         raise DataError(f"{path} exists, made from {found}, expected {origin}; choose another folder, name or seed")
@@ -32,7 +33,9 @@ def making(path: Path, shape: tuple[int, ...], mark: str, origin: str, chunk: in
     DataError where they cannot be written."""
     try:
         with replacing(path) as unfinished, h5py.File(unfinished, "w") as file:
-            array = file.create_dataset("array", shape, np.uint8, chunks=(chunk, *shape[1:]), compression="gzip")
+            array = file.create_dataset(
+                "array", shape, np.uint8, chunks=(chunk, *shape[1:]), compression="gzip", fletcher32=True
+            )
             array.attrs[mark] = origin
             yield array
     except OSError as error:

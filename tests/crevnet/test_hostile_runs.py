@@ -2,7 +2,9 @@
 of the reader's touched."""
 
 import os
+import shutil
 import zipfile
+from itertools import pairwise
 
 import pytest
 from apart import refused
@@ -91,3 +93,65 @@ def test_a_checkpoint_that_is_no_zip(own_run, failing):
     path = own_run / "checkpoints" / "best.ckpt"
     path.write_bytes(b"\x80\x02}q\x00.")
     assert f"{path} is no readable checkpoint (it is damaged: File is not a zip file)" in failing("evaluate", own_run)
+
+
+# --- configuration files and lists
+
+GROWING = "a: &a [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in pairwise("abcdefghi")
+)
+YAML = {
+    "aliases that grow": (GROWING, "more than 10000 values"),
+    "an alias of itself": ("data: &a\n  cities: *a\n", "the alias *a names nothing before it"),
+    "thousands of levels": ("data: " + "[" * 5000 + "]" * 5000, "more than 50 levels"),
+    "levels by indentation": ("\n".join(" " * level + "a:" for level in range(200)), "more than 50 levels"),
+    "megabytes": ("#" * 2**21, "more than 1048576 bytes"),
+    "no text": ("\x00\x01", "unacceptable character"),
+}
+
+
+@pytest.mark.parametrize("kind", YAML)
+def test_configuration_files(kind, own_run, tmp_path):
+    content, said = YAML[kind]
+    path = tmp_path / "some.yaml"
+    path.write_text(content)
+    line = refused("fit", "--config", path, "--out", tmp_path / "run")
+    assert str(path) in line and said in line
+    line = refused("fit", "--data", path, "--out", tmp_path / "run")
+    assert said in line
+    (own_run / "config.yaml").write_text(content)
+    line = refused("show", own_run)
+    assert str(own_run / "config.yaml") in line and said in line
+
+
+@pytest.mark.parametrize("kind", NO_FILES, ids=lambda kind: kind.__name__)
+def test_pipes_and_devices_in_the_place_of_files_of_values(kind, own_run, tmp_path):
+    path = tmp_path / "values"
+    kind(path)
+    said = NO_FILES[kind].partition(",")[0]
+    for option in ("--config", "--data", "--data.training_dates"):
+        for written in ((option, path), (f"{option}={path}",)):
+            line = refused("fit", *written, "--out", tmp_path / "run")
+            assert str(path) in line and said in line
+    config = own_run / "config.yaml"
+    config.unlink()
+    kind(config)
+    line = refused("show", own_run)
+    assert f"{own_run} is no run's folder, it has no config.yaml" in line
+
+
+def test_aliases_that_do_not_grow(tmp_path, failing):
+    """They save writing a value twice."""
+    path = tmp_path / "some.yaml"
+    path.write_text("data:\n  batch_size: &two 2\n  workers: *two\n  root: absent\n")
+    assert "absent cannot be listed" in failing("fit", "--config", path, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", ["score: [", "- 1", "score: text", GROWING])
+def test_a_score_of_a_recipe_that_is_none(content, own_run, tmp_path, failing):
+    recipe = tmp_path / "recipe"
+    shutil.move(own_run, recipe / "base")
+    (recipe / "recipe.yaml").write_text("")
+    (recipe / "base" / "finished.yaml").write_text(content)
+    line = failing("show", recipe)
+    assert f"{recipe / 'base' / 'finished.yaml'} holds no score (" in line and "remove it" in line

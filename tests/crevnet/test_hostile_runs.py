@@ -6,10 +6,14 @@ import shutil
 import zipfile
 from itertools import pairwise
 
+import numpy as np
 import pytest
-from apart import refused
+import torch
+from apart import apart, refused
 from hostile_h5 import NO_FILES
 
+from crevnet.data import cached_road_map, open_days, slot_means
+from crevnet.data.cache import write_cached
 from crevnet.folders import only_process
 from crevnet.settings_error import SettingsError
 
@@ -155,3 +159,59 @@ def test_a_score_of_a_recipe_that_is_none(content, own_run, tmp_path, failing):
     (recipe / "base" / "finished.yaml").write_text(content)
     line = failing("show", recipe)
     assert f"{recipe / 'base' / 'finished.yaml'} holds no score (" in line and "remove it" in line
+
+
+# --- caches
+
+
+def saved(path, array):
+    with path.open("wb") as file:  # np.save would add a suffix
+        np.save(file, array)
+
+
+def changed(path, array):
+    """Another value, and nothing else."""
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+
+
+def with_checksum(path, array):
+    write_cached(path, [array], array.shape)
+
+
+def huge_header(path, array):
+    saved(path, array)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(str(array.shape).encode(), b"(10000000000000,)", 1))
+
+
+CACHES = {
+    "NaN": lambda path, array: with_checksum(path, np.full_like(array, np.nan)),
+    "below 0": lambda path, array: with_checksum(path, array - 1),
+    "above 1": lambda path, array: with_checksum(path, array + 1),
+    "another value": changed,
+    "foreign values": lambda path, array: saved(path, np.full_like(array, 0.125)),
+    "another shape": lambda path, array: with_checksum(path, array[:, :1]),
+    "another dtype": lambda path, array: with_checksum(path, array.astype(np.float64)),
+    "objects": lambda path, array: path.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'shape': (1,), }"),
+    "a huge header": huge_header,
+    "a pipe": lambda path, array: (path.unlink(), os.mkfifo(path)),
+    "a device": lambda path, array: (path.unlink(), path.symlink_to("/dev/zero")),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_caches_that_are_not_as_they_were_written(kind, own_cities, tmp_path, monkeypatch):
+    monkeypatch.setenv("CREVNET_CACHE", str(tmp_path / "cache"))
+    days = open_days(own_cities, cities=["There"])
+
+    def computed():
+        return cached_road_map(days), slot_means(days)["There"].frames(0, 20)
+
+    before = computed()
+    for path in (tmp_path / "cache").rglob("*.npy"):
+        CACHES[kind](path, np.load(path))
+    for expected, found in zip(before, apart(computed).result, strict=True):
+        assert torch.equal(expected, found)
+    assert all(path.is_file() and not path.is_symlink() for path in (tmp_path / "cache").rglob("*.npy"))

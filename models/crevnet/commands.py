@@ -36,6 +36,7 @@ from crevnet.data import (
     write_movies,
 )
 from crevnet.data.city_data import CityData
+from crevnet.data.sealed import seal
 from crevnet.evaluation import Scores, mean_over_cities
 from crevnet.files import quoted
 from crevnet.folders import make_folder
@@ -221,6 +222,7 @@ def _write_prediction(path: Path, forecast: np.ndarray, day: DayFile, slot: int)
     with h5py.File(path, "w") as file:
         dataset = file.create_dataset("array", data=values, compression="gzip", fletcher32=True)
         dataset.attrs.update({"city": day.city, "date": day.date, "first_slot": slot})
+        seal(dataset)
 
 
 def _show_run(folder: Path) -> None:

@@ -231,3 +231,59 @@ def test_a_link_in_a_submission_is_not(own):
     path.symlink_to(own / "elsewhere.h5")
     [line] = listed(own, own / "submission")
     assert f"{HERE}: cannot be read (it is a symbolic link, expected the file itself" in line
+
+
+# --- what we write can be told from what has been damaged
+
+
+def lose_a_chunk(path):
+    """As a flipped bit in the index does."""
+    with h5py.File(path) as file:
+        array = file["array"]
+        kept = [array.id.get_chunk_info(number).chunk_offset for number in range(array.id.get_num_chunks())][:-1]
+        stored = {place: array.id.read_direct_chunk(place) for place in kept}
+        properties, attributes = array.id.get_create_plist(), dict(array.attrs)
+        shape, kind = array.shape, array.id.get_type()
+    with h5py.File(path, "w") as file:
+        made = h5py.h5d.create(file.id, b"array", kind, h5py.h5s.create_simple(shape), properties)
+        for place, (mask, content) in stored.items():
+            made.write_direct_chunk(place, content, mask)
+        file["array"].attrs.update(attributes)
+
+
+@pytest.mark.parametrize("name", [HERE, "packed"], ids=["holdout", "repack"])
+def test_a_chunk_that_is_lost_from_a_file_that_we_wrote(name, own, crevnet):
+    path = own / name
+    if name == "packed":
+        pytest.importorskip("hdf5plugin")
+        crevnet("data", "repack", own / "Here" / "Here_training", path)
+        path /= "20180101_100m_bins.h5"
+    lose_a_chunk(path)
+    line = refused("show", path)
+    assert str(path) in line and "its chunks are not those that were written" in line
+
+
+def test_bytes_of_a_chunk_that_have_changed(own, crevnet):
+    """Zstandard itself does not notice."""
+    pytest.importorskip("hdf5plugin")
+    crevnet("data", "repack", own / "Here" / "Here_training", own / "packed")
+    path = own / "packed" / "20180101_100m_bins.h5"
+    with h5py.File(path) as file:
+        chunk = file["array"].id.get_chunk_info(0)
+    content = bytearray(path.read_bytes())
+    content[chunk.byte_offset + chunk.size // 2] ^= 1
+    path.write_bytes(content)
+    line = refused("show", path)
+    assert f"{path} cannot be read (" in line and "download the file again" in line
+
+
+def test_a_sealed_file_that_another_program_wrote_anew(own, tmp_path):
+    """With other chunks, and with chunks of zeros where there were none; attributes are copied."""
+    source = own / HERE
+    for number, chunks in enumerate([(1, 21, 14, 3), (4, 21, 14, 3)]):
+        path = tmp_path / f"2018010{number + 1}_100m_bins.h5"
+        with h5py.File(source) as old, h5py.File(path, "w") as new:
+            array = new.create_dataset("array", data=old["array"][()], chunks=chunks)
+            array.attrs.update(old["array"].attrs)
+        status, ended = run_apart("show", path)
+        assert status == 0, ended

@@ -12,6 +12,7 @@ import numpy as np
 from crevnet.data import DataError
 from crevnet.data.protocol import Protocol
 from crevnet.data.safe_h5 import UNREADABLE, array_of, opened_file
+from crevnet.data.sealed import seal
 from crevnet.files import replacing
 
 
@@ -19,10 +20,12 @@ from crevnet.files import replacing
 def writing_array(path: Path, shape: tuple[int, ...], dtype: np.dtype | type = np.uint8) -> Iterator[h5py.Dataset]:
     """The dataset `array`, zeros at first, of a file that takes its name when it is finished: gzip 9, a chunk a case or frame."""
     with replacing(path) as partial, h5py.File(partial, "w") as file:
-        yield file.create_dataset(
+        array = file.create_dataset(
             "array", shape, dtype, chunks=(1, *shape[1:]), compression="gzip", compression_opts=9, fillvalue=0,
             fletcher32=True,
         )  # fmt: skip
+        yield array
+        seal(array)
 
 
 @contextmanager

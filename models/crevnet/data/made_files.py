@@ -8,7 +8,8 @@ import h5py
 import numpy as np
 
 from crevnet.data.errors import DataError
-from crevnet.data.safe_h5 import UNREADABLE, array_of, opened_file, text_attribute
+from crevnet.data.safe_h5 import UNREADABLE, array_of, opened_file
+from crevnet.data.sealed import seal, text_attribute
 from crevnet.files import replacing
 
 
@@ -38,5 +39,6 @@ def making(path: Path, shape: tuple[int, ...], mark: str, origin: str, chunk: in
             )
             array.attrs[mark] = origin
             yield array
+            seal(array)
     except OSError as error:
         raise DataError(f"{path} cannot be written ({' '.join(str(error).split())}); choose another folder") from error

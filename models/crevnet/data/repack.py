@@ -21,7 +21,8 @@ import numpy as np
 
 from crevnet.data.days import naming, opened
 from crevnet.data.errors import DataError
-from crevnet.data.safe_h5 import all_datasets, text_attribute
+from crevnet.data.safe_h5 import all_datasets
+from crevnet.data.sealed import seal, text_attribute
 
 _BLOCK = 36  # frames that are copied at once: two of h5py's own chunks of 18
 _MARK = "repacked_from"
@@ -104,6 +105,7 @@ def _write(path: Path, partial: Path, codec: Any) -> Iterator[float]:
             source_digest.update(values)
             target[start : start + len(values)] = values
             yield 0.9 * start / len(source)
+        seal(target)
         file.flush()
         partial.write_bytes(file.id.get_file_image())
     with opened(partial) as written:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import h5py
 
+from crevnet.data.sealed import check_seal
 from crevnet.files import check_regular
 
 MAX_SLOTS = 1_000_000
@@ -113,6 +114,7 @@ def check_dataset(dataset: h5py.Dataset) -> None:
         )
     if dataset.chunks is not None:
         _check_chunks(dataset, name)
+    check_seal(dataset)
     if size and not dataset.id.get_storage_size():
         raise ValueError(f"dataset {name!r} holds no values, as if none was ever written; expected some")
 
@@ -134,17 +136,6 @@ def check_unpacked_sizes(dataset: h5py.Dataset) -> None:
         _, stored = dataset.id.read_direct_chunk(chunk.chunk_offset)
         if len(zlib.decompressobj().decompress(stored, most + 1)) > most:
             raise ValueError(f"a chunk of {len(stored)} bytes unpacks to more than {most} bytes: write it with gzip")
-
-
-def text_attribute(dataset: h5py.Dataset, name: str) -> str | None:
-    """One string; None where there is none, or something else."""
-    if name not in dataset.attrs:
-        return None
-    attribute = dataset.attrs.get_id(name)
-    if attribute.shape != () or h5py.check_string_dtype(attribute.dtype) is None:
-        return None
-    found = dataset.attrs[name]
-    return found if isinstance(found, str) else None
 
 
 def _check_storage(dataset: h5py.Dataset) -> None:

@@ -38,7 +38,7 @@ from crevnet.data import (
 from crevnet.data.city_data import CityData
 from crevnet.data.sealed import seal
 from crevnet.evaluation import Scores, mean_over_cities
-from crevnet.files import quoted
+from crevnet.files import quoted, shown
 from crevnet.folders import make_folder
 from crevnet.network import Feedback
 from crevnet.processes import go_alone, is_first
@@ -221,7 +221,7 @@ def _write_prediction(path: Path, forecast: np.ndarray, day: DayFile, slot: int)
     values = np.rint(forecast.transpose(0, 2, 3, 1) * 255).astype(np.uint8)
     with h5py.File(path, "w") as file:
         dataset = file.create_dataset("array", data=values, compression="gzip", fletcher32=True)
-        dataset.attrs.update({"city": day.city, "date": day.date, "first_slot": slot})
+        dataset.attrs.update({"city": shown(day.city), "date": shown(day.date), "first_slot": slot})
         seal(dataset)
 
 

@@ -70,6 +70,11 @@ def read_text(path: Path, limit: int = 2**20) -> str:
     return content.decode("utf-8")
 
 
+def shown(name: str) -> str:
+    """A name for pictures and attributes, which are UTF-8: what is not in it is escaped."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def quoted(path: Path) -> str:
     """As a shell takes it, for commands that are suggested."""
     return shlex.quote(str(path))

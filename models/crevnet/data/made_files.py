@@ -8,8 +8,8 @@ import h5py
 import numpy as np
 
 from crevnet.data.errors import DataError
-from crevnet.data.safe_h5 import UNREADABLE, array_of, opened_file
-from crevnet.data.sealed import seal, text_attribute
+from crevnet.data.safe_h5 import UNREADABLE, array_of, opened_file, text_attribute
+from crevnet.data.sealed import seal
 from crevnet.files import replacing
 
 

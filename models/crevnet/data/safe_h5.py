@@ -138,6 +138,17 @@ def check_unpacked_sizes(dataset: h5py.Dataset) -> None:
             raise ValueError(f"a chunk of {len(stored)} bytes unpacks to more than {most} bytes: write it with gzip")
 
 
+def text_attribute(dataset: h5py.Dataset, name: str) -> str | None:
+    """One string of a file that a command has made; None where there is none, or something else."""
+    if name not in dataset.attrs:
+        return None
+    attribute = dataset.attrs.get_id(name)
+    if attribute.shape != () or h5py.check_string_dtype(attribute.dtype) is None:
+        return None
+    found = dataset.attrs[name]
+    return found if isinstance(found, str) else None
+
+
 def _check_storage(dataset: h5py.Dataset) -> None:
     """Refuse values that lie in other files. Nothing of them has been opened so far."""
     properties, name = dataset.id.get_create_plist(), dataset.name.removeprefix("/")

@@ -11,6 +11,7 @@ import zlib
 from typing import Any
 
 import h5py
+import numpy as np
 
 _SEAL = "chunk_index"
 
@@ -18,7 +19,7 @@ _SEAL = "chunk_index"
 def seal(dataset: h5py.Dataset) -> None:
     """Call it once all values are written."""
     dataset.file.flush()
-    dataset.attrs[_SEAL] = json.dumps(_index(dataset))
+    dataset.attrs[_SEAL] = np.bytes_(json.dumps(_index(dataset)))
 
 
 def check_seal(dataset: h5py.Dataset) -> None:
@@ -26,12 +27,11 @@ def check_seal(dataset: h5py.Dataset) -> None:
 
     Other programs copy attributes when they write a file anew: with other chunks, or with more of them, it has no seal.
     """
-    found = text_attribute(dataset, _SEAL)
-    if found is None or dataset.chunks is None:
+    if _SEAL not in dataset.attrs or dataset.chunks is None:
         return
     index = _index(dataset)
     try:
-        sealed = json.loads(found)
+        sealed = json.loads(_fixed_text(dataset))
         is_other = sealed["chunks"] != index["chunks"] or index["count"] > sealed["count"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"its attribute {_SEAL!r} is not as it was written: the file is damaged") from error
@@ -41,19 +41,16 @@ def check_seal(dataset: h5py.Dataset) -> None:
         )
 
 
+def _fixed_text(dataset: h5py.Dataset) -> bytes:
+    """The seal, of a length that its type says: HDF5 may search a damaged file for ever for text of any length."""
+    kind = dataset.attrs.get_id(_SEAL)
+    if kind.shape != () or kind.dtype.kind != "S":
+        raise TypeError(f"{kind.dtype} {kind.shape}")
+    return bytes(dataset.attrs[_SEAL])
+
+
 def _index(dataset: h5py.Dataset) -> dict[str, Any]:
     places: list[tuple[int, ...]] = []
     dataset.id.chunk_iter(lambda chunk: places.append(chunk.chunk_offset))
     described = (dataset.shape, dataset.dtype.str, dataset.fillvalue.item(), sorted(places))
     return {"chunks": list(dataset.chunks), "count": len(places), "crc32": zlib.crc32(repr(described).encode())}
-
-
-def text_attribute(dataset: h5py.Dataset, name: str) -> str | None:
-    """One string; None where there is none, or something else."""
-    if name not in dataset.attrs:
-        return None
-    attribute = dataset.attrs.get_id(name)
-    if attribute.shape != () or h5py.check_string_dtype(attribute.dtype) is None:
-        return None
-    found = dataset.attrs[name]
-    return found if isinstance(found, str) else None

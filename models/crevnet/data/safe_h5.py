@@ -175,9 +175,13 @@ def _check_chunks(dataset: h5py.Dataset, name: str) -> None:
             f"dataset {name!r} has {count} chunks {dataset.chunks} of {size} bytes, expected at most {MAX_CHUNKS} of "
             f"{MAX_BYTES_AT_ONCE} bytes: write it with a chunk a slot"
         )
-    largest = max((chunk.size for chunk in _stored_chunks(dataset)), default=0)
-    if largest > size + size // 8 + 1024:  # what cannot be packed gets hardly larger
-        raise ValueError(f"dataset {name!r} has a chunk of {size} bytes stored in {largest}: write it anew")
+    stored = {chunk.size for chunk in _stored_chunks(dataset)}
+    is_packed = {*filters} - {*_UNPACKED}
+    # What cannot be packed gets hardly larger; where nothing is packed, a checksum may follow.
+    least, most = (0, size + size // 8 + 1024) if is_packed else (size, size + 4)
+    wrong = next((found for found in stored if not least <= found <= most), None)
+    if wrong is not None:
+        raise ValueError(f"dataset {name!r} has a chunk of {size} bytes stored in {wrong}: write it anew")
 
 
 def _filters(dataset: h5py.Dataset) -> list[int]:

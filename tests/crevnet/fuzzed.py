@@ -12,6 +12,7 @@ import numpy as np
 from crevnet.checkpoints import load_checkpoint
 from crevnet.competition import Challenge2019, Challenge2021
 from crevnet.competition.checking import Submission, problems
+from crevnet.competition.files import writing_array
 from crevnet.competition.submission import zip_submission
 from crevnet.data import DataError, DayReader, layout_named, open_day, open_days, repack
 from crevnet.data.cache import read_cached, write_cached
@@ -20,6 +21,9 @@ from crevnet.data.made_files import making
 from crevnet.data.static import read_static
 from crevnet.settings import load_settings
 
+SEALED, WHOLE = 0.01, 0.0
+"""Files with a checksum of each chunk and of where they are, and files with one of everything."""
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -27,8 +31,9 @@ class Reader:
 
     path: Path
     read: Callable[[], Any]
-    has_checksum: bool = False
-    """Other values are never taken for its own."""
+    silent: float = 1
+    """The share that may be read as other values: all without a checksum, none where it is of the whole file. A sealed HDF5 file
+    may have rare ones, as nothing tells of the rest of what describes its chunks."""
 
 
 def readers(
@@ -44,7 +49,7 @@ def readers(
     movie = root / "movies" / "movie.h5"
     with making(movie, (5, 8, 8, 1), "mark", "origin") as frames:
         frames[:] = points(1, 5, 8, 8)[..., :1]
-    found["movie that we wrote"] = Reader(movie, lambda: _frames(movie), has_checksum=True)
+    found["movie that we wrote"] = Reader(movie, lambda: _frames(movie), SEALED)
     floats = root / "movies" / "floats.h5"
     with h5py.File(floats, "w") as file:
         file["array"] = np.random.default_rng(0).random((5, 8, 8, 1), np.float32)
@@ -54,14 +59,14 @@ def readers(
     found["static file"] = Reader(static, lambda: read_static(static, (21, 14)).numpy())
     found |= _of_2019(root / "2019", day) | _of_2021(root / "2021")
     checkpoint = run / "checkpoints" / "best.ckpt"
-    found["checkpoint"] = Reader(checkpoint, lambda: _weights(run), has_checksum=True)
+    found["checkpoint"] = Reader(checkpoint, lambda: _weights(run), WHOLE)
     found["config.yaml"] = Reader(run / "config.yaml", lambda: str(load_settings(run)) and None)
     dates = root / "dates.txt"
     dates.write_text("2019-01-01\n2019-01-02\n")
     found["dates"] = Reader(dates, lambda: read_dates("data.training_dates", dates) and None)
     cache = root / "cache.npy"
     write_cached(cache, [np.random.default_rng(0).random((4, 5), np.float32)], (4, 5))
-    found["cache"] = Reader(cache, lambda: _cached(cache), has_checksum=True)
+    found["cache"] = Reader(cache, lambda: _cached(cache), WHOLE)
     return found
 
 
@@ -72,10 +77,8 @@ def _of_2019(root: Path, day: Path) -> dict[str, Reader]:
     truth = root / "Here" / "Here_test_truth" / day.name
     out = root / "submission"
     answer = out / "Here" / "Here_test" / day.name
-    answer.parent.mkdir(parents=True)
-    with h5py.File(answer, "w") as file:
-        values = np.random.default_rng(0).integers(0, 256, (2, 3, 21, 14, 3), np.uint8)
-        file.create_dataset("array", data=values, compression="gzip", chunks=(1, 3, 21, 14, 3), fletcher32=True)
+    with writing_array(answer, (2, 3, 21, 14, 3)) as array:
+        array[:] = np.random.default_rng(0).integers(0, 256, array.shape, np.uint8)
     archive = zip_submission(out)
 
     def cases() -> Any:
@@ -97,10 +100,10 @@ def _of_2019(root: Path, day: Path) -> dict[str, Reader]:
             return array[()]
 
     return {
-        "test day of 2019": Reader(test, cases, has_checksum=True),
+        "test day of 2019": Reader(test, cases, SEALED),
         "truth of 2019": Reader(truth, truths),
-        "submission": Reader(answer, lambda: submitted(out), has_checksum=True),
-        "submission in a zip": Reader(archive, lambda: submitted(archive), has_checksum=True),
+        "submission": Reader(answer, lambda: submitted(out), SEALED),
+        "submission in a zip": Reader(archive, lambda: submitted(archive), WHOLE),
     }
 
 
@@ -121,7 +124,7 @@ def _of_2021(root: Path) -> dict[str, Reader]:
         return file.truth(0)
 
     reads = (case, case, truth)
-    return {f"{path.stem}": Reader(path, read, True) for path, read in zip(paths, reads, strict=True)}
+    return {f"{path.stem}": Reader(path, read, SEALED) for path, read in zip(paths, reads, strict=True)}
 
 
 def _frames(path: Path) -> Any:

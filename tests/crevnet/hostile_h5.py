@@ -122,6 +122,12 @@ def _bomb(file, good, mebibytes):
     array.id.write_direct_chunk((0,) * good.ndim, packed)
 
 
+def empty_chunk(file, path, good):
+    """Of no byte, where HDF5 looks for a checksum."""
+    array = file.create_dataset("array", good.shape, good.dtype, chunks=good.shape, compression="gzip", fletcher32=True)
+    array.id.write_direct_chunk((0,) * good.ndim, b"\0")
+
+
 def packed_twice(file, path, good):
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_chunk(good.shape)
@@ -163,6 +169,7 @@ H5 = {
     huge_slot: "expected at most 1000000 slots",
     huge_chunk: "chunks (1073741824, 1",
     chunk_bomb: "bytes stored in",
+    empty_chunk: "bytes stored in 1: write it anew",
     packed_twice: "expected one codec",
     many_objects: "1501 objects",
     deep_groups: "more than 1000 objects",

@@ -193,6 +193,7 @@ CACHES = {
     "another value": changed,
     "foreign values": lambda path, array: saved(path, np.full_like(array, 0.125)),
     "another shape": lambda path, array: with_checksum(path, array[:, :1]),
+    "the same values in another shape": lambda path, array: with_checksum(path, array.reshape(array.shape[::-1])),
     "another dtype": lambda path, array: with_checksum(path, array.astype(np.float64)),
     "objects": lambda path, array: path.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'shape': (1,), }"),
     "a huge header": huge_header,

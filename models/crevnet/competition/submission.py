@@ -10,7 +10,8 @@ from crevnet.competition.files import writing_array
 from crevnet.competition.forecasting import CaseForecast, submitted
 from crevnet.competition.interface import CaseFile
 from crevnet.data import DataError
-from crevnet.data.safe_h5 import UNREADABLE, array_of, opened_file, text_attribute
+from crevnet.data.made_files import text_attribute
+from crevnet.data.safe_h5 import UNREADABLE, array_of, opened_file
 from crevnet.files import replacing
 
 

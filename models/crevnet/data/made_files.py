@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 
 from crevnet.data.errors import DataError
-from crevnet.data.safe_h5 import UNREADABLE, array_of, opened_file, text_attribute
+from crevnet.data.safe_h5 import UNREADABLE, array_of, opened_file
 from crevnet.data.sealed import seal
 from crevnet.files import replacing
 
@@ -42,3 +42,14 @@ def making(path: Path, shape: tuple[int, ...], mark: str, origin: str, chunk: in
             seal(array)
     except OSError as error:
         raise DataError(f"{path} cannot be written ({' '.join(str(error).split())}); choose another folder") from error
+
+
+def text_attribute(dataset: h5py.Dataset, name: str) -> str | None:
+    """One string of a file that a command has made; None where there is none, or something else."""
+    if name not in dataset.attrs:
+        return None
+    attribute = dataset.attrs.get_id(name)
+    if attribute.shape != () or h5py.check_string_dtype(attribute.dtype) is None:
+        return None
+    found = dataset.attrs[name]
+    return found if isinstance(found, str) else None

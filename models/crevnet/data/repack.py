@@ -21,7 +21,8 @@ import numpy as np
 
 from crevnet.data.days import naming, opened
 from crevnet.data.errors import DataError
-from crevnet.data.safe_h5 import all_datasets, text_attribute
+from crevnet.data.made_files import text_attribute
+from crevnet.data.safe_h5 import all_datasets
 from crevnet.data.sealed import seal
 
 _BLOCK = 36  # frames that are copied at once: two of h5py's own chunks of 18

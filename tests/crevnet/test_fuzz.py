@@ -71,6 +71,6 @@ def test_mutated_files(honest, tmp_path):
                 reader.path.write_bytes(content)
             outcomes[name] += ended.result
             assert not ended.err
-        assert outcomes[name]["other values"] <= reader.silent * share, (name, outcomes[name])
+        assert outcomes[name]["other values"] <= int(reader.silent * share), (name, outcomes[name])
     sys.stdout.write("".join(f"{name}: {dict(found)}\n" for name, found in outcomes.items()))  # for `make fuzz`
     assert sum(found.total() for found in outcomes.values()) >= FILES

@@ -128,6 +128,12 @@ def empty_chunk(file, path, good):
     array.id.write_direct_chunk((0,) * good.ndim, b"\0")
 
 
+def short_chunk(file, path, good):
+    """As a flipped bit makes of a packed one, when it hides that there is a codec."""
+    array = file.create_dataset("array", good.shape, good.dtype, chunks=good.shape)
+    array.id.write_direct_chunk((0,) * good.ndim, bytes(10))
+
+
 def packed_twice(file, path, good):
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_chunk(good.shape)
@@ -170,6 +176,7 @@ H5 = {
     huge_chunk: "chunks (1073741824, 1",
     chunk_bomb: "bytes stored in",
     empty_chunk: "bytes stored in 1: write it anew",
+    short_chunk: "bytes stored in 10: write it anew",
     packed_twice: "expected one codec",
     many_objects: "1501 objects",
     deep_groups: "more than 1000 objects",

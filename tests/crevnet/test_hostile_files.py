@@ -287,3 +287,12 @@ def test_a_sealed_file_that_another_program_wrote_anew(own, tmp_path):
             array.attrs.update(old["array"].attrs)
         status, ended = run_apart("show", path)
         assert status == 0, ended
+
+
+def test_a_zip_of_a_version_to_come(own):
+    path = zipped(own / "new.zip", (HERE, 0))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 99
+    path.write_bytes(content)
+    line = refused("score", path, "--truth", own, *SLOTS)
+    assert f"{path} is neither a folder nor a zip (zip file version 9.9); expected what crevnet submit wrote" in line

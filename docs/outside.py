@@ -1,8 +1,8 @@
-"""A hook of mkdocs: pages outside of docs/ join the site, at the place that they have in the repository.
+"""A hook of mkdocs that adds pages outside of docs/ to the site, under their paths in the repository.
 
-A link is written as the repository wants it, [budget-cpu.md](../bench/results/budget-cpu.md) on a page of docs/, and so works
-wherever the repository is browsed. In the site docs/ is the root: links that leave a page's folder are written anew for that. And
-where a link's text is a file's name, readers of the site, who see no files, get the page's heading.
+Links are relative to the repository, such as [budget-cpu.md](../bench/results/budget-cpu.md) on a page of docs/, and work when
+the repository is browsed. The site's root is docs/: the hook rewrites links that leave a page's folder. A link whose text is the
+name of a file gets the page's heading, because readers of the site do not see files.
 """
 
 from __future__ import annotations
@@ -17,11 +17,19 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 RESULTS = [page.relative_to(ROOT).as_posix() for page in sorted((ROOT / "bench" / "results").glob("*.md"))]
-OUTSIDE = [*RESULTS, "CHANGELOG.md"]
+PROJECT = ["CONTRIBUTING.md", "CHANGELOG.md"]
+OUTSIDE = [*RESULTS, *PROJECT]
+
+# The repository's URL. Fill it in on publication: until then, the pages have no badge, URL or install line that depends on it.
+REPOSITORY = ""
 
 
 def on_config(config: MkDocsConfig) -> None:
-    config.nav += [{"Results": RESULTS}, {"Changes": "CHANGELOG.md"}]
+    if REPOSITORY:
+        config.repo_url = REPOSITORY
+    tabs = {name: pages for entry in config.nav for name, pages in entry.items()}
+    tabs["Benchmarks"].append({"Raw results": RESULTS})
+    tabs["Project"][1:1] = PROJECT
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
@@ -31,6 +39,8 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     name = page.file.src_uri
+    if name in OUTSIDE:
+        page.meta["search"] = {"boost": 0.01}  # behind the pages that explain
     folder = posixpath.dirname(name if name in OUTSIDE else f"docs/{name}")
 
     def in_site(link: re.Match[str]) -> str:
@@ -41,7 +51,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         return f"[{_heading(ROOT / folder / link[1])}]({link[1]}"
 
     markdown = re.sub(r"\[[\w./-]+\.md\]\(([\w./-]+\.md)", headed, markdown)
-    return re.sub(r"(?<=\]\()\.\./[^)#]+", in_site, markdown)
+    return re.sub(r"(?<=\]\()(?:\.\./|docs/)[^)#]+", in_site, markdown)
 
 
 def _heading(page: Path) -> str:

@@ -1,7 +1,7 @@
-"""What the examples share: the digits that scikit-learn ships, in grey and in colour, training on them, and pictures.
+"""Shared by the examples: scikit-learn's digits, in grey and in colour, training on them, and pictures.
 
-1,797 digits written by hand, 8 x 8 pixels with values from 0 to 16 (`sklearn.datasets.load_digits`, from the UCI repository).
-They come with the package: nothing is downloaded.
+The data are 1,797 handwritten digits of 8 x 8 pixels with values from 0 to 16 (`sklearn.datasets.load_digits`, from the UCI
+repository). The package contains them: nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -80,13 +80,13 @@ def accuracy(net: nn.Module, held_out: Labelled) -> float:
 def options(description: str | None, steps: int) -> argparse.Namespace:
     """An example's options, `--steps` and the picture `--out`; makes the random numbers those of the last run."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=steps, help="of training (%(default)s)")
+    parser.add_argument("--steps", type=int, default=steps, help="training steps (%(default)s)")
     parser.add_argument("--out", type=Path, help="write the picture to this PNG file")
     a = parser.parse_args()
     if a.steps < 1:
-        parser.error(f"--steps has to be 1 at least, not {a.steps}")
+        parser.error(f"--steps must be at least 1, not {a.steps}")
     if a.out and (a.out.suffix != ".png" or not a.out.parent.is_dir()):
-        parser.error(f"--out has to be a .png file in a folder that exists, not {a.out}")
+        parser.error(f"--out must be a .png file in an existing folder, not {a.out}")
     torch.manual_seed(0)
     return a
 

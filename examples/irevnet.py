@@ -1,16 +1,17 @@
-"""i-RevNet: a classifier that loses nothing until its last pooling (Jacobsen et al. 2018, arXiv:1802.07088).
+"""i-RevNet: a classifier that loses no information until its last pooling (Jacobsen et al. 2018, arXiv:1802.07088).
 
-Blocks (x1, x2) -> (x2, x1 + F(x2)) and, where a residual network would pool, an invertible downsampling that moves pixels into
-channels (section 3.1): from the image to its last layer the network is a bijection, here of 3 x 32 x 32 values to two streams
-of 96 x 4 x 4. Classes come of the last layer's mean over positions, which alone throws something away. So the image can be
-rebuilt from the last layer of the trained classifier.
+Its blocks are (x1, x2) -> (x2, x1 + F(x2)). Instead of pooling, an invertible downsampling moves pixels into channels (section
+3.1). From the image to its last layer the network is a bijection, here of 3 x 32 x 32 values to two streams of 96 x 4 x 4. The
+classes depend on the last layer's mean over positions, the only step that loses information. The image can therefore be
+recovered from the last layer of the trained classifier.
 
-The images are scikit-learn's digits, enlarged, each in a random bright colour on a random dark ground, with noise: what has no
-say in the class, colours and noise, comes back too. Of the paper's two networks it is the one without padding, smaller.
+The images are scikit-learn's digits, enlarged, each in a random bright colour on a random dark background, with noise. Colours
+and noise do not affect the class, but are recovered too. Of the paper's two networks this is the one without padding, smaller.
 
     python examples/irevnet.py --out irevnet.png    # 28 seconds of one CPU core
 
-Prints the accuracy on held-out digits and the largest error of what is rebuilt of them; draws both, and the difference.
+It prints the accuracy on held-out digits and the largest error of the recovered images. It draws the images, the recovered
+images and their difference.
 """
 
 from __future__ import annotations
@@ -92,12 +93,12 @@ def main() -> None:
     train(net, training, a.steps)
     reached = accuracy(net, held_out)
     with torch.no_grad():
-        rebuilt = net.rebuild(net.last_layer(held_out.images))
-    error = (rebuilt - held_out.images).abs()
-    print(f"{reached:.1%} of {len(held_out.labels)} held-out digits right after {a.steps} steps")
-    print(f"rebuilt from the last layer: largest error {error.max():.1e}, of values from 0 to 1 and noise")
+        recovered = net.rebuild(net.last_layer(held_out.images))
+    error = (recovered - held_out.images).abs()
+    print(f"{reached:.1%} of {len(held_out.labels)} held-out digits correct after {a.steps} steps")
+    print(f"recovered from the last layer: largest error {error.max():.1e}, of values from 0 to 1 and noise")
     if a.out:
-        rows = {"image": held_out.images, "rebuilt": rebuilt, "difference\nx 100,000": 1e5 * error.amax(1)}
+        rows = {"image": held_out.images, "recovered": recovered, "difference\nx 100,000": 1e5 * error.amax(1)}
         draw({name: images[:5] for name, images in rows.items()}, a.out)
 
 

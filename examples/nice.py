@@ -1,19 +1,19 @@
-"""NICE, a flow with an exact likelihood (Dinh et al. 2014, arXiv:1410.8516), on the digits that scikit-learn ships.
+"""NICE, a normalizing flow with an exact likelihood (Dinh et al. 2014, arXiv:1410.8516), on scikit-learn's digits.
 
-The flow f takes an image x to h = f(x), whose entries are independent and logistic (section 3.4), so that (section 2)
+The flow f maps an image x to h = f(x), whose entries are independent and logistic (section 3.4), so that (section 2)
 
     log p(x) = sum_d log p(h_d) + log |det df/dx|,        log p(h_d) = -softplus(h_d) - softplus(-h_d).
 
-f is four additive couplings of the even and the odd pixels, (x1, x2) -> (x2, x1 + m(x2)) (section 3.2), and a diagonal
-scaling, h = exp(s) x (section 3.3). A coupling's Jacobian has a determinant of 1 or -1: the log-determinant is the sum of s.
-A sample is f's inverse of logistic noise. As in the paper, whole numbers become continuous by uniform noise. Smaller than the
-paper's, with dropout, and on standardised pixels: 1,437 digits are few.
+f consists of four additive couplings of the even and the odd pixels, (x1, x2) -> (x2, x1 + m(x2)) (section 3.2), and a diagonal
+scaling, h = exp(s) x (section 3.3). A coupling's Jacobian has a determinant of 1 or -1, so the log-determinant is the sum of s.
+A sample is f's inverse of logistic noise. As in the paper, uniform noise makes integers continuous. The network is smaller than
+the paper's, with dropout, and on standardised pixels, because 1,437 digits are few.
 
     python examples/nice.py --out nice.png    # 34 seconds of one CPU core
 
-Prints bits per dimension of held-out digits, less being better, beside what is fitted without training, and draws samples. It
-beats a Gaussian of all pixels, but not the histogram of each pixel, which knows that pixels are whole numbers and many of them
-always 0: a smooth density fits the boxes badly that the uniform noise makes of them.
+It prints bits per dimension of held-out digits (less is better), compared with densities fitted without training, and draws
+samples. It beats a Gaussian of all pixels, but not the histogram of each pixel. The histogram relies on integer pixels, many of
+which are always 0. A smooth density fits the boxes of the uniform noise badly.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""RevNet: a residual network that does not store its activations (Gomez et al. 2017, arXiv:1707.04585), and its plain twin.
+"""RevNet: a residual network that does not store its activations (Gomez et al. 2017, arXiv:1707.04585).
 
-A block takes two halves of the channels and adds a residual function of one to the other, in turns (section 3.1):
+A block splits the channels into two halves and alternately adds a residual function of one to the other (section 3.1):
 
     y1 = x1 + F(x2)        x2 = y2 - G(y1)
     y2 = x2 + G(y1)        x1 = y1 - F(x2)
 
-The right side is its inverse, by which the backward pass rebuilds x1 and x2. As in the paper there are three stages of such
-blocks, and what changes the image's size between them is ordinary and stores its input. The twin is the same network under
-ordinary autograd, with the same weights at the start and the same batches.
+The right side is its inverse, by which the backward pass recovers x1 and x2. As in the paper there are three stages of such
+blocks. The layers between them change the image's size and store their input. The twin is the same network under standard
+autograd, with the same initial weights and the same batches.
 
-The images have the shape of CIFAR's, 3 x 32 x 32, but are no photographs: scikit-learn's digits, enlarged, each in a random
-bright colour on a random dark ground, with noise. CIFAR would have to be downloaded.
+The images have the shape of CIFAR's, 3 x 32 x 32, but are not photographs. They are scikit-learn's digits, enlarged, each in a
+random bright colour on a random dark background, with noise. Nothing is downloaded.
 
     python examples/revnet.py --out revnet.png    # 93 seconds of one CPU core
 
-Prints the accuracy of both on held-out digits, and the peak memory of a training step of both; draws losses and memory.
+It prints the accuracy of both on held-out digits, and the peak memory of a training step of both. It draws losses and memory.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def show(losses: dict[str, list[float]], peaks: dict[str, list[int]], path: Path
         left.plot(values, line, label=name)
         right.plot(DEPTHS, [p / 2**20 for p in peaks[name]], f"o{line}", label=name)
     left.set(xlabel="step", ylabel="training loss")
-    right.set(xlabel="blocks a stage", ylabel="peak of a training step (MiB)", ylim=0)
+    right.set(xlabel="blocks per stage", ylabel="peak of a training step (MiB)", ylim=0)
     left.legend()
     figure.savefig(path, dpi=80)
     plt.close(figure)
@@ -109,7 +109,7 @@ def main() -> None:
         print(
             f"{name:15s} {reached:6.1%} of {len(held_out.labels)} held-out digits right after {a.steps} steps; ", end=""
         )
-        print("peak of a step", ", ".join(f"{p / 2**20:.0f}" for p in peaks[name]), f"MiB at {DEPTHS} blocks a stage")
+        print("peak of a step", ", ".join(f"{p / 2**20:.0f}" for p in peaks[name]), f"MiB at {DEPTHS} blocks per stage")
     if a.out:
         show(losses, peaks, a.out)
 

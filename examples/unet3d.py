@@ -1,14 +1,14 @@
-"""A reversible 3-D U-Net within a memory cap that its plain twin exceeds (Brügger et al. 2019, arXiv 1906.06148).
+"""A reversible 3D U-Net within a memory cap that standard autograd exceeds (Brügger et al. 2019, arXiv 1906.06148).
 
-Volumes are what makes 3-D networks run out of memory. In the partially reversible U-Net the convolutions of each resolution,
-on the way down and on the way up, are a chain of couplings y1 = x1 + F(x2), y2 = x2 + G(y1), of which the output alone is
-kept; a strided convolution leads to the next resolution, a transposed one back, and skip connections are added. (iUNets,
+Volumes make 3D networks run out of memory. In the partially reversible U-Net, the convolutions of each resolution are a
+sequence of couplings y1 = x1 + F(x2), y2 = x2 + G(y1), on the way down and on the way up. Only the output of each sequence is
+stored. A strided convolution leads to the next resolution, a transposed one back, and skip connections are added. (iUNets,
 Etmann et al. 2020, arXiv 2005.05220, make these invertible too.)
 
-The plain twin is the same network under `revflow.ordinary_autograd`, with the same gradients. `revflow.predict_memory` tells
-how many volumes fit into the cap, parameters, gradients and Adam included; with so many the network is trained to find solid
-and hollow ellipsoids of the same brightness, in noise. **The volumes are synthetic**, made as they are needed. Printed: the
-peaks, the batches, and the Dice score 2 |A ∩ B| / (|A| + |B|) of each shape on volumes that were not trained on.
+The plain twin is the same network under `revflow.ordinary_autograd`, with the same gradients. `revflow.predict_memory` predicts
+the number of volumes that fit into the cap, with parameters, gradients and Adam. With that batch, the network learns to find
+solid and hollow ellipsoids of the same brightness, in noise. **The volumes are synthetic**, generated on demand. The example
+prints the peaks, the batches, and the Dice score 2 |A ∩ B| / (|A| + |B|) of each shape on held-out volumes.
 
     python examples/unet3d.py --out unet3d.png     # 80 seconds on one core
 """
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--size", type=int, default=32, help="voxels along each side, a multiple of 4")
     parser.add_argument("--cap", type=int, default=48, help="MiB that a training step may take")
-    parser.add_argument("--out", type=Path, help="draw slices of what is found to this file")
+    parser.add_argument("--out", type=Path, help="PNG file for slices of the segmentation")
     options = parser.parse_args(arguments)
     cap = options.cap * 2**20
     memory = {"plain": predicted(options.size, True), "reversible": predicted(options.size, False)}
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if (step + 1) % 20 == 0:
             print(f"step {step + 1}  loss {loss.item():.3f}")
     solid, hollow = dice(net, *held_out)
-    print(f"Dice on volumes held out: solid {solid:.3f}, hollow {hollow:.3f}")
+    print(f"Dice on held-out volumes: solid {solid:.3f}, hollow {hollow:.3f}")
     if options.out:
         draw(net, *held_out, options.out)
 

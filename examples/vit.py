@@ -1,12 +1,13 @@
-"""A reversible vision transformer beside its plain twin: Rev-ViT (Mangalam et al. 2022, https://arxiv.org/abs/2302.04869).
+"""A reversible vision transformer, compared with the original: Rev-ViT (Mangalam et al. 2022,
+https://arxiv.org/abs/2302.04869).
 
-A vision transformer adds attention F and an MLP G in turn, x <- x + F(x), x <- x + G(x). `revflow.reversible` makes two
-streams of it, y1 = x1 + F(x2), y2 = x2 + G(y1), whose activations the backward pass rebuilds. Both begin as the embedded
-patches, and their mean goes to the head (the paper joins them instead).
+A vision transformer adds attention F and an MLP G in turn, x <- x + F(x), x <- x + G(x). `revflow.reversible` turns it into two
+streams, y1 = x1 + F(x2), y2 = x2 + G(y1), whose activations the backward pass recomputes. Both start as the embedded patches,
+and their mean is the head's input (the paper concatenates them instead).
 
 Both twins start from the same parameters and see the same batches: handwritten digits of 8 x 8 pixels, in patches of 2 x 2
-(scikit-learn's `load_digits`; nothing is downloaded). They compute different functions, so it is shown, not promised, that
-they learn equally well. Printed: accuracy on 360 digits held out, and the peak memory of a training step.
+(scikit-learn's `load_digits`; nothing is downloaded). They compute different functions, so equally good training is observed
+here, not guaranteed. The example prints accuracy on 360 held-out digits, and the peak memory of a training step.
 
     python examples/vit.py --out vit.png     # 40 seconds on one core
 """
@@ -152,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--out", type=Path, help="draw the losses, and memory by the number of layers, to this file")
+    parser.add_argument("--out", type=Path, help="PNG file for the losses, and for memory by the number of layers")
     options = parser.parse_args(arguments)
     training, held_out = map(with_channel, digits())
     losses, peaks = {}, {}

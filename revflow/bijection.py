@@ -17,6 +17,17 @@ class Bijection(nn.Module, ABC):
     Write `forward` and `inverse`, each from streams to a tuple of streams and each the other's inverse. Keyword arguments
     of the sequence's call reach both. In a `ReversibleSequence` such a block runs three times a training step (forward,
     inverse, forward with a graph); derive from `Coupling` where the block is one, and it runs twice.
+
+    Examples:
+        >>> class Negation(revflow.Bijection):
+        ...     def forward(self, *streams, **context):
+        ...         return tuple(-stream for stream in streams)
+        ...
+        ...     def inverse(self, *streams, **context):
+        ...         return tuple(-stream for stream in streams)
+        >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)), Negation()])
+        >>> net(torch.randn(2, 8)).shape
+        torch.Size([2, 8])
     """
 
     @abstractmethod
@@ -42,6 +53,11 @@ class PixelUnshuffle(Bijection):
     section 3.1): split in halves, a factor of 2 gives the even and the odd rows. `torch.nn.PixelUnshuffle` orders them
     (channel, row offset, column offset), which would part the channels instead. Raises ValueError where H or W is no
     multiple of `factor`, or C of its square in `inverse`.
+
+    Examples:
+        >>> net = revflow.ReversibleSequence([revflow.PixelUnshuffle(2)])
+        >>> net(torch.randn(1, 6, 8, 8)).shape
+        torch.Size([1, 24, 4, 4])
     """
 
     def __init__(self, factor: int, channel_dim: int = -3) -> None:

@@ -95,7 +95,14 @@ class Table:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What a sequence keeps and what it rebuilds, for inputs of one kind. Printed, it is a table."""
+    """What a sequence keeps and what it rebuilds, for inputs of one kind. Printed, it is a table.
+
+    Examples:
+        >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
+        >>> plan = net.plan(torch.randn(2, 8))  # print it for the table
+        >>> plan.kept, len(plan.costs)  # no budget: all blocks recompute
+        (0, 8)
+    """
 
     budget: int | None
     """Bytes; None where it is not limited."""

@@ -13,7 +13,14 @@ Tensors = tuple[Tensor, ...]
 
 
 class RecurrentState(NamedTuple):
-    """What a step leaves for the next one."""
+    """What a step leaves for the next one.
+
+    Examples:
+        >>> h = torch.zeros(2, 4)
+        >>> state = revflow.RecurrentState(cells=((h,), (h,)), memories=((), ()))  # of two cells without memories
+        >>> len(state.cells)
+        2
+    """
 
     cells: tuple[Tensors, ...]
     """The state of every cell."""
@@ -26,6 +33,23 @@ class RecurrentCell(nn.Module, ABC):
 
     All its cost should be in `update`: it runs twice a training step, `mix` three times. A memory is whatever passes from
     each cell to the next one, and from the last one to the first of the next step; it may be empty.
+
+    Examples:
+        >>> class Cell(revflow.RecurrentCell):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.new = torch.nn.Linear(8, 4)
+        ...
+        ...     def update(self, streams, state, memory, context):
+        ...         return (torch.tanh(self.new(torch.cat((streams[0], state[0]), -1))),), memory
+        ...
+        ...     def mix(self, streams, state, context):
+        ...         return streams[1] + state[0], streams[0]
+        >>> net = revflow.ReversibleRecurrence([Cell()])
+        >>> x = torch.randn(2, 4)
+        >>> outputs, last = net([(x, x)] * 3, revflow.RecurrentState(cells=((x,),), memories=((),)))
+        >>> len(outputs)
+        3
     """
 
     @abstractmethod

@@ -26,6 +26,11 @@ class TwoStreams(nn.Module):
     The output has x's shape and dtype. (Rev-ViT joins the streams instead, for a head of twice the width.) What else a
     `ReversibleSequence` offers, `sequence` has, for streams. The mean of two streams cannot be undone; the streams themselves
     can, by `net.sequence.inverse((y1, y2))`.
+
+    Examples:
+        >>> net = revflow.reversible([torch.nn.Linear(8, 8) for _ in range(6)])
+        >>> type(net).__name__, len(net.sequence)
+        ('TwoStreams', 6)
     """
 
     def __init__(self, sequence: ReversibleSequence) -> None:
@@ -88,6 +93,13 @@ def reversible(
 
     Raises TypeError for one function that is in no list, and for what is neither a module nor a pair of them. A function that
     returns another shape, or no tensor, is a ValueError of the first call. Both name the block.
+
+    Examples:
+        >>> def branch():
+        ...     return torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8))
+        >>> net = revflow.reversible([(branch(), branch()) for _ in range(6)])
+        >>> net(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
     """
     if isinstance(functions, nn.Module) and not isinstance(functions, nn.ModuleList):
         kind = type(functions).__name__

@@ -41,6 +41,22 @@ class Coupling(Bijection, Stepwise):
     Raises TypeError for a class whose maps are no static methods, a conditioner that is no module or `coefficients` that are no
     tuple, and, when it is called, ValueError for fewer than two streams, or coefficients or a result of `combine` that do not
     fit.
+
+    Examples:
+        >>> class Scaling(revflow.Coupling):
+        ...     coefficients = ("scale",)
+        ...
+        ...     @staticmethod
+        ...     def combine(x, scale):
+        ...         return x * (1 + scale.abs())
+        ...
+        ...     @staticmethod
+        ...     def separate(y, scale):
+        ...         return y / (1 + scale.abs())
+        >>> net = revflow.ReversibleSequence([Scaling(torch.nn.Linear(4, 4))])
+        >>> x = torch.randn(2, 8)
+        >>> torch.allclose(net.inverse(net(x)), x, atol=1e-5)
+        True
     """
 
     coefficients: ClassVar[tuple[str, ...]]
@@ -161,6 +177,12 @@ class AdditiveCoupling(Coupling):
     """y = x + shift (NICE, Dinh et al. 2014). Volume-preserving.
 
     With two conditioners it is the block of RevNet (Gomez et al. 2017, section 3.1) and of CrevNet (Yu et al. 2019, eq. 2).
+
+    Examples:
+        >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
+        >>> net(torch.randn(2, 8)).shape
+        torch.Size([2, 8])
+        >>> block = revflow.AdditiveCoupling(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))  # both streams, as in RevNet
     """
 
     coefficients = ("shift",)
@@ -179,7 +201,18 @@ class AdditiveCoupling(Coupling):
 
 
 class AffineCoupling(Coupling):
-    """y = x exp(log_scale) + shift (RealNVP, Dinh et al. 2016, eq. 7)."""
+    """y = x exp(log_scale) + shift (RealNVP, Dinh et al. 2016, eq. 7).
+
+    Examples:
+        >>> class ScaleAndShift(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         log_scale, shift = super().forward(x).chunk(2, -1)
+        ...         return torch.tanh(log_scale), shift
+        >>> flow = revflow.ReversibleSequence([revflow.AffineCoupling(ScaleAndShift(4, 8)) for _ in range(8)])
+        >>> z, log_det = flow.forward_with_log_det(torch.randn(2, 8))
+        >>> log_det.shape
+        torch.Size([2])
+    """
 
     coefficients = ("log_scale", "shift")
 
@@ -202,6 +235,13 @@ class GatedCoupling(Coupling):
     Gates are computed in float32 at least, and 1 - g as sigmoid(-gate_logit), which stays positive where 1 - sigmoid
     rounds to zero. The inverse divides by 1 - g: it loses about log2(1 / (1 - g)) bits. So a sequence keeps the stream
     that the block changes (one stream a block) and gradients are right at any gate.
+
+    Examples:
+        >>> class GateAndValue(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x).chunk(2, -1)
+        >>> net = revflow.ReversibleSequence([revflow.GatedCoupling(GateAndValue(4, 8)) for _ in range(8)])
+        >>> net(torch.randn(2, 8)).square().mean().backward()
     """
 
     coefficients = ("gate_logit", "h")

@@ -24,7 +24,17 @@ _ESCAPE = -128
 
 
 class Residual(NamedTuple):
-    """What an estimate lacks of the true value."""
+    """What an estimate lacks of the true value.
+
+    Examples:
+        >>> class GateAndValue(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x).chunk(2, -1)
+        >>> net = revflow.ReversibleSequence([revflow.GatedCoupling(GateAndValue(4, 8))], exact=True)
+        >>> y, residuals = net.forward_with_residuals(torch.randn(2, 8))
+        >>> residuals[0].codes.dtype
+        torch.int8
+    """
 
     codes: Tensor
     """int8: true value - estimate, in units of the grid; -128 where that is too large for a byte."""
@@ -38,6 +48,15 @@ class Grid:
 
     More bits are finer and hold less: streams that outgrow the range are an error, which names the bits that would do. Raises
     ValueError where `bits` is no whole number from 1 to 52.
+
+    Examples:
+        >>> grid = revflow.Grid(bits=16)
+        >>> grid.limit(torch.float32)
+        256.0
+        >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4))], exact=grid)
+        >>> x = torch.randn(2, 8)
+        >>> torch.equal(net.inverse(net(x)), grid.round(x))
+        True
     """
 
     bits: int = 16

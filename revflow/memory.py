@@ -26,7 +26,13 @@ from revflow._base.torch_private import FakeTensor, FakeTensorMode, TorchDispatc
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes beyond those that were alive before the step."""
+    """Bytes beyond those that were alive before the step.
+
+    Examples:
+        >>> weight = torch.ones(1024)
+        >>> revflow.measure_memory(lambda: weight + 1).kept  # bytes of the sum
+        4096
+    """
 
     peak: int
     """The most that was alive at any one time."""
@@ -50,6 +56,15 @@ def measure_memory(
             parameters in, or measure the two apart.
 
     Raises TypeError for what cannot be called, and ValueError for a device that is neither the CPU nor CUDA, unless `predict`.
+
+    Examples:
+        >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(64, 64)) for _ in range(8)])
+        >>> x = torch.randn(256, 128)
+        >>> report = revflow.measure_memory(lambda: net(x).sum().backward())
+        >>> with revflow.ordinary_autograd():
+        ...     stored = revflow.measure_memory(lambda: net(x).sum().backward())
+        >>> report.peak < stored.peak
+        True
     """
     if not callable(step):
         kind = type(step).__name__
@@ -68,7 +83,13 @@ def measure_memory(
 
 @dataclass(frozen=True)
 class BatchMemory:
-    """Predicted bytes of a step, by its batch size."""
+    """Predicted bytes of a step, by its batch size.
+
+    Examples:
+        >>> memory = revflow.predict_memory(lambda batch: torch.zeros(batch, 1024).sum())
+        >>> memory.peak(200) > memory.peak(100)
+        True
+    """
 
     peaks: tuple[tuple[int, int], ...]
     """(fixed, of a sample) at each moment that is the peak for some batch sizes, those of the largest first."""
@@ -106,6 +127,16 @@ def predict_memory(step: Callable[[int], object]) -> BatchMemory:
         step: called with a batch size, it makes whatever it uses, the model too. Every tensor has to be of a size that is
             proportional to the batch or does not depend on it, and what is done must not depend on it: no loop over samples,
             no `memory_budget`.
+
+    Examples:
+        >>> def step(batch):
+        ...     net = torch.nn.Linear(64, 64)
+        ...     net(torch.randn(batch, 64)).sum().backward()
+        >>> memory = revflow.predict_memory(step)
+        >>> memory.peak(64) < memory.peak(128)
+        True
+        >>> memory.largest_batch(2**20) > 64
+        True
     """
     live = _BatchStorages()
     with FakeTensorMode(), live:

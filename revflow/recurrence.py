@@ -48,6 +48,19 @@ class ReversibleRecurrence(nn.ModuleList):
 
     Raises TypeError for a cell that is no RecurrentCell or a state that is no RecurrentState, ValueError where the state does not
     fit the cells.
+
+    Examples:
+        >>> class Cell(revflow.RecurrentCell):
+        ...     def update(self, streams, state, memory, context):
+        ...         return (torch.tanh(streams[0] + state[0]),), memory
+        ...
+        ...     def mix(self, streams, state, context):
+        ...         return streams[1] + state[0], streams[0]
+        >>> net = revflow.ReversibleRecurrence([Cell(), Cell()])
+        >>> x = torch.randn(2, 4, requires_grad=True)
+        >>> state = revflow.RecurrentState(cells=((x,), (x,)), memories=((), ()))
+        >>> outputs, last = net([(x, x), None, None], state)  # the second and third step are fed back
+        >>> outputs[-1][0].sum().backward()
     """
 
     def __init__(self, cells: Iterable[RecurrentCell], *, states: States = "kept", guard: Mode = "warn") -> None:

@@ -85,6 +85,13 @@ class ReversibleSequence(nn.Sequential):
 
     Raises ValueError, TypeError or RuntimeError with the block's number and the shapes of its streams; second derivatives
     are refused (`plain` has them).
+
+    Examples:
+        >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
+        >>> x = torch.randn(2, 8)
+        >>> net(x).square().mean().backward()  # recomputes the activations
+        >>> torch.allclose(net.inverse(net(x)), x, atol=1e-5)
+        True
     """
 
     def __init__(

@@ -21,6 +21,11 @@ def verify(net: nn.Module, *inputs: Any, **context: Any) -> Verification:
 
     Raises ValueError where there is no ReversibleSequence in `net`. What the network itself raises is raised here too,
     except in the backward pass, where it is reported as a problem.
+
+    Examples:
+        >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
+        >>> revflow.verify(net, torch.randn(2, 8)).ok
+        True
     """
     if not sequences_in(net):
         raise ValueError(

@@ -1,5 +1,5 @@
-"""What the README and docs/ say is true of the code: their Python runs and prints what stands below it, their command lines are
-understood by what they call, and the files and options that they name exist.
+"""The README and docs/ agree with the code: their Python runs and prints the text below it, the programs understand the
+command lines, and the files and options named exist.
 
 docs/coming-from.md is run by test_coming_from.py, section by section.
 """
@@ -50,7 +50,7 @@ def test_python_runs_and_prints_what_stands_below_it(page, capsys, monkeypatch, 
             assert found == wanted  # pages break long lines
         everything += printed
     if page == "README.md":
-        reversible, plain = map(float, re.findall(r"kept ([\d.]+)", everything))
+        reversible, plain = map(float, re.findall(r"([\d.]+) MiB", everything))
         assert reversible < plain / 10
 
 
@@ -153,6 +153,14 @@ def test_named_files_exist(page):
     names += [folder / link for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", PAGES[page])]
     for name in names:
         assert name.exists(), name
+
+
+def test_what_depends_on_publication_waits_for_it():
+    """No badge, install line or URL of a repository while REPOSITORY is empty; with it, the README has them."""
+    published = bool(runpy.run_path(str(ROOT / "docs" / "outside.py"))["REPOSITORY"])
+    readme = re.sub(r"<!--.*?-->", "", PAGES["README.md"])
+    assert ("pip install revflow\n" in readme) == published
+    assert bool(re.search(r"!\[[^]]*\]\(https?:", readme)) == published  # badges
 
 
 def test_the_api_is_documented_in_full():

@@ -13,9 +13,15 @@ from crevnet.config import PRESETS
 
 # A page's sentence, and the same figures as a page of results has them.
 QUOTED = [
-    ("README.md", "draws what it predicts: 3 to 6 minutes", "crevnet-tiny-cpu.md", ["5 min 35 s", "3 min 8 s"]),
-    ("README.md", "trained for at most 3.5 minutes", "crevnet-tiny-cpu.md", ["stopped by its limit of 3.5 minutes"]),
-    ("README.md", "(two held-out days;", "crevnet-tiny-cpu.md", ["Two held-out days"]),
+    ("README.md", "on a synthetic city in 3 to 6 minutes", "crevnet-tiny-cpu.md", ["5 min 35 s", "3 min 8 s"]),
+    ("docs/crevnet.md", "draws its predictions: 3 to 6 minutes", "crevnet-tiny-cpu.md", ["5 min 35 s", "3 min 8 s"]),
+    (
+        "docs/crevnet.md",
+        "trained for at most 3.5 minutes",
+        "crevnet-tiny-cpu.md",
+        ["stopped by its limit of 3.5 minutes"],
+    ),
+    ("docs/crevnet.md", "scores on two held-out days", "crevnet-tiny-cpu.md", ["Two held-out days"]),
     (
         "docs/exact.md",
         "100 blocks are off by 5.5e-7, those of 1,000 blocks by 8.8e-6",
@@ -24,7 +30,7 @@ QUOTED = [
     ),
     ("docs/exact.md", "gradients of 100 blocks are off by 5.2e-3", "drift-cpu.md", ["5.2e-03"]),
     ("docs/exact.md", "takes 4 to 6 % longer on the CPU", "exact-cpu.md", ["+4.2 %", "+6.1 %"]),
-    ("docs/exact.md", "and 6 to 8 % where they are gated", "exact-cpu.md", ["+5.6 %", "+7.9 %"]),
+    ("docs/exact.md", "and 6 to 8 % if gated", "exact-cpu.md", ["+5.6 %", "+7.9 %"]),
     (
         "docs/promises.md",
         "float32: 3e-6 untrained, 4e-3 after the demo",
@@ -37,12 +43,22 @@ QUOTED = [
         "memory-steps.md",
         ["layers, reversible: a time step more keeps 47.5 MiB"],
     ),
-    ("docs/crevnet.md", "ordinary autograd keeps 527", "memory-steps.md", ["plain: a time step more keeps 527 MiB"]),
-    ("docs/crevnet.md", "every block 98", "memory-steps.md", ["checkpoint: a time step more keeps 98.3 MiB"]),
     (
         "docs/crevnet.md",
-        "2.7e-5 to 1.1e-3 from float64's, in one of uniform noise 1.5e-3; ordinary autograd's, whose rounding errors are "
-        "smaller, 5.0e-7 to 1.3e-5",
+        "Standard autograd stores 527 MiB",
+        "memory-steps.md",
+        ["plain: a time step more keeps 527 MiB"],
+    ),
+    (
+        "docs/crevnet.md",
+        "checkpointing of every block 98 MiB",
+        "memory-steps.md",
+        ["checkpoint: a time step more keeps 98.3 MiB"],
+    ),
+    (
+        "docs/crevnet.md",
+        "differs from float64's by 2.7e-5 to 1.1e-3. In a window of uniform noise it differs by 1.5e-3. Standard autograd's "
+        "rounding errors are smaller: 5.0e-7 to 1.3e-5",
         "rounding-cpu.md",
         [
             "2.7% | 1.3e-05 | 1.1e-03 |",
@@ -52,12 +68,17 @@ QUOTED = [
         ],
     ),
     ("docs/crevnet.md", "every third time step (24 sequences", "memory-steps.md", ["7.10 | 0.37 | 24 |"]),
-    ("docs/scaling.md", "4.3 alone, 5.3 under DDP, 4.1 under FSDP", "scaling-memory-cpu.md", ["4.27", "5.28", "4.13"]),
-    ("docs/scaling.md", "7.2 minutes, with its batch of 1", "paper-step-cpu.md", ["time: 7.2 min"]),
+    (
+        "docs/scaling.md",
+        "4.3 in one process, 5.3 under DDP, 4.1 under FSDP",
+        "scaling-memory-cpu.md",
+        ["4.27", "5.28", "4.13"],
+    ),
+    ("docs/scaling.md", "7.2 minutes with a batch of 1", "paper-step-cpu.md", ["time: 7.2 min"]),
     ("docs/scaling.md", "`paper` has 446,340,532 parameters", "paper-step-cpu.md", ["parameters: 446,340,532"]),
     (
         "docs/data.md",
-        "677 frames a second are then read where it was 138, and 320 by one worker where it was 114",
+        "677 frames per second are then read instead of 138, and 320 by one worker instead of 114",
         "loading-cpu.md",
         [
             "| repacked | 61 | 0 | cold | 677 |",
@@ -66,6 +87,14 @@ QUOTED = [
             "| h5py's chunks | 76 | 1 | cold | 114 |",
         ],
     ),
+    ("docs/results.md", "off by 2.7e-5 to 1.1e-3", "rounding-cpu.md", ["1.1e-03", "2.7e-05"]),
+    (
+        "docs/results.md",
+        "the gap is 0.01 to 0.03 of standard autograd's time",
+        "budget-cpu.md",
+        ["the gap is 0.01 to 0.03"],
+    ),
+    ("docs/which-when.md", "up to 0.03 of a step faster", "budget-cpu.md", ["the gap is 0.01 to 0.03"]),
     ("docs/coming-from.md", "0.1 of a step more with", "budget-cpu.md", ["1.38 for convolutions beside 1.28"]),
     (
         "docs/experiment.md",
@@ -108,7 +137,9 @@ def test_what_an_example_reached(row):
 
 
 def test_what_the_autoencoder_alone_leaves_is_more_than_three_quarters():
-    assert "keeps what the predictor computes, more than three quarters of the whole" in prose(ROOT / "docs/crevnet.md")
+    assert "stores what the predictor computes, more than three quarters of the whole" in prose(
+        ROOT / "docs/crevnet.md"
+    )
     kept = {(line["preset"], line["schedule"]): int(line["one_more"]) for line in stored("memory-predicted.csv")}
     for preset in ("paper", "authors"):
         assert 0.75 < kept[preset, "reversible-autoencoder"] / kept[preset, "plain"] < 0.8
@@ -129,7 +160,7 @@ def test_memory_of_a_device_among_several():
     copy = 4 * 446_340_532 / 2**30
     text = prose(ROOT / "docs/scaling.md")
     assert f"A copy of `paper`'s parameters is {copy:.2f} GiB" in text
-    _, rows = table("docs/scaling.md", "`paper`, beside the activations")
+    _, rows = table("docs/scaling.md", "`paper`, without activations")
     gib = [[re.sub(" GiB.*", "", cell) for cell in cells] for _, *cells in rows]
     assert gib == [
         [f"{4 * copy:.1f}", f"{5 * copy:.1f}", f"{5 * copy:.1f}"],
@@ -137,7 +168,7 @@ def test_memory_of_a_device_among_several():
         ["", *(f"{(2 + 4 / n) * copy:.1f}" for n in (8, 64))],
     ]
     spared = [f"{(2 - 4 / n) * copy:.1f}" for n in (8, 64)]
-    assert f"activations FSDP spares {spared[0]} to {spared[1]} GiB a device" in text
+    assert f"activations, FSDP saves {spared[0]} to {spared[1]} GiB per device" in text
 
 
 def test_steps_and_ranges_of_grids():

@@ -1,9 +1,9 @@
-"""Tables in the README and in docs/ are those of the stored results, which bench/ wrote."""
+"""Tables and figures in the README and in docs/ are those of the stored results, which bench/ wrote."""
 
 import re
 
 import pytest
-from pages import RESULTS, ROOT, stored, table
+from pages import RESULTS, ROOT, prose, stored, table
 
 from experiment_plan import CREVNET, WIDTHS
 from experiment_tables import COLUMNS, over_seeds
@@ -11,24 +11,64 @@ from memory_figures import name_of
 from memory_row import GIB, Row
 
 
-@pytest.mark.parametrize(("page", "count"), [("README.md", 3), ("docs/crevnet.md", 17)])
-def test_memory_of_crevnet(page, count):
+def test_memory_of_crevnet():
     expected = {}
     for line in stored("memory-predicted.csv"):
         given = line | {name: int(line[name] or 0) for name in ("patch", "peak", "one_more")}
         row = Row(**given)
         figures = f"{row.peak / GIB:.1f}", f"{row.one_more / GIB:.2f}", row.largest_16, row.largest_32
         expected[name_of(row), row.schedule] = [*figures]
-    _, rows = table(page, "model, 495 x 436")
-    assert len(rows) == count
+    _, rows = table("docs/crevnet.md", "model, 495 x 436")
+    assert len(rows) == 17
     for name, schedule, *figures in rows:
         assert figures == expected[name, schedule]
+    batches = [expected["CrevNet paper", schedule][2] for schedule in ("reversible", "plain")]
+    assert "16 GiB hold {} sequences instead of {}".format(*batches) in prose(ROOT / "README.md")
+
+
+def test_memory_against_depth():
+    gib = {
+        (line["schedule"], int(line["layers"])): (int(line["activations"]) + int(line["transient"])) / GIB
+        for line in stored("memory-depth.csv")
+    }
+    plain, reversible = (
+        [f"{gib[schedule, layers]:.2f}" for layers in (12, 72)] for schedule in ("plain", "reversible")
+    )
+    assert len(set(reversible)) == 1
+    sentence = "from 12 to 72 layers. Standard autograd grows from {} to {} GiB, revflow stays at {} GiB"
+    assert sentence.format(*plain, reversible[0]) in prose(ROOT / "README.md")
+
+
+METHODS = {
+    "standard autograd": "plain",
+    "torch.utils.checkpoint, every block": "checkpoint every 1",
+    "memcnn 1.5.2": "memcnn per block",
+    "RevTorch 0.2.4": "revtorch per stage",
+    "revlib 1.7.2": "revlib per stage",
+    "revflow": "revflow none",
+    'revflow, memory_budget="all"': "revflow all",
+}
+
+
+def test_methods():
+    expected = by_method("speed-cpu.csv", "convolutions")
+    versions = prose(RESULTS / "speed-cpu.md")
+    headings, rows = table("README.md", "method, 32 blocks of convolutions")
+    assert headings[1:4] == ["memory", "time", "evaluations of F"] and [row[0] for row in rows] == [*METHODS]
+    for name, memory, time, evaluations, _ in rows:
+        line = expected[METHODS[name]]
+        assert memory == f"{float(line['peak']) / 2**20:.2f} MiB"
+        assert (time, evaluations) == (f"{float(line['time_ratio']):.2f}×", f"{float(line['evaluations']):.2f}")
+        assert all(version in versions for version in re.findall(r"\w+ \d\S+", name.lower()))
+    ratios = [f"{float(expected[name]['time_ratio']):.2f}×" for name in ("revflow none", "checkpoint every 1")]
+    text = prose(ROOT / "README.md")
+    assert "revflow took {} standard autograd's time and checkpointing {}".format(*ratios) in text
 
 
 def test_scores_of_the_demo():
     text = (RESULTS / "crevnet-tiny-cpu.md").read_text(encoding="utf-8")
     expected = {round(float(figure), 5) for figure in re.findall(r"\d\.\d{3}e-\d", text)}
-    _, rows = table("README.md", "forecast")
+    _, rows = table("docs/crevnet.md", "forecast")
     assert len(rows) == 6
     assert {float(score) for _, score in rows} <= expected
 
@@ -42,7 +82,7 @@ def by_method(results, network):
 @pytest.mark.parametrize("network", ["tiny", "convolutions", "transformer"])
 def test_time(network):
     expected = by_method("speed-cpu.csv", network)
-    headings, rows = table("docs/memory.md", "time, plain = 1")
+    headings, rows = table("docs/results.md", "time, standard autograd = 1")
     assert network in headings and len(rows) > 5
     for method, *times in rows:
         assert times[headings.index(network) - 1] == f"{float(expected[method]['time_ratio']):.2f}"
@@ -51,13 +91,23 @@ def test_time(network):
 @pytest.mark.parametrize("network", ["convolutions", "transformer"])
 def test_memory_against_time(network):
     expected = by_method("budget-cpu.csv", network)
-    headings, rows = table("docs/index.md", "memory and time, plain = 1")
+    headings, rows = table("docs/results.md", "memory and time, standard autograd = 1")
     column = headings.index(f"{network}: memory")
     assert len(rows) > 5
     for cells in rows:
         line = expected[cells[0]]
         memory = float(line["peak"]) / float(expected["plain"]["peak"])
         assert cells[column : column + 2] == [f"{memory:.2f}", f"{float(line['time_ratio']):.2f}"]
+
+
+def test_memory_against_checkpointing():
+    expected = by_method("budget-cpu.csv", "convolutions")
+    _, rows = table("docs/which-when.md", "32 blocks of convolutions")
+    assert len(rows) == 3
+    for method, memory, time in rows:
+        line = expected[method]
+        assert memory == f"{float(line['peak']) / float(expected['plain']['peak']):.2f}"
+        assert time == f"{float(line['time_ratio']):.2f}"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +118,7 @@ def test_memory_against_time(network):
     ],
 )
 def test_the_experiment(first_heading, named):
-    headings, rows = table("README.md", first_heading)
+    headings, rows = table("docs/experiment.md", first_heading)
     assert len(headings) == 1 + len(named)
     for data, *cells in rows:
         if data.startswith("the paper"):
@@ -79,6 +129,12 @@ def test_the_experiment(first_heading, named):
         for cell, (kind, what) in zip(cells, named, strict=True):
             found = [float(line["mse"]) for line in lines if (line["table"], line["name"]) == (kind, what)]
             assert cell == over_seeds(found), (data, what)
+
+
+def test_the_models_that_score_better_are_named():
+    _, rows = table("docs/experiment.md", "MSE, at equal memory and time")
+    crevnet, *_, unet = (float(cell.split()[0]) for cell in rows[0][1:])
+    assert unet < crevnet and "U-Net scores better on synthetic cities" in prose(ROOT / "README.md")
 
 
 def test_each_picture_was_drawn_by_a_command_that_is_told():

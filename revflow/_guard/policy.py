@@ -15,11 +15,35 @@ Mode = Literal["warn", "raise", "off"]
 
 
 class ReconstructionError(RuntimeError):
-    """The backward pass did not rebuild the input of a block: the gradients of this pass are wrong. Do not use them."""
+    """The backward pass did not rebuild the input of a block: the gradients of this pass are wrong. Do not use them.
+
+    Examples:
+        >>> class Noisy(torch.nn.Module):
+        ...     calls = 0
+        ...
+        ...     def forward(self, x):
+        ...         self.calls += 1  # differs in the second evaluation
+        ...         return x * self.calls
+        >>> x = torch.ones(2, 8, requires_grad=True)
+        >>> y = revflow.ReversibleSequence([revflow.AdditiveCoupling(Noisy())])(x)
+        >>> try:
+        ...     y.sum().backward()
+        ... except revflow.ReconstructionError:
+        ...     print("the conditioner is not deterministic")
+        the conditioner is not deterministic
+    """
 
 
 class ReconstructionWarning(UserWarning):
-    """The backward pass rebuilt the input of a block with a noticeable error."""
+    """The backward pass rebuilt the input of a block with a noticeable error.
+
+    Examples:
+        >>> import warnings
+        >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4))])
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", revflow.ReconstructionWarning)  # an error instead of a warning
+        ...     net(torch.randn(2, 8)).sum().backward()
+    """
 
 
 _CLOSE_LOOKS = 2

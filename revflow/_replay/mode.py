@@ -30,6 +30,11 @@ def ordinary_autograd() -> Iterator[None]:
 
     They store every activation, and compute the same function: to compare with, in gradients, memory or time. It holds for
     the forward pass; the backward pass may come later. As `ReversibleSequence.plain`, for a whole network.
+
+    Examples:
+        >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
+        >>> with revflow.ordinary_autograd():
+        ...     y = net(torch.randn(2, 8))  # stores all activations
     """
     before = getattr(_thread, "is_off", None)
     _thread.is_off = before or _Off(checkpointed_call())

@@ -53,6 +53,19 @@ def is_recomputing() -> bool:
     """Whether a backward pass is just now evaluating a conditioner for the second time.
 
     For forward hooks and modules that count or log what they see: they run in both evaluations of a step.
+
+    Examples:
+        >>> class Counting(torch.nn.Linear):
+        ...     calls = 0
+        ...
+        ...     def forward(self, x):
+        ...         if not revflow.is_recomputing():
+        ...             type(self).calls += 1
+        ...         return super().forward(x)
+        >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(Counting(4, 4))])
+        >>> net(torch.randn(2, 8)).sum().backward()
+        >>> Counting.calls
+        1
     """
     return getattr(_thread, "recomputing", False)
 

@@ -17,7 +17,13 @@ class Both(NamedTuple):
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found. `print` it."""
+    """What `verify` found. `print` it.
+
+    Examples:
+        >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
+        >>> revflow.verify(net, torch.randn(2, 8)).problems
+        ()
+    """
 
     gradients: Worst
     """Of inputs and parameters, against ordinary autograd: relative to the tensor's norm (or 1e-3 of the largest one's)."""

@@ -104,7 +104,7 @@ def test_it_runs_and_draws(tmp_path, capsys):
     picture = tmp_path / "unet.png"
     unet3d.main(["--steps=1", "--size=8", "--cap=5", f"--out={picture}"])
     said = capsys.readouterr().out
-    assert "plain" in said and "Dice on volumes held out" in said
+    assert "plain" in said and "Dice on held-out volumes" in said
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

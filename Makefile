@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: help demo test test-all docs release bench bench-store gpu experiment clean
+.PHONY: help demo test test-all fuzz docs release bench bench-store gpu experiment clean
 
 help:
 	@echo "make demo      train CrevNet on a synthetic city, score it, draw its predictions (minutes, on two CPU cores)"
 	@echo "make test      ruff, mypy, the documentation's site and the tests"
 	@echo "make test-all  the same, with the slow tests"
+	@echo "make fuzz      read 20,000 mutated files of every sort, from seed SEED on (minutes)"
 	@echo "make docs      build the documentation's site: open site/index.html"
 	@echo "make release   build the sdist and the wheel into dist/, install each elsewhere and use it there (minutes)"
 	@echo "make bench     time the engine's hot paths against ordinary autograd, and fail if one is slower than was stored"
@@ -42,6 +43,11 @@ test-all: .venv/.ready docs
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# From another seed each time: the tests read those from 0 on.
+SEED ?= $(shell date +%s)
+fuzz: .venv/.ready
+	CREVNET_FUZZ=20000 CREVNET_FUZZ_SEED=$(SEED) $(BIN)/pytest -q -s tests/crevnet/test_fuzz.py
 
 docs: .venv/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -157,7 +157,7 @@ Result = tuple[Any, Any]
 """A chain's output, a tensor or a tuple of streams, and the log-determinant or None."""
 
 
-class Chain(Protocol):
+class ChainCall(Protocol):
     """A call of a chain of blocks, as far as the budget knows it."""
 
     @property
@@ -166,9 +166,9 @@ class Chain(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def run(self, first_kept: int | None = None, mark: Tensor | None = None) -> Result: ...
+    def run(self, first_kept: int | None = None, lifetime: Tensor | None = None) -> Result: ...
 
-    def measured(self, mark: Tensor | None = None) -> tuple[Result, Table]: ...
+    def measured(self, lifetime: Tensor | None = None) -> tuple[Result, Table]: ...
 
 
 class Budget:
@@ -199,25 +199,25 @@ class Budget:
     def keeps_all(self) -> bool:
         return self._limit == "all"
 
-    def run(self, chain: Chain) -> Result:
+    def run(self, chain: ChainCall) -> Result:
         """What the chain returns, with as many blocks kept as fit beside what earlier calls still hold."""
         if _is_packed():
             # Nobody knows where it is kept then, and torch.utils.checkpoint wants the same in both of its runs.
             return chain.run()
-        kind, mark = chain.kind, torch.empty(0)
+        kind, lifetime = chain.kind, torch.empty(0)
         if kind in self._known:
             limit, table = self._known[kind]
             first_kept = self._first_kept(table, limit)
-            result = chain.run(first_kept, mark)
+            result = chain.run(first_kept, lifetime)
         else:
             limit = self._bytes(chain.device)
-            result, table = chain.measured(mark)
+            result, table = chain.measured(lifetime)
             self._learn(kind, table, limit)
             first_kept = len(table.costs)
-        self._count(table.kept[first_kept], mark)
+        self._count(table.kept[first_kept], lifetime)
         return result
 
-    def schedule(self, chain: Chain) -> tuple[int | None, Table, int]:
+    def schedule(self, chain: ChainCall) -> tuple[int | None, Table, int]:
         """The limit in bytes, the costs, and the first block that a call like this keeps when nothing else is held."""
         kind = chain.kind
         if isinstance(self._limit, str):
@@ -261,12 +261,12 @@ class Budget:
             )
         return least
 
-    def _count(self, size: int, mark: Tensor) -> None:
-        """Count `size` bytes as in use until `mark` is freed, which the call's graph has saved."""
+    def _count(self, size: int, lifetime: Tensor) -> None:
+        """Count `size` bytes as in use until `lifetime` is freed, which the call's graph has saved."""
         self._in_use += size
         self._pending += 1
         self._most_pending = max(self._most_pending, self._pending)
-        weakref.finalize(mark, self._release, size).atexit = False
+        weakref.finalize(lifetime, self._release, size).atexit = False
 
     def _release(self, size: int) -> None:
         self._in_use -= size

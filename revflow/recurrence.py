@@ -120,7 +120,7 @@ class ReversibleRecurrence(nn.ModuleList):
         cells, memories = [], []
         for cell, its_state in zip(self._cells(), state.cells, strict=True):
             new, left = cell.update(streams, its_state, memory, context)
-            its_state, memory = (tuple(map(self._keeping.settled, tensors)) for tensors in (new, left))
+            its_state, memory = (tuple(map(self._keeping.rounded, tensors)) for tensors in (new, left))
             streams = cell.mix(streams, its_state, context)
             cells.append(its_state)
             memories.append(memory)

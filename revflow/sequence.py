@@ -21,7 +21,7 @@ from revflow._replay.arguments import Arguments
 from revflow._replay.mode import engine_applies, refuse_replica
 from revflow._replay.random_states import Draws
 from revflow._replay.undisturbed import undisturbed
-from revflow._rewind.chain import Chain, streams_of, values_are_hidden
+from revflow._rewind.chain import ChainCall, streams_of, values_are_hidden
 from revflow._rewind.passage import Passage
 from revflow._rewind.tape import Tape
 from revflow.budget import Budget, Plan
@@ -305,7 +305,7 @@ class ReversibleSequence(nn.Sequential):
         log_det: bool = False,
         tape: Tape | None = None,
         residuals: list[Residual] | None = None,
-    ) -> Chain:
+    ) -> ChainCall:
         """A call: on a tape, or under ordinary autograd."""
         streams = streams_of(x, self.split_dim)
         extent = None if self._grid is None or values_are_hidden(streams) else Extent(self._grid)
@@ -315,7 +315,7 @@ class ReversibleSequence(nn.Sequential):
         blocks = self._blocks()
         join = self.split_dim if isinstance(x, Tensor) else None
         shapes = None if tape is None or inverse else self._shapes
-        return Chain(blocks[::-1] if inverse else blocks, passage, streams, join, context, shapes)
+        return ChainCall(blocks[::-1] if inverse else blocks, passage, streams, join, context, shapes)
 
     def _blocks(self) -> list[tuple[str, nn.Module]]:
         """(name, block), with the blocks of sequences among them in their place."""

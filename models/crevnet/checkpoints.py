@@ -11,8 +11,10 @@
 from __future__ import annotations
 
 import math
+import struct
 import time
 import warnings
+import zipfile
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -48,14 +50,32 @@ def load_checkpoint(folder: Path, which: str) -> dict[str, Any]:
             )
         raise DataError(f"{path} does not exist: train first, with crevnet fit --out {quoted(folder)}")
     try:
+        _check_sums(path)
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         dict(checkpoint["state_dict"])
     except Exception as error:  # a damaged file fails in many ways
         other = checkpoint_path(folder, "last" if which == "best" else "best").name
-        raise DataError(
-            f"{path} is no readable checkpoint ({type(error).__name__}): copy {other} over it, or train again"
-        ) from error
+        reason = str(error) if isinstance(error, _DamagedError) else type(error).__name__
+        raise DataError(f"{path} is no readable checkpoint ({reason}): copy {other} over it, or train again") from error
     return checkpoint
+
+
+class _DamagedError(Exception):
+    """A checkpoint is not as it was written."""
+
+
+def _check_sums(path: Path) -> None:
+    """Refuse a checkpoint that has changed since it was written, whose weights PyTorch would load in silence, and one whose parts
+    are packed, which PyTorch never writes and would unpack at any size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise _DamagedError("its parts are packed, expected what crevnet fit wrote")
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, struct.error, ValueError) as error:
+        raise _DamagedError(f"it is damaged: {' '.join(str(error).split())}") from error
+    if damaged is not None:
+        raise _DamagedError(f"it is damaged: the checksum of {damaged!a} is another one")
 
 
 def load_network(folder: Path, model: ModelConfig, which: str) -> VideoModel[Any]:

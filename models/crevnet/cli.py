@@ -6,6 +6,7 @@ What each does is in `commands` and `competition.commands`, its options in `opti
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import warnings
@@ -32,6 +33,9 @@ _SHORT = re.compile(r"--model(=.*)?")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. An error is one line on stderr and exit status 2; 1 for what the machine lacks, such as room on a disk."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # for names of files that are not UTF-8
+            stream.reconfigure(errors="backslashreplace")
     errors = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_first())
     warnings.showwarning = lambda message, *_, **__: errors.print(f"[yellow]warning:[/] {escape(warned(message))}")
     try:
@@ -42,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error), 2)
     except OverflowError as error:  # of the grid that streams live on in exact arithmetic
         _fail(f"{error}; a model's bits are its --model.exact_bits", 2)
+    except UnicodeEncodeError as error:  # of TensorBoard, say
+        _fail(f"{error.object!a} is no name in UTF-8, and not all that is to read or write it can: rename it", 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except (MemoryError, OSError, RuntimeError) as error:

@@ -35,8 +35,9 @@ from crevnet.data import (
     write_movies,
 )
 from crevnet.data.city_data import CityData
+from crevnet.data.sealed import seal
 from crevnet.evaluation import Scores, mean_over_cities
-from crevnet.files import quoted
+from crevnet.files import quoted, shown
 from crevnet.folders import make_folder
 from crevnet.hdf5_files import writing_hdf5
 from crevnet.network import Feedback
@@ -221,8 +222,9 @@ def _write_prediction(path: Path, forecast: np.ndarray, day: DayFile, slot: int)
     """(horizon, H, W, C) uint8, 0..255, dataset `array`, as in Traffic4cast's files."""
     values = np.rint(forecast.transpose(0, 2, 3, 1) * 255).astype(np.uint8)
     with writing_hdf5(path) as file:
-        dataset = file.create_dataset("array", data=values, compression="gzip")
-        dataset.attrs.update({"city": day.city, "date": day.date, "first_slot": slot})
+        dataset = file.create_dataset("array", data=values, compression="gzip", fletcher32=True)
+        dataset.attrs.update({"city": shown(day.city), "date": shown(day.date), "first_slot": slot})
+        seal(dataset)
 
 
 def _show_run(folder: Path) -> None:

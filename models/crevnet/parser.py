@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import yaml
 
+from crevnet.files import read_text
 from crevnet.settings_error import SettingsError
+from crevnet.yaml_text import check_yaml
 
 _UNION = re.compile(r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: ")
 _CHOICE = re.compile(r"a typing\.Literal\[(.*?)\]")
 _WORDS = re.compile(r"typing\.Literal\[(.*?)\]")
 _CLASS = re.compile(r"(?:a )?<class '(?:\w+\.)*(\w+)'>")
 _UNKNOWN = re.compile(r"(?:unrecognized arguments: (--)|there is no option )([\w.-]+)")
+
+
+_FROM_FILES = ("--config", "--model", "--data", "--training", "--city", "--frame")
+"""Options whose value may be a file of values."""
+
+_load_yaml = jsonargparse.get_loader("yaml")
+
+
+def _load_checked(text: str) -> Any:
+    check_yaml(text)
+    return _load_yaml(text)
+
+
+jsonargparse.set_loader("yaml", _load_checked, (yaml.YAMLError,))  # all text comes through it, of files and of options
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -43,6 +63,22 @@ class Parser(jsonargparse.ArgumentParser):
             if name is None:
                 raise
             command.error(f"there is no option {name}", error)
+
+    def parse_args(self, args: Sequence[str], *arguments: Any, **options: Any) -> Any:
+        """Refuses pipes and devices in the place of files of values, which the base class would read for ever."""
+        for option, value in zip(["", *args], [*args, ""], strict=True):
+            name, _, joined = value.partition("=")
+            given = joined if name in _FROM_FILES else value if option in _FROM_FILES else ""
+            if given and os.path.exists(given):
+                try:
+                    read_text(Path(given))
+                except (OSError, ValueError) as error:
+                    self.error(f"{given} cannot be read ({error})")
+        return super().parse_args(args, *arguments, **options)
+
+    def parse_path(self, path: str, *arguments: Any, **options: Any) -> Any:
+        read_text(Path(path))  # ValueError for what is no short text
+        return super().parse_path(path, *arguments, **options)
 
     def _unknown(self, namespace: jsonargparse.Namespace) -> tuple[Parser, str | None]:
         """The command that was chosen, and which of the values is none of its options."""

@@ -17,6 +17,7 @@ from crevnet.files import replace_file
 from crevnet.models import MODELS
 from crevnet.recipe.folders import base_run, is_recipe
 from crevnet.settings_error import SettingsError
+from crevnet.yaml_text import load_yaml
 
 if TYPE_CHECKING:
     from crevnet.parser import Parser
@@ -222,7 +223,7 @@ def default_model(name: str) -> ModelConfig:
 def start_named_in(path: Path) -> dict[str, str]:
     """The preset, the protocol and the model.name that a configuration file names; none where it cannot be read."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = load_yaml(path)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     values = found if isinstance(found, dict) else {}
@@ -254,7 +255,7 @@ def load_settings(run: Path) -> RunSettings:
         add_sections(parser, RunSettings(default_model(model_named_in(path))))
         sections = parser.instantiate(parser.parse_path(str(path)))
         return RunSettings(sections.model, sections.data, sections.training)
-    except (SettingsError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (SettingsError, OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise SettingsError(f"{path}: {' '.join(str(error).split())}") from error
 
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Gradients, Streams, rotate, versions_of
 from revflow._replay.replay import Replay
-from revflow._rewind.conditioner import Given, Overwrite
+from revflow._rewind.conditioner import ConditionerStep, RewindInputs
 from revflow._rewind.graph import edges, gradients, leaf, not_leaves, plus, strange
 from revflow._rewind.passage import Passage, is_built_in, run_whole, total
-from revflow._rewind.slices import Sliced
+from revflow._rewind.slices import SlicedStep
 
 
-class Call(ABC):
+class BlockCall(ABC):
     """The block at a chain's `position` (its name in the chain), passed once."""
 
     __slots__ = (
@@ -81,14 +81,14 @@ class Call(ABC):
         """Those of the block's input streams that `rewind` works out anew."""
 
     @abstractmethod
-    def rewind(self, now: list[Tensor], given: Given) -> Gradients:
+    def rewind(self, now: list[Tensor], given: RewindInputs) -> Gradients:
         """Turn the block's output in `now` into its input; the gradients of its streams, the context's tensors, the parameters.
 
         The tensors in `now` are the engine's own objects: each is overwritten, or let go, as soon as nothing needs it.
         """
 
 
-class Coupled(Call):
+class CouplingCall(BlockCall):
     """A stepwise block: each conditioner runs once in `first` and once in `rewind`."""
 
     __slots__ = ("_rotations", "_steps")
@@ -96,10 +96,10 @@ class Coupled(Call):
     def __init__(self, passage: Passage, position: str, block: Stepwise, before: Any, streams: Streams) -> None:
         inverse = passage.inverse
         self._rotations = (-block.rotation, 0) if inverse else (0, block.rotation)
-        self._steps: list[Overwrite] = [
-            Overwrite(block, passage, k, conditioner, streams[0].device)
+        self._steps: list[ConditionerStep] = [
+            ConditionerStep(block, passage, k, conditioner, streams[0].device)
             if passage.chunks == 1
-            else Sliced(block, passage, f"{position}/{k}/slices", k, conditioner, streams)
+            else SlicedStep(block, passage, f"{position}/{k}/slices", k, conditioner, streams)
             for k, conditioner in block.conditioners(streams)
         ]
         if inverse:
@@ -122,7 +122,7 @@ class Coupled(Call):
         now = rotate([*streams], self._rotations[0])
         return tuple([now[step.target] for step in self._steps if not step.keeps_target])
 
-    def rewind(self, now: list[Tensor], given: Given) -> Gradients:
+    def rewind(self, now: list[Tensor], given: RewindInputs) -> Gradients:
         before, after = self._rotations
         count = len(now)  # the log-determinant is no part of what is rebuilt
         now[:], grads = rotate(now, -after), rotate([*given.grads[:count]], -after)
@@ -132,7 +132,7 @@ class Coupled(Call):
             # Later steps see what earlier ones changed: whether that wants a gradient is not worth finding out.
             wants = rotate(given.needs[:count], before) if step is self._steps[0] else (True,) * count
             own, kept = own_end - len(step.parameters), kept_end - step.keeps
-            its = Given(
+            its = RewindInputs(
                 given.grads[count:], wants, given.leaves, given.own[own:own_end], given.kept[kept:kept_end], given.seen
             )
             more = step.undo(self.passage, now, grads, its)
@@ -142,7 +142,7 @@ class Coupled(Call):
         return [*rotate(grads, -before), *found]
 
 
-class Whole(Call):
+class WholeBlockCall(BlockCall):
     """A block known by `forward` and `inverse` alone: undone, then run again; three evaluations a step."""
 
     def __init__(self, passage: Passage, position: str, block: nn.Module, before: Any, streams: Streams) -> None:
@@ -168,7 +168,7 @@ class Whole(Call):
     def rebuilt(self, streams: Streams) -> Streams:
         return streams
 
-    def rewind(self, now: list[Tensor], given: Given) -> Gradients:
+    def rewind(self, now: list[Tensor], given: RewindInputs) -> Gradients:
         if given.seen is not None:
             given.seen.outputs(tuple(now))
         streams = self._undone(tuple(now), given)
@@ -190,7 +190,7 @@ class Whole(Call):
             given.seen.escapes(followed, self._replay)
         return found
 
-    def _undone(self, outputs: Streams, given: Given) -> Streams:
+    def _undone(self, outputs: Streams, given: RewindInputs) -> Streams:
         """The block's input."""
         passage = self.passage
         backwards = passage._replace(inverse=not passage.inverse, log_det=False, extent=None)
@@ -211,7 +211,7 @@ class Whole(Call):
         passage = self.passage._replace(grid=None)
         return self._replay.again(own, run_whole, self._block, passage, inputs, passage.arguments.filled(leaves))
 
-    def _show(self, again: Streams, wanted: Streams, given: Given) -> None:
+    def _show(self, again: Streams, wanted: Streams, given: RewindInputs) -> None:
         """To the guard: the output, and what it depends on."""
         if given.seen is not None:
             passage = self.passage

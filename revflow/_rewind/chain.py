@@ -16,7 +16,7 @@ from revflow._base.streams import Context, Streams
 from revflow._base.torch_private import FakeTensor, is_transformed
 from revflow._budget.meter import Meter
 from revflow._replay.surroundings import autocast_state
-from revflow._rewind.blocks import Coupled, Whole
+from revflow._rewind.blocks import CouplingCall, WholeBlockCall
 from revflow._rewind.functions import applied, end, hold
 from revflow._rewind.hooked import through_observed
 from revflow._rewind.passage import Passage, is_bound, run_plainly, run_whole
@@ -24,7 +24,7 @@ from revflow.budget import Result, Table
 from revflow.exact import Extent, Grid
 
 
-class Chain:
+class ChainCall:
     """A call that is about to be made, once."""
 
     def __init__(
@@ -57,10 +57,10 @@ class Chain:
             tuple([p.requires_grad for _, block in self._blocks for p in block.parameters()]),
         )
 
-    def run(self, first_kept: int | None = None, mark: Tensor | None = None) -> Result:
+    def run(self, first_kept: int | None = None, lifetime: Tensor | None = None) -> Result:
         """The output: one tensor where the streams are joined, else a tuple; and the log-determinant, if wanted.
 
-        From the block of number `first_kept` on, ordinary autograd takes over; its graph then holds on to `mark`.
+        From the block of number `first_kept` on, ordinary autograd takes over; its graph then holds on to `lifetime`.
         """
         passage, streams, context = self._passage, self._streams, self._context
         self._streams = ()  # to be freed on the way
@@ -94,20 +94,20 @@ class Chain:
             _refuse_overflow(passage.extent)
         total = _sum_of(log_dets, streams[0]) if passage.log_det else None
         streams, total = end(passage.tape, streams, self._join, total)
-        if mark is not None:
-            streams, total = hold(mark, streams, total)
+        if lifetime is not None:
+            streams, total = hold(lifetime, streams, total)
         return (streams if self._join is None else streams[0]), total
 
     @property
     def device(self) -> torch.device:
         return self._streams[0].device
 
-    def measured(self, mark: Tensor | None = None) -> tuple[Result, Table]:
-        """What `run(None, mark)` returns, which rebuilds every block; and the peak of each schedule of such a call."""
+    def measured(self, lifetime: Tensor | None = None) -> tuple[Result, Table]:
+        """What `run(None, lifetime)` returns, which rebuilds every block; and the peak of each schedule of such a call."""
         of_blocks = [t for _, block in self._blocks for t in (*block.parameters(), *block.buffers())]
         meter = Meter([*of_blocks, *self._passage.arguments.tensors])
         self._passage = self._passage._replace(meter=meter)
-        return self.run(None, mark), Table(meter.costs, self._join is not None, self._passage.grid is not None)
+        return self.run(None, lifetime), Table(meter.costs, self._join is not None, self._passage.grid is not None)
 
     def seconds(self) -> list[float]:
         """The time of each block's forward pass, without a tape."""
@@ -190,9 +190,9 @@ def _through(
     if not isinstance(block, Stepwise):
         if passage.tape is None:
             return run_whole(block, passage, streams, context)
-        return applied(Whole(passage, position, block, before, streams), streams)
+        return applied(WholeBlockCall(passage, position, block, before, streams), streams)
     if block.unobserved:
         if passage.tape is None:
             return run_plainly(block, passage, streams, context)
-        return applied(Coupled(passage, position, block, before, streams), streams)
+        return applied(CouplingCall(passage, position, block, before, streams), streams)
     return through_observed(passage, position, block, streams, before, context)

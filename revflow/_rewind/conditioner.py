@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _RETURN = "Let a conditioner return it, as one more coefficient"
 
 
-class Given(NamedTuple):
+class RewindInputs(NamedTuple):
     """What a rewind is given, beside the block's output."""
 
     grads: Gradients
@@ -39,7 +39,7 @@ class Given(NamedTuple):
     """The guard's, to be told of outputs whose input is an anchor."""
 
 
-class Overwrite(Replay):
+class ConditionerStep(Replay):
     """One conditioner of a stepwise block, and the stream that it overwrites."""
 
     def __init__(self, block: Stepwise, passage: Passage, target: int, conditioner: nn.Module, device: torch.device):
@@ -87,7 +87,7 @@ class Overwrite(Replay):
             passage.meter.step(t, 0 if block.translates else 2 * y.nbytes)
         return kept, log_det
 
-    def undo(self, passage: Passage, now: list[Tensor], grads: list[Tensor | None], given: Given) -> Gradients:
+    def undo(self, passage: Passage, now: list[Tensor], grads: list[Tensor | None], given: RewindInputs) -> Gradients:
         """Bring the streams in `now`, and their gradients in `grads`, from after the step to before it.
 
         In `given` are this step's own parameters and what it kept, and of the gradients the log-determinant's alone. Returns
@@ -137,7 +137,7 @@ class Overwrite(Replay):
         context = passage.arguments.filled(leaves)
         return self.again(own, self._block.evaluate, self._conditioner, target, others, context)
 
-    def _combined(self, now: list[Tensor], t: Streams, given: Given) -> tuple[Tensor, Streams]:
+    def _combined(self, now: list[Tensor], t: Streams, given: RewindInputs) -> tuple[Tensor, Streams]:
         """Take the step back in `now`; the target before it, as a leaf, and what the step makes of that, with a graph."""
         k, block = self.target, self._block
         y = now[k] if self.keeps_target else None  # else it is let go

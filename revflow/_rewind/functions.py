@@ -34,8 +34,8 @@ from revflow._base.streams import Gradients, Streams, versions_of
 from revflow._base.torch_private import is_going_to_run
 from revflow._guard.chains import Evidence
 from revflow._replay.mode import refuse_compiled_autograd
-from revflow._rewind.blocks import Call
-from revflow._rewind.conditioner import Given
+from revflow._rewind.blocks import BlockCall
+from revflow._rewind.conditioner import RewindInputs
 from revflow._rewind.graph import alias_of, laid_out
 from revflow._rewind.tape import Tape
 
@@ -71,7 +71,7 @@ def end(
     return (outputs, None) if log_det is None else (outputs[:-1], outputs[-1])
 
 
-def applied(call: Call, streams: Streams) -> Streams:
+def applied(call: BlockCall, streams: Streams) -> Streams:
     return _apply_rewind(call, *streams, *call.passage.arguments.tensors, *call.parameters)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -79,7 +79,7 @@ class _Rewind(torch.autograd.Function):
     """A block on a tape. Where nothing needs a gradient it leaves no node: frozen leading blocks are never rewound."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor) -> Streams:
+    def forward(ctx: Any, call: BlockCall, *tensors: Tensor) -> Streams:
         passage = call.passage
         leaves = passage.arguments.tensors
         streams = tensors[: len(tensors) - len(leaves) - len(call.parameters)]
@@ -113,9 +113,9 @@ _apply_rewind = super(torch.autograd.Function, _Rewind).apply
 
 
 def _rewind(ctx: Any, grads: Gradients) -> Gradients:
-    call: Call = ctx.call
+    call: BlockCall = ctx.call
     tape: Tape = call.passage.tape  # type: ignore[assignment]
-    now, evidence, _output = tape.take() or _begin_here(ctx, tape)
+    now, evidence, _output = tape.pop() or _begin_here(ctx, tape)
     saved: Streams = ctx.saved_tensors
     begin = len(call.passage.arguments.tensors)
     end = begin + len(call.parameters)
@@ -129,11 +129,11 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     call.samples = saved[moved_end:]
     needs = ctx.needs_input_grad[1:]
     seen = None if evidence is None else tape.witness.watch(evidence, call)  # type: ignore[union-attr]
-    found = call.rewind(now, Given(grads, needs, leaves, own, saved[end:kept_end], seen))
+    found = call.rewind(now, RewindInputs(grads, needs, leaves, own, saved[end:kept_end], seen))
     if seen is not None:
         seen.inputs(call.rebuilt(tuple(now)))
     if call.before is not None and is_going_to_run(call.before):  # rule 4
-        tape.leave(now, evidence)
+        tape.push(now, evidence)
     elif evidence is not None:
         tape.witness.judge(evidence, tuple(now))  # type: ignore[union-attr]
     return (None, *found)
@@ -183,22 +183,22 @@ def _begin(ctx: Any, grads: Gradients) -> Gradients:
         joined = grads[0]
         split = (None,) * len(streams) if joined is None else joined.split(ctx.sizes, ctx.join)
         grads = (*split, *grads[1:])
-    ctx.tape.leave(streams, ctx.tape.witness and ctx.tape.witness.begin(tuple(streams)), output)
+    ctx.tape.push(streams, ctx.tape.witness and ctx.tape.witness.begin(tuple(streams)), output)
     return (None, None, None, None, *grads)
 
 
-def hold(mark: Tensor, streams: Streams, log_det: Tensor | None) -> tuple[Streams, Tensor | None]:
-    """The streams and the log-determinant, whose graph holds on to `mark` until it is freed."""
+def hold(lifetime: Tensor, streams: Streams, log_det: Tensor | None) -> tuple[Streams, Tensor | None]:
+    """The streams and the log-determinant, whose graph holds on to `lifetime` until it is freed."""
     more = () if log_det is None else (log_det,)
-    held: Streams = _Hold.apply(mark, *streams, *more)  # type: ignore[no-untyped-call]
+    held: Streams = _Hold.apply(lifetime, *streams, *more)  # type: ignore[no-untyped-call]
     return (held, None) if log_det is None else (held[:-1], held[-1])
 
 
 class _Hold(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mark: Tensor, *tensors: Tensor) -> Streams:
+    def forward(ctx: Any, lifetime: Tensor, *tensors: Tensor) -> Streams:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mark)
+        ctx.save_for_backward(lifetime)
         return tuple([t.view_as(t) for t in tensors])
 
     @staticmethod

@@ -14,7 +14,7 @@ from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Context, Streams, as_streams, versions_of
 from revflow._replay.arguments import Arguments
 from revflow._replay.random_states import Draws
-from revflow._rewind.blocks import Coupled
+from revflow._rewind.blocks import CouplingCall
 from revflow._rewind.functions import applied
 from revflow._rewind.passage import Passage, is_bound, run_plainly
 
@@ -73,7 +73,7 @@ def run_stepwise(block: Stepwise, inverse: bool, streams: Streams, context: Cont
     if passage.tape is None:
         offer.results = run_plainly(block, passage, streams, context)
     else:
-        offer.results = applied(Coupled(passage, offer.position, block, offer.before, streams), streams)
+        offer.results = applied(CouplingCall(passage, offer.position, block, offer.before, streams), streams)
     offer.versions = versions_of(offer.results[: len(streams)])
     return offer.results[: len(streams)]
 

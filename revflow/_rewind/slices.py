@@ -17,7 +17,7 @@ from revflow._base.torch_private import BatchNorm, FakeTensor
 from revflow._replay.attributes import Attributes
 from revflow._replay.random_states import random_states
 from revflow._replay.replay import Replay
-from revflow._rewind.conditioner import Given, Overwrite
+from revflow._rewind.conditioner import ConditionerStep, RewindInputs
 from revflow._rewind.graph import is_ours, plus
 from revflow._rewind.passage import Passage
 
@@ -25,7 +25,7 @@ _MIXING = 1e-3
 """What one sample may tell of another, relative to the largest value: rounding, and no more."""
 
 
-class Sliced(Overwrite):
+class SlicedStep(ConditionerStep):
     """As its base class, in slices."""
 
     def __init__(
@@ -41,7 +41,7 @@ class Sliced(Overwrite):
         self._size = _batch_size(streams)
         length = max(1, -(-self._size // passage.chunks))
         self._slices = [
-            (slice(begin, begin + length), Overwrite(block, passage, target, conditioner, device))
+            (slice(begin, begin + length), ConditionerStep(block, passage, target, conditioner, device))
             for begin in range(0, max(1, self._size), length)
         ]
         if not self.keeps_target:
@@ -73,7 +73,7 @@ class Sliced(Overwrite):
         now[self.target] = torch.cat(targets)
         return (x,) if self.keeps_target else kept, torch.cat(log_dets) if log_dets else None
 
-    def undo(self, passage: Passage, now: list[Tensor], grads: list[Tensor | None], given: Given) -> Gradients:
+    def undo(self, passage: Passage, now: list[Tensor], grads: list[Tensor | None], given: RewindInputs) -> Gradients:
         k, y = self.target, now[self.target]
         x = _Gathered(self._size, given.kept[0].detach() if self.keeps_target else y if is_ours(y) else None)
         # A step that adds leaves the gradient of its target as it is.
@@ -98,7 +98,7 @@ class Sliced(Overwrite):
             grads[j] = gathered.value
         return [g.value for g in (*leaf_grads, *own_grads)]
 
-    def _given(self, given: Given, i: int) -> Given:
+    def _given(self, given: RewindInputs, i: int) -> RewindInputs:
         """What the i-th slice is given of it."""
         part, step = self._slices[i]
         kept = tuple([given.kept[0][part]]) if self.keeps_target else given.kept[i * step.keeps : (i + 1) * step.keeps]

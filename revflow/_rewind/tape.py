@@ -16,15 +16,15 @@ class Tape:
         self.witness = witness
         self._entries: dict[int, tuple[list[Tensor], Evidence | None, Streams]] = {}
 
-    def leave(self, streams: list[Tensor], evidence: Evidence | None, output: Streams = ()) -> None:
+    def push(self, streams: list[Tensor], evidence: Evidence | None, output: Streams = ()) -> None:
         """`output`, the chain's own, is held for the time of the first rewind so that it is not overwritten: where the user has
         dropped it, a copy to the CPU may still be under way on another CUDA stream."""
         self._entries[backward_pass()] = streams, evidence, output
 
-    def take(self) -> tuple[list[Tensor], Evidence | None, Streams] | None:
+    def pop(self) -> tuple[list[Tensor], Evidence | None, Streams] | None:
         """None if a backward pass begins at this block."""
         return self._entries.pop(backward_pass(), None)
 
     def begin(self, streams: list[Tensor]) -> tuple[list[Tensor], Evidence | None, Streams]:
-        """What `take` returns after a chain's, or an observed block's, output has been put there."""
+        """What `pop` returns after a chain's, or an observed block's, output has been put there."""
         return streams, None if self.witness is None else self.witness.begin(tuple(streams)), ()

@@ -6,9 +6,9 @@ evaluated once more, with a graph. So an update runs exactly twice a training st
 a step were not kept they are computed again, from the last ones that were: both run once more.
 
 One Function a cell, so that a cell's gradients go on while those of the cells before it are still to come; and one
-that ends the step (`_End`). Whatever leads to a cell leads through the end of its step, which replays. The states that a
+that ends the step (`_GradientStart`). Whatever leads to a cell leads through its step's end, which replays. The states that a
 step begins with are, in most cases, the results of the step before: they are found by the tensors' `grad_fn`, which is that
-step's end, and are not saved twice. What a backward pass lays aside is in its `_backward.Pass`, and gone with it.
+step's end, and are not saved twice. What a backward pass lays aside is in its `passes.BackwardPass`, and gone with it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from revflow._base.torch_private import is_going_to_run
 from revflow._guard.policy import Guard
 from revflow._replay.mode import refuse_compiled_autograd
 from revflow._rewind.graph import alias_of, leaf, not_leaves
-from revflow._through_time.passes import Pass, running
+from revflow._through_time.passes import BackwardPass, running
 from revflow._through_time.states import Kept, Unpacked
 from revflow._through_time.steps import Begin, Step, Tensors
 from revflow.cell import RecurrentCell
@@ -68,7 +68,7 @@ def run(
         moved = step.moved()
         saved = (*anchor, *own, *moved, *leaving)
         step.like_saved = len(own), len(moved), len(leaving)
-        ended: Tensors = _End.apply(step, nodes, saved, *streams, *results)  # type: ignore[no-untyped-call]
+        ended: Tensors = _GradientStart.apply(step, nodes, saved, *streams, *results)  # type: ignore[no-untyped-call]
         streams, results = ended[: len(streams)], [*ended[len(streams) : -1]]
     return streams, step.by_cell(results)
 
@@ -83,9 +83,9 @@ def _begin_with(tensors: Sequence[Tensor]) -> Begin:
 
 
 def _end_of(tensor: Tensor) -> Any:
-    """The `_End` that this is a result of; None for anything else, the streams that left a step too."""
+    """The `_GradientStart` that this is a result of; None for anything else, the streams that left a step too."""
     node: Any = tensor.grad_fn
-    is_end: bool = isinstance(node, _End._backward_cls)
+    is_end: bool = isinstance(node, _GradientStart._backward_cls)
     return node if is_end and tensor.output_nr >= node.step.width else None
 
 
@@ -132,17 +132,19 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     )
     step.watch.graph(name, outputs, (*inputs, *own), cell.module, step.arguments)
     del returned
-    heir = _heir(ctx, now)
+    earlier_step = _earlier_step(ctx, now)
     sums = now.sums.pop((step, k), None)
-    if heir is not None and (heir, k) in now.sums:  # from another step that went on from the same states
-        sums = _summed(now.sums.pop((heir, k)), sums)
+    if (
+        earlier_step is not None and (earlier_step, k) in now.sums
+    ):  # from another step that went on from the same states
+        sums = _summed(now.sums.pop((earlier_step, k)), sums)
     _add_gradients(outputs, [*inputs, *own], grads, sums)
     del outputs
     step.watch.escaped(name, followed, (*cell.update.escaped, *cell.mix.escaped))
     own_grads = [p.grad for p in own]
     now.done.add((step, k))
-    if heir is not None:
-        now.sums[heir, k], own_grads = own_grads, [None] * len(own)
+    if earlier_step is not None:
+        now.sums[earlier_step, k], own_grads = own_grads, [None] * len(own)
     return (None, None, *[t.grad for t in inputs], *own_grads)
 
 
@@ -166,7 +168,7 @@ def _summed(a: list[Tensor | None], b: list[Tensor | None] | None) -> list[Tenso
     return [y if x is None else x if y is None else x.add_(y) for x, y in zip(a, b, strict=True)]
 
 
-def _heir(ctx: Any, now: Pass) -> Step | None:
+def _earlier_step(ctx: Any, now: BackwardPass) -> Step | None:
     """The step before this one whose evaluation of the same cell is still to come in this backward pass: its parameters'
     gradients take this step's in. None if this is the last."""
     k, end = ctx.k, ctx.step.begin.end
@@ -194,7 +196,7 @@ def _has_parameters_of(node: Any, other: Any) -> bool:
     )
 
 
-class _End(torch.autograd.Function):
+class _GradientStart(torch.autograd.Function):
     """The end of a step: keeps its anchor and its results, and replays its mixes when the backward pass comes to it."""
 
     @staticmethod
@@ -229,7 +231,7 @@ def _replay(end: Any, grads: Gradients) -> Gradients:
     return (None,) * 3 + tuple(grads[:-1])
 
 
-def _saved(end: Any, now: Pass) -> Tensors:
+def _saved(end: Any, now: BackwardPass) -> Tensors:
     """What `end` has saved: its anchor, the states and the memory that are its own, buffers, its packed results, `connected`.
 
     Taken once in a pass, as `torch.utils.checkpoint` demands.
@@ -239,7 +241,7 @@ def _saved(end: Any, now: Pass) -> Tensors:
     return now.saved[end.step]
 
 
-def _before(end: Any, now: Pass) -> list[Tensor]:
+def _before(end: Any, now: BackwardPass) -> list[Tensor]:
     """The states and the memory before the step that `end` ends."""
     begin: Begin = end.step.begin
     own = iter(_saved(end, now)[end.step.width :])
@@ -249,7 +251,7 @@ def _before(end: Any, now: Pass) -> list[Tensor]:
     return [next(own) if place is None else results[place] for place in begin.places]
 
 
-def _results(end: Any, now: Pass) -> Tensors:
+def _results(end: Any, now: BackwardPass) -> Tensors:
     """The states and memories after the step that `end` ends; computed again where they were not kept."""
     missing = []
     node = end
@@ -263,7 +265,7 @@ def _results(end: Any, now: Pass) -> Tensors:
     return _unpacked(end, now).tensors()
 
 
-def _recall(end: Any, now: Pass) -> None:
+def _recall(end: Any, now: BackwardPass) -> None:
     """Bring back the buffers that the step's first evaluations have changed, and what the guard kept of them."""
     own, moved, leaving = end.step.like_saved
     begin = end.step.width + own
@@ -272,7 +274,7 @@ def _recall(end: Any, now: Pass) -> None:
     end.step.watch.recall(saved[begin + moved : begin + moved + leaving])
 
 
-def _unpacked(end: Any, now: Pass) -> Unpacked:
+def _unpacked(end: Any, now: BackwardPass) -> Unpacked:
     """Laid aside until this backward pass comes to `end` itself."""
     step = end.step
     if step not in now.results:

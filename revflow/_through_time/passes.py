@@ -13,7 +13,7 @@ from revflow._guard.steps import Found, judge
 from revflow._through_time.states import Unpacked
 
 
-class Pass:
+class BackwardPass:
     """One backward pass. It lives until the pass is through, or has failed: nothing is left behind then."""
 
     def __init__(self) -> None:
@@ -35,14 +35,14 @@ class Pass:
             judge(guard, found)
 
 
-_passes: weakref.WeakValueDictionary[int, Pass] = weakref.WeakValueDictionary()
+_passes: weakref.WeakValueDictionary[int, BackwardPass] = weakref.WeakValueDictionary()
 
 
-def running() -> Pass:
+def running() -> BackwardPass:
     """The backward pass that is now running."""
     task = backward_pass()
     now = _passes.get(task)
     if now is None:
-        now = _passes[task] = Pass()
+        now = _passes[task] = BackwardPass()
         at_the_end(now.end)  # which holds it until then; nothing else does
     return now

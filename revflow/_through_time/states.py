@@ -27,7 +27,7 @@ class Kept:
     rounds = False
     """Whether states lose digits."""
 
-    def settled(self, tensor: Tensor) -> Tensor:
+    def rounded(self, tensor: Tensor) -> Tensor:
         """What becomes of a new state before anything uses it."""
         return tensor
 
@@ -57,7 +57,7 @@ class InBfloat16(Kept):
 
     rounds = True
 
-    def settled(self, tensor: Tensor) -> Tensor:
+    def rounded(self, tensor: Tensor) -> Tensor:
         if not _is_wider(tensor.dtype):
             return tensor
         # Exact, and with the identity for a derivative: rounded to x + (rounded - x).

@@ -22,7 +22,7 @@ from revflow._replay.arguments import Arguments
 from revflow._replay.random_states import Draws
 from revflow._replay.replay import Replay
 from revflow._rewind.graph import strange
-from revflow._through_time.passes import Pass
+from revflow._through_time.passes import BackwardPass
 from revflow._through_time.states import Kept, Like
 from revflow.cell import RecurrentCell
 
@@ -58,7 +58,7 @@ class Cell:
         _check("update", "state", state, given.state)
         _check("update", "memory", memory, given.memory)
         state, memory = _own(state, aliases, given), _own(memory, aliases, given)
-        state, memory = step.settled(state), step.settled(memory)
+        state, memory = step.rounded(state), step.rounded(memory)
         taken += state  # which mix is given
         versions += [t._version for t in state]
         given, aliases = Evaluated(given.streams, state, ()), Evaluated(aliases.streams, tuple(strange(state)), ())
@@ -77,7 +77,7 @@ class Cell:
         """The same, with a graph."""
         state, memory = self.update.again(own, self.module.update, *given, context)
         with torch.enable_grad():
-            state, memory = step.settled(state), step.settled(memory)
+            state, memory = step.rounded(state), step.rounded(memory)
         return Evaluated(self.mix.again(own, self.module.mix, given.streams, state, context), state, memory)
 
     def results(self, given: Evaluated, context: Context) -> tuple[Tensors, Tensors]:
@@ -128,7 +128,7 @@ class Begin(NamedTuple):
     """The states, and the memory that enters the first cell, before a step."""
 
     end: Any
-    """The `_End` of the step before; None if nothing comes from there."""
+    """The `_GradientStart` of the step before; None if nothing comes from there."""
     places: list[int | None]
     """Of each tensor the place among that step's results; None for those that the step has to save itself."""
 
@@ -161,8 +161,8 @@ class Step:
         """How many states and memories of its own its end saves, how many buffers, and how many values for the guard."""
         self._context_versions = [t._version for t in self.arguments.tensors]
 
-    def settled(self, tensors: Tensors) -> Tensors:
-        return tuple(map(self.keeping.settled, tensors))
+    def rounded(self, tensors: Tensors) -> Tensors:
+        return tuple(map(self.keeping.rounded, tensors))
 
     def parted(self, tensors: Sequence[Tensor], k: int) -> Evaluated:
         """Of the tensors that cell k takes or returns, the first ones."""
@@ -200,7 +200,12 @@ class Step:
         return tuple(results)
 
     def replay(
-        self, now: Pass, anchor: Streams, before: Sequence[Tensor], after: Sequence[Tensor], nodes: Sequence[Any]
+        self,
+        now: BackwardPass,
+        anchor: Streams,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        nodes: Sequence[Any],
     ) -> None:
         """Lay aside, for every cell that this backward pass is going to run, what it was given and what it returned; `nodes`
         are the cells' own."""

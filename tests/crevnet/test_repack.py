@@ -18,6 +18,8 @@ from crevnet.files import NoRoomError
 
 hdf5plugin = pytest.importorskip("hdf5plugin")
 ROOT = Path(__file__).parents[2]
+OWN = ("repacked_from", "chunk_index")
+"""Attributes that repacking adds."""
 
 
 def contents(root):
@@ -26,7 +28,11 @@ def contents(root):
     for path in sorted(root.rglob("*.h5")):
         with h5py.File(path) as file:
             found[path.relative_to(root)] = {
-                name: (item.dtype, item[()].tobytes(), {k: v for k, v in item.attrs.items() if k != "repacked_from"})
+                name: (
+                    item.dtype,
+                    item[()].tobytes(),
+                    {k: v for k, v in item.attrs.items() if k not in ("repacked_from", "chunk_index")},
+                )
                 for name, item in file.items()
             }
     return found

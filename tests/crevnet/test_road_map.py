@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from crevnet.data import DataError, cached_road_map, open_days, road_map, road_maps
+from crevnet.data.cache import write_cached
 
 
 def write_day(root, array, city="Berlin", date="20180105"):
@@ -79,7 +80,7 @@ def test_cache_is_read_and_the_data_folder_left_alone(data, cache):
     days = open_days(data)
     assert cached_road_map(days)[0, 0, 0] == 0.5
     [file] = cache.iterdir()
-    np.save(file, np.full((1, 2, 3), 0.125, dtype=np.float32))
+    write_cached(file, [np.full((1, 2, 3), 0.125, dtype=np.float32)], (1, 2, 3))
     assert torch.equal(cached_road_map(days), torch.full((1, 2, 3), 0.125))
     assert sorted(data.rglob("*")) == before
 

@@ -293,7 +293,7 @@ def test_everything_that_is_wrong_is_listed(submission, data, capsys):
         "chunk": damage_chunk,
     }
     said = {
-        "dataset": "has no dataset 'array', only predictions",
+        "dataset": "cannot be read (it has no dataset 'array', only 'predictions')",
         "shape": f"has shape (1, 3, 21, 14, 3), expected {good.shape}",
         "dtype": "has dtype int16, expected uint8",
         "nan": "has dtype float32, expected uint8",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import revflow
 from engine.nets import assert_close
-from revflow._through_time.passes import Pass
+from revflow._through_time.passes import BackwardPass
 from revflow._through_time.steps import Step
 
 STEPS, CELLS, SHAPE = 12, 3, (2, 3, 4, 4)
@@ -133,8 +133,8 @@ def assert_same(net, program, wanted=None, tolerance=1e-10):
 @contextmanager
 def without_collector():
     """What is freed within is freed by its last reference. Gives the number of the steps (`Step`) made within, or of what
-    backward passes have laid aside (`Pass`), to which somebody still refers."""
-    made = {kind: weakref.WeakSet() for kind in (Step, Pass)}
+    backward passes have laid aside (`BackwardPass`), to which somebody still refers."""
+    made = {kind: weakref.WeakSet() for kind in (Step, BackwardPass)}
     with pytest.MonkeyPatch.context() as patch:
         for kind, objects in made.items():
             patch.setattr(kind, "__init__", noted(kind.__init__, objects))

@@ -13,7 +13,7 @@ from torch import nn
 import revflow
 from engine.nets import Conditioner, additive, assert_same_gradients, conditioners, evaluations, image
 from revflow._base.bytes import size
-from revflow._rewind.chain import Chain
+from revflow._rewind.chain import ChainCall
 
 HUGE = 2**40
 
@@ -278,7 +278,7 @@ def test_a_printed_plan():
 
 def test_a_planned_time_is_the_median_of_three_runs(monkeypatch):
     runs = iter([[9, 9, 9, 9], [1, 2, 3, 40], [1, 20, 3, 4], [10, 2, 3, 4]])  # the first one warms up
-    monkeypatch.setattr(Chain, "seconds", lambda chain: next(runs))
+    monkeypatch.setattr(ChainCall, "seconds", lambda chain: next(runs))
     assert sequence().plan(image()).seconds == (1, 2, 3, 4)
 
 

@@ -15,7 +15,7 @@ import revflow
 from engine.cells import CELLS, Cell, few_modes, given, loss_of, recurrence, values, without_collector
 from engine.nets import assert_close
 from revflow._guard.steps import Found
-from revflow._through_time.passes import Pass
+from revflow._through_time.passes import BackwardPass
 
 exact_modes = pytest.mark.parametrize("states", ["kept", "offloaded", 3, 100])
 
@@ -181,7 +181,7 @@ def test_its_evidence_goes_with_the_pass(states):
     with without_collector() as left:
         loss = loss_of(net(inputs, state))
         loss.backward(retain_graph=True)
-        assert left(Pass) == 0
+        assert left(BackwardPass) == 0
         assert not [o for o in gc.get_objects() if type(o) is Found and o.cell.endswith("(Watched)")]
 
 

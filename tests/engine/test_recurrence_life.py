@@ -19,7 +19,7 @@ from engine.cells import (
     without_collector,
 )
 from engine.nets import assert_close
-from revflow._through_time.passes import Pass
+from revflow._through_time.passes import BackwardPass
 from revflow._through_time.steps import Step
 
 
@@ -39,7 +39,7 @@ def test_nothing_stays_behind(states):
         loss = loss_of(net(inputs, state))
         for k in range(10):
             torch.autograd.grad(loss, [*parameters(net), inputs[k][0]][k % CELLS], retain_graph=True)
-        assert left(Step) == STEPS and left(Pass) == 0
+        assert left(Step) == STEPS and left(BackwardPass) == 0
         del loss
         assert left(Step) == 0
 
@@ -166,7 +166,7 @@ def test_an_exception_in_the_backward_pass_and_a_retry(states, part, calls):
         setattr(net[1], part, failing(getattr(net[1], part), calls))
         with pytest.raises(InjectedError):
             loss.backward(retain_graph=True)
-        assert left(Step) == STEPS and left(Pass) == 0 and not revflow.is_recomputing()
+        assert left(Step) == STEPS and left(BackwardPass) == 0 and not revflow.is_recomputing()
         assert torch.equal(torch.get_rng_state(), before)
         delattr(net[1], part)
         assert_close(torch.autograd.grad(loss, parameters(net)), expected)
@@ -184,7 +184,7 @@ def test_an_exception_between_two_steps_and_a_retry(states):
     with without_collector() as left:
         with pytest.raises(InjectedError):
             loss.backward(retain_graph=True)
-        assert left(Pass) == 0
+        assert left(BackwardPass) == 0
     switch.clear()
     assert_close(torch.autograd.grad(loss, parameters(net)), expected)
 

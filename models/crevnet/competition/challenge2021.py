@@ -100,9 +100,9 @@ class HourCases(CaseFile):
         with reading_array(
             _additional_of(path), f"weekday and first slot of {path}, ({self.shape[0]}, 2)"
         ) as additional:
+            if additional.shape != (self.shape[0], 2) or not np.issubdtype(additional.dtype, np.integer):
+                raise ValueError(f"shape {additional.shape}, dtype {additional.dtype}")
             self._when = additional[()]
-            if self._when.shape != (self.shape[0], 2) or not np.issubdtype(self._when.dtype, np.integer):
-                raise ValueError(f"shape {self._when.shape}, dtype {self._when.dtype}")
             highest = (6, SLOTS - asked.past - asked.horizon)
             if (self._when < 0).any() or (self._when > highest).any():
                 raise ValueError(f"weekdays and slots up to {self._when.max(0)}, possible are {highest}")

@@ -13,6 +13,8 @@ import numpy as np
 from crevnet.data import DataError, DayFile
 from crevnet.data.errors import refuse_undamaged
 from crevnet.data.protocol import Protocol
+from crevnet.data.safe_h5 import UNREADABLE, array_of, opened_file
+from crevnet.data.sealed import seal
 from crevnet.hdf5_files import writing_hdf5
 
 _MARK = "held_out_from"
@@ -22,18 +24,27 @@ _MARK = "held_out_from"
 def writing_array(path: Path, shape: tuple[int, ...], dtype: np.dtype | type = np.uint8) -> Iterator[h5py.Dataset]:
     """The dataset `array`, zeros at first, of a file that takes its name when it is finished: gzip 9, a chunk a case or frame."""
     with writing_hdf5(path) as file:
-        yield file.create_dataset(
-            "array", shape, dtype, chunks=(1, *shape[1:]), compression="gzip", compression_opts=9, fillvalue=0
+        array = file.create_dataset(
+            "array",
+            shape,
+            dtype,
+            chunks=(1, *shape[1:]),
+            compression="gzip",
+            compression_opts=9,
+            fillvalue=0,
+            fletcher32=True,
         )
+        yield array
+        seal(array)
 
 
 @contextmanager
 def reading_array(path: Path, expected: str) -> Iterator[h5py.Dataset]:
     """The dataset `array` of a file; `expected` says what should be there in the DataError for a file that cannot be read."""
     try:
-        with h5py.File(path, "r") as file:
-            yield file["array"]
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        with opened_file(path) as file:
+            yield array_of(file)
+    except UNREADABLE as error:
         refuse_undamaged(str(path), error)
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}); expected {expected}") from error
 

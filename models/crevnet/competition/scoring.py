@@ -80,11 +80,11 @@ def score_city(
     tables = {name: ErrorTable(competition) for name in (*submissions, *naive)}
     for file in files:
         with ExitStack() as opened:
-            predicted = {name: opened.enter_context(given.open(file.name)) for name, given in submissions.items()}
+            predicted = {name: opened.enter_context(given.open(file)) for name, given in submissions.items()}
             for index in range(file.shape[0]):
                 case, truth = file.case(index), file.truth(index)
                 for name, predictions in predicted.items():
-                    tables[name].add(case, predictions["array"][index], truth)
+                    tables[name].add(case, predictions[index], truth)
                 for name, forecast in naive.items():
                     tables[name].add(case, submitted(forecast(case)), truth)
                 progress(1)

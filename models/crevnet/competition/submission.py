@@ -6,13 +6,13 @@ import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import h5py
-
 from crevnet.competition.files import writing_array
 from crevnet.competition.forecasting import CaseForecast, submitted
 from crevnet.competition.interface import CaseFile
 from crevnet.data import DataError
 from crevnet.data.errors import refuse_undamaged
+from crevnet.data.made_files import text_attribute
+from crevnet.data.safe_h5 import UNREADABLE, array_of, opened_file
 from crevnet.files import replacing
 
 
@@ -58,9 +58,8 @@ def zip_submission(out: Path) -> Path:
 
 def _origin(path: Path) -> str | None:
     try:
-        with h5py.File(path, "r") as file:
-            origin: str = file["array"].attrs["made_from"]
-            return origin
-    except (OSError, KeyError) as error:
+        with opened_file(path) as file:
+            return text_attribute(array_of(file), "made_from")
+    except UNREADABLE as error:
         refuse_undamaged(str(path), error)
         return None

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import date as Date
 from pathlib import Path
 
+from crevnet.files import read_text
+
 
 @dataclass(frozen=True)
 class DateChoice:
@@ -37,7 +39,7 @@ def read_dates(option: str, given: Sequence[str] | Path | None) -> list[str] | N
 
 def _lines(option: str, path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{option} is {path}, which cannot be read ({error}): give a text file of one date a line, or a list [2019-01-31]"

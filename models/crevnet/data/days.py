@@ -22,6 +22,8 @@ from torch import Tensor
 from crevnet.data.dates import DateChoice
 from crevnet.data.errors import DataError, UndamagedError, refuse_undamaged
 from crevnet.data.layouts import TRAFFIC4CAST_2019, Layout, layout_of
+from crevnet.data.safe_h5 import UNREADABLE, all_datasets, check_dataset, names, open_file
+from crevnet.files import check_regular
 
 _MAX_OPEN_FILES = 32
 
@@ -128,13 +130,6 @@ def open_day(path: Path, city: str | None = None, layout: Layout | None = None) 
         return DayFile(path, city or path.absolute().parent.parent.name, date, dataset.shape, layout)
 
 
-def read_dataset(path: Path) -> np.ndarray:
-    """All of a file's first dataset, as stored; DataError naming the file if it cannot be read."""
-    with naming(str(path)), opened(path) as dataset:
-        values: np.ndarray = dataset[()]
-        return values
-
-
 @contextmanager
 def opened(path: Path) -> Iterator[h5py.Dataset]:
     """A file's first dataset, open within the context."""
@@ -148,9 +143,10 @@ def open_dataset(path: Path) -> h5py.Dataset:
     with naming(str(path)):
         if path.is_dir():
             raise DataError(f"{path} is a folder, expected an HDF5 file; move it away")
+        check_regular(path)
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty (0 bytes), expected an HDF5 file; download it again or leave it out")
-        return _first_dataset(h5py.File(path, "r"))
+        return _first_dataset(open_file(path))
 
 
 class DayReader:
@@ -230,15 +226,16 @@ def _is_date(date: str) -> bool:
 
 
 def _first_dataset(file: h5py.File) -> h5py.Dataset:
-    for item in file.values():
+    for name in names(file):
+        item = file[name]
         if isinstance(item, h5py.Dataset):
+            check_dataset(item)
             _load_codecs(item)
             return item
-    inside: list[str] = []
-    file.visititems(lambda name, item: inside.append(name) if isinstance(item, h5py.Dataset) else None)
-    if inside:
+    inside = next(all_datasets(file), None)
+    if inside is not None:
         raise DataError(
-            f"{file.filename} holds no dataset but in a group, {inside[0]!r}; expected the frames outside of groups, as "
+            f"{file.filename} holds no dataset but in a group, {_name(inside)}; expected the frames outside of groups, as "
             "'array': write it so"
         )
     raise DataError(f"{file.filename} holds no dataset, expected one of frames; download it again or leave it out")
@@ -278,7 +275,7 @@ def naming(what: str) -> Iterator[None]:
     """Turn what h5py raises on damaged files into a DataError that begins with `what`."""
     try:
         yield
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
+    except UNREADABLE as error:
         refuse_undamaged(what, error)
         raise DataError(
             f"{what} cannot be read ({_one_line(error)}); download the file again or leave it out"

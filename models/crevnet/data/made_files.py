@@ -8,6 +8,8 @@ import h5py
 import numpy as np
 
 from crevnet.data.errors import DataError, refuse_undamaged
+from crevnet.data.safe_h5 import UNREADABLE, array_of, opened_file
+from crevnet.data.sealed import seal
 from crevnet.files import NoRoomError
 from crevnet.hdf5_files import writing_hdf5
 
@@ -18,9 +20,9 @@ def is_made(path: Path, mark: str, origin: str) -> bool:
     if not path.exists():
         return False
     try:
-        with h5py.File(path, "r") as file:
-            found = file["array"].attrs.get(mark)
-    except (OSError, KeyError) as error:
+        with opened_file(path) as file:
+            found = text_attribute(array_of(file), mark)
+    except UNREADABLE as error:
         refuse_undamaged(str(path), error)
         raise DataError(f"{path} exists, but was not made by this command; choose another folder or name") from error
     if found != origin:
@@ -34,10 +36,24 @@ def making(path: Path, shape: tuple[int, ...], mark: str, origin: str, chunk: in
     DataError where they cannot be written, NoRoomError if the disk is full."""
     try:
         with writing_hdf5(path) as file:
-            array = file.create_dataset("array", shape, np.uint8, chunks=(chunk, *shape[1:]), compression="gzip")
+            array = file.create_dataset(
+                "array", shape, np.uint8, chunks=(chunk, *shape[1:]), compression="gzip", fletcher32=True
+            )
             array.attrs[mark] = origin
             yield array
+            seal(array)
     except NoRoomError:
         raise
     except OSError as error:
         raise DataError(f"{path} cannot be written ({' '.join(str(error).split())}); choose another folder") from error
+
+
+def text_attribute(dataset: h5py.Dataset, name: str) -> str | None:
+    """One string of a file that a command has made; None where there is none, or something else."""
+    if name not in dataset.attrs:
+        return None
+    attribute = dataset.attrs.get_id(name)
+    if attribute.shape != () or h5py.check_string_dtype(attribute.dtype) is None:
+        return None
+    found = dataset.attrs[name]
+    return found if isinstance(found, str) else None

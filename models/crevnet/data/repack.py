@@ -21,6 +21,9 @@ import numpy as np
 
 from crevnet.data.days import naming, opened
 from crevnet.data.errors import DataError
+from crevnet.data.made_files import text_attribute
+from crevnet.data.safe_h5 import all_datasets
+from crevnet.data.sealed import seal
 from crevnet.files import NoRoomError, replacing
 from crevnet.hdf5_files import hdf5_in_memory
 
@@ -74,7 +77,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _repack_file(path: Path, copy: Path, codec: Any) -> Iterator[float]:
     """Write one file under its name once it is complete; yields the share that is done."""
-    with opened(path) as dataset:
+    with naming(str(path)), opened(path) as dataset:
+        list(all_datasets(dataset.file))  # the others are copied too, and nothing from elsewhere with them
         is_frames = dataset.ndim == 4 and 0 not in dataset.shape
     if copy.exists():
         if not (_mark_of(copy) == _mark(path) if is_frames else filecmp.cmp(path, copy, shallow=False)):
@@ -94,12 +98,16 @@ def _write(path: Path, partial: Path, codec: Any) -> Iterator[float]:
         for name, item in source.file.items():
             if item != source:
                 source.file.copy(item, file, name)
-        target = file.create_dataset(source.name, source.shape, source.dtype, chunks=(1, *source.shape[1:]), **codec)
-        target.attrs.update({**source.attrs, _MARK: _mark(path)})
+        target = file.create_dataset(
+            source.name, source.shape, source.dtype, chunks=(1, *source.shape[1:]), **codec, fletcher32=True
+        )
+        with naming(f"{path}, attributes of its frames,"):
+            target.attrs.update({**source.attrs, _MARK: _mark(path)})
         for start, values in _blocks(source):
             source_digest.update(values)
             target[start : start + len(values)] = values
             yield 0.9 * start / len(source)
+        seal(target)
     with opened(partial) as written:
         for _, values in _blocks(written):
             digest.update(values)
@@ -122,8 +130,7 @@ def _mark(path: Path) -> str:
 
 def _mark_of(copy: Path) -> str | None:
     with opened(copy) as dataset:
-        mark: str | None = dataset.attrs.get(_MARK)
-        return mark
+        return text_attribute(dataset, _MARK)
 
 
 @contextmanager

@@ -3,14 +3,12 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from crevnet.data.cache import cache_path
+from crevnet.data.cache import cache_path, read_cached, write_cached
 from crevnet.data.days import DayFile, check_frame_sizes, sample_frames
-from crevnet.files import replacing
 
 
 def road_map(days: Sequence[DayFile], slots: tuple[int, int] | None = None, frames: int = 1200) -> torch.Tensor:
@@ -32,16 +30,16 @@ def road_map(days: Sequence[DayFile], slots: tuple[int, int] | None = None, fram
 def cached_road_map(days: Sequence[DayFile], slots: tuple[int, int] | None = None, frames: int = 1200) -> torch.Tensor:
     """`road_map`, kept as .npy in the cache folder's `road_maps`.
 
-    A change of the files, of slots or of frames computes it anew; so does a cache file that cannot be read. A cache
+    A change of the files, of slots or of frames computes it anew; so does a cache file that is not as it was written. A cache
     folder that cannot be written is no error.
     """
     path = cache_path("road_maps", days, slots, frames)
-    cached = _load(path)
-    if cached is not None and days and cached.shape == (1, *days[0].shape[1:3]):
-        return torch.from_numpy(cached)
+    cached = read_cached(path, (1, *days[0].shape[1:3]), np.float32) if days else None
+    if cached is not None:
+        return torch.from_numpy(cached.copy())
     computed = road_map(days, slots, frames)
-    with suppress(OSError), replacing(path) as unfinished, unfinished.open("wb") as file:  # the cache only saves time
-        np.save(file, computed.numpy(), allow_pickle=False)
+    with suppress(OSError):  # the cache only saves time
+        write_cached(path, [computed.numpy()], tuple(computed.shape))
     return computed
 
 
@@ -51,12 +49,3 @@ def road_maps(days: Sequence[DayFile], slots: tuple[int, int] | None = None) -> 
     for day in days:
         by_city[day.city].append(day)
     return {city: cached_road_map(of_city, slots) for city, of_city in by_city.items()}
-
-
-def _load(path: Path) -> np.ndarray | None:
-    try:
-        with path.open("rb") as file:
-            array = np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError):
-        return None
-    return array if array.dtype == np.float32 else None

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from crevnet.data.cache import cache_path
+from crevnet.data.cache import cache_path, read_cached, write_cached
 from crevnet.data.days import DayFile, DayReader, check_frame_sizes
-from crevnet.files import replacing
+from crevnet.data.errors import DataError
 
 AROUND = 3
 """Slots on either side that a slot's mean is taken over too: a quarter of an hour before and after."""
@@ -56,29 +56,23 @@ def _cached(days: Sequence[DayFile], slots: tuple[int, int] | None) -> SlotMeans
     known = range(min(h.start for h in held), max(h.stop for h in held))
     shape = (len(known), *days[0].shape[1:])
     path = cache_path("slot_means", days, slots, AROUND)
-    found = _loaded(path)
-    if found is None or (found.shape, found.dtype) != (shape, np.float16):
+    found = read_cached(path, shape, np.float16)
+    if found is None:
         found = _computed(days, known, shape, path)
     return SlotMeans(known.start, found)
 
 
-def _loaded(path: Path) -> NDArray[np.float16] | None:
-    try:
-        return np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError):
-        return None
-
-
 def _computed(days: Sequence[DayFile], known: range, shape: tuple[int, ...], path: Path) -> NDArray[np.float16]:
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False, "shape": shape}
     try:
-        with replacing(path) as unfinished, unfinished.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for mean in _means(days, known):
-                file.write(mean.tobytes())
-        return np.lib.format.open_memmap(path, mode="r")
+        write_cached(path, _means(days, known), shape)
     except OSError:  # nowhere to keep them
         return np.stack(list(_means(days, known)))
+    written = read_cached(path, shape, np.float16)
+    if written is None:
+        raise DataError(
+            f"{path} does not hold what was written: check the disk, or set CREVNET_CACHE to another folder"
+        )
+    return written
 
 
 def _means(days: Sequence[DayFile], known: range) -> Iterator[NDArray[np.float16]]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from crevnet.config import STATIC_CHANNELS, Static
-from crevnet.data.days import DayFile, read_dataset, unit_interval
+from crevnet.data.days import DayFile, naming, opened, unit_interval
 from crevnet.data.errors import DataError
 from crevnet.data.layouts import Layout
 from crevnet.data.road_map import road_maps
@@ -72,12 +72,15 @@ def read_static(path: Path, size: tuple[int, int]) -> torch.Tensor:
     """
     if not path.exists():
         raise DataError(f"{path} does not exist: it comes with the city's days; leave the city out with --data.cities")
-    stored = read_dataset(path)
     expected = (1 + STATIC_CHANNELS["connectivity"], *size)
-    if stored.shape != expected or stored.dtype != np.uint8:
-        raise DataError(
-            f"{path} is {stored.dtype} {stored.shape}, expected uint8 {expected} as its days are; download it again"
-        )
+    with naming(str(path)), opened(path) as dataset:
+        if dataset.shape != expected or dataset.dtype != np.uint8:
+            raise DataError(
+                f"{path} is {dataset.dtype} {dataset.shape}, expected uint8 {expected} as its days are; download it again"
+            )
+        stored = dataset[()]
+    if not stored[0].any():  # what is left of a file whose values got lost
+        raise DataError(f"{path} has a road map of zeros alone, expected roads; download it again")
     return unit_interval(torch.from_numpy(stored))
 
 

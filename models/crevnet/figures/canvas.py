@@ -14,9 +14,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.text import Text
 from numpy.typing import NDArray
 
-from crevnet.files import replace_file
+from crevnet.files import replace_file, shown
 
 Frames = NDArray[np.float32]
 """(T, C, H, W) in [0, 1]."""
@@ -58,5 +59,7 @@ def run_name(run: Path) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
+    for text in figure.findobj(Text):  # of names of folders, which may be any bytes
+        text.set_text(shown(text.get_text()))
     replace_file(path, partial(figure.savefig, dpi=150, format="png"))
     plt.close(figure)

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import yaml
 
+from crevnet.settings_error import SettingsError
+from crevnet.yaml_text import load_yaml
+
 
 def is_recipe(folder: Path) -> bool:
     return settings_file(folder).is_file()
@@ -53,7 +56,13 @@ def record(run: Path) -> Path:
 def score_of(run: Path) -> float | None:
     """The best validation score, once the run is done."""
     path = record(run)
-    return yaml.safe_load(path.read_text(encoding="utf-8"))["score"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return float(load_yaml(path)["score"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"{path} holds no score ({reason}): remove it, and the run goes on") from error
 
 
 def _found(folder: Path, depth: int) -> list[Path]:

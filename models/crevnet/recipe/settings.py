@@ -78,7 +78,7 @@ def read_recipe(path: Path) -> RecipeSettings:
         add_recipe(parser, RecipeSettings(RunSettings(default_model(model_named_in(path)))))
         found = parser.instantiate(parser.parse_path(str(path)))
         return RecipeSettings(RunSettings(found.model, found.data, found.training), found.city, found.frame)
-    except (SettingsError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (SettingsError, OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise SettingsError(f"{path}: {' '.join(str(error).split())}") from error
 
 

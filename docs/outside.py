@@ -17,7 +17,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 RESULTS = [page.relative_to(ROOT).as_posix() for page in sorted((ROOT / "bench" / "results").glob("*.md"))]
-PROJECT = ["CONTRIBUTING.md", "CHANGELOG.md"]
+PROJECT = ["CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
 OUTSIDE = [*RESULTS, *PROJECT]
 
 # The repository's URL. Fill it in on publication: until then, the pages have no badge, URL or install line that depends on it.

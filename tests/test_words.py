@@ -46,7 +46,7 @@ RULES = {
     r";[^;]*;": "one claim per sentence: no chain of semicolons",
 }
 WORDS = 25  # of a sentence, at most
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md"]
 PAGES += [f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ["revflow", "models", "bench", "examples"]
 EXCEPTIONS = {  # shrinks only

@@ -2,13 +2,18 @@
 
 Links are relative to the repository, such as [budget-cpu.md](../bench/results/budget-cpu.md) on a page of docs/, and work when
 the repository is browsed. The site's root is docs/: the hook rewrites links that leave a page's folder. A link whose text is the
-name of a file gets the page's heading, because readers of the site do not see files.
+name of a file gets the page's heading, because readers of the site do not see files. A comment
+<!-- help: fit --> becomes the help of that command.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import posixpath
 import re
+import sys
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -50,8 +55,24 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     def headed(link: re.Match[str]) -> str:
         return f"[{_heading(ROOT / folder / link[1])}]({link[1]}"
 
+    markdown = re.sub(r"<!-- help: (.*?) -->", lambda found: _help(found[1]), markdown)
     markdown = re.sub(r"\[[\w./-]+\.md\]\(([\w./-]+\.md)", headed, markdown)
     return re.sub(r"(?<=\]\()(?:\.\./|docs/)[^)#]+", in_site, markdown)
+
+
+def _help(command: str) -> str:
+    """The options of a command of crevnet, as a block of code."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "models")]
+    try:
+        from crevnet.cli import main
+
+        text = io.StringIO()
+        os.environ["COLUMNS"] = "100"
+        with redirect_stdout(text), suppress(SystemExit):
+            main([*command.split(), "--help"])
+        return f"```text\n{text.getvalue()}```"
+    finally:
+        del sys.path[:2], os.environ["COLUMNS"]
 
 
 def _heading(page: Path) -> str:

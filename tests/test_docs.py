@@ -126,13 +126,21 @@ def test_command_lines_are_understood(page, understood):
         understood(words)
 
 
+COMMANDS = ["fit", "recipe paper", "evaluate", "predict", "figures", "submit", "score", "show"]
+COMMANDS += ["data synth", "data moving-mnist", "data repack", "data holdout"]
+
+
+def test_every_command_has_a_reference():
+    assert sorted(re.findall(r"<!-- help: (.*?) -->", PAGES["cli.md"])) == sorted(COMMANDS)
+    help_of = runpy.run_path(str(ROOT / "docs" / "outside.py"))["_help"]
+    assert "--checkpoint" in help_of("evaluate")
+
+
 @pytest.fixture(scope="module")
 def options():
     """Those of all of crevnet's commands, as their help has them."""
-    commands = ["fit", "recipe paper", "evaluate", "predict", "figures", "submit", "score", "show"]
-    commands += ["data synth", "data moving-mnist", "data repack", "data holdout"]
     found = set()
-    for command in commands:
+    for command in COMMANDS:
         text = StringIO()
         with redirect_stdout(text), pytest.raises(SystemExit):
             main([*command.split(), "--help"])

@@ -61,6 +61,7 @@ QUERIES = {
     "resume training": "training",
     "learning curves": "figures",
     "quickstart": "get-started",
+    "command line options": "cli",
     "Hugging Face": "faq",
     "reproducibility": "exact",
     "cite": "citation",

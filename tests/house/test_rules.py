@@ -1,5 +1,6 @@
 """The house keeps its plan: each rule's exceptions are listed by name in `exceptions.toml`, and the list only shrinks."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -45,3 +46,23 @@ def test_imports_go_one_way():
         check=False,
     )
     assert linted.returncode == 0, linted.stdout
+
+
+def test_the_reading_order_names_each_file_of_the_engine_once():
+    page = (rules.ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    order = page[page.index("## Source files") : page.index("## A custom coupling")]
+    named = re.findall(r"`([\w/]+\.py)`", order[: order.index("Only `revflow/")])
+    engine = {s.name.removeprefix("revflow/") for s in SOURCES if s.is_engine}
+    assert sorted(named) == sorted(name for name in engine if not name.endswith(("__init__.py", "_version.py")))
+    read = set()
+    for (
+        name
+    ) in named:  # in an order in which one meets nothing that was not read before, but for files of the same room
+        imported = {module for module, _ in rules.Source(rules.ROOT / "revflow" / name).imports}
+        for module in imported:
+            file = module.removeprefix("revflow.").replace(".", "/") + ".py"
+            if module.startswith("revflow.") and "/" not in name and "/" not in file:
+                assert file in read, f"{name} imports {file}, which the reading order names later"
+            if module.startswith("revflow._") and "/" in file and file.split("/")[0] != name.split("/")[0]:
+                assert file in read, f"{name} imports {file}, which the reading order names later"
+        read.add(name)

@@ -1,4 +1,4 @@
-"""Each public name of revflow has an example in its docstring, and the examples run."""
+"""Each public name of both packages has an example in its docstring, and the examples run."""
 
 import doctest
 import inspect
@@ -6,22 +6,23 @@ import inspect
 import pytest
 import torch
 
+import crevnet
 import revflow
 
 NAMES = [
-    name
-    for name, public in vars(revflow).items()
+    (package, name)
+    for package in (revflow, crevnet)
+    for name, public in vars(package).items()
     if not name.startswith("_") and (inspect.isclass(public) or inspect.isfunction(public))
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_example_runs(name):
+@pytest.mark.parametrize(("package", "name"), NAMES, ids=lambda part: getattr(part, "__name__", part))
+def test_the_example_runs(package, name):
     torch.manual_seed(0)
-    public = inspect.unwrap(getattr(revflow, name))
-    test = doctest.DocTestParser().get_doctest(
-        inspect.getdoc(public), {"revflow": revflow, "torch": torch}, name, None, None
-    )
+    public = inspect.unwrap(getattr(package, name))
+    names = {"revflow": revflow, "crevnet": crevnet, "torch": torch}
+    test = doctest.DocTestParser().get_doctest(inspect.getdoc(public), names, name, None, None)
     assert test.examples
     report = []
     assert doctest.DocTestRunner(verbose=False).run(test, out=report.append).failed == 0, "".join(report)

@@ -23,6 +23,13 @@ class TwoWayAutoencoder(nn.Module):
 
     The blocks are i-RevNet's with one coupling and a swap each, as in the authors' code. The frame is unshuffled first and
     then split, so that the two streams begin as its even and its odd rows. H and W have to be multiples of D.
+
+    Examples:
+        >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
+        >>> autoencoder = crevnet.TwoWayAutoencoder(config)
+        >>> frame = torch.rand(1, 1, 16, 16)
+        >>> torch.allclose(autoencoder.decode(autoencoder.encode(frame)), frame, atol=1e-5)
+        True
     """
 
     def __init__(self, config: CrevNetConfig) -> None:

@@ -25,7 +25,15 @@ class CellState(NamedTuple):
 
 
 class ConvLSTMCell(nn.Module):
-    """ConvLSTM (Shi et al. 2015), without peepholes: i, f, g, o from [x, h]; c = f c + i g; h = o tanh(c)."""
+    """ConvLSTM (Shi et al. 2015), without peepholes: i, f, g, o from [x, h]; c = f c + i g; h = o tanh(c).
+
+    Examples:
+        >>> from crevnet.cells import CellState
+        >>> cell, zeros = crevnet.ConvLSTMCell(8), torch.zeros(1, 8, 4, 4)
+        >>> (h, c), memory = cell(torch.randn(1, 8, 4, 4), CellState(zeros, zeros), None)
+        >>> h.shape
+        torch.Size([1, 8, 4, 4])
+    """
 
     has_memory = False
 
@@ -45,6 +53,13 @@ class STLSTMCell(nn.Module):
 
     i, f, g from [x, h, c] give c = f c + i g; i', f', g' from [x, m, c] give m = f' m + i' g', with the new c;
     o from [x, h, c, m]; h = o tanh(W [c, m]). The memory m passes up through the modules of one step.
+
+    Examples:
+        >>> from crevnet.cells import CellState
+        >>> cell, zeros = crevnet.STLSTMCell(8), torch.zeros(1, 8, 4, 4)
+        >>> (h, c), memory = cell(torch.randn(1, 8, 4, 4), CellState(zeros, zeros), zeros)
+        >>> memory.shape
+        torch.Size([1, 8, 4, 4])
     """
 
     has_memory = True

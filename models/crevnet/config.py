@@ -29,6 +29,11 @@ class ModelConfig:
             with their eight neighbours (2021's static files); the clock, time of day and day of the week.
         past: frames seen.
         horizon: frames predicted.
+
+    Examples:
+        >>> config = crevnet.MODELS["unet"].config(channels=1, static=(), past=4, horizon=2)
+        >>> isinstance(config, crevnet.ModelConfig), config.input_channels
+        (True, 1)
     """
 
     title: ClassVar[str]
@@ -105,6 +110,13 @@ class CrevNetConfig(ModelConfig):
         states: how training keeps the modules' states h, c and m for its backward pass: kept; bfloat16, rounded, which
             takes half the memory; offloaded to the CPU's; or a number n, those of every n-th time step, the others being
             computed again (revflow.ReversibleRecurrence).
+
+    Examples:
+        >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1, 1), strides=(1, 2), modules=2)
+        >>> config.downsampling
+        4
+        >>> crevnet.PRESETS["paper"].modules
+        8
     """
 
     title: ClassVar[str] = "CrevNet"

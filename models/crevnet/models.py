@@ -29,5 +29,11 @@ MODELS = {
 
 
 def make_network(config: ModelConfig) -> VideoModel[Any]:
-    """A new network of that configuration, with random weights."""
+    """A new network of that configuration, with random weights.
+
+    Examples:
+        >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
+        >>> type(crevnet.make_network(config)).__name__
+        'CrevNet'
+    """
     return MODELS[config.name].network(config)

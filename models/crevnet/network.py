@@ -30,6 +30,14 @@ class CrevNet(VideoModel[CrevNetConfig]):
     `forward` gives the one-step predictions that it is trained on, `generate` the frames after the past ones, `loss` the
     training loss. In training nothing is stored of a time step but its latent, its predicted frame and the predictor's
     states (revflow): not within a frame, and not from module to module.
+
+    Examples:
+        >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
+        >>> net = crevnet.CrevNet(config)
+        >>> video = torch.rand(1, 12, 1, 16, 16)  # (batch, frames, channels, height, width)
+        >>> net.loss(video).backward()
+        >>> net.generate(video[:, :9]).shape  # the three frames after nine
+        torch.Size([1, 3, 1, 16, 16])
     """
 
     def __init__(self, config: CrevNetConfig) -> None:

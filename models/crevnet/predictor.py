@@ -20,7 +20,15 @@ from crevnet.convolution import convolution
 
 
 class PredictorState(NamedTuple):
-    """What a step leaves for the next one."""
+    """What a step leaves for the next one.
+
+    Examples:
+        >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
+        >>> latent = torch.randn(1, 8, 4, 4), torch.randn(1, 8, 4, 4)
+        >>> state = crevnet.Predictor(config).initial_state(latent)
+        >>> len(state.cells), len(state.memories)
+        (2, 2)
+    """
 
     cells: tuple[CellState, ...]
     """h and c of every module."""
@@ -35,6 +43,14 @@ class ReversiblePredictiveModule(revflow.RecurrentCell):
     the m of an ST-LSTM, and nothing of a ConvLSTM.
 
     The gates are computed in float32, and 1 - g as the sigmoid of the negated logit. On a grid the sum is rounded to it.
+
+    Examples:
+        >>> module = crevnet.ReversiblePredictiveModule(8, "convlstm")
+        >>> x1, x2, zeros = torch.randn(1, 8, 4, 4), torch.randn(1, 8, 4, 4), torch.zeros(1, 8, 4, 4)
+        >>> state, memory = module.update((x1, x2), (zeros, zeros), (), {})
+        >>> y1, y2 = module.mix((x1, x2), state, {})
+        >>> torch.equal(y2, x1)
+        True
     """
 
     def __init__(
@@ -101,7 +117,16 @@ def _attention(kind: Attention, channels: int, clip: int) -> nn.Sequential:
 
 class Predictor(nn.Module):
     """P of the paper's eq. 1: one time step of all modules. The memory m passes up through them, and from the top one to
-    the first one of the next step."""
+    the first one of the next step.
+
+    Examples:
+        >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
+        >>> predictor = crevnet.Predictor(config)
+        >>> latent = torch.randn(1, 8, 4, 4), torch.randn(1, 8, 4, 4)
+        >>> latent, state = predictor(latent, predictor.initial_state(latent))
+        >>> latent[0].shape
+        torch.Size([1, 8, 4, 4])
+    """
 
     def __init__(self, config: CrevNetConfig) -> None:
         super().__init__()

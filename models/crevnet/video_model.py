@@ -23,6 +23,12 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
     """A network that predicts the next frames of a video, at any frame size.
 
     Its methods raise ValueError for frames and static channels that are not its configuration's.
+
+    Examples:
+        >>> config = crevnet.MODELS["unet"].config(channels=1, static=(), past=4, horizon=2)
+        >>> model = crevnet.make_network(config)
+        >>> model.generate(torch.rand(1, 4, 1, 32, 32)).shape
+        torch.Size([1, 2, 1, 32, 32])
     """
 
     channels_last: torch.memory_format = torch.channels_last

@@ -33,8 +33,8 @@ from revflow._base.torch_private import FakeTensor, unwrapped
 from revflow._guard.escapes import Made, refuse_escapes
 from revflow._guard.messages import INEXACT, drowned, off
 from revflow._guard.policy import Guard
-from revflow._guard.strangers import refuse_strangers
 from revflow._guard.tolerance import LOW_PRECISION, LOW_STREAMS, TOLERANCES, Tolerance, tolerance_of
+from revflow._guard.unregistered import refuse_strangers
 from revflow._replay.arguments import Arguments
 from revflow._replay.replay import Replay
 from revflow.exact import fingerprint

@@ -21,8 +21,8 @@ from revflow._base.torch_private import FakeTensor
 from revflow._guard.chains import witness_of
 from revflow._guard.escapes import Made, refuse_escapes
 from revflow._guard.policy import Guard
-from revflow._guard.strangers import refuse_strangers
 from revflow._guard.tolerance import LOW_PRECISION, Tolerance, tolerance_of
+from revflow._guard.unregistered import refuse_strangers
 from revflow._replay.arguments import Arguments
 from revflow._replay.replay import Replay
 

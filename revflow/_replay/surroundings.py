@@ -49,7 +49,7 @@ def _switched_off(state: AutocastState) -> AutocastState:
 
 
 Surroundings = tuple[torch.dtype, bool, bool, bool, bool]
-"""What PyTorch's own layers of `_replay.KNOWN` do not depend on, and other modules may: the default dtype, and which kernels for
+"""What PyTorch's own layers of `known.KNOWN` do not depend on, and other modules may: the default dtype, and which kernels for
 attention are enabled (`torch.nn.attention.sdpa_kernel`)."""
 
 

@@ -18,7 +18,7 @@ from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Gradients, Streams, rotate, versions_of
 from revflow._replay.replay import Replay
 from revflow._rewind.conditioner import ConditionerStep, RewindInputs
-from revflow._rewind.graph import edges, gradients, leaf, not_leaves, plus, strange
+from revflow._rewind.graph import aliases_of, edges, gradients, leaf, not_leaves, plus
 from revflow._rewind.passage import Passage, is_built_in, run_whole, total
 from revflow._rewind.slices import SlicedStep
 
@@ -154,8 +154,8 @@ class WholeBlockCall(BlockCall):
         self._strides = [s.stride() for s in streams]
 
     def first(self, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
-        given = streams if self._replay.is_known or is_built_in(self._block) else tuple(strange(streams))
-        context, versions = self.passage.arguments.filled(strange(leaves)), versions_of(streams)
+        given = streams if self._replay.is_known or is_built_in(self._block) else tuple(aliases_of(streams))
+        context, versions = self.passage.arguments.filled(aliases_of(leaves)), versions_of(streams)
         reachable = self.passage.arguments.watch(context)
         outputs = self._replay.first(self.passage.draws, run_whole, self._block, self.passage, given, context)
         outputs = tuple([next((s for s, g in zip(streams, given, strict=True) if g is o), o) for o in outputs])

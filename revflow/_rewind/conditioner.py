@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Gradients, Streams, versions_of
 from revflow._replay.replay import Replay
-from revflow._rewind.graph import edges, gradients, is_ours, laid_out, leaf, not_leaves, strange
+from revflow._rewind.graph import aliases_of, edges, gradients, is_ours, laid_out, leaf, not_leaves
 from revflow._rewind.passage import Passage, changed, is_built_in, log_det_of, mapped
 from revflow.exact import Residual
 
@@ -60,7 +60,7 @@ class ConditionerStep(Replay):
         taken = [*others, *leaves] if leaves else others
         versions = versions_of(taken)
         if not self.is_known:  # hooks that it registers on its arguments belong to this evaluation alone
-            others, leaves = strange(others), strange(leaves)
+            others, leaves = aliases_of(others), aliases_of(leaves)
         context = passage.arguments.filled(leaves)
         reachable = passage.arguments.watch(context)
         t = self.first(passage.draws, block.evaluate, self._conditioner, now[k], others, context)

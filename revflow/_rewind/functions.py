@@ -142,7 +142,7 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
 def own_of(parameters: Sequence[Tensor]) -> list[Tensor]:
     """The parameters to evaluate with: themselves, or an alias of what another module has computed.
 
-    Their hooks keep quiet meanwhile (`_graph.gradients`): they see the whole gradient, when the Function returns it. An alias
+    Their hooks keep quiet meanwhile (`graph.gradients`): they see the whole gradient, when the Function returns it. An alias
     would keep them away, too, but another thread would find it in the module's place.
     """
     return [p if p.grad_fn is None else alias_of(p) for p in parameters]

@@ -40,7 +40,7 @@ def not_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     return aliases
 
 
-def strange(tensors: Sequence[Tensor]) -> list[Tensor]:
+def aliases_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Aliases for a first evaluation: with a graph if that is measured."""
     return [t.view_as(t) if torch.is_grad_enabled() else alias_of(t) for t in tensors]
 

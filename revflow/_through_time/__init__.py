@@ -1,3 +1,4 @@
-"""The engine of `ReversibleRecurrence`: pass through time steps, and undo them in the backward pass.
+"""The engine of `ReversibleRecurrence`: pass through time steps, and recompute them in the backward pass.
 
-The room guarantees that a step keeps no more than its `states` say. It must not know a concrete cell."""
+The room guarantees that a step stores no more than its `states` require. It must not know a concrete cell.
+"""

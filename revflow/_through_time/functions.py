@@ -6,7 +6,7 @@ evaluated once more, with a graph. So an update runs exactly twice a training st
 a step were not kept they are computed again, from the last ones that were: both run once more.
 
 One Function a cell, so that a cell's gradients go on while those of the cells before it are still to come; and one
-that ends the step (`_GradientStart`). Whatever leads to a cell leads through its step's end, which replays. The states that a
+that ends the step (`_StepEnd`). Whatever leads to a cell leads through its step's end, which replays. The states that a
 step begins with are, in most cases, the results of the step before: they are found by the tensors' `grad_fn`, which is that
 step's end, and are not saved twice. What a backward pass lays aside is in its `passes.BackwardPass`, and gone with it.
 """
@@ -68,7 +68,7 @@ def run(
         moved = step.moved()
         saved = (*anchor, *own, *moved, *leaving)
         step.like_saved = len(own), len(moved), len(leaving)
-        ended: Tensors = _GradientStart.apply(step, nodes, saved, *streams, *results)  # type: ignore[no-untyped-call]
+        ended: Tensors = _StepEnd.apply(step, nodes, saved, *streams, *results)  # type: ignore[no-untyped-call]
         streams, results = ended[: len(streams)], [*ended[len(streams) : -1]]
     return streams, step.by_cell(results)
 
@@ -83,9 +83,9 @@ def _begin_with(tensors: Sequence[Tensor]) -> Begin:
 
 
 def _end_of(tensor: Tensor) -> Any:
-    """The `_GradientStart` that this is a result of; None for anything else, the streams that left a step too."""
+    """The `_StepEnd` that this is a result of; None for anything else, the streams that left a step too."""
     node: Any = tensor.grad_fn
-    is_end: bool = isinstance(node, _GradientStart._backward_cls)
+    is_end: bool = isinstance(node, _StepEnd._backward_cls)
     return node if is_end and tensor.output_nr >= node.step.width else None
 
 
@@ -196,7 +196,7 @@ def _has_parameters_of(node: Any, other: Any) -> bool:
     )
 
 
-class _GradientStart(torch.autograd.Function):
+class _StepEnd(torch.autograd.Function):
     """The end of a step: keeps its anchor and its results, and replays its mixes when the backward pass comes to it."""
 
     @staticmethod

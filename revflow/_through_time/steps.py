@@ -21,7 +21,7 @@ from revflow._guard.steps import Watch
 from revflow._replay.arguments import Arguments
 from revflow._replay.random_states import Draws
 from revflow._replay.replay import Replay
-from revflow._rewind.graph import strange
+from revflow._rewind.graph import aliases_of
 from revflow._through_time.passes import BackwardPass
 from revflow._through_time.states import Kept, Like
 from revflow.cell import RecurrentCell
@@ -52,7 +52,7 @@ class Cell:
         versions = [t._version for t in taken]
         reachable = step.arguments.watch(context)
         # Hooks that it registers on its arguments belong to this evaluation alone.
-        aliases = Evaluated(*[tuple(strange(tensors)) for tensors in given])
+        aliases = Evaluated(*[tuple(aliases_of(tensors)) for tensors in given])
         state, memory = self.update.first(step.draws, self.module.update, *aliases, context)
         _refuse_hooks(aliases)
         _check("update", "state", state, given.state)
@@ -61,7 +61,7 @@ class Cell:
         state, memory = step.rounded(state), step.rounded(memory)
         taken += state  # which mix is given
         versions += [t._version for t in state]
-        given, aliases = Evaluated(given.streams, state, ()), Evaluated(aliases.streams, tuple(strange(state)), ())
+        given, aliases = Evaluated(given.streams, state, ()), Evaluated(aliases.streams, tuple(aliases_of(state)), ())
         streams = self.mix.first(step.draws, self.module.mix, aliases.streams, aliases.state, context)
         _check("mix", "streams", streams, given.streams)
         streams = _own(streams, aliases, given)
@@ -128,7 +128,7 @@ class Begin(NamedTuple):
     """The states, and the memory that enters the first cell, before a step."""
 
     end: Any
-    """The `_GradientStart` of the step before; None if nothing comes from there."""
+    """The `_StepEnd` of the step before; None if nothing comes from there."""
     places: list[int | None]
     """Of each tensor the place among that step's results; None for those that the step has to save itself."""
 

@@ -1,1 +1,1 @@
-"""Look at each block of a network by itself, for `revflow.verify`."""
+"""Check a whole network: each block by itself, then a training step with the engine and one under standard autograd."""

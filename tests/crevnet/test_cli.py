@@ -217,6 +217,7 @@ def test_predict_writes_the_model_s_frames_and_pictures(feedback, run, points, c
     assert found.shape == (2, 21, 14, 3) and found.dtype == np.uint8
     assert found.any()
     assert np.abs(found - expected.permute(0, 2, 3, 1).numpy()).max() <= 0.5 + 1e-3
+    assert attributes.pop("chunk_index")  # its seal
     assert attributes == {"city": "There", "date": "20180103", "first_slot": 7}
     with Image.open(stem.with_suffix(".png")) as picture:
         picture.load()

@@ -95,7 +95,7 @@ def test_a_mistyped_option_is_answered_with_the_nearest(arguments, asked, failin
     ("content", "named"),
     [
         (b"model:\n  chanels: 3\n", "chanels"),
-        (b"model: [1,\n", "expected node content in line 2, column 1"),
+        (b"model: [1,\n", "found '<stream end>' in line 2, column 1"),
         (b"only text", "only text"),
         (b"training:\n  epochs: many\n", "many"),
         (b"data: 3\n", "data is 3"),

@@ -1,4 +1,4 @@
-"""Tensors that an evaluation depends on, and that the engine does not know of: they would get no gradient."""
+"""Tensors that an evaluation depends on without being registered, and reentrant checkpoints: they would get no gradient."""
 
 from __future__ import annotations
 

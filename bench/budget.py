@@ -1,14 +1,14 @@
-"""Memory against time of a training step: ordinary autograd, checkpointing, three other libraries, and revflow by its budget.
+"""Memory against time of a training step: standard autograd, checkpointing, three other libraries, and revflow by its budget.
 
     python bench/budget.py --json budget.json --figure budget.png
 
 Each method (bench/methods.py) trains the same network (bench/networks.py) with the same parameters, after its gradients were
-compared with ordinary autograd's (bench/trials.py). A step is a forward pass, a loss and a backward pass, in float32. The peak is
+compared with standard autograd's (bench/trials.py). A step is a forward pass, a loss and a backward pass, in float32. The peak is
 what it holds beyond what was there before, parameters and their gradients: by live tensors on the CPU, by the allocator on a
-GPU. Every method runs once a round, in random order, each next to a step of ordinary autograd; a time is the median of the
+GPU. Every method runs once a round, in random order, each next to a step of standard autograd; a time is the median of the
 ratios of the two. revflow's budgets are parts of the way from the peak that it plans for "none" to that for "all".
 
-The three libraries are optional: bench/methods.py tells how to install them. What is not installed is a row that says so.
+The three libraries are optional: bench/methods.py describes how to install them. A missing library is a row with that remark.
 
 On a GPU give it something to do: --batch 32 --image 56 --tokens 1024 --frame 432.
 """
@@ -79,14 +79,14 @@ def options() -> argparse.Namespace:
     report.add_outputs(parser)
     a = parser.parse_args()
     if min(a.batch, a.image, a.tokens, a.frame) < 1 or a.rounds < 2:
-        parser.error("--batch, --image, --tokens and --frame have to be 1 at least, --rounds 2")
+        parser.error("--batch, --image, --tokens and --frame must be at least 1, --rounds 2")
     if a.frame % 8:
-        parser.error(f"--frame has to be a multiple of 8, not {a.frame}")
+        parser.error(f"--frame must be a multiple of 8, not {a.frame}")
     return a
 
 
 def compare(make: Callable[[], Network], rounds: int, device: torch.device, more: Iterable[Method] = ()) -> list[Row]:
-    """A row for each method: ordinary autograd first, then revflow's budgets from the smallest on."""
+    """A row for each method: standard autograd first, then revflow's budgets from the smallest on."""
     low, high = (planned(make(), budget).peak for budget in ("none", "all"))
     budgets = [reversible(f"{part}/{PARTS}", low + (high - low) * part // PARTS) for part in range(1, PARTS)]
     methods = [
@@ -165,8 +165,8 @@ STYLES = {
     "revtorch": Style("revtorch", "#1f8a5b", "^"),
     "revlib": Style("revlib", "#c23b7a", "D", 6),
     "revflow": Style("revflow, by its budget", "#2a6fb8", "o", 6, "-"),
-    "chunks": Style("revflow, nothing kept, in chunks", "#6db3f2", "h", 8),
-    "plain": Style("ordinary autograd", "#222222", "*", 11),
+    "chunks": Style("revflow, nothing stored, in chunks", "#6db3f2", "h", 8),
+    "plain": Style("standard autograd", "#222222", "*", 11),
 }
 
 
@@ -178,7 +178,7 @@ def draw(rows: list[Row]) -> Figure:
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)
     for axis, panel in zip(axes[0], panels, strict=True):
         draw_panel(axis, [row for row in panel if row.peak is not None])
-    axes[0, 0].set_ylabel("time, ordinary autograd = 1")
+    axes[0, 0].set_ylabel("time, standard autograd = 1")
     handles = {h.get_label(): h for axis in axes[0] for h in axis.get_legend_handles_labels()[0]}
     figure.legend(handles=[*handles.values()], loc="outside lower center", ncols=min(4, 2 * len(panels)), frameon=False)
     return figure

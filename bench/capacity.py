@@ -4,7 +4,7 @@
     python bench/capacity.py --preset tiny --height 128 --width 112 --capacity 0.25 0.5 --time
 
 On a CUDA device ("cuda") the process is capped to each capacity and batches are tried; out of memory is a result. At the
-largest batch training steps are timed, and their useful operations (those of ordinary autograd, nothing twice) are held
+largest batch training steps are timed, and their useful operations (those of standard autograd, nothing twice) are held
 against the device's measured rate of matrix products. Without one ("predicted") the batch is the largest whose peak, counted
 under fake tensors, is within the capacity: convolutions' workspaces, the allocator's gaps and CUDA's own memory (half a GiB)
 come on top, so ask for a lower capacity than the device has. --time trains that batch on the CPU, in the process's own time.

@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a PNG to draw")
     a = parser.parse_args()
     if min(*a.depths, a.channels, a.size, a.networks) < 1:
-        parser.error("--depths, --channels, --size and --networks have to be 1 at least")
+        parser.error("--depths, --channels, --size and --networks must be at least 1")
     if a.out is not None and not a.out.parent.is_dir():
         parser.error(f"--out {a.out}: there is no folder {a.out.parent}")
     torch.set_num_threads(1)
@@ -150,7 +150,7 @@ SMALLEST = 1e-8
 def draw(depths: list[int], found: dict[Arithmetic, list[Errors]]) -> Figure:
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.6), sharey=True, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # type: ignore[union-attr, call-arg]
-    titles = ("Input rebuilt by the backward pass", "Gradients of the parameters")
+    titles = ("Input recomputed by the backward pass", "Gradients of the parameters")
     for panel, name, title in zip(panels, Errors._fields, titles, strict=True):
         draw_panel(panel, depths, {arithmetic: [getattr(e, name) for e in of] for arithmetic, of in found.items()})
         panel.set_title(title, loc="left", fontsize=11, color=INK)

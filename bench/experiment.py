@@ -79,7 +79,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=DATA)
     parser.add_argument("--seeds", type=positive, default=1, help="how many: 0, 1, ...")
-    parser.add_argument("--minutes", type=float, help="of training for each model, on one core, beside the fine-tuning")
+    parser.add_argument(
+        "--minutes", type=float, help="minutes of training per model on one core, without the fine-tuning"
+    )
     parser.add_argument("--out", type=Path, help="the experiment's folder; runs/experiment/DATA if not given")
     add_outputs(parser, figure=False)
     a = parser.parse_args()

@@ -14,7 +14,7 @@ each frame as well, by Zstandard of hdf5plugin; beside it stand other codecs of 
 own: --data FOLDER.
 
 The training step's rate, which has to be kept up with, is measured where there is CUDA. Elsewhere it is a bound that no step
-reaches: its floating-point operations, those of ordinary autograd, at the peak rate of a V100. The batch and the precision are
+reaches: its floating-point operations, those of standard autograd, at the peak rate of a V100. The batch and the precision are
 those of configs/traffic4cast-v100-16g.yaml.
 """
 

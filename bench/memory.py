@@ -11,7 +11,7 @@ three channels and a road map. Rows say how they were measured, and one table ne
 - "predicted": the same count under fake tensors, which have shapes and no data: any size, nothing allocated. Equal to the
   tracked bytes. A device needs some more: for workspaces, the gaps of its allocator and, with CUDA, half a GiB of its own.
 
-Without a GPU figures are predicted, unless --how says otherwise.
+Without a GPU figures are predicted, unless --how selects another way.
 
 Activations are what the forward pass keeps, beside the window of frames; gradients are counted as one more set of
 parameters, Adam's state as two; transient is what the peak holds beyond all of these. States that are offloaded are not on
@@ -94,7 +94,7 @@ def options() -> argparse.Namespace:
     if a.how == "cuda" and not gpu:
         parser.error("--how cuda: there is no CUDA device here; predicted figures need none")
     if len(a.height) != len(a.width):
-        parser.error(f"--height and --width have to be as many; got {len(a.height)} and {len(a.width)}")
+        parser.error(f"--height and --width must be equally many; got {len(a.height)} and {len(a.width)}")
     return a
 
 
@@ -242,7 +242,7 @@ def cells(r: Row) -> tuple[str, ...]:
 
 
 def remarks_on(rows: Iterable[Row]) -> Iterator[str]:
-    """How the recurrent models at their papers' patch compare with CrevNet under ordinary autograd."""
+    """How the recurrent models at their papers' patch compare with CrevNet under standard autograd."""
     plain = [r for r in rows if r.schedule == "plain" and r.peak is not None]
     size = ("batch", "steps", "height", "width", "precision")
     for crevnet in (r for r in plain if r.model == "crevnet"):

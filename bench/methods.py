@@ -1,4 +1,4 @@
-"""Ways to train a reversible network: ordinary autograd, PyTorch's checkpointing, three other libraries, and revflow.
+"""Ways to train a reversible network: standard autograd, PyTorch's checkpointing, three other libraries, and revflow.
 
 A method makes of a network (bench/networks.py) its passes, with the network's own parameters. Where a library is not
 installed, or a network is not for a method, making it raises ImportError or `UnfitError`, which say so.
@@ -53,7 +53,7 @@ class Method:
 
 
 def plain() -> Method:
-    """Ordinary autograd."""
+    """Standard autograd."""
     return Method("plain", "", _plain)
 
 
@@ -154,7 +154,7 @@ def _checkpoint(
         groups[-1].append(block)
     *checkpointed, last = groups
     if not checkpointed:
-        raise UnfitError("one group of blocks, which is ordinary autograd")
+        raise UnfitError("one group of blocks, which is standard autograd")
 
     def forward(x: Tensor) -> Streams:
         streams = network.parted(x)
@@ -207,7 +207,7 @@ class _Emptied(nn.Module):
 
 
 def _revtorch(network: Network) -> Passes:
-    """A sequence of each stage's couplings; shapes change in between, by ordinary autograd."""
+    """A sequence of each stage's couplings; shapes change in between, by standard autograd."""
     from revtorch import revtorch
 
     def couplings(conditioners: list[nn.Module]) -> list[nn.Module]:
@@ -218,7 +218,7 @@ def _revtorch(network: Network) -> Passes:
 
 
 def _revlib(network: Network) -> Passes:
-    """A sequence of each stage's couplings; shapes change in between, by ordinary autograd."""
+    """A sequence of each stage's couplings; shapes change in between, by standard autograd."""
     import revlib
 
     def couplings(conditioners: list[nn.Module]) -> list[nn.Module]:

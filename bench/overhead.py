@@ -1,4 +1,4 @@
-"""What the engine costs where conditioners cost nothing: a chain of 32 tiny MLPs of width 8, against ordinary autograd.
+"""What the engine costs where conditioners cost nothing: a chain of 32 tiny MLPs of width 8, against standard autograd.
 
     python bench/overhead.py
 

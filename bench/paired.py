@@ -22,7 +22,7 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=40, help="2 at least")
     a = parser.parse_args()
     if min(a.size, a.batch, a.blocks) < 1 or a.rounds < 2 or a.channels < 8 or a.channels % 8:
-        parser.error("sizes have to be 1 at least, --rounds 2, and --channels a multiple of 8")
+        parser.error("sizes must be at least 1, --rounds 2, and --channels a multiple of 8")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"{a.blocks} blocks, streams of {a.batch} x {a.channels} x {a.size} x {a.size}, float32, {a.rounds} rounds")

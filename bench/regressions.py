@@ -3,7 +3,7 @@
     python bench/regressions.py run-1.json run-2.json run-3.json
 
 The files are those that bench/test_hot_paths.py makes pytest-benchmark write, one of each run. A path's ratio is the engine's
-time over ordinary autograd's: a run's is the median of its rounds, and the one that counts is the median of the runs, as two
+time over standard autograd's: a run's is the median of its rounds, and the one that counts is the median of the runs, as two
 processes differ by more than the rounds of one do. A path fails where its ratio exceeds the stored one by more than the margin,
 or where it is stored and has not been run. Exit status: 1 if a path fails, 2 if a file cannot be used.
 
@@ -31,7 +31,7 @@ STORED = Path(__file__).parent / "results" / "hot-paths.json"
 
 @dataclass(frozen=True)
 class Ratio:
-    """A hot path's time, ordinary autograd's being 1."""
+    """A hot path's time, standard autograd's being 1."""
 
     median: float
     """Of the runs."""
@@ -67,7 +67,7 @@ def main() -> None:
         (path, str(stored.get(path, "")), str(now.get(path, "")), change(stored.get(path), now.get(path)), verdict)
         for path, verdict in verdicts.items()
     ]
-    report.show("Time, ordinary autograd = 1: median of runs, lowest to highest", HEADINGS, rows, LEFT)
+    report.show("Time, standard autograd = 1: median of runs, lowest to highest", HEADINGS, rows, LEFT)
     print(f"stored: {about}\nnow: {date.today()}, {here()}\nmargin: {a.margin} %")
     failed = [path for path, verdict in verdicts.items() if verdict in (SLOWER, MISSING)]
     if failed:
@@ -108,7 +108,7 @@ def ratios(runs: list[Path]) -> dict[str, Ratio]:
                 raise ValueError("no ratios")
         except (KeyError, TypeError, ValueError) as error:
             raise UnusableError(
-                f"{path} has no ratios of hot paths: make it as bench/test_hot_paths.py says"
+                f"{path} has no ratios of hot paths: create it as bench/test_hot_paths.py describes"
             ) from error
         for name, median in found.items():
             medians[name].append(median)
@@ -138,7 +138,7 @@ def load(path: Path) -> tuple[str, dict[str, Ratio]]:
             raise ValueError("no ratios")
         return f"{content['date']}, {content['machine']}", stored
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UnusableError(f"{path} is not what --store writes: store the ratios anew") from error
+        raise UnusableError(f"{path} is not in the format of --store: store the ratios again") from error
 
 
 def read(path: Path) -> Any:
@@ -147,7 +147,7 @@ def read(path: Path) -> Any:
     except OSError as error:
         raise UnusableError(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise UnusableError(f"{path} is not JSON: make it anew") from error
+        raise UnusableError(f"{path} is not JSON: create it again") from error
 
 
 def here() -> str:

@@ -42,7 +42,7 @@ def output(*suffixes: str) -> Callable[[str], Path]:
         if path.is_dir():
             raise argparse.ArgumentTypeError(f"{path} is a folder")
         if suffixes and path.suffix not in suffixes:
-            raise argparse.ArgumentTypeError(f"{path}: the name has to end in {' or '.join(suffixes)}")
+            raise argparse.ArgumentTypeError(f"{path}: the name must end in {' or '.join(suffixes)}")
         return path
 
     return checked

@@ -4,8 +4,8 @@
 
 Windows of the air-traffic days, cut to a square, which are mostly dark; a bright square that moves in the dark; and uniform
 noise. For each: the relative error of the gradient of all
-parameters, against ordinary autograd in float64, of ordinary autograd in float32 and of the engine in float32; and in exact
-arithmetic the engine's difference from ordinary autograd, which computes on the same grid. The network is untrained, so no
+parameters, against standard autograd in float64, of standard autograd in float32 and of the engine in float32; and in exact
+arithmetic the engine's difference from standard autograd, which computes on the same grid. The network is untrained, so no
 frame's gradients are small.
 """
 
@@ -31,9 +31,9 @@ DAY = "Switzerland/Switzerland_training/20180801_100m_bins.h5"
 STARTS = (100, 150, 180)
 """The windows' first slots."""
 ABOUT = """\
-Relative errors of the gradient of all parameters: of float32 against ordinary autograd in float64; in exact mode against
-ordinary autograd on the same grid."""
-HEADINGS = ("frames", "not dark", "ordinary autograd", "rebuilt", "the guard", "rebuilt, exact mode")
+Relative errors of the gradient of all parameters: of float32 against standard autograd in float64; in exact mode against
+standard autograd on the same grid."""
+HEADINGS = ("frames", "not dark", "standard autograd", "rebuilt", "the guard", "rebuilt, exact mode")
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Time of a training step: ordinary autograd, checkpointing, three other libraries and revflow, on the same networks in one run.
+"""Time of a training step: standard autograd, checkpointing, three other libraries and revflow, on the same networks in one run.
 
     python bench/speed.py --json speed.json --figure speed.png
 
 Networks are tiny blocks, convolutions of 64 channels, a transformer (bench/networks.py), and the whole of CrevNet under the
 schedules of bench/schedules.py. How methods are compared is told in bench/trials.py: every step runs once a round, in random
-order, next to one of ordinary autograd, and times are medians of ratios to that one. The row "plain" is ordinary autograd
+order, next to one of standard autograd, and times are medians of ratios to that one. The row "plain" is standard autograd
 against itself, and shows the machine's noise.
 
 Forward and backward pass (that is the rewind, where activations are rebuilt) are also told apart, and the inverse, which makes
@@ -123,7 +123,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     report.add_outputs(parser)
     a = parser.parse_args(arguments)
     if a.rounds == 1:
-        parser.error("--rounds has to be 2 at least: one has no spread")
+        parser.error("--rounds must be at least 2: one has no spread")
     if a.precision == "tf32" and not torch.cuda.is_available():
         parser.error("--precision tf32: there is no CUDA device here")
     return a
@@ -132,7 +132,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def compare(
     name: str, extent: Extent, a: argparse.Namespace, device: torch.device, methods: Sequence[Method] = METHODS
 ) -> list[Row]:
-    """A row for each method, ordinary autograd first."""
+    """A row for each method, standard autograd first."""
     if name == "crevnet":
         size = extent.batch, a.steps, a.height, a.width
         training = Prepared(
@@ -204,12 +204,12 @@ class Prepared(Training):
 
 
 def of_crevnet(base: Prepared, schedules: Sequence[str], precision: str) -> Iterator[Trial]:
-    """Ordinary autograd, and the schedules."""
+    """Standard autograd, and the schedules."""
     names = f"crevnet-{base.preset}", f"batch {base.batch}, {base.steps} steps of {base.height} x {base.width}"
     for schedule in dict.fromkeys(["plain", *schedules]):
         training = replace(base, schedule=schedule)
         if base.compiled and SCHEDULES[schedule].checkpoints:
-            yield Trial(*names, schedule, note="compiling its parts would undo their checkpoints")
+            yield Trial(*names, schedule, note="compiling its parts would disable their checkpoints")
             continue
         start = partial(training_step, training, precision)
         memory = revflow.measure_memory(lambda: start()(nothing), device=base.device)  # noqa: B023
@@ -219,7 +219,7 @@ def of_crevnet(base: Prepared, schedules: Sequence[str], precision: str) -> Iter
             *names, schedule, step=step, memory=memory, evaluations=evaluations(replace(training, compiled=False))
         )
     for peer in PEERS:
-        yield Trial(*names, peer, note="for chains alone: CrevNet's predictor is recurrent")
+        yield Trial(*names, peer, note="only for module stacks: CrevNet's predictor is recurrent")
 
 
 def nothing() -> None:

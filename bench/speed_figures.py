@@ -47,7 +47,7 @@ def draw_panel(axis: Axes, rows: Sequence[Row]) -> None:
     axis.axvline(1, color=INK, linewidth=0.8, linestyle=":")
     axis.set_xlim(0, 1.15 * max(max(row.quartiles[1], row.time_ratio) for row in timed.values()))
     axis.set_title(rows[0].network, loc="left", fontsize=11, color=INK)
-    axis.set_xlabel("time of a step, ordinary autograd = 1", color=INK)
+    axis.set_xlabel("time of a step, standard autograd = 1", color=INK)
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", color=PALE, linewidth=0.6)
     axis.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""The engine's hot paths, each against ordinary autograd with the same parameters: `make bench` runs them.
+"""The engine's hot paths, each against standard autograd with the same parameters: `make bench` runs them.
 
     OMP_NUM_THREADS=1 pytest bench/test_hot_paths.py --benchmark-enable --benchmark-json hot-paths.json
     python bench/regressions.py hot-paths.json

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def operations(forward: Callable[[], object]) -> float:
-    """Floating-point operations of a training step under ordinary autograd: three times those of its forward pass."""
+    """Floating-point operations of a training step under standard autograd: three times those of its forward pass."""
     with FlopCounterMode(display=False) as counter:
         forward()
     return 3.0 * counter.get_total_flops()

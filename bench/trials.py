@@ -1,7 +1,7 @@
-"""A training step by several methods, each next to ordinary autograd: for bench/budget.py and bench/speed.py.
+"""A training step by several methods, each next to standard autograd: for bench/budget.py and bench/speed.py.
 
 A method (bench/methods.py) is first put to the proof on a twin of the network in float64: its loss, its gradients and what its
-inverse makes are compared with ordinary autograd's, and evaluations of conditioners are counted. Then its memory is measured,
+inverse makes are compared with standard autograd's, and evaluations of conditioners are counted. Then its memory is measured,
 and its time. Where a library is missing, or not for a network, the row says so.
 """
 
@@ -24,7 +24,7 @@ from methods import Method, Passes, UnfitError, plain
 from networks import Network, Streams
 
 TOLERANCE = 1e-8
-"""Of a gradient in float64: the L2 norm of its difference from ordinary autograd's, over the norm. (In float32 a rebuilt value
+"""Of a gradient in float64: the L2 norm of its difference from standard autograd's, over the norm. (In float32 a rebuilt value
 next to zero may fall on a ReLU's other side, which is no fault and shows in the second digit of some small gradient.)"""
 
 Step = Callable[[Callable[[], None]], object]
@@ -33,7 +33,7 @@ Step = Callable[[Callable[[], None]], object]
 
 @dataclass(frozen=True)
 class Row:
-    """A method's training step, or the reason why it has none. Times are in units of a step of ordinary autograd."""
+    """A method's training step, or the reason why it has none. Times are in units of a step of standard autograd."""
 
     network: str
     size: str
@@ -62,7 +62,7 @@ class Row:
     how: str | None = None
     """The peak was measured."""
     throughput: float | None = None
-    """Ordinary autograd's operations in the step's time, as a share of the rate of matrix products; on CUDA alone."""
+    """Standard autograd's operations in the step's time, as a share of the rate of matrix products; on CUDA alone."""
     note: str = ""
 
     @property
@@ -71,7 +71,7 @@ class Row:
 
 
 class Lap(NamedTuple):
-    """Seconds of a step's parts, and of a step of ordinary autograd next to it."""
+    """Seconds of a step's parts, and of a step of standard autograd next to it."""
 
     plain: float
     forward: float
@@ -116,13 +116,13 @@ class Trial:
 
 
 def compare(trials: Sequence[Trial], rounds: int, device: torch.device) -> list[Row]:
-    """A row for each trial; the first is ordinary autograd. Every step runs once a round, in random order."""
+    """A row for each trial; the first is standard autograd. Every step runs once a round, in random order."""
     able = [i for i, trial in enumerate(trials) if trial.step]
     laps: list[list[Lap]] = [[] for _ in trials]
     order = random.Random(0)
     for _ in range(rounds):
         for i in order.sample(able, len(able)):
-            # Next to ordinary autograd: a machine's speed changes from second to second.
+            # Next to standard autograd: a machine's speed changes from second to second.
             pair = order.sample([("plain", trials[0].step), ("its", trials[i].step)], 2)
             times = {name: seconds(step, device) for name, step in pair}
             undone = trials[i].inverse and seconds(trials[i].inverse, device)[1]
@@ -154,7 +154,7 @@ def attempt_all(
     device: torch.device,
     prepare: Callable[[Network], None] = lambda network: None,
 ) -> Iterator[Trial]:
-    """Ordinary autograd, and the methods. `prepare` may change how the conditioners run that are measured, not the twin's."""
+    """Standard autograd, and the methods. `prepare` may change how the conditioners run that are measured, not the twin's."""
     network, twin = make().to(torch.float32), make().to(torch.float64)
     prepare(network)
     expected = proof(plain().of(twin), twin).results
@@ -169,7 +169,7 @@ def attempt(method: Method, network: Network, twin: Network, expected: list[Tens
         proven = proof(method.of(twin), twin)
         error = difference(proven.results, expected)
         if not error < TOLERANCE:
-            raise AssertionError(f"gradients differ from ordinary autograd's by {error:.0e}")
+            raise AssertionError(f"gradients differ from standard autograd's by {error:.0e}")
         if not proven.unrestored < TOLERANCE:
             raise AssertionError(f"its inverse misses the input by {proven.unrestored:.0e}")
         passes = method.of(network)

@@ -129,7 +129,7 @@ def test_compiled_crevnet(monkeypatch, run):
     assert len(compiled) == 4  # plain and reversible, to be measured and to be timed
     assert {row["method"]: row["note"] for row in rows}[
         "checkpoint"
-    ] == "compiling its parts would undo their checkpoints"
+    ] == "compiling its parts would disable their checkpoints"
     assert all(row["compiled"] for row in rows) and "32-true, compiled" in text
 
 

@@ -135,7 +135,7 @@ def test_a_wrong_inverse_is_an_error():
 
 
 def test_a_network_that_does_not_fit_is_a_row():
-    assert "ordinary autograd" in attempt(methods.checkpointed(4)).note
+    assert "standard autograd" in attempt(methods.checkpointed(4)).note
     pytest.importorskip("revtorch")
     assert attempt(named("revtorch"), blocks=3).note == "its blocks take two conditioners, and 3 stand together"
 

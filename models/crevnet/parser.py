@@ -31,7 +31,20 @@ _load_yaml = jsonargparse.get_loader("yaml")
 
 def _load_checked(text: str) -> Any:
     check_yaml(text)
-    return _load_yaml(text)
+    values = _load_yaml(text)
+    _refuse_pipes(values)
+    return values
+
+
+def _refuse_pipes(values: Any) -> None:
+    """Refuse a pipe or a device that stands for a section: the file would be read for ever."""
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if f"--{name}" in _FROM_FILES and isinstance(value, str) and os.path.exists(value):
+            try:
+                read_text(Path(value))
+            except (OSError, ValueError) as error:
+                raise yaml.YAMLError(f"{name}: {value} cannot be read ({error})") from error
+        _refuse_pipes(value)
 
 
 jsonargparse.set_loader("yaml", _load_checked, (yaml.YAMLError,))  # all text comes through it, of files and of options

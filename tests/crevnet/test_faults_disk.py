@@ -110,6 +110,21 @@ def test_a_file_system_that_is_full(name, run, cities, held_out, tmp_path):
         assert files(disk) == ["other"]
 
 
+def test_the_zip_of_a_submission_finds_no_room(run, cities, held_out, failing, crevnet, tmp_path):
+    """Though its files did: the same command then needs the zip alone."""
+    arguments = command("submit", tmp_path, run, cities, held_out)
+    crevnet(*arguments)
+    zipped = tmp_path / "submission.zip"
+    largest = max(path.stat().st_size for path in (tmp_path / "submission").rglob("*.h5"))
+    zipped.unlink()
+    with little_disk(largest):
+        line = failing(*arguments, status=1)
+    assert line.startswith(f"crevnet: no space left for {zipped} (File too large)")
+    assert not zipped.exists() and not list(tmp_path.glob("*.unfinished"))
+    crevnet(*arguments)
+    assert zipped.exists()
+
+
 @pytest.mark.parametrize("name", ["predict", "show"])
 def test_the_old_file_stays_where_a_new_one_finds_no_room(name, run, cities, held_out, crevnet, failing, tmp_path):
     arguments = command(name, tmp_path / "out", run, cities, held_out)

@@ -202,6 +202,15 @@ CACHES = {
 }
 
 
+@pytest.mark.parametrize("section", ["data", "model", "training"])
+@pytest.mark.parametrize("kind", NO_FILES, ids=lambda kind: kind.__name__)
+def test_pipes_and_devices_in_the_place_of_a_section(kind, section, tmp_path):
+    kind(tmp_path / "pipe")
+    (tmp_path / "some.yaml").write_text(f"{section}: {tmp_path / 'pipe'}\n")
+    line = refused("fit", "--config", tmp_path / "some.yaml", "--out", tmp_path / "run")
+    assert str(tmp_path / "pipe") in line and "expected a regular file" in line
+
+
 @pytest.mark.parametrize("kind", CACHES)
 def test_caches_that_are_not_as_they_were_written(kind, own_cities, tmp_path, monkeypatch):
     monkeypatch.setenv("CREVNET_CACHE", str(tmp_path / "cache"))

@@ -21,7 +21,7 @@ FAILURE = re.compile(r"^(?:FAILED|ERROR) (\S+?\.py\S*)(?: - (.*))?$", re.MULTILI
 def rows(setup: Setup) -> Iterable[Row]:
     """In toy size the tests of one file."""
     limit = min(LIMIT, setup.seconds_left - 5)
-    files = [Path("tests/engine/test_memory.py")] if setup.toy else [*marked()]
+    files = [Path("tests/engine/memory/test_memory.py")] if setup.toy else [*marked()]
     text, is_late, status = printed(files, setup.work / "pytest.log", limit)
     yield from per_file(text)
     failures = dict(FAILURE.findall(text))

@@ -66,3 +66,9 @@ def test_the_reading_order_names_each_file_of_the_engine_once():
             if module.startswith("revflow._") and "/" in file and file.split("/")[0] != name.split("/")[0]:
                 assert file in read, f"{name} imports {file}, which the reading order names later"
         read.add(name)
+
+
+def test_each_room_of_the_engine_has_a_folder_of_tests():
+    rooms = {path.name for path in (rules.ROOT / "revflow").glob("_*/") if (path / "__init__.py").exists()} - {"_base"}
+    assert rooms <= {f"_{path.name}" for path in (rules.ROOT / "tests/engine").iterdir() if any(path.glob("test_*.py"))}
+    assert not [*(rules.ROOT / "tests/engine").glob("test_*.py")]

@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
 import revflow
+from engine.budget.test_budget_flow import between, sequence, train
 from engine.nets import (
     additive,
     additive_two,
@@ -20,7 +21,6 @@ from engine.nets import (
     image,
     weighted,
 )
-from engine.test_budget_flow import between, sequence, train
 
 HUGE = 2**40
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from engine import nets, test_exact_life, test_gradients, test_graph_life, test_inverse, test_log_det, test_state
+from engine import nets
+from engine.exact import test_exact_life
+from engine.rewind import test_gradients, test_graph_life, test_inverse, test_log_det, test_state
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 CONTRACT = [

@@ -130,6 +130,7 @@ def test_a_limit_of_open_files_that_can_be_raised_is_raised(run, crevnet, cities
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 20, hard))
     try:
         crevnet(*commands("evaluate", run, cities, small, None))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

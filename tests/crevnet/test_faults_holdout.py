@@ -67,3 +67,12 @@ def test_another_draw_is_refused(arguments, crevnet, failing, tmp_path):
     line = failing(*arguments, *out, *other)
     assert "exists already, and is not overwritten" in line
     assert contents(tmp_path / "out") == before
+
+
+def test_the_next_commands_have_the_slots(own_cities, crevnet, tmp_path):
+    out = tmp_path / "test"
+    said = crevnet(
+        "data", "holdout", "--data.root", own_cities, "--data.cities=[Here]", "--out", out, "--slots", "[14]"
+    )
+    assert f"crevnet submit RUN --test {out} --slots '[14]' --out FOLDER" in said
+    assert "crevnet score --protocol 2019 --slots '[14]' FOLDER" in said

@@ -141,19 +141,22 @@ def hold_out(chosen: ChallengeSettings, data: DataSettings, count: int, seed: in
     for _, of_city in groupby(days, key=lambda day: day.city):
         for path in asked.hold_out(list(of_city), count, rng, out):
             console.print(f"wrote {path}, with its truth beside it")
-    task = _task_option(data, chosen)
+    same = _same_options(data, chosen)
     console.print(
-        f"next: crevnet submit RUN --test {quoted(out)}{task} --out FOLDER, and {_score_command(data, chosen)} FOLDER "
+        f"next: crevnet submit RUN --test {quoted(out)}{same} --out FOLDER, and {_score_command(data, chosen)} FOLDER "
         f"--truth {quoted(out)}"
     )
 
 
 def _score_command(data: DataSettings, chosen: ChallengeSettings) -> str:
-    return f"crevnet score --protocol {data.protocol}{_task_option(data, chosen)}"
+    return f"crevnet score --protocol {data.protocol}{_same_options(data, chosen)}"
 
 
-def _task_option(data: DataSettings, chosen: ChallengeSettings) -> str:
-    return f" --task {chosen.task}" if data.protocol == "2021" else ""
+def _same_options(data: DataSettings, chosen: ChallengeSettings) -> str:
+    """Those of the challenge that the next command needs, too."""
+    if data.protocol == "2021":
+        return f" --task {chosen.task}"
+    return f" --slots '{[*chosen.slots]}'" if chosen.slots else ""
 
 
 def _digest(path: Path) -> str:

@@ -1,12 +1,14 @@
 """The prose keeps the field's words and a technical writer's syntax: mechanical rules, each a pattern and its remedy.
 
-Pages are read as sentences, without code and the targets of links. Of Python files, docstrings and messages are read. A page or
+Pages are read as sentences, without code and the targets of links. Of Python files, comments, docstrings and messages are read. A page or
 folder that is not clean yet is listed in EXCEPTIONS, and a clean one must leave the list.
 """
 
 import ast
 import inspect
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -74,8 +76,20 @@ def sentences(markdown):
             yield from re.split(r"(?<=[.!?])[)\"]? (?=[\"(`A-Z0-9]|revflow|crevnet|\w+\.md)", plain)
 
 
+def comments(code):
+    """Of a Python file, with lines that follow one another as one."""
+    lines = {}
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.type == tokenize.COMMENT:
+            above = lines.pop(token.start[0] - 1, "")
+            lines[token.start[0]] = f"{above} {token.string.lstrip('# ')}".strip()
+    return lines.values()
+
+
 def messages(code):
-    """Sentences of docstrings, and literals of several words, of a Python file."""
+    """Sentences of comments, docstrings and literals of several words, of a Python file."""
+    for comment in comments(code):
+        yield from sentences(comment)
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.count(" ") > 2:
             yield from sentences(inspect.cleandoc(node.value))
@@ -101,7 +115,7 @@ def of_page(page):
 def of_folder(folder):
     for path in sorted((ROOT / folder).rglob("*.py")):
         for text in messages(path.read_text(encoding="utf-8")):
-            yield from (f"{path.relative_to(ROOT)}: {finding} | {text[:100]}" for finding in findings(text))
+            yield from (f"{path.relative_to(ROOT)}: {finding} | {text[:120]}" for finding in findings(text))
 
 
 @pytest.mark.parametrize("place", [*PAGES, *FOLDERS])

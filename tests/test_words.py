@@ -53,8 +53,6 @@ PAGES += [f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ["revflow", "models", "bench", "examples"]
 EXCEPTIONS = {  # shrinks only
     "CHANGELOG.md",
-    "docs/limits.md",
-    "docs/training.md",
     "revflow",
     "models",
     "bench",

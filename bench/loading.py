@@ -44,7 +44,7 @@ import report
 from crevnet import PRESETS
 from crevnet.data import DataError, DayFile, DayReader, SyntheticCity, open_days, repack, write_city
 from crevnet.data.city_data import CityData
-from crevnet.settings import DataSettings
+from crevnet.data.settings import DataSettings
 from schedules import Precision, Training
 
 try:

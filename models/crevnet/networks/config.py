@@ -12,6 +12,8 @@ Cell = Literal["st-lstm", "convlstm"]
 Attention = Literal["deep", "pointwise"]
 Loss = Literal["all", "future", "padded"] | int
 """Which predictions a loss is taken over; a number is that of a future frame, 1 being the first."""
+Feedback = Literal["latent", "frame"]
+"""What CrevNet feeds back when it forecasts: latents of predicted frames, or the decoded frames."""
 Static = Literal["road_map", "connectivity", "clock"]
 
 STATIC_CHANNELS: dict[Static, int] = {"road_map": 1, "connectivity": 8, "clock": 4}

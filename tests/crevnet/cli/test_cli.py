@@ -15,7 +15,7 @@ from PIL import Image
 
 from crevnet import PRESETS, CrevNet
 from crevnet.cli import main
-from crevnet.settings import load_settings
+from crevnet.training.settings import load_settings
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PAST, HORIZON, WINDOW = 3, 2, 5

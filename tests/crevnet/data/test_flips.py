@@ -14,7 +14,7 @@ from crevnet.data import Windows, layout_named, open_days
 from crevnet.data.city_data import CityData
 from crevnet.data.flips import FLIPS, Flip, FlippedWindows
 from crevnet.data.sampling import EpochShuffle
-from crevnet.settings import DataSettings
+from crevnet.data.settings import DataSettings
 from crevnet.training.checkpoints import load_network
 from crevnet.training.trainer import train
 

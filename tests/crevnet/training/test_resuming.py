@@ -35,8 +35,8 @@ from crevnet.data.city_data import CityData
 from crevnet.figures.curves import date_logs_before, learning_curves
 from crevnet.machine.errors import SettingsError
 from crevnet.machine.folders import only_process
-from crevnet.settings import load_settings
 from crevnet.training.failures import TrainingError
+from crevnet.training.settings import load_settings
 from crevnet.training.trainer import train
 
 EPOCHS, BATCHES = 2, 6

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from crevnet.data import DataError, SyntheticCity, write_city
+from crevnet.data.errors import DataError
+from crevnet.data.made.synthetic import SyntheticCity, write_city
 from crevnet.evaluation.comparison import compare
 from crevnet.evaluation.scores import Scores, mean_over_cities
 from crevnet.machine.errors import SettingsError

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import experiment
-from crevnet.data import SyntheticCity, write_city
+from crevnet.data.made.synthetic import SyntheticCity, write_city
 from crevnet.traffic4cast.recipe.paper import FINAL, STAGES
 from crevnet.training.checkpoints import load_checkpoint
 from crevnet.training.settings import load_settings

@@ -54,6 +54,10 @@ class CommandParser(Parser):
         self.describe(str(nested_key), "FILE", "YAML file with the options of this section")
         return added
 
+    def name_section(self, key: str, title: str) -> None:
+        """Set the heading of a class's options in help."""
+        (self.groups or {})[key].title = title
+
     def list_in_help(self, *names: str) -> None:
         """Name the options of sections that `--help` lists; `--help-all` lists all."""
         self._common.update(names)
@@ -77,8 +81,10 @@ class CommandParser(Parser):
 
     def values(self) -> Namespace:
         """The options' values. Raises SettingsError."""
+        self.refuse_pipes(self.arguments)
         try:
-            return self.instantiate(self.parse_args(self.arguments))
+            values: Namespace = self.instantiate(self.parse_args(self.arguments))
+            return values
         except ValueError as error:
             raise SettingsError(str(error)) from error
 

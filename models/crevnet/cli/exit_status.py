@@ -11,6 +11,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.markup import escape
 
+from crevnet.data.errors import DataError
 from crevnet.machine.errors import SettingsError
 from crevnet.machine.processes import is_first, is_first_to_fail
 
@@ -23,7 +24,7 @@ def exit_status() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except SettingsError as error:
+    except (DataError, SettingsError) as error:
         _fail(str(error), 2)
     except Exception as error:
         found = _foreseen(error)
@@ -34,14 +35,11 @@ def exit_status() -> Iterator[None]:
 
 def _foreseen(error: Exception) -> tuple[str, int] | None:
     """The line and the exit status of an error that `run` has raised."""
-    from crevnet.data.errors import DataError
     from crevnet.machine.shortages import lack_of
     from crevnet.training.failures import TrainingError
 
     if isinstance(error, TrainingError):
         return str(error), error.exit_status
-    if isinstance(error, DataError):
-        return str(error), 2
     if isinstance(error, OverflowError):  # of the grid of exact arithmetic
         return f"{error}; --model.exact_bits sets a model's bits", 2
     if isinstance(error, UnicodeEncodeError):  # of TensorBoard, for example

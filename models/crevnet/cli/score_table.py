@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from crevnet.data import Layout
+from crevnet.data.files.layouts import Layout
 from crevnet.evaluation.metrics import SSIM_SIDE
 from crevnet.evaluation.scores import Scores
 
@@ -34,6 +34,8 @@ MEASURES = {
 }
 _GAP = 2
 """Spaces between columns."""
+_LONGEST_NAME = 40
+"""Longer names of forecasts are folded."""
 
 
 def score_tables(
@@ -43,8 +45,8 @@ def score_tables(
     yield from fitting_tables("", [*scores], {"": _overview(scores, layout)}, width, _bests(scores), _without(scores))
     names = [layout.channel_name(c) for c in range(channels)], [layout.lead(horizon) for horizon in horizons]
     for name, measure in MEASURES.items():
-        kinds = zip(("by channel", "by horizon"), names, strict=True)
-        groups = {kind: _parts(scores, f"{name}_{kind.replace(' ', '_')}", measure, titles) for kind, titles in kinds}
+        kinds = zip(("channel", "horizon"), names, strict=True)
+        groups = {kind: _parts(scores, f"{name}_by_{kind}", measure, titles) for kind, titles in kinds}
         yield from fitting_tables(measure.title, [*scores], groups, width)
 
 
@@ -58,9 +60,10 @@ def fitting_tables(
 ) -> Iterator[Table]:
     """Tables of these rows. Groups of columns share a table if they fit; a group that is too wide is split evenly.
 
+    groups: columns by what they distinguish, such as channels, which the title names after "by".
     bold: for a column's title, the row whose cell is bold.
     """
-    room = width - max(map(len, ("forecast", *rows)))
+    room = width - min(_LONGEST_NAME, max(map(len, ("forecast", *rows))))
     together: dict[str, Columns] = {}
     for name, columns in groups.items():
         for part in _split(columns, room):
@@ -122,17 +125,18 @@ def _width(columns: Columns) -> int:
 def _table(
     title: str, rows: Sequence[str], groups: Mapping[str, Columns], bold: Mapping[str, int], caption: str | None
 ) -> Table:
-    of = " and ".join(name for name in groups if name)
+    by = " and ".join(name for name in groups if name)
     table = Table(
-        title=" ".join(filter(None, (title, of))) or None,
+        title=f"{title} by {by}" if by else title or None,
         title_justify="left",
         caption=caption,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
+        padding=(0, _GAP - 1, 0, 0),  # the box adds a space
     )
-    table.add_column("forecast", no_wrap=True)
+    table.add_column("forecast", overflow="fold")
     columns = {column: cells for group in groups.values() for column, cells in group.items()}
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)

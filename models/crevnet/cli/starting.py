@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from crevnet.cli.command_parser import CommandParser
 from crevnet.data.files.protocol import LayoutName
 from crevnet.machine.errors import SettingsError
-from crevnet.networks.config import PRESETS
-from crevnet.networks.models import MODELS
+from crevnet.networks.config import PRESETS, ModelName
 from crevnet.training.settings import RunSettings, default_model, load_settings, start_named_in, with_protocol
 
 COMMON = (
@@ -40,7 +39,8 @@ def add_start(parser: CommandParser) -> None:
 
 def add_model_name(parser: CommandParser) -> None:
     """Describe --model, which jsonargparse adds with the model's options, as the short form of --model.name."""
-    parser.describe("model", "NAME", f"Model: {', '.join(MODELS)}")
+    parser.name_section("model", "Model")
+    parser.describe("model", "NAME", f"Name of the model: {', '.join(get_args(ModelName))}")
 
 
 def run_defaults(parser: CommandParser) -> RunSettings:

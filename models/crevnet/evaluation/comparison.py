@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
-from crevnet.data import DataError, Layout, slot_means
 from crevnet.data.city_data import CityData
+from crevnet.data.errors import DataError
+from crevnet.data.files.layouts import Layout
+from crevnet.data.maps.slot_means import slot_means
 from crevnet.data.settings import DataSettings
 from crevnet.evaluation import forecasts
 from crevnet.evaluation.forecasts import Forecast

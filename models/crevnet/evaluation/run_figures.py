@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from torch.utils.data import default_collate
 
 from crevnet import figures
-from crevnet.data import Layout
 from crevnet.data.chosen_window import choose_window
 from crevnet.data.city_data import CityData
+from crevnet.data.files.layouts import Layout
 from crevnet.data.settings import DataSettings
 from crevnet.evaluation.error_sums import ErrorSums, error_sums
 from crevnet.figures.curves import learning_curves

@@ -59,8 +59,8 @@ class Parser(jsonargparse.ArgumentParser):
     def validate(self, namespace: jsonargparse.Namespace, *arguments: Any, **options: Any) -> None:
         """Also refuse a section without values, and null for a required value, which the base class accepts from files."""
         for section in self.groups or ():
-            values = namespace.get(section, jsonargparse.Namespace())
-            if not isinstance(values, jsonargparse.Namespace):
+            values = namespace.get(section)
+            if values is not None and not isinstance(values, jsonargparse.Namespace):
                 raise TypeError(f"{section} is {values!r}, expected a section with values")
         for action in self._actions:  # a missing value is null, too
             required = action.required if action.option_strings else action.nargs in (None, "+")
@@ -74,9 +74,9 @@ class Parser(jsonargparse.ArgumentParser):
                 raise
             self.error(f"there is no option {name}", error)
 
-    def parse_args(self, args: Sequence[str], *arguments: Any, **options: Any) -> Any:
+    def refuse_pipes(self, arguments: Sequence[str]) -> None:
         """Refuse pipes and devices in the place of files of values, because reading them would never end."""
-        for option, value in zip(["", *args], [*args, ""], strict=True):
+        for option, value in zip(["", *arguments], [*arguments, ""], strict=True):
             name, _, joined = value.partition("=")
             given = joined if name in _FROM_FILES else value if option in _FROM_FILES else ""
             if given and os.path.exists(given):
@@ -84,7 +84,6 @@ class Parser(jsonargparse.ArgumentParser):
                     read_text(Path(given))
                 except (OSError, ValueError) as error:
                     self.error(f"{given} cannot be read ({error})")
-        return super().parse_args(args, *arguments, **options)
 
     def parse_path(self, path: str, *arguments: Any, **options: Any) -> Any:
         read_text(Path(path))  # ValueError if it is not a short text

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from crevnet.data import DataError, DayFile, DayReader
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import DayFile, DayReader
 from crevnet.data.files.protocol import HeadingOrder, Protocol, protocol
 from crevnet.traffic4cast.files import check_channels, holding_out, is_held_out, origin_of, reading_array
 from crevnet.traffic4cast.interface import Case, CaseFile, Challenge

@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crevnet.data import DataError, DayFile, DayReader, StaticInputs, layout_named, static_maps
 from crevnet.data.city_data import open_training_days
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import DayFile, DayReader
+from crevnet.data.files.layouts import layout_named
 from crevnet.data.files.protocol import Protocol
+from crevnet.data.maps.static import StaticInputs, static_maps
 from crevnet.data.settings import DataSettings
 from crevnet.evaluation import forecasts
 from crevnet.evaluation.comparison import check_forecasts, device

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import revflow
-from crevnet.data import DataError
+from crevnet.data.errors import DataError
 from crevnet.machine.files import quoted
 from crevnet.machine.shortages import first_sentence, lack_of, out_of_memory
 from crevnet.networks.config import CrevNetConfig

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 
-from crevnet.data.files.protocol import ProtocolName, protocol
+from crevnet.data.files.protocol import protocol
 from crevnet.data.settings import DataSettings
 from crevnet.machine.errors import SettingsError
 from crevnet.machine.files import replace_file
 from crevnet.machine.yaml_text import load_yaml
-from crevnet.networks.config import CrevNetConfig, Loss, ModelConfig
-from crevnet.networks.models import MODELS
+from crevnet.networks.config import CrevNetConfig, Loss, ModelConfig, ModelName
 from crevnet.training.recipe_folders import base_run, is_recipe
 
 if TYPE_CHECKING:
@@ -26,26 +25,26 @@ class TrainingSettings:
     """Training.
 
     Args:
-        epochs: number of passes over the data, or over `batches` of it.
+        epochs: number of epochs. An epoch is one pass over the data, or over `batches` of it.
         batches: number of training batches per epoch, by default all.
         validation_batches: number of validation batches after each epoch, by default all.
         learning_rate: Adam learning rate.
         loss: predictions that the loss covers. "all": every prediction of a window. "future": only those of future frames.
             "padded": all of them with padding and road map, as in the authors' code, only for CrevNet. A number: only that
             future frame, 1 being the first, and checkpoints are compared by it, too.
-        start: folder of a run whose best weights training starts from, instead of random ones.
+        start: folder of a run to start from. Training begins with its best weights instead of random ones.
         sampling_steps: number of optimizer steps of scheduled sampling (Bengio et al. 2015). The probability that a future
             frame is an input falls linearly from 1 to 0 over them; otherwise the model's own prediction is the input. 0 always
             feeds predictions, the default always true frames. Not for unet and vpn.
         accumulate: number of batches whose gradients are accumulated for each optimizer step.
         precision: Floating-point precision, as Lightning names it. 16-mixed suits a V100.
-        max_minutes: maximum training time in minutes, over all resumed parts of a run.
+        max_minutes: maximum training time in minutes. The parts of a resumed run are added.
         accelerator: kind of device, as Lightning names it.
         devices: number of devices per machine. data.batch_size applies to each of them. Under torchrun, its number of processes
             counts instead.
         seed: seed of the initial weights and of the order of windows.
-        channels_last: whether convolutions use the memory format channels_last, which is faster on tensor cores. Values are equal up
-            to rounding.
+        channels_last: whether convolutions use the memory format channels_last, which is faster on tensor cores. Values are equal
+            up to rounding.
         compile: whether to compile the network's parts with torch.compile, which takes minutes in the first steps. Values are
             equal up to rounding. Not with exact_bits.
         checkpoint_minutes: minutes of training between checkpoints in last.ckpt. Each epoch also writes one.
@@ -131,14 +130,16 @@ def with_protocol(settings: RunSettings, name: str | None) -> RunSettings:
     """The settings with those of a competition or of videos; unchanged for any other name."""
     model, data = settings.model, settings.data
     if name == "movies":
-        return replace(settings, model=replace(model, static=()), data=replace(data, protocol=name))
-    if name not in get_args(ProtocolName):
+        return replace(settings, model=replace(model, static=()), data=replace(data, protocol="movies"))
+    if name == "2019":  # which predicts certain time slots
+        data = replace(data, protocol="2019", validation_windows="test")
+    elif name == "2021":  # which has all its days in one folder
+        data = replace(data, protocol="2021", validation_split="training")
+    else:
         return settings
-    asked = protocol(name)
+    asked = protocol(data.protocol)
     model = replace(model, channels=len(asked.channels), past=asked.past, horizon=asked.horizon, static=("road_map",))
-    # 2019 predicts certain time slots, 2021 has all its days in one folder
-    parted = {"validation_windows": "test"} if name == "2019" else {"validation_split": "training"}
-    return replace(settings, model=model, data=replace(data, protocol=name, **parted))
+    return replace(settings, model=model, data=data)
 
 
 def add_sections(parser: Parser, defaults: RunSettings) -> None:
@@ -150,9 +151,13 @@ def add_sections(parser: Parser, defaults: RunSettings) -> None:
 
 def default_model(name: str) -> ModelConfig:
     """The model of that name, in its paper's size. Raises SettingsError for an unknown name."""
-    if name not in MODELS:
-        raise SettingsError(f"there is no model {name}: choose one of {', '.join(MODELS)}")
-    return MODELS[name].config()
+    if name == CrevNetConfig.name:
+        return CrevNetConfig()
+    if name not in get_args(ModelName):
+        raise SettingsError(f"there is no model {name}: choose one of {', '.join(get_args(ModelName))}")
+    from crevnet.networks.models import MODELS  # with PyTorch, whose import takes seconds
+
+    return MODELS[name].config(name)
 
 
 def start_named_in(path: Path) -> dict[str, str]:

@@ -24,9 +24,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from crevnet.data import DataError, Layout
 from crevnet.data.city_data import CityData
-from crevnet.data.files.layouts import TRAFFIC4CAST_2019
+from crevnet.data.errors import DataError
+from crevnet.data.files.layouts import TRAFFIC4CAST_2019, Layout
 from crevnet.data.sampling import WindowLoader
 from crevnet.figures.curves import date_logs_before
 from crevnet.machine.files import quoted, remove_unfinished

@@ -11,8 +11,10 @@ import yaml
 
 from crevnet import CrevNetConfig
 from crevnet.cli import main
-from crevnet.data import DataError, layout_named, open_days
 from crevnet.data.city_data import CityData
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import open_days
+from crevnet.data.files.layouts import layout_named
 from crevnet.data.settings import DataSettings
 from crevnet.training.settings import load_settings
 

@@ -10,7 +10,7 @@ import yaml
 
 import revflow
 from crevnet import CrevNet, CrevNetConfig
-from crevnet.data import DataError
+from crevnet.data.errors import DataError
 from crevnet.data.files.protocol import protocol
 from crevnet.machine.errors import SettingsError
 from crevnet.networks.baselines import vpn

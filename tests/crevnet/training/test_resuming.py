@@ -30,8 +30,9 @@ from processes import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crevnet import CrevNet
-from crevnet.data import DataError, Windows
 from crevnet.data.city_data import CityData
+from crevnet.data.errors import DataError
+from crevnet.data.windows import Windows
 from crevnet.figures.curves import date_logs_before, learning_curves
 from crevnet.machine.errors import SettingsError
 from crevnet.machine.folders import only_process

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from crevnet import PRESETS, CrevNetConfig
-from crevnet.data import DataError
+from crevnet.data.errors import DataError
 from crevnet.data.settings import DataSettings
 from crevnet.machine.errors import SettingsError
 from crevnet.training.checkpoints import load_network

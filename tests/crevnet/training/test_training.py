@@ -13,8 +13,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crevnet import CrevNet
-from crevnet.data import DataError
 from crevnet.data.city_data import CityData
+from crevnet.data.errors import DataError
 from crevnet.data.settings import DataSettings
 from crevnet.training.checkpoints import load_network
 from crevnet.training.settings import load_settings

@@ -27,7 +27,7 @@ def run(options: Any) -> None:
     import numpy as np
 
     from crevnet.data.city_data import open_validation_days
-    from crevnet.traffic4cast.challenge import challenge
+    from crevnet.traffic4cast.challenges import challenge
 
     data, out, chosen = options.data, options.out, challenge_of(options)
     if options.count < 1:

@@ -14,7 +14,7 @@ from crevnet.machine.files import quoted
 def add_options(parser: CommandParser) -> None:
     parser.add_option("root", type=Path, help="Folder that receives the videos")
     parser.add_class_arguments(MovingMNIST, "movies")
-    parser.groups["movies"].title = "Videos"
+    parser.name_section("movies", "Videos")
     parser.list_in_help(*(f"movies.{name}" for name in MovingMNIST.__dataclass_fields__))
 
 

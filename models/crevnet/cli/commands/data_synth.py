@@ -14,7 +14,7 @@ from crevnet.machine.files import quoted
 def add_options(parser: CommandParser) -> None:
     parser.add_option("root", type=Path, help="Folder that receives the city's folder")
     parser.add_class_arguments(SyntheticCity, "city")
-    parser.groups["city"].title = "City"
+    parser.name_section("city", "City")
     parser.list_in_help(*(f"city.{name}" for name in SyntheticCity.__dataclass_fields__))
 
 

@@ -22,7 +22,10 @@ def add_options(parser: CommandParser) -> None:
     parser.add_option("--out", type=Path, default=Path("runs/recipe"), help="Folder of the recipe")
     add_recipe(parser, _defaults(parser))
     add_model_name(parser)
-    parser.list_in_help(*COMMON, *(f"{tuning}.{name}" for tuning in ("city", "frame") for name in ("epochs",)))
+    for name in ("city", "frame"):
+        parser.name_section(name, f"Fine-tuning on each {name}")
+        parser.list_in_help(f"{name}.epochs")
+    parser.list_in_help(*COMMON)
 
 
 def _defaults(parser: CommandParser) -> RecipeSettings:

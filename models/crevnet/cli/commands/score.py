@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from crevnet.cli.challenge import add_challenge, add_protocol, challenge_of
 from crevnet.cli.command_parser import CommandParser
 from crevnet.cli.console import console, counting_bar, print_tables
+from crevnet.data.errors import DataError
 from crevnet.machine.errors import SettingsError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from crevnet.data import DayFile
+    from crevnet.data.files.days import DayFile
     from crevnet.data.settings import DataSettings
     from crevnet.traffic4cast.checking import Submission
     from crevnet.traffic4cast.interface import CaseFile, Challenge
@@ -35,7 +36,7 @@ def add_options(parser: CommandParser) -> None:
 
 def run(options: Any) -> None:
     from crevnet.evaluation.score_file import check_score_file, write_score_file
-    from crevnet.traffic4cast.challenge import challenge
+    from crevnet.traffic4cast.challenges import challenge
     from crevnet.traffic4cast.scoring import mean_over_cities
 
     paths, data, chosen = options.submission, options.data, challenge_of(options)
@@ -58,7 +59,6 @@ def run(options: Any) -> None:
 
 def _without_problems(path: Path, files: Sequence[CaseFile]) -> Submission:
     """The submission. Raises DataError, after a line for each problem, if the competition would refuse some of its files."""
-    from crevnet.data.errors import DataError
     from crevnet.traffic4cast.checking import Submission, problems
 
     submission = Submission(path)
@@ -75,7 +75,6 @@ def _without_problems(path: Path, files: Sequence[CaseFile]) -> Submission:
 def _training_days(data: DataSettings, truth: Path) -> Sequence[DayFile]:
     """The days of the historical mean: those below data.root if it is given, else those below the truth's folder, if any."""
     from crevnet.data.city_data import open_training_days
-    from crevnet.data.errors import DataError
 
     try:
         return open_training_days(replace(data, root=data.root or truth))
@@ -114,12 +113,12 @@ def _tables(
     hours = [f"{hour:02d}:00" for hour in next(iter(mean.values())).mse_by_hour]
     groups = {
         "": _columns(["score"], [[s.mse] for s in mean.values()]),
-        "by channel": _columns(asked.protocol.channels, [s.mse_by_channel for s in mean.values()]),
-        "by horizon": _columns(horizons, [s.mse_by_horizon for s in mean.values()]),
-        "by city": _columns(by_city, [[of_city[name].mse for of_city in by_city.values()] for name in mean]),
-        "by hour of the day": _columns(hours, [s.mse_by_hour.values() for s in mean.values()]),
+        "channel": _columns(asked.protocol.channels, [s.mse_by_channel for s in mean.values()]),
+        "horizon": _columns(horizons, [s.mse_by_horizon for s in mean.values()]),
+        "city": _columns(by_city, [[of_city[name].mse for of_city in by_city.values()] for name in mean]),
+        "hour of the day": _columns(hours, [s.mse_by_hour.values() for s in mean.values()]),
     }
-    return fitting_tables("", [*mean], groups, console.width)
+    return fitting_tables("score", [*mean], groups, console.width)
 
 
 def _columns(titles: Iterable[str], rows: Iterable[Iterable[float]]) -> dict[str, list[str]]:

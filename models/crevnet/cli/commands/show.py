@@ -15,7 +15,7 @@ from crevnet.training.recipe_folders import begun_runs, is_recipe, score_of, sco
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from crevnet.data import DayFile
+    from crevnet.data.files.days import DayFile
     from crevnet.figures.curves import Curve
     from crevnet.networks.config import ModelConfig
     from crevnet.training.settings import RunSettings
@@ -71,7 +71,7 @@ def _score(model: ModelConfig, curves: dict[str, Curve]) -> str:
     if curve is None or not np.isfinite(curve.values).any():
         return "none yet"
     best = int(np.nanargmin(curve.values))
-    return f"best validation {model.score_name} {curve.values[best]:.4e}, at step {curve.steps[best]}"
+    return f"best validation {model.score_name} {curve.values[best]:.4e}, in epoch {best + 1}"
 
 
 def _model(model: ModelConfig) -> str:
@@ -85,9 +85,8 @@ def _model(model: ModelConfig) -> str:
 
 
 def _progress(settings: RunSettings, curves: dict[str, Curve]) -> str:
-    done = len(curves[tag].steps) if (tag := settings.model.score_tag) in curves else 0
-    steps = max((int(curve.steps[-1]) for tag, curve in curves.items() if tag.startswith("train/")), default=0)
-    return f"{done} of {settings.training.epochs} epochs, {steps} optimizer steps"
+    validations = curves.get(settings.model.score_tag)
+    return f"{0 if validations is None else len(validations.steps)} of {settings.training.epochs} epochs"
 
 
 def _details(folder: Path, settings: RunSettings, curves: dict[str, Curve]) -> Table:
@@ -129,8 +128,11 @@ def _show_recipe(folder: Path) -> None:
 
 def _show_day(path: Path, slot: int | None, out: Path | None) -> None:
     from crevnet import figures
-    from crevnet.data import DataError, cached_road_map, layout_of, open_day
     from crevnet.data.chosen_window import MORNING
+    from crevnet.data.errors import DataError
+    from crevnet.data.files.days import open_day
+    from crevnet.data.files.layouts import layout_of
+    from crevnet.data.maps.road_map import cached_road_map
 
     day = open_day(path)
     if slot is None:
@@ -158,7 +160,7 @@ def _frame(day: DayFile, slot: int) -> Any:
     """(C, H, W), values in [0, 1]."""
     import torch
 
-    from crevnet.data import DayReader, unit_interval
+    from crevnet.data.files.days import DayReader, unit_interval
 
     return unit_interval(torch.from_numpy(DayReader().read(day, slot, slot + 1)[0])).numpy().transpose(2, 0, 1)
 

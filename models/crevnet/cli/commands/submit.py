@@ -17,7 +17,7 @@ from crevnet.machine.errors import SettingsError
 from crevnet.machine.files import quoted
 
 if TYPE_CHECKING:
-    from crevnet.data import DayFile
+    from crevnet.data.files.days import DayFile
     from crevnet.data.settings import DataSettings
     from crevnet.traffic4cast.forecasting import CaseForecast
     from crevnet.traffic4cast.interface import Challenge
@@ -40,7 +40,7 @@ def add_options(parser: CommandParser) -> None:
 
 
 def run(options: Any) -> None:
-    from crevnet.traffic4cast.challenge import challenge
+    from crevnet.traffic4cast.challenges import challenge
     from crevnet.traffic4cast.forecasting import ensemble
     from crevnet.traffic4cast.submission import write_submission, zip_submission
 

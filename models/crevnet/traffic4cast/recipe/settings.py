@@ -21,7 +21,7 @@ class FineTuning:
     """Fine-tuning. All other settings are those of the base model.
 
     Args:
-        epochs: number of passes over the data, or over `batches` of it.
+        epochs: number of epochs. An epoch is one pass over the data, or over `batches` of it.
         batches: number of training batches per epoch, by default all.
         learning_rate: Adam learning rate.
         max_minutes: maximum training time in minutes.
@@ -56,7 +56,6 @@ def add_recipe(parser: Parser, defaults: RecipeSettings) -> None:
     add_sections(parser, defaults.base)
     for name in ("city", "frame"):
         parser.add_class_arguments(FineTuning, name, default=asdict(getattr(defaults, name)))
-        parser.groups[name].title = f"Fine-tuning on each {name}"
 
 
 def load_recipe(folder: Path) -> RecipeSettings:

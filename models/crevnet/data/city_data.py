@@ -18,9 +18,9 @@ from crevnet.data.flips import FLIPS, FlippedWindows
 from crevnet.data.identity import Identity, identity
 from crevnet.data.maps.static import StaticInputs, static_maps
 from crevnet.data.sampling import EpochShuffle, WindowLoader, window_loader
+from crevnet.data.settings import DataSettings
 from crevnet.data.windows import Windows
 from crevnet.networks.config import ModelConfig
-from crevnet.settings import DataSettings
 
 
 class CityData:

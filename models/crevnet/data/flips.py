@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +12,9 @@ from torch.utils.data import Dataset
 
 from crevnet.data.files.layouts import Layout
 from crevnet.data.maps.static import DIRECTIONS
+from crevnet.data.settings import Flips
 from crevnet.data.windows import Windows
 from crevnet.networks.config import STATIC_CHANNELS, Static
-
-Flips = Literal["none", "horizontal", "vertical", "both"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from crevnet.data import Layout
+from crevnet.data.files.layouts import Layout
 from crevnet.figures.canvas import MODEL, OTHERS
 from crevnet.figures.curves import Curve
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from crevnet.data import TEST_SLOTS, DataError, DayFile, DayReader, open_day, open_days
-from crevnet.data.files.protocol import Protocol, protocol
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import DayFile, DayReader, open_day, open_days
+from crevnet.data.files.protocol import TEST_SLOTS, Protocol, protocol
 from crevnet.machine.files import replacing
 from crevnet.traffic4cast.files import check_channels, exists_already, holding_out, is_held_out, origin_of
 from crevnet.traffic4cast.interface import Case, CaseFile, Challenge

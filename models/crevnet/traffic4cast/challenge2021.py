@@ -14,16 +14,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from crevnet.data import DataError, DayFile, DayReader
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import DayFile, DayReader
 from crevnet.data.files.protocol import HeadingOrder, Protocol, protocol
 from crevnet.traffic4cast.files import check_channels, holding_out, is_held_out, origin_of, reading_array
 from crevnet.traffic4cast.interface import Case, CaseFile, Challenge
-
-Task = Literal["temporal", "spatiotemporal"]
+from crevnet.traffic4cast.settings import Task
 
 SLOTS = 288
 """Of a day; a file of hours does not say it."""

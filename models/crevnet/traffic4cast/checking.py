@@ -14,7 +14,7 @@ from typing import BinaryIO
 import h5py
 import numpy as np
 
-from crevnet.data import DataError
+from crevnet.data.errors import DataError
 from crevnet.data.files.safe_h5 import UNREADABLE, array_of, check_unpacked_sizes, opened_file
 from crevnet.machine.files import check_regular
 from crevnet.traffic4cast.interface import CaseFile

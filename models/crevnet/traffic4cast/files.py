@@ -10,8 +10,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from crevnet.data import DataError, DayFile
-from crevnet.data.errors import refuse_undamaged
+from crevnet.data.errors import DataError, refuse_undamaged
+from crevnet.data.files.days import DayFile
 from crevnet.data.files.hdf5_files import writing_hdf5
 from crevnet.data.files.protocol import Protocol
 from crevnet.data.files.safe_h5 import UNREADABLE, array_of, opened_file

@@ -9,18 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crevnet.data import DataError, DayFile, DayReader, StaticInputs, layout_named, static_maps
 from crevnet.data.city_data import open_training_days
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import DayFile, DayReader
+from crevnet.data.files.layouts import layout_named
 from crevnet.data.files.protocol import Protocol
+from crevnet.data.maps.static import StaticInputs, static_maps
+from crevnet.data.settings import DataSettings
 from crevnet.evaluation import forecasts
 from crevnet.evaluation.comparison import check_forecasts, device
 from crevnet.machine.files import quoted
-from crevnet.networks.config import Static
-from crevnet.networks.crevnet.network import Feedback
-from crevnet.settings import DataSettings, load_settings
+from crevnet.networks.config import Feedback, Static
 from crevnet.traffic4cast.interface import Case
 from crevnet.training.checkpoints import load_network
 from crevnet.training.recipe_folders import base_run, city_run, frame_run, record
+from crevnet.training.settings import load_settings
 
 CaseForecast = Callable[[Case], np.ndarray]
 """The frames that the competition asks for, (P, H, W, C) float in 0..255, not clipped."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crevnet.data import DayFile
+from crevnet.data.files.days import DayFile
 from crevnet.data.files.protocol import Protocol
 
 

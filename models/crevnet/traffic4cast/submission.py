@@ -6,8 +6,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from crevnet.data import DataError
-from crevnet.data.errors import refuse_undamaged
+from crevnet.data.errors import DataError, refuse_undamaged
 from crevnet.data.files.safe_h5 import UNREADABLE, array_of, opened_file
 from crevnet.data.made.made_files import text_attribute
 from crevnet.machine.files import replacing

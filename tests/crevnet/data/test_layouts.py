@@ -11,9 +11,12 @@ import yaml
 
 from crevnet import CrevNetConfig
 from crevnet.cli import main
-from crevnet.data import DataError, layout_named, open_days
 from crevnet.data.city_data import CityData
-from crevnet.settings import DataSettings, load_settings
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import open_days
+from crevnet.data.files.layouts import layout_named
+from crevnet.data.settings import DataSettings
+from crevnet.training.settings import load_settings
 
 ANTWERP = [("ANTWERP", f"2019010{n}") for n in (1, 2, 3, 4)]
 BERLIN = [("BERLIN", f"2019010{n}") for n in (1, 2)]

@@ -8,7 +8,11 @@ import h5py
 import numpy as np
 import pytest
 
-from crevnet.data import DataError, Windows, layout_named, open_days, road_map
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import open_days
+from crevnet.data.files.layouts import layout_named
+from crevnet.data.maps.road_map import road_map
+from crevnet.data.windows import Windows
 
 MOVIES = layout_named("movies")
 LENGTHS = {"training/one": 9, "training/two.cut": 12, "validation/three": 11}

@@ -8,8 +8,11 @@ import h5py
 import numpy as np
 import pytest
 
-from crevnet.data import DataError, MovingMNIST, layout_named, open_days, write_movies
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import open_days
+from crevnet.data.files.layouts import layout_named
 from crevnet.data.made import moving_mnist
+from crevnet.data.made.moving_mnist import MovingMNIST, write_movies
 
 FEW = MovingMNIST(training=3, validation=2)
 

@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from crevnet.data import DataError, Windows, layout_named, open_days, repack
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import open_days
+from crevnet.data.files.layouts import layout_named
+from crevnet.data.made.repack import repack
+from crevnet.data.windows import Windows
 from crevnet.machine.files import NoRoomError
 
 hdf5plugin = pytest.importorskip("hdf5plugin")
@@ -102,7 +106,7 @@ def test_killed_in_the_middle_of_a_file(source, tmp_path):
 import os, signal, sys
 from pathlib import Path
 from crevnet.data.files import hdf5_files
-from crevnet.data import repack
+from crevnet.data.made.repack import repack
 class Killed(bytes):
     def __getitem__(self, rest):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from crevnet.data import TEST_SLOTS, DataError, Windows, open_days
-from crevnet.data.files.days import DayReader
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import DayReader, open_days
+from crevnet.data.files.protocol import TEST_SLOTS
+from crevnet.data.windows import Windows
 
 AIR_TRAFFIC = Path(__file__).parents[2] / "data" / "air-traffic"
 SLOTS, HEIGHT, WIDTH, CHANNELS = 12, 6, 5, 3

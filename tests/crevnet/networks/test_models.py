@@ -12,8 +12,8 @@ from baseline_nets import TINY
 
 from crevnet import MODELS, make_network
 from crevnet.cli import main
-from crevnet.settings import TrainingSettings, load_settings
 from crevnet.training.checkpoints import load_network
+from crevnet.training.settings import TrainingSettings, load_settings
 from crevnet.training.trainer import VideoModelTask
 
 ONCE = ("--training.epochs=1", "--training.batches=2", "--training.accelerator=cpu")

@@ -12,11 +12,12 @@ from practice import array, fake_runs, predicted, write_array
 
 from crevnet import CrevNet
 from crevnet.cli import main
-from crevnet.data import DataError
-from crevnet.settings import load_settings
-from crevnet.traffic4cast import Case, Challenge2019
+from crevnet.data.errors import DataError
+from crevnet.traffic4cast.challenge2019 import Challenge2019
 from crevnet.traffic4cast.forecasting import ensemble, submitted
+from crevnet.traffic4cast.interface import Case
 from crevnet.traffic4cast.submission import write_submission
+from crevnet.training.settings import load_settings
 
 SLOTS = ("--slots", "[16,34]")
 HERE, THERE = "Here/Here_test/20180103_100m_bins.h5", "There/There_test/20180103_100m_bins.h5"

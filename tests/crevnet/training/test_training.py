@@ -13,10 +13,11 @@ from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crevnet import CrevNet
-from crevnet.data import DataError
 from crevnet.data.city_data import CityData
-from crevnet.settings import DataSettings, load_settings
+from crevnet.data.errors import DataError
+from crevnet.data.settings import DataSettings
 from crevnet.training.checkpoints import load_network
+from crevnet.training.settings import load_settings
 from crevnet.training.trainer import VideoModelTask, train
 
 WINDOW = 5

@@ -6,17 +6,15 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from crevnet.data.errors import DataError
-from crevnet.data.files.protocol import HeadingOrder, Protocol, headings, protocol
+from crevnet.data.files.protocol import HeadingOrder, LayoutName, Protocol, headings, protocol
 from crevnet.machine.files import quoted
-
-LayoutName = Literal["2019", "2021", "movies"]
 
 _COUNTS = ("uint8", "int16")
 

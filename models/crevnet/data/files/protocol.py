@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 ProtocolName = Literal["2019", "2021"]
+LayoutName = Literal["2019", "2021", "movies"]
 HeadingOrder = Literal["ne-se-sw-nw", "ne-nw-se-sw"]
 
 _ISTANBUL_TEST_SLOTS = (57, 114, 174, 222, 258)

@@ -20,10 +20,16 @@ from crevnet.evaluation.scores import ENSEMBLE, NetworkForecast, Scores, mean_ov
 from crevnet.machine.errors import SettingsError
 from crevnet.machine.folders import make_folder
 from crevnet.networks.models import make_network
-from crevnet.recipe.settings import FineTuning, RecipeSettings, load_recipe, refuse_changes, refuse_what_is_no_base
-from crevnet.settings import RunSettings, save_yaml
+from crevnet.traffic4cast.recipe.settings import (
+    FineTuning,
+    RecipeSettings,
+    load_recipe,
+    refuse_changes,
+    refuse_what_is_no_base,
+)
 from crevnet.training.checkpoints import checkpoint_path, load_network
 from crevnet.training.recipe_folders import base_run, city_run, frame_run, record, score_of, settings_file
+from crevnet.training.settings import RunSettings, save_yaml
 from crevnet.training.trainer import train
 
 STAGES = ("single model", "fine-tuned on each city", "fine-tuned on each time step")

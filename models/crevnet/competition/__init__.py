@@ -1,4 +1,4 @@
-"""The competitions of 2019 and 2021: their test cases, what a submission holds, and how it is scored."""
+"""The competitions of 2019 and 2021: test cases, submissions and scores."""
 
 from crevnet.competition.challenge2019 import Challenge2019 as Challenge2019
 from crevnet.competition.challenge2021 import Challenge2021 as Challenge2021

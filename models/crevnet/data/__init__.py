@@ -1,6 +1,6 @@
-"""Data of CrevNet: Traffic4cast's day files, their road maps, movies, a synthetic city in the same files, and Moving MNIST.
+"""Data of CrevNet: Traffic4cast's day files and road maps, videos, a synthetic city in the same format, and Moving MNIST.
 
-What a run reads, by its settings, is in `city_data`, which is no part of these names since settings need some of them.
+`city_data` reads the data that a run's settings select. It is not imported here, because the settings import these names.
 """
 
 from crevnet.data.days import DayFile as DayFile

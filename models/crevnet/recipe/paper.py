@@ -132,7 +132,7 @@ class Recipe:
         try:
             network.check_generation(*self.data.validation_days[0].shape[1:3])
         except ValueError as error:
-            raise SettingsError(f"{error}, but a recipe ends with forecasts: choose another --model") from error
+            raise SettingsError(f"{error}, because a recipe ends with forecasts: choose another --model") from error
 
     def _tuned(self, start: Step, name: str, folder: Path, tuning: FineTuning) -> Step:
         training = replace(tuning.of(start.settings.training), start=start.folder)

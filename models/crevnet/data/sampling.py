@@ -12,7 +12,6 @@ from multiprocessing.queues import Queue
 from typing import Any, NamedTuple
 
 import torch
-from torch._utils import ExceptionWrapper
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 
 from crevnet.data.errors import DataError
@@ -61,6 +60,12 @@ class Part(NamedTuple):
     """What the mean over its windows counts in the mean of all processes' means: 1 where all have as many windows."""
     windows: int
     """Of the whole batch, in all processes."""
+
+
+class LostBatch(NamedTuple):
+    """What a worker sends instead of a batch that it could not send."""
+
+    error: str
 
 
 class SharedBatchSampler(BatchSampler):
@@ -114,6 +119,8 @@ class WindowLoader(DataLoader[dict[str, Any]]):
         self.batch_sampler.skip = self._used = skip
         try:
             for batch in self._begun():
+                if isinstance(batch, LostBatch):
+                    raise RuntimeError(batch.error)
                 batch["part"] = self.batch_sampler.part(self._used)
                 self._used += 1
                 yield batch
@@ -172,8 +179,7 @@ def _report_lost_batches(worker: int) -> None:
     would print the error and drop the batch, which the process that trains would wait for without end."""
 
     def hand_on(queue: Queue[Any], error: Exception, lost: tuple[int, object]) -> None:
-        where = f"in DataLoader worker process {worker}"
-        queue.put((lost[0], ExceptionWrapper((type(error), error, error.__traceback__), where)))
+        queue.put((lost[0], LostBatch(f"{type(error).__name__}: {error}")))
 
     Queue._on_queue_feeder_error = hand_on
 

@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 
 from crevnet.data.errors import DataError
-from crevnet.data.files.days import naming, opened
+from crevnet.data.files.datasets import naming, opened
 from crevnet.data.files.hdf5_files import hdf5_in_memory
 from crevnet.data.files.safe_h5 import all_datasets
 from crevnet.data.files.sealed import seal

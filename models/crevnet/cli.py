@@ -16,16 +16,16 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.markup import escape
 
-from crevnet.competition import ChallengeSettings
+from crevnet.competition.settings import ChallengeSettings
 from crevnet.data import DataError
 from crevnet.defaults import value_of
-from crevnet.failures import TrainingError, warned
-from crevnet.machine import lack_of
+from crevnet.machine.errors import SettingsError
+from crevnet.machine.processes import is_first, is_first_to_fail
+from crevnet.machine.shortages import lack_of
 from crevnet.options import make_parser
-from crevnet.processes import is_first, is_first_to_fail
 from crevnet.recipe.settings import RecipeSettings
 from crevnet.settings import RunSettings
-from crevnet.settings_error import SettingsError
+from crevnet.training.failures import TrainingError, warned
 
 _SHORT = re.compile(r"--model(=.*)?")
 """jsonargparse takes --model itself, for a file with the model's values alone; here it is short for --model.name."""

@@ -15,10 +15,6 @@ from rich.table import Table
 from torch.utils.data import default_collate
 
 from crevnet import figures
-from crevnet.checkpoints import checkpoint_path
-from crevnet.chosen_window import MORNING, choose_window, default_channel
-from crevnet.comparison import compare, trained
-from crevnet.curves import learning_curves
 from crevnet.data import (
     DataError,
     DayFile,
@@ -34,23 +30,27 @@ from crevnet.data import (
     write_city,
     write_movies,
 )
+from crevnet.data.chosen_window import MORNING, choose_window, default_channel
 from crevnet.data.city_data import CityData
-from crevnet.data.sealed import seal
-from crevnet.evaluation import Scores, mean_over_cities
-from crevnet.files import quoted, shown
-from crevnet.folders import make_folder
-from crevnet.hdf5_files import writing_hdf5
-from crevnet.network import Feedback
-from crevnet.processes import go_alone, is_first
-from crevnet.recipe.folders import begun_runs, is_recipe, score_of, scores_file
-from crevnet.recipe.paper import Recipe
+from crevnet.data.files.hdf5_files import writing_hdf5
+from crevnet.data.files.sealed import seal
+from crevnet.evaluation.comparison import compare, trained
+from crevnet.evaluation.run_figures import run_figures
+from crevnet.evaluation.score_file import check_score_file, write_score_file
+from crevnet.evaluation.scores import Scores, mean_over_cities
+from crevnet.figures.curves import learning_curves
+from crevnet.machine.errors import SettingsError
+from crevnet.machine.files import quoted, shown
+from crevnet.machine.folders import make_folder
+from crevnet.machine.processes import go_alone, is_first
+from crevnet.networks.crevnet.network import Feedback
 from crevnet.recipe.settings import RecipeSettings
-from crevnet.run_figures import run_figures
-from crevnet.score_file import check_score_file, write_score_file
 from crevnet.score_table import score_tables
 from crevnet.settings import DataSettings, RunSettings, load_settings, save_yaml
-from crevnet.settings_error import SettingsError
-from crevnet.training import train
+from crevnet.traffic4cast.recipe.paper import Recipe
+from crevnet.training.checkpoints import checkpoint_path
+from crevnet.training.recipe_folders import begun_runs, is_recipe, score_of, scores_file
+from crevnet.training.trainer import train
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -7,11 +7,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from crevnet.config import PRESETS
-from crevnet.recipe.folders import base_run, is_recipe
+from crevnet.machine.errors import SettingsError
+from crevnet.networks.config import PRESETS
 from crevnet.recipe.settings import RecipeSettings, load_recipe
 from crevnet.settings import RunSettings, default_model, load_settings, start_named_in, with_protocol
-from crevnet.settings_error import SettingsError
+from crevnet.training.recipe_folders import base_run, is_recipe
 
 _HOW_TO_READ = ("stride", "flips", "batch_size", "workers")
 """Data settings that make no difference to which frames are evaluated."""

@@ -6,17 +6,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from crevnet.competition import Task
-from crevnet.config import PRESETS
 from crevnet.data import MovingMNIST, SyntheticCity
-from crevnet.data.layouts import LayoutName
-from crevnet.data.protocol import ProtocolName
+from crevnet.data.files.layouts import LayoutName
+from crevnet.data.files.protocol import ProtocolName
 from crevnet.defaults import data_of_runs, fit_defaults, recipe_defaults, value_of
-from crevnet.models import MODELS
-from crevnet.network import Feedback
+from crevnet.networks.config import PRESETS
+from crevnet.networks.crevnet.network import Feedback
+from crevnet.networks.models import MODELS
 from crevnet.parser import Parser
 from crevnet.recipe.settings import add_recipe
 from crevnet.settings import DataSettings, RunSettings, add_sections, with_protocol
+from crevnet.traffic4cast import Task
 
 
 def make_parser(arguments: list[str]) -> Parser:

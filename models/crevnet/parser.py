@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 
-from crevnet.files import read_text
-from crevnet.settings_error import SettingsError
-from crevnet.yaml_text import check_yaml
+from crevnet.machine.errors import SettingsError
+from crevnet.machine.files import read_text
+from crevnet.machine.yaml_text import check_yaml
 
 _UNION = re.compile(r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: ")
 _CHOICE = re.compile(r"a typing\.Literal\[(.*?)\]")

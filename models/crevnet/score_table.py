@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from crevnet.evaluation import Scores
-from crevnet.metrics import SSIM_SIDE
+from crevnet.evaluation.metrics import SSIM_SIDE
+from crevnet.evaluation.scores import Scores
 
 
 class Column(NamedTuple):

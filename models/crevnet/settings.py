@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 
-from crevnet.config import CrevNetConfig, Loss, ModelConfig
-from crevnet.data.dates import read_dates
+from crevnet.data.files.dates import read_dates
+from crevnet.data.files.layouts import LayoutName
+from crevnet.data.files.protocol import HeadingOrder, ProtocolName, protocol
 from crevnet.data.flips import Flips
-from crevnet.data.layouts import LayoutName
-from crevnet.data.protocol import HeadingOrder, ProtocolName, protocol
-from crevnet.files import replace_file
-from crevnet.models import MODELS
-from crevnet.recipe.folders import base_run, is_recipe
-from crevnet.settings_error import SettingsError
-from crevnet.yaml_text import load_yaml
+from crevnet.machine.errors import SettingsError
+from crevnet.machine.files import replace_file
+from crevnet.machine.yaml_text import load_yaml
+from crevnet.networks.config import CrevNetConfig, Loss, ModelConfig
+from crevnet.networks.models import MODELS
+from crevnet.training.recipe_folders import base_run, is_recipe
 
 if TYPE_CHECKING:
     from crevnet.parser import Parser

@@ -15,9 +15,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from crevnet.checkpoints import checkpoint_path
-from crevnet.competition.checking import Submission, problems
-from crevnet.competition.forecasting import (
+from crevnet.competition.settings import ChallengeSettings, challenge
+from crevnet.data import DataError, DayFile
+from crevnet.data.city_data import open_training_days, open_validation_days
+from crevnet.evaluation.score_file import check_score_file, write_score_file
+from crevnet.machine.errors import SettingsError
+from crevnet.machine.files import quoted
+from crevnet.networks.crevnet.network import Feedback
+from crevnet.settings import DataSettings
+from crevnet.traffic4cast.checking import Submission, problems
+from crevnet.traffic4cast.forecasting import (
     CaseForecast,
     RecipeForecast,
     RunForecast,
@@ -26,18 +33,11 @@ from crevnet.competition.forecasting import (
     ensemble,
     naive_forecasts,
 )
-from crevnet.competition.interface import CaseFile, Challenge
-from crevnet.competition.scoring import CompetitionScores, mean_over_cities, score_city
-from crevnet.competition.settings import ChallengeSettings, challenge
-from crevnet.competition.submission import write_submission, zip_submission
-from crevnet.data import DataError, DayFile
-from crevnet.data.city_data import open_training_days, open_validation_days
-from crevnet.files import quoted
-from crevnet.network import Feedback
-from crevnet.recipe.folders import base_run, is_recipe
-from crevnet.score_file import check_score_file, write_score_file
-from crevnet.settings import DataSettings
-from crevnet.settings_error import SettingsError
+from crevnet.traffic4cast.interface import CaseFile, Challenge
+from crevnet.traffic4cast.scoring import CompetitionScores, mean_over_cities, score_city
+from crevnet.traffic4cast.submission import write_submission, zip_submission
+from crevnet.training.checkpoints import checkpoint_path
+from crevnet.training.recipe_folders import base_run, is_recipe
 
 console = Console(highlight=False, soft_wrap=True)
 

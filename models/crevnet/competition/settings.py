@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from crevnet.competition.challenge2019 import Challenge2019
-from crevnet.competition.challenge2021 import Challenge2021, Task
-from crevnet.competition.interface import Challenge
+from crevnet.machine.errors import SettingsError
 from crevnet.settings import DataSettings
-from crevnet.settings_error import SettingsError
+from crevnet.traffic4cast.challenge2019 import Challenge2019
+from crevnet.traffic4cast.challenge2021 import Challenge2021, Task
+from crevnet.traffic4cast.interface import Challenge
 
 
 @dataclass(frozen=True)

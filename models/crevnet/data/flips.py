@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from crevnet.config import STATIC_CHANNELS, Static
-from crevnet.data.layouts import Layout
-from crevnet.data.static import DIRECTIONS
+from crevnet.data.files.layouts import Layout
+from crevnet.data.maps.static import DIRECTIONS
 from crevnet.data.windows import Windows
+from crevnet.networks.config import STATIC_CHANNELS, Static
 
 Flips = Literal["none", "horizontal", "vertical", "both"]
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from crevnet.data import Layout
 from crevnet.figures.canvas import ERRORS, VALUES, Frames, brightest, draw_frame, frame_grid
-from crevnet.files import replace_file
+from crevnet.machine.files import replace_file
 
 _SHEET_PIXELS = 160
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from crevnet.recipe.folders import settings_file
+from crevnet.machine.errors import SettingsError
 from crevnet.settings import (
     RunSettings,
     TrainingSettings,
@@ -16,7 +16,7 @@ from crevnet.settings import (
     default_model,
     model_named_in,
 )
-from crevnet.settings_error import SettingsError
+from crevnet.training.recipe_folders import settings_file
 
 if TYPE_CHECKING:
     from crevnet.parser import Parser

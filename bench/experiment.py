@@ -21,13 +21,14 @@ from pathlib import Path
 
 import torch
 
-from crevnet.data import DataError, SyntheticCity, write_city
+from crevnet.data.errors import DataError
+from crevnet.data.made.synthetic import SyntheticCity, write_city
 from crevnet.evaluation.comparison import compare
 from crevnet.evaluation.scores import Scores, mean_over_cities
 from crevnet.machine.errors import SettingsError
 from crevnet.machine.files import replace_file
-from crevnet.recipe.settings import RecipeSettings, read_recipe
 from crevnet.traffic4cast.recipe.paper import Recipe, Step
+from crevnet.traffic4cast.recipe.settings import RecipeSettings, read_recipe
 from crevnet.training.failures import StoppedError, TrainingError
 from experiment_plan import CREVNET, Plan, load_plan
 from experiment_tables import COLUMNS, MODELS, STAGES, TRAINED_ON, UNTRAINED, Row, page, print_tables

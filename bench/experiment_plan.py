@@ -23,10 +23,10 @@ import yaml
 import revflow
 from crevnet.data.city_data import CityData
 from crevnet.networks.models import MODELS, make_network
-from crevnet.settings import RunSettings, save_yaml
 from crevnet.traffic4cast.recipe.paper import Step
 from crevnet.training.failures import DivergedError
 from crevnet.training.scheduled_sampling import fed_frames
+from crevnet.training.settings import RunSettings, save_yaml
 from crevnet.training.trainer import FusedAdam
 
 CREVNET = "crevnet"

@@ -14,7 +14,8 @@ import torch
 
 from crevnet import CrevNetConfig
 from crevnet.cli import main
-from crevnet.settings import DataSettings, RunSettings, TrainingSettings
+from crevnet.data.settings import DataSettings
+from crevnet.training.settings import RunSettings, TrainingSettings
 from crevnet.training.trainer import train
 
 SLOTS, HEIGHT, WIDTH = 20, 21, 14

@@ -7,8 +7,9 @@ import h5py
 import numpy as np
 import torch
 
+from crevnet.data.settings import DataSettings
 from crevnet.networks.config import PRESETS, CrevNetConfig
-from crevnet.settings import DataSettings, RunSettings
+from crevnet.training.settings import RunSettings
 
 PAST = 3
 """Frames that the networks see, of the 12 that are given."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from crevnet.data import DataError, DayFile
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import DayFile
 from crevnet.networks.config import ModelConfig
 
 MORNING = 96

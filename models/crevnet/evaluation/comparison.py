@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
-from crevnet.data import DataError, Layout, slot_means
 from crevnet.data.city_data import CityData
+from crevnet.data.errors import DataError
+from crevnet.data.files.layouts import Layout
+from crevnet.data.maps.slot_means import slot_means
+from crevnet.data.settings import DataSettings
 from crevnet.evaluation import forecasts
 from crevnet.evaluation.forecasts import Forecast
 from crevnet.evaluation.scores import NetworkForecast, Scores, score
-from crevnet.networks.config import CrevNetConfig, ModelConfig
-from crevnet.networks.crevnet.network import Feedback
+from crevnet.networks.config import CrevNetConfig, Feedback, ModelConfig
 from crevnet.networks.video_model import VideoModel
-from crevnet.settings import DataSettings, load_settings
 from crevnet.training.checkpoints import load_network
+from crevnet.training.settings import load_settings
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crevnet.data.city_data import CityData
+from crevnet.data.settings import DataSettings
 from crevnet.evaluation.comparison import device, trained, untrained
 from crevnet.evaluation.forecasts import Forecast
 from crevnet.evaluation.scores import predictions
-from crevnet.networks.crevnet.network import Feedback
-from crevnet.settings import DataSettings, load_settings
+from crevnet.networks.config import Feedback
+from crevnet.training.settings import load_settings
 
 _SLOTS_AN_HOUR = 12
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crevnet.data import DayFile, SlotMeans, sample_frames, unit_interval
+from crevnet.data.files.days import DayFile, sample_frames, unit_interval
+from crevnet.data.maps.slot_means import SlotMeans
 
 Window = Mapping[str, Any]
 """A batch of windows, as the items of Windows are collated."""

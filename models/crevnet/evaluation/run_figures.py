@@ -10,15 +10,16 @@ from matplotlib.figure import Figure
 from torch.utils.data import default_collate
 
 from crevnet import figures
-from crevnet.data import Layout
 from crevnet.data.chosen_window import choose_window
 from crevnet.data.city_data import CityData
+from crevnet.data.files.layouts import Layout
+from crevnet.data.settings import DataSettings
 from crevnet.evaluation.error_sums import ErrorSums, error_sums
 from crevnet.figures.curves import learning_curves
-from crevnet.networks.config import CrevNetConfig, ModelConfig
-from crevnet.networks.crevnet.network import CrevNet, Feedback
-from crevnet.settings import DataSettings, load_settings
+from crevnet.networks.config import CrevNetConfig, Feedback, ModelConfig
+from crevnet.networks.crevnet.network import CrevNet
 from crevnet.training.checkpoints import load_network
+from crevnet.training.settings import load_settings
 
 
 def run_figures(

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from crevnet.evaluation.forecasts import Forecast, Window
 from crevnet.evaluation.metrics import MEASURES, measure
-from crevnet.networks.config import ModelConfig
-from crevnet.networks.crevnet.network import Feedback
+from crevnet.networks.config import Feedback, ModelConfig
 from crevnet.networks.video_model import VideoModel
 
 StaticOf = Callable[[ModelConfig, Window], Tensor | None]

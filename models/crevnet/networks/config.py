@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import revflow
-from revflow import States
+MYPY = False
+if MYPY:  # mypy takes it for true; jsonargparse would import what is below TYPE_CHECKING, and PyTorch with it
+    import revflow
 
+ModelName = Literal["crevnet", "convlstm", "predrnn", "predrnnpp", "vpn", "prednet", "unet"]
+States = Literal["kept", "bfloat16", "offloaded"] | int
+"""revflow.States, here without PyTorch, whose import takes seconds: the command line has options for these settings."""
 Cell = Literal["st-lstm", "convlstm"]
 Attention = Literal["deep", "pointwise"]
 Loss = Literal["all", "future", "padded"] | int
 """Which predictions a loss is taken over; a number is that of a future frame, 1 being the first."""
+Feedback = Literal["latent", "frame"]
+"""What CrevNet feeds back when it forecasts: latents of predicted frames, or the decoded frames."""
 Static = Literal["road_map", "connectivity", "clock"]
 
 STATIC_CHANNELS: dict[Static, int] = {"road_map": 1, "connectivity": 8, "clock": 4}
@@ -160,6 +166,8 @@ class CrevNetConfig(ModelConfig):
     @property
     def grid(self) -> revflow.Grid | None:
         """Where streams live in exact arithmetic."""
+        import revflow
+
         return None if self.exact_bits is None else revflow.Grid(self.exact_bits)
 
     @property

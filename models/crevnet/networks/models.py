@@ -17,7 +17,7 @@ class Model(NamedTuple):
     network: type[VideoModel[Any]]
 
 
-MODELS = {
+MODELS: dict[str, Model] = {
     "crevnet": Model(CrevNetConfig, CrevNet),
     "convlstm": Model(baselines.ConvLSTMConfig, baselines.ConvLSTM),
     "predrnn": Model(baselines.PredRNNConfig, baselines.PredRNN),

@@ -26,7 +26,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from crevnet.data import DataError
+from crevnet.data.errors import DataError
 from crevnet.data.identity import Identity, difference
 from crevnet.machine.files import quoted, replace_file
 from crevnet.networks.config import ModelConfig

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 import revflow
-from crevnet.data import DataError
+from crevnet.data.errors import DataError
 from crevnet.machine.files import quoted
 from crevnet.machine.shortages import first_sentence, lack_of, out_of_memory
 from crevnet.networks.config import CrevNetConfig
-from crevnet.settings import RunSettings
 from crevnet.training.recipe_folders import recipe_of
+from crevnet.training.settings import RunSettings
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 

@@ -11,7 +11,7 @@ from crevnet import figures
 from crevnet.data.chosen_window import choose_window, default_channel
 from crevnet.data.city_data import CityData
 from crevnet.networks.config import ModelConfig
-from crevnet.settings import RunSettings
+from crevnet.training.settings import RunSettings
 
 
 class ValidationPicture(lightning.Callback):

@@ -24,9 +24,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from crevnet.data import DataError, Layout
 from crevnet.data.city_data import CityData
-from crevnet.data.files.layouts import TRAFFIC4CAST_2019
+from crevnet.data.errors import DataError
+from crevnet.data.files.layouts import TRAFFIC4CAST_2019, Layout
 from crevnet.data.sampling import WindowLoader
 from crevnet.figures.curves import date_logs_before
 from crevnet.machine.files import quoted, remove_unfinished
@@ -34,12 +34,12 @@ from crevnet.machine.folders import only_process
 from crevnet.machine.processes import launched
 from crevnet.networks.config import ModelConfig
 from crevnet.networks.models import make_network
-from crevnet.settings import RunSettings, TrainingSettings, load_settings
 from crevnet.training.checkpoints import AtomicCheckpointIO, Checkpoints, checkpoint_path, load_network, resumable_steps
 from crevnet.training.failures import DivergedError, explained
 from crevnet.training.monitoring import ValidationPicture
 from crevnet.training.recipe_folders import is_recipe
 from crevnet.training.scheduled_sampling import fed_frames
+from crevnet.training.settings import RunSettings, TrainingSettings, load_settings
 
 
 class VideoModelTask(lightning.LightningModule):
@@ -203,7 +203,7 @@ def _refuse_trained(folder: Path) -> None:
 def _trainer(
     training: TrainingSettings, folder: Path, callbacks: list[lightning.Callback], steps: int
 ) -> lightning.Trainer:
-    devices, nodes = launched(training)
+    devices, nodes = launched(training.devices, training.nodes)
     return lightning.Trainer(
         accelerator=training.accelerator,
         devices=devices,
@@ -236,7 +236,7 @@ def _strategy(training: TrainingSettings, processes: int) -> Strategy | Literal[
 def _order(settings: RunSettings, batches: WindowLoader) -> dict[str, Any]:
     """What the order of the windows, and of the optimizer's steps between them, follows from."""
     data, training = settings.data, settings.training
-    devices, nodes = launched(training)
+    devices, nodes = launched(training.devices, training.nodes)
     return {
         "windows": len(batches.dataset),  # type: ignore[arg-type]
         "batch_size": data.batch_size * devices * nodes,

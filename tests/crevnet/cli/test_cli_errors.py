@@ -17,10 +17,10 @@ from crevnet.cli import main
         (["nonsense"], "nonsense"),
         (["data"], "synth"),
         (["data", "paint"], "paint"),
-        (["show"], "path is missing, and has to be given (see crevnet show --help)"),
-        (["evaluate"], "run is missing, and has to be given (see crevnet evaluate --help)"),
-        (["data", "synth"], "root is missing, and has to be given (see crevnet data synth --help)"),
-        (["submit", "run"], "--out is missing, and has to be given (see crevnet submit --help)"),
+        (["show"], "PATH is missing (see crevnet show --help)"),
+        (["evaluate"], "RUN is missing (see crevnet evaluate --help)"),
+        (["data", "synth"], "ROOT is missing (see crevnet data synth --help)"),
+        (["submit", "run"], "--out is missing (see crevnet submit --help)"),
         (["fit", "--trainig.epochs", "3"], "--trainig.epochs"),
         (["fit", "--training.epocs", "3"], "--training.epocs"),
         (["fit", "--training.epochs", "many"], "many"),
@@ -44,7 +44,7 @@ from crevnet.cli import main
         (["fit", "--preset=huge"], "huge"),
         (["fit", "--preset"], "preset"),
         (["fit", "--config", "absent.yaml"], "absent.yaml"),
-        (["fit"], "say --data.root FOLDER, or make a city with `crevnet data synth`"),
+        (["fit"], "add --data.root FOLDER, or make a city with `crevnet data synth`"),
         (["show", "runs/absent"], "runs/absent does not exist: give a run's or a recipe's folder, or a day file"),
         (["fit", "--resume", "runs/absent"], "runs/absent does not exist: give the folder of a run"),
         (["evaluate", "runs/absent"], "runs/absent does not exist: give the folder of a run"),
@@ -99,7 +99,7 @@ def test_a_mistyped_option_is_answered_with_the_nearest(arguments, asked, failin
         (b"only text", "only text"),
         (b"training:\n  epochs: many\n", "many"),
         (b"data: 3\n", "data is 3"),
-        (b"data:\n  stride: 0\n", "data.stride has to be at least 1"),
+        (b"data:\n  stride: 0\n", "data.stride must be at least 1"),
         (b"model:\n  name: resnet\n", "there is no model resnet"),
         (bytes(range(256)), "utf-8"),
     ],
@@ -115,10 +115,10 @@ def test_wrong_config_file(content, named, failing, tmp_path):
 def test_a_config_file_is_not_named_for_what_is_wrong_beside_it(failing, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("data:\n  root: x\n")
-    assert failing("fit", "--config", path, "--data.stride=0") == "crevnet: data.stride has to be at least 1, not 0"
+    assert failing("fit", "--config", path, "--data.stride=0") == "crevnet: data.stride must be at least 1, not 0"
     path.write_text("model:\n  name: unet\ndata:\n  stride: 0\n")  # whose options there are with the file alone
     line = failing("fit", "--config", path, "--model.depth=3")
-    assert line == f"crevnet: --config {path}: data.stride has to be at least 1, not 0"
+    assert line == f"crevnet: --config {path}: data.stride must be at least 1, not 0"
 
 
 @pytest.fixture
@@ -140,10 +140,10 @@ def fit(cities, small, failing, tmp_path):
         (("--data.validation_slots", "[0,4]"), "data.validation_slots [0,4] leaves 4 of the 20 frames of "),
         (
             ("--data.training_slots", "[9,2]"),
-            "data.training_slots [9,2] is no range: write [first,past-the-last], within",
+            "data.training_slots [9,2] is not a range: write [first,past-the-last], within",
         ),
-        (("--data.validation_slots", "[20,24]"), "data.validation_slots [20,24] goes beyond "),
-        (("--data.training_slots", "[0,500]"), "which holds 20 slots: choose a range within [0,20]"),
+        (("--data.validation_slots", "[20,24]"), "data.validation_slots [20,24] extends beyond "),
+        (("--data.training_slots", "[0,500]"), "which has 20 slots: choose a range within [0,20]"),
         (("--model.past", "400"), "402"),
         (("--model.channels", "8"), "8"),
         (("--resume", "no-such-run"), "no-such-run"),
@@ -370,7 +370,7 @@ def test_scores_that_could_not_be_written_are_not_computed(command, json, run, f
     def scored(*_, **__):
         raise AssertionError("the scoring began")
 
-    for begins in ("crevnet.commands.compare", "crevnet.competition.commands.challenge"):
+    for begins in ("crevnet.evaluation.comparison.compare", "crevnet.traffic4cast.challenges.challenge"):
         monkeypatch.setattr(begins, scored)
     meant = {"RUN": run, "ZIP": tmp_path / "submission.zip", "FOLDER": tmp_path}
     line = failing(*(meant.get(word, word) for word in command.split()), "--json", tmp_path / json)
@@ -394,7 +394,7 @@ def test_interrupted(monkeypatch, capsys, cities):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("crevnet.commands.show", interrupt)
+    monkeypatch.setattr("crevnet.cli.commands.show.run", interrupt)
     with pytest.raises(SystemExit) as stop:
         main(["show", str(cities)])
     assert stop.value.code == 130 and capsys.readouterr().err == "crevnet: interrupted\n"

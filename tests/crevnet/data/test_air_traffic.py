@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from crevnet.cli import main
-from crevnet.data import Windows, open_days
 from crevnet.data.city_data import CityData
+from crevnet.data.files.days import open_days
+from crevnet.data.settings import DataSettings
+from crevnet.data.windows import Windows
 from crevnet.evaluation import forecasts
 from crevnet.evaluation.scores import score
-from crevnet.settings import DataSettings, load_settings
+from crevnet.training.settings import load_settings
 
 ROOT = Path(__file__).parents[2] / "data" / "air-traffic"
 CITY = "Quickstart"

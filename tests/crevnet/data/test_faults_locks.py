@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import h5py
 import pytest
 
-from crevnet.data import DataError, open_days
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import open_days
 
 SLOT = 14
 

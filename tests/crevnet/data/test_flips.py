@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from crevnet import CrevNetConfig
-from crevnet.data import Windows, layout_named, open_days
 from crevnet.data.city_data import CityData
+from crevnet.data.files.days import open_days
+from crevnet.data.files.layouts import layout_named
 from crevnet.data.flips import FLIPS, Flip, FlippedWindows
 from crevnet.data.sampling import EpochShuffle
-from crevnet.settings import DataSettings
+from crevnet.data.settings import DataSettings
+from crevnet.data.windows import Windows
 from crevnet.training.checkpoints import load_network
 from crevnet.training.trainer import train
 

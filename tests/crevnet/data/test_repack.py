@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from crevnet.data import DataError, Windows, layout_named, open_days, repack
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import open_days
+from crevnet.data.files.layouts import layout_named
+from crevnet.data.made.repack import repack
+from crevnet.data.windows import Windows
 from crevnet.machine.files import NoRoomError
 
 hdf5plugin = pytest.importorskip("hdf5plugin")
@@ -102,7 +106,7 @@ def test_killed_in_the_middle_of_a_file(source, tmp_path):
 import os, signal, sys
 from pathlib import Path
 from crevnet.data.files import hdf5_files
-from crevnet.data import repack
+from crevnet.data.made.repack import repack
 class Killed(bytes):
     def __getitem__(self, rest):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -132,7 +136,7 @@ def days(target):
 def test_what_is_written_is_compared(source, tmp_path, monkeypatch):
     set_item = h5py.Dataset.__setitem__
     monkeypatch.setattr(h5py.Dataset, "__setitem__", lambda item, place, values: set_item(item, place, values * 0))
-    with pytest.raises(DataError, match="does not hold what was written"):
+    with pytest.raises(DataError, match="does not contain the values written"):
         repack(source, tmp_path / "packed")
     assert not days(tmp_path / "packed")
 
@@ -212,7 +216,7 @@ def test_without_the_plugin(source, tmp_path, monkeypatch):
     read = "import sys; from pathlib import Path; from crevnet.data import open_day; open_day(Path(sys.argv[1]))"
     status, said = run(f"import sys; sys.modules['hdf5plugin'] = None; {read}", path)
     last = said.splitlines()[-1]
-    assert status == 1 and f"DataError: {path} is packed with" in last and "pip install hdf5plugin" in last
+    assert status == 1 and f"DataError: {path} is compressed with" in last and "pip install hdf5plugin" in last
     monkeypatch.setitem(sys.modules, "hdf5plugin", None)
-    with pytest.raises(DataError, match="repacking needs the package hdf5plugin: pip install hdf5plugin"):
+    with pytest.raises(DataError, match="repacking requires the package hdf5plugin: pip install hdf5plugin"):
         repack(source, tmp_path / "more")

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from crevnet.data import DataError, cached_road_map, open_days, road_map, road_maps
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import open_days
 from crevnet.data.maps.cache import write_cached
+from crevnet.data.maps.road_map import cached_road_map, road_map, road_maps
 
 
 def write_day(root, array, city="Berlin", date="20180105"):

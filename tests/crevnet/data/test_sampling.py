@@ -4,8 +4,9 @@ from itertools import chain
 
 import pytest
 
-from crevnet.data import Windows, open_day
+from crevnet.data.files.days import open_day
 from crevnet.data.sampling import EpochShuffle, window_loader
+from crevnet.data.windows import Windows
 
 
 @pytest.mark.parametrize("workers", [0, 2])

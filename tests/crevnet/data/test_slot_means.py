@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from crevnet.data import DataError, DayReader, open_days, slot_means
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import DayReader, open_days
+from crevnet.data.maps.slot_means import slot_means
 from crevnet.evaluation import forecasts
 
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from crevnet import CrevNetConfig
-from crevnet.data import StaticInputs, Windows, open_days
 from crevnet.data.city_data import CityData
+from crevnet.data.files.days import open_days
+from crevnet.data.maps.static import StaticInputs
+from crevnet.data.windows import Windows
 
 
 @pytest.fixture

@@ -7,11 +7,13 @@ import h5py
 import numpy as np
 import pytest
 
-from crevnet.data import DataError, SyntheticCity, Windows, open_days, write_city
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import open_days
 from crevnet.data.made import synthetic
 from crevnet.data.made.road_network import ARTERIAL, LOCAL, MOTORWAY, SPEED_LIMITS, build_road_network
-from crevnet.data.made.synthetic import CitySimulation, encode_frame
+from crevnet.data.made.synthetic import CitySimulation, SyntheticCity, encode_frame, write_city
 from crevnet.data.made.traffic_simulation import STEP_SECONDS, Traffic, TripDemand
+from crevnet.data.windows import Windows
 
 SMALL = SyntheticCity(name="Smallville", height=48, width=40, training_days=1, validation_days=0)
 MONDAY = date(2018, 1, 1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from crevnet.data import open_days
+from crevnet.data.files.days import open_days
 from crevnet.data.maps.static import StaticInputs
 from crevnet.networks.baselines import UNetConfig
 from crevnet.training.checkpoints import load_network

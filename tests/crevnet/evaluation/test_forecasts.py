@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from crevnet.data import DataError, open_days
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import open_days
 from crevnet.evaluation import forecasts
 
 PAST = torch.tensor([1.0, 2.0, 6.0, 4.0]).reshape(1, 4, 1, 1, 1) * torch.tensor([1.0, 10.0]).reshape(1, 1, 2, 1, 1)

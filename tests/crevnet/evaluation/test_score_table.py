@@ -5,8 +5,8 @@ from dataclasses import fields
 
 import pytest
 
+from crevnet.cli.score_table import score_tables
 from crevnet.evaluation.scores import Scores
-from crevnet.score_table import score_tables
 
 
 def scores(number):

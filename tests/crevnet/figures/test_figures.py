@@ -18,8 +18,8 @@ from crevnet.data.files.layouts import TRAFFIC4CAST_2019
 from crevnet.evaluation.error_sums import ErrorSums, error_sums
 from crevnet.evaluation.run_figures import run_figures
 from crevnet.figures.curves import Curve, learning_curves
-from crevnet.settings import load_settings
 from crevnet.training.checkpoints import load_network
+from crevnet.training.settings import load_settings
 from crevnet.training.trainer import train
 
 PAST, HORIZON, WINDOW = 3, 2, 5

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import revflow
 from crevnet import PRESETS, CrevNet, CrevNetConfig
-from crevnet.settings import TrainingSettings
+from crevnet.training.settings import TrainingSettings
 from crevnet.training.trainer import VideoModelTask
 
 CLIP = 3

@@ -10,8 +10,9 @@ import pytest
 import torch
 from practice import array, fake_runs, predicted, rounded, scores, write_array
 
-from crevnet.data import DataError
-from crevnet.traffic4cast import Challenge2021, forecasting
+from crevnet.data.errors import DataError
+from crevnet.traffic4cast import forecasting
+from crevnet.traffic4cast.challenge2021 import Challenge2021
 
 HORIZONS_2019, HORIZONS_2021 = (1, 2, 3), (1, 2, 3, 6, 9, 12)
 SLOTS = (16, 34)

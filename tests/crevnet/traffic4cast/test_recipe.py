@@ -10,16 +10,16 @@ import yaml
 
 import revflow
 from crevnet import CrevNet, CrevNetConfig
-from crevnet.data import DataError
+from crevnet.data.errors import DataError
 from crevnet.data.files.protocol import protocol
 from crevnet.machine.errors import SettingsError
 from crevnet.networks.baselines import vpn
-from crevnet.recipe.settings import FineTuning, RecipeSettings, load_recipe
-from crevnet.settings import load_settings
 from crevnet.traffic4cast.recipe.paper import Recipe
+from crevnet.traffic4cast.recipe.settings import FineTuning, RecipeSettings, load_recipe
 from crevnet.training.checkpoints import checkpoint_path, load_checkpoint, load_network
 from crevnet.training.failures import DivergedError, explained
 from crevnet.training.recipe_folders import begun_runs
+from crevnet.training.settings import load_settings
 from crevnet.training.trainer import FusedAdam
 
 CONFIGS = Path(__file__).parents[3] / "configs"

@@ -18,7 +18,7 @@ from processes import at_call, end, kill, killed_in_step, nothing, sent, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crevnet import CrevNet
-from crevnet.data import DataError
+from crevnet.data.errors import DataError
 from crevnet.data.sampling import EpochShuffle, SharedBatchSampler
 
 if not (dist.is_available() and dist.is_gloo_available()):

@@ -18,7 +18,7 @@ from torch.utils.data._utils import signal_handling
 
 from crevnet import CrevNet
 from crevnet.cli import main
-from crevnet.data import Windows
+from crevnet.data.windows import Windows
 
 TOO_MUCH = 2**50  # bytes, which no machine has
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from crevnet import CrevNet
-from crevnet.settings import load_settings
 from crevnet.training.checkpoints import load_checkpoint, load_network
+from crevnet.training.settings import load_settings
 from crevnet.training.trainer import train
 
 

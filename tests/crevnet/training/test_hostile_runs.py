@@ -12,8 +12,10 @@ import torch
 from apart import apart, refused
 from hostile_h5 import NO_FILES
 
-from crevnet.data import cached_road_map, open_days, slot_means
+from crevnet.data.files.days import open_days
 from crevnet.data.maps.cache import write_cached
+from crevnet.data.maps.road_map import cached_road_map
+from crevnet.data.maps.slot_means import slot_means
 from crevnet.machine.errors import SettingsError
 from crevnet.machine.folders import only_process
 
@@ -158,7 +160,7 @@ def test_a_score_of_a_recipe_that_is_none(content, own_run, tmp_path, failing):
     (recipe / "recipe.yaml").write_text("")
     (recipe / "base" / "finished.yaml").write_text(content)
     line = failing("show", recipe)
-    assert f"{recipe / 'base' / 'finished.yaml'} holds no score (" in line and "remove it" in line
+    assert f"{recipe / 'base' / 'finished.yaml'} has no score (" in line and "remove it" in line
 
 
 # --- caches

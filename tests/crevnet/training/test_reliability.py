@@ -16,7 +16,7 @@ from test_resuming import assert_same_run, checkpoint, scalars
 
 from crevnet import CrevNet
 from crevnet.cli import main
-from crevnet.data import DataError
+from crevnet.data.errors import DataError
 from crevnet.training.trainer import train
 
 BATCHES = 10

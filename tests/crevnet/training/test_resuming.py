@@ -30,13 +30,14 @@ from processes import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crevnet import CrevNet
-from crevnet.data import DataError, Windows
 from crevnet.data.city_data import CityData
+from crevnet.data.errors import DataError
+from crevnet.data.windows import Windows
 from crevnet.figures.curves import date_logs_before, learning_curves
 from crevnet.machine.errors import SettingsError
 from crevnet.machine.folders import only_process
-from crevnet.settings import load_settings
 from crevnet.training.failures import TrainingError
+from crevnet.training.settings import load_settings
 from crevnet.training.trainer import train
 
 EPOCHS, BATCHES = 2, 6

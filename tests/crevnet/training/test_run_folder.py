@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from crevnet import PRESETS, CrevNetConfig
-from crevnet.data import DataError
+from crevnet.data.errors import DataError
+from crevnet.data.settings import DataSettings
 from crevnet.machine.errors import SettingsError
-from crevnet.settings import DataSettings, RunSettings, TrainingSettings, load_settings
 from crevnet.training.checkpoints import load_network
+from crevnet.training.settings import RunSettings, TrainingSettings, load_settings
 from crevnet.training.trainer import train
 
 

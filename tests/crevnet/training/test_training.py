@@ -13,10 +13,11 @@ from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crevnet import CrevNet
-from crevnet.data import DataError
 from crevnet.data.city_data import CityData
-from crevnet.settings import DataSettings, load_settings
+from crevnet.data.errors import DataError
+from crevnet.data.settings import DataSettings
 from crevnet.training.checkpoints import load_network
+from crevnet.training.settings import load_settings
 from crevnet.training.trainer import VideoModelTask, train
 
 WINDOW = 5
@@ -376,7 +377,7 @@ def test_windows_of_the_chosen_slots_splits_and_strides(settings, points):
 
 
 def test_channels_of_the_data_and_the_model_have_to_agree(settings):
-    with pytest.raises(DataError, match=r"has 3 channels, the model 2.*--model\.channels"):
+    with pytest.raises(DataError, match=r"has 3 channels, but the model has 2.*--model\.channels"):
         CityData(settings.data, replace(settings.model, channels=2))
 
 

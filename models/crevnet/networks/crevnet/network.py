@@ -9,19 +9,17 @@ several (`CrevNetConfig.clip`). A clip begins a frame after the one before, so t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from crevnet.networks.config import CrevNetConfig, Loss
+from crevnet.networks.config import CrevNetConfig, Feedback, Loss
 from crevnet.networks.convolution import channels_last
 from crevnet.networks.crevnet.autoencoder import Latent, TwoWayAutoencoder
 from crevnet.networks.crevnet.predictor import Predictor, PredictorState
 from crevnet.networks.shapes import cropped, mean_squared_error, padded, with_static
 from crevnet.networks.video_model import VideoModel
-
-Feedback = Literal["latent", "frame"]
 
 
 class CrevNet(VideoModel[CrevNetConfig]):

@@ -1,4 +1,4 @@
-"""What a recipe is set up with, kept as recipe.yaml in its folder."""
+"""The settings of a recipe, stored as recipe.yaml in its folder."""
 
 from __future__ import annotations
 
@@ -9,28 +9,22 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from crevnet.machine.errors import SettingsError
-from crevnet.settings import (
-    RunSettings,
-    TrainingSettings,
-    add_sections,
-    default_model,
-    model_named_in,
-)
 from crevnet.training.recipe_folders import settings_file
+from crevnet.training.settings import RunSettings, TrainingSettings, add_sections, default_model, model_named_in
 
 if TYPE_CHECKING:
-    from crevnet.parser import Parser
+    from crevnet.machine.parser import Parser
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """How a trained model is trained further; whatever is not here is as for the base model.
+    """Fine-tuning. All other settings are those of the base model.
 
     Args:
-        epochs: passes over the data, or over `batches` of it.
-        batches: training batches in an epoch; all of them if not given.
-        learning_rate: Adam's.
-        max_minutes: stop after so many minutes of training.
+        epochs: number of epochs. An epoch is one pass over the data, or over `batches` of it.
+        batches: number of training batches per epoch, by default all.
+        learning_rate: Adam learning rate.
+        max_minutes: maximum training time in minutes.
     """
 
     epochs: int = 10
@@ -39,7 +33,7 @@ class FineTuning:
     max_minutes: float | None = None
 
     def __post_init__(self) -> None:
-        self.of(TrainingSettings())  # says what is wrong with a value
+        self.of(TrainingSettings())  # raises for a wrong value
 
     def of(self, training: TrainingSettings) -> TrainingSettings:
         return replace(training, **asdict(self))
@@ -47,7 +41,7 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class RecipeSettings:
-    """Of the base model and of both fine-tunings; kept as recipe.yaml."""
+    """The settings of the base model and of both fine-tunings."""
 
     base: RunSettings = field(default_factory=RunSettings)
     city: FineTuning = field(default_factory=FineTuning)
@@ -58,20 +52,20 @@ class RecipeSettings:
 
 
 def add_recipe(parser: Parser, defaults: RecipeSettings) -> None:
-    """Options for every value of a recipe's settings."""
+    """Add an option for every setting of a recipe."""
     add_sections(parser, defaults.base)
     for name in ("city", "frame"):
         parser.add_class_arguments(FineTuning, name, default=asdict(getattr(defaults, name)))
 
 
 def load_recipe(folder: Path) -> RecipeSettings:
-    """The recipe.yaml of a recipe's folder. Raises SettingsError where it is wrong."""
+    """The recipe.yaml of a recipe's folder. Raises SettingsError if it is wrong."""
     return read_recipe(settings_file(folder))
 
 
 def read_recipe(path: Path) -> RecipeSettings:
-    """A recipe's configuration file. Raises SettingsError where it is wrong."""
-    from crevnet.parser import Parser
+    """A recipe's configuration file. Raises SettingsError if it is wrong."""
+    from crevnet.machine.parser import Parser  # imports jsonargparse, which training itself does not need
 
     parser = Parser(prog="crevnet")
     try:
@@ -83,23 +77,25 @@ def read_recipe(path: Path) -> RecipeSettings:
 
 
 def refuse_what_is_no_base(base: RunSettings) -> None:
-    """SettingsError where a recipe cannot begin with a run of these settings."""
+    """Raise SettingsError if a recipe cannot start with a run of these settings."""
     if base.data.protocol == "movies":
-        raise SettingsError("data.protocol movies has no cities, and a recipe tunes on each: train by crevnet fit")
+        raise SettingsError(
+            "data.protocol movies has no cities, and a recipe fine-tunes on each: train with crevnet fit"
+        )
     if isinstance(base.training.loss, int):
         raise SettingsError(
-            f"training.loss {base.training.loss} is of one frame, and a recipe comes to each of them itself: say "
+            f"training.loss {base.training.loss} covers one frame, and a recipe fine-tunes on each frame itself: use "
             "--training.loss all"
         )
 
 
 def refuse_changes(path: Path, begun: RecipeSettings, now: RecipeSettings) -> None:
-    """SettingsError where a recipe that was begun is to go on with other settings."""
+    """Raise SettingsError if a recipe would continue with other settings."""
     before, after = begun.sections(), now.sections()
     for section, values in before.items():
         for name, value in values.items():
             if after[section].get(name) != value:
                 raise SettingsError(
-                    f"{path} was begun with {section}.{name} {value}, now it is {after[section].get(name)}: leave the option out "
-                    f"to go on, or choose another --out"
+                    f"{path} was begun with {section}.{name} {value}, now it is {after[section].get(name)}: omit the option "
+                    f"to continue, or choose another --out"
                 )

@@ -1,1 +1,0 @@
-"""The options and the commands of the competition."""

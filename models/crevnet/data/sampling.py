@@ -116,12 +116,12 @@ class WindowLoader(DataLoader[dict[str, Any]]):
 
     def _batches(self, skip: int) -> Iterator[dict[str, Any]]:
         # Begins with the first batch that is asked for: Lightning says which epoch it is after it has called iter().
-        self.batch_sampler.skip = self._used = skip
+        self._shared.skip = self._used = skip
         try:
             for batch in self._begun():
                 if isinstance(batch, LostBatch):
                     raise RuntimeError(batch.error)
-                batch["part"] = self.batch_sampler.part(self._used)
+                batch["part"] = self._shared.part(self._used)
                 self._used += 1
                 yield batch
         except Exception as error:
@@ -131,6 +131,11 @@ class WindowLoader(DataLoader[dict[str, Any]]):
             # A worker's message ends with its traceback, and that with its error.
             kind = f"{type(error).__module__}.{type(error).__qualname__}: "
             raise DataError(str(error).strip().splitlines()[-1].removeprefix(kind)) from error
+
+    @property
+    def _shared(self) -> SharedBatchSampler:
+        assert isinstance(self.batch_sampler, SharedBatchSampler)
+        return self.batch_sampler
 
     def _begun(self) -> Iterator[dict[str, Any]]:
         try:
@@ -144,8 +149,9 @@ class WindowLoader(DataLoader[dict[str, Any]]):
 
     def _end_workers(self) -> None:
         """At once: Python, where it collects them as garbage, waits five seconds for each."""
-        if self._iterator is not None:
-            self._iterator._shutdown_workers()
+        iterator: Any = self._iterator  # whose type does not declare what ends its workers
+        if iterator is not None:
+            iterator._shutdown_workers()
             self._iterator = None
 
     def state_dict(self) -> dict[str, int]:
@@ -161,7 +167,7 @@ def window_loader(
     """Batches of windows, `batch_size` for each process, in the sampler's order or, without one, in theirs."""
     if workers > 0:
         _allow_open_files(workers)
-    order = SequentialSampler(windows) if sampler is None else sampler
+    order = SequentialSampler(windows) if sampler is None else sampler  # type: ignore[arg-type]
     batches = SharedBatchSampler(order, batch_size, drop_last=False)
     own = torch.Generator()  # else each epoch would draw from the generator that a model's dropout draws from
     return WindowLoader(
@@ -181,7 +187,7 @@ def _report_lost_batches(worker: int) -> None:
     def hand_on(queue: Queue[Any], error: Exception, lost: tuple[int, object]) -> None:
         queue.put((lost[0], LostBatch(f"{type(error).__name__}: {error}")))
 
-    Queue._on_queue_feeder_error = hand_on
+    Queue._on_queue_feeder_error = hand_on  # type: ignore[attr-defined]
 
 
 def _allow_open_files(workers: int) -> None:

@@ -104,13 +104,13 @@ def _write(path: Path, partial: Path, codec: Any) -> Iterator[float]:
         with naming(f"{path}, attributes of its frames,"):
             target.attrs.update({**source.attrs, _MARK: _mark(path)})
         for start, values in _blocks(source):
-            source_digest.update(values)
+            source_digest.update(values.data)
             target[start : start + len(values)] = values
             yield 0.9 * start / len(source)
         seal(target)
     with opened(partial) as written:
         for _, values in _blocks(written):
-            digest.update(values)
+            digest.update(values.data)
     if digest.digest() != source_digest.digest():
         raise DataError(
             f"{partial} does not contain the values written from {path}: check the disk, and repeat the command"

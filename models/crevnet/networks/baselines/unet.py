@@ -63,7 +63,9 @@ class UNet(VideoModel[UNetConfig]):
         x = self.down[-1](x)
         for block, skip in zip(self.up, reversed(skips), strict=True):
             x = block(x, skip)
-        return cropped(self.to_frames(x), frames).unflatten(1, (self.config.horizon, self.config.channels))
+        shape = (self.config.horizon, self.config.channels)
+        predicted: Tensor = cropped(self.to_frames(x), frames).unflatten(1, shape)
+        return predicted
 
     def loss(
         self, frames: Tensor, static: Tensor | None = None, over: Loss = "all", fed: Sequence[bool] | None = None
@@ -115,7 +117,9 @@ class UpBlock(nn.Module):
         self.rest = nn.Sequential(*_rest_of_block(width))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.rest(self.from_below(self.upsample(x)) + self.from_skip(skip))
+        x = self.from_below(self.upsample(x)) + self.from_skip(skip)
+        out: Tensor = self.rest(x)
+        return out
 
 
 def _rest_of_block(width: int) -> list[nn.Module]:

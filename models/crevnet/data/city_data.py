@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Sampler
 
-from crevnet.config import ModelConfig
-from crevnet.data.dates import DateChoice
-from crevnet.data.days import DayFile, check_frame_sizes, open_days
 from crevnet.data.errors import DataError
+from crevnet.data.files.dates import DateChoice
+from crevnet.data.files.days import DayFile, check_frame_sizes, open_days
+from crevnet.data.files.layouts import layout_named
+from crevnet.data.files.protocol import TEST_SLOTS
 from crevnet.data.flips import FLIPS, FlippedWindows
 from crevnet.data.identity import Identity, identity
-from crevnet.data.layouts import layout_named
-from crevnet.data.protocol import TEST_SLOTS
-from crevnet.data.static import StaticInputs, static_maps
+from crevnet.data.maps.static import StaticInputs, static_maps
+from crevnet.data.sampling import EpochShuffle, WindowLoader, window_loader
+from crevnet.data.settings import DataSettings
 from crevnet.data.windows import Windows
-from crevnet.sampling import EpochShuffle, WindowLoader, window_loader
-from crevnet.settings import DataSettings
+from crevnet.networks.config import ModelConfig
 
 
 class CityData:

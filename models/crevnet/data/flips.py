@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from crevnet.config import STATIC_CHANNELS, Static
-from crevnet.data.layouts import Layout
-from crevnet.data.static import DIRECTIONS
+from crevnet.data.files.layouts import Layout
+from crevnet.data.maps.static import DIRECTIONS
+from crevnet.data.settings import Flips
 from crevnet.data.windows import Windows
-
-Flips = Literal["none", "horizontal", "vertical", "both"]
+from crevnet.networks.config import STATIC_CHANNELS, Static
 
 
 @dataclass(frozen=True)

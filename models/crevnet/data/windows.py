@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from crevnet.data.days import DayFile, DayReader, check_frame_sizes, unit_interval
 from crevnet.data.errors import DataError
+from crevnet.data.files.days import DayFile, DayReader, check_frame_sizes, unit_interval
 
 
 class Windows(Dataset[dict[str, Any]]):

@@ -17,7 +17,7 @@ from matplotlib.image import AxesImage
 from matplotlib.text import Text
 from numpy.typing import NDArray
 
-from crevnet.files import replace_file, shown
+from crevnet.machine.files import replace_file, shown
 
 Frames = NDArray[np.float32]
 """(T, C, H, W) in [0, 1]."""

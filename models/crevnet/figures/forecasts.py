@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from crevnet.data import Layout
+from crevnet.data.files.layouts import Layout
 from crevnet.figures.canvas import ERRORS, VALUES, Frames, brightest, draw_frame, frame_grid
-from crevnet.files import replace_file
+from crevnet.machine.files import replace_file
 
 _SHEET_PIXELS = 160
 

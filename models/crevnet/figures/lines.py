@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from crevnet.curves import Curve
-from crevnet.data import Layout
+from crevnet.data.files.layouts import Layout
 from crevnet.figures.canvas import MODEL, OTHERS
+from crevnet.figures.curves import Curve
 
 _MARKERS = "sD^vx"
 

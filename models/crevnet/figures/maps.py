@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from crevnet.data import Layout
+from crevnet.data.files.layouts import Layout
 from crevnet.figures.canvas import Frames, brightest, draw_frame, frame_grid
 
 _LEAST = 1e-12

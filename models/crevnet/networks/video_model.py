@@ -1,0 +1,115 @@
+"""The interface of all video models, CrevNet and the baselines, by which training and scoring treat them alike.
+
+Shapes: B batch, T frames, C data channels, S static channels, H x W height and width of a frame. Values are in [0, 1].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crevnet.networks.config import Loss, ModelConfig, check_at_least_one
+from crevnet.networks.shapes import check_window
+
+Config = TypeVar("Config", bound=ModelConfig)
+
+
+class VideoModel(nn.Module, ABC, Generic[Config]):
+    """A network that predicts the next frames of a video, at any frame size.
+
+    Its methods raise ValueError for frames and static channels that do not match its configuration.
+
+    Examples:
+        >>> config = crevnet.MODELS["unet"].config(channels=1, static=(), past=4, horizon=2)
+        >>> model = crevnet.make_network(config)
+        >>> model.generate(torch.rand(1, 4, 1, 32, 32)).shape
+        torch.Size([1, 2, 1, 32, 32])
+    """
+
+    channels_last: torch.memory_format = torch.channels_last
+    """The memory format that tensor cores require for its convolutions."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
+        """The predictions on which the model is trained, from `frames` (B, T, C, H, W) and `static` (B, S, H, W)."""
+
+    @abstractmethod
+    def loss(
+        self,
+        frames: Tensor,
+        static: Tensor | None = None,
+        over: Loss = "all",
+        fed: Sequence[bool] | None = None,
+    ) -> Tensor:
+        """The training loss, a scalar, within a window of past and future frames (B, past + horizon, C, H, W).
+
+        Args:
+            frames: the window.
+            static: static channels (B, S, H, W), if the configuration has any.
+            over: the predictions that the loss covers: "all", "future" (only the last `horizon` frames), or the number of one
+                future frame, 1 being the first.
+            fed: for each future frame but the last, whether the true frame is an input; if false, its prediction is the input
+                instead. All entries are true by default.
+        """
+
+    @abstractmethod
+    def generate(self, past: Tensor, static: Tensor | None = None, horizon: int | None = None) -> Tensor:
+        """The frames after `past` (B, T, C, H, W): (B, horizon, C, H, W), not clipped.
+
+        The default horizon is the configuration's.
+        """
+
+    def check_generation(self, height: int, width: int) -> None:
+        """Raise ValueError, with the reason, if generating frames of that size would take unreasonably long."""
+
+    def scores(self, frames: Tensor, static: Tensor | None = None, number: int | None = None) -> Tensor:
+        """Validation scores of windows as in `loss`, (horizon,); their mean selects checkpoints, and lower is better.
+
+        A score is the mean squared error of one generated frame, clipped to [0, 1]. With `number`, the result is (1,): only the
+        score of that frame, 1 being the first.
+        """
+        past = self.config.past
+        chosen = slice(number and number - 1, number)
+        forecast = self.generate(frames[:, :past], static, number)[:, chosen].clamp(0, 1)
+        return F.mse_loss(forecast, frames[:, past:][:, chosen], reduction="none").mean((0, 2, 3, 4))
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compile the expensive parts in place by `torch.compile(..., **options)`. The keys of the state dict do not change."""
+        for child in self.children():
+            for part in child if isinstance(child, nn.ModuleList) else (child,):
+                part.compile(**options)
+
+    def _check(self, frames: Tensor, static: Tensor | None, at_least: int = 1) -> None:
+        check_window(frames, static, self.config.channels, self.config.static_channels, at_least)
+
+    def _horizon(self, horizon: int | None) -> int:
+        if horizon is None:
+            return self.config.horizon
+        check_at_least_one("horizon", horizon)
+        return horizon
+
+    def _chosen(self, over: Loss, predictions: int) -> range:
+        """The indices of the predictions that a loss covers; the last `horizon` predictions are future frames."""
+        self.config.check_loss(over)
+        future = predictions - self.config.horizon
+        if isinstance(over, int):
+            return range(future + over - 1, future + over)
+        return range(future if over == "future" else 0, predictions)
+
+    def _truly_fed(self, frames: int, fed: Sequence[bool] | None) -> list[bool]:
+        """For each frame of a window but the last, whether the true frame is an input."""
+        if fed is not None and not self.config.feeds_back:
+            raise ValueError(f"fed is given, but {self.config.title} does not feed predictions back: omit it")
+        future = frames - 1 - self.config.past
+        if fed is not None and len(fed) != future:
+            raise ValueError(f"fed must have {future} entries for {frames} frames; got {len(fed)}")
+        return [True] * (frames - 1) if fed is None else [True] * self.config.past + list(fed)

@@ -185,8 +185,8 @@ def test_fit_where_no_folder_can_be(fit):
 def test_an_accelerator_that_is_not_there(fit, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     line = fit("--training.accelerator", "gpu")
-    assert "training.accelerator gpu and training.devices 1 cannot be had here" in line
-    assert "say --training.accelerator auto" in line
+    assert "training.accelerator gpu with training.devices 1 is not available here" in line
+    assert "set --training.accelerator auto" in line
 
 
 @pytest.mark.filterwarnings("default")
@@ -194,7 +194,7 @@ def test_a_precision_for_gpus_alone(cities, small, capsys, tmp_path):
     once = ("--training.epochs=1", "--training.batches=1", "--training.precision=16-mixed")
     main([str(a) for a in ("fit", *small, *once, "--data.root", cities, "--out", tmp_path / "run")])
     error = capsys.readouterr().err
-    assert "warning: training.precision 16-mixed is for GPUs: it is bf16-mixed here\n" in error
+    assert "warning: training.precision 16-mixed requires a GPU; training uses bf16-mixed instead\n" in error
     assert "Trainer(" not in error
 
 

@@ -76,7 +76,7 @@ def test_a_checkpoint_of_which_a_bit_has_flipped(part, which, own_run, failing):
     other = "last.ckpt" if which == "best" else "best.ckpt"
     command = ("evaluate", own_run) if which == "best" else ("fit", "--resume", own_run, "--training.epochs", "2")
     line = failing(*command)
-    assert f"{path} is no readable checkpoint (it is damaged: the checksum of " in line
+    assert f"{path} is not a readable checkpoint (it is damaged: the checksum of " in line
     assert f"copy {other} over it, or train again" in line
 
 
@@ -92,13 +92,18 @@ def test_a_checkpoint_whose_parts_are_packed(own_run):
         for _ in range(50):
             file.write(bytes(2**20))
     line = refused("evaluate", own_run)
-    assert f"{path} is no readable checkpoint (its parts are packed, expected what crevnet fit wrote)" in line
+    assert (
+        f"{path} is not a readable checkpoint (its entries are compressed, expected an uncompressed file of crevnet fit)"
+        in line
+    )
 
 
 def test_a_checkpoint_that_is_no_zip(own_run, failing):
     path = own_run / "checkpoints" / "best.ckpt"
     path.write_bytes(b"\x80\x02}q\x00.")
-    assert f"{path} is no readable checkpoint (it is damaged: File is not a zip file)" in failing("evaluate", own_run)
+    assert f"{path} is not a readable checkpoint (it is damaged: File is not a zip file)" in failing(
+        "evaluate", own_run
+    )
 
 
 # --- configuration files and lists

@@ -15,7 +15,7 @@ def value_name(option: str, hint: Any) -> str:
     """What follows an option: `N` for a whole number, `[NAME,...]` for a list of names, short choices themselves."""
     choices, kinds = _choices(hint), [_kind(kind) for kind in _alternatives(hint) if get_origin(kind) is not Literal]
     written = "|".join([*choices, *kinds])
-    return written if len(f"{option} {written}") <= _ROOM or not choices else "VALUE"
+    return written if len(f"{option} {written}") <= _ROOM or not choices else "NAME"
 
 
 def choices_note(option: str, hint: Any) -> str | None:
@@ -25,7 +25,7 @@ def choices_note(option: str, hint: Any) -> str | None:
         for kind in _alternatives(hint):
             choices = choices or [choice for item in get_args(kind) for choice in _choices(item)]
         return _listed(choices, "and") if choices else None
-    if value_name(option, hint) != "VALUE":
+    if value_name(option, hint) != "NAME":
         return None
     kinds = [_kind(kind) for kind in _alternatives(hint) if get_origin(kind) is not Literal]
     return _listed([*choices, *kinds], "or")
@@ -58,7 +58,7 @@ def _choices(hint: Any) -> list[str]:
 
 def _kind(kind: Any) -> str:
     if get_origin(kind) not in (list, tuple):
-        return _NAMES.get(kind, "VALUE")
+        return _NAMES.get(kind, "NAME")
     items = get_args(kind)
     if get_origin(kind) is tuple and Ellipsis not in items:
         return f"[{','.join(map(_kind, items))}]"

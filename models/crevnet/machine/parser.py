@@ -59,9 +59,8 @@ class Parser(jsonargparse.ArgumentParser):
     def validate(self, namespace: jsonargparse.Namespace, *arguments: Any, **options: Any) -> None:
         """Also refuse a section without values, and null for a required value, which the base class accepts from files."""
         for section in self.groups or ():
-            values = namespace.get(section)
-            if values is not None and not isinstance(values, jsonargparse.Namespace):
-                raise TypeError(f"{section} is {values!r}, expected a section with values")
+            if section in namespace and not isinstance(namespace[section], jsonargparse.Namespace):
+                raise TypeError(f"{section} is {namespace[section]!r}, expected a section with values")
         for action in self._actions:  # a missing value is null, too
             required = action.required if action.option_strings else action.nargs in (None, "+")
             if required and namespace.get(action.dest) is None:

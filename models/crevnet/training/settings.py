@@ -132,12 +132,11 @@ def with_protocol(settings: RunSettings, name: str | None) -> RunSettings:
     if name == "movies":
         return replace(settings, model=replace(model, static=()), data=replace(data, protocol="movies"))
     if name == "2019":  # which predicts certain time slots
-        data = replace(data, protocol="2019", validation_windows="test")
+        asked, data = protocol("2019"), replace(data, protocol="2019", validation_windows="test")
     elif name == "2021":  # which has all its days in one folder
-        data = replace(data, protocol="2021", validation_split="training")
+        asked, data = protocol("2021"), replace(data, protocol="2021", validation_split="training")
     else:
         return settings
-    asked = protocol(data.protocol)
     model = replace(model, channels=len(asked.channels), past=asked.past, horizon=asked.horizon, static=("road_map",))
     return replace(settings, model=model, data=data)
 

@@ -119,7 +119,7 @@ def test_spellings_and_the_papers_sizes(spelling, capsys):
         (["--model", "convlstm", "--model.kernel", "4"], "kernel has to be odd"),
         (["--model", "vpn", "--model.width", "2"], "width"),
         (["--model", "prednet", "--training.loss", "padded"], "prednet is over all, future, or over one future frame"),
-        (["--model", "unet", "--training.sampling_steps", "9"], "training.sampling_steps is not for unet"),
+        (["--model", "unet", "--training.sampling_steps", "9"], "training.sampling_steps does not apply to unet"),
         (["--training.sampling_steps", "-1"], "training.sampling_steps"),
         (["--model", "predrnn", "--resume", "RUN"], "crevnet"),
     ],

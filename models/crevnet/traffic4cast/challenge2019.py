@@ -1,10 +1,10 @@
-"""The competition of 2019: five blocks a test day, three frames to predict after each.
+"""The competition of 2019: five blocks per test day, and three frames to predict after each.
 
-`<City>/<City>_test/YYYYMMDD_100m_bins.h5` holds a day (288, 495, 436, 3), zero but for the 12 frames before each of five slots.
-It is answered by a file of the same name, (5, 3, 495, 436, 3) uint8. The score is the mean squared error of values / 255.
+`<City>/<City>_test/YYYYMMDD_100m_bins.h5` contains a day (288, 495, 436, 3), zero except for the 12 frames before each of five
+slots. The answer is a file with the same name, (5, 3, 495, 436, 3) uint8. The score is the mean squared error of values / 255.
 Source: the organisers' readme and baselines, https://github.com/iarai/NeurIPS2019-traffic4cast.
 
-The truth is the full day, in `<City>/<City>_test_truth/`, under the same name: a layout of this project's own.
+The truth is the full day, in `<City>/<City>_test_truth/`, with the same name. This layout is the project's own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from crevnet.traffic4cast.interface import Case, CaseFile, Challenge
 class Challenge2019(Challenge):
     """The task of 2019.
 
-    slots: the first predicted slots in cities other than the competition's three, which have their own.
+    Args:
+        slots: first predicted slots, for cities other than the competition's three, which have their own.
     """
 
     unit = 1 / 255**2
@@ -60,12 +61,13 @@ class Challenge2019(Challenge):
         slots = TEST_SLOTS.get(day.city, self._slots)
         if slots is None:
             raise DataError(
-                f"{day.path}: the competition had no {day.city}, so say which slots to predict first: --slots '[57,114,...]'"
+                f"{day.path}: {day.city} was not in the competition: give the first predicted slots by --slots '[57,114,...]'"
             )
         lowest, highest = self.protocol.past, day.shape[0] - self.protocol.horizon
         if not slots or not all(lowest <= first <= highest for first in slots):
             raise DataError(
-                f"--slots {list(slots)}: {day.path} has {day.shape[0]} slots, so name some from {lowest} to {highest}"
+                f"--slots {list(slots)} does not fit {day.path}, which has {day.shape[0]} slots: choose slots from {lowest} "
+                f"to {highest}"
             )
         return tuple(slots)
 
@@ -85,7 +87,7 @@ class DayCases(CaseFile):
         past = self._reader.read(self._day, first - self._asked.past, first).astype(np.uint8)
         if not past.any():
             warnings.warn(
-                f"{self._day.path}: the {len(past)} frames before slot {first} are all zero; are --slots the day's?",
+                f"{self._day.path}: the {len(past)} frames before slot {first} are all zero; check --slots for this day",
                 stacklevel=2,
             )
         return Case(self._day, first, past)
@@ -94,17 +96,19 @@ class DayCases(CaseFile):
         path = _truth_of(self._day.path)
         if not path.is_file():
             raise DataError(
-                f"{path} is missing, expected the full day of {self._day.path}: without it there is no score"
+                f"{path} is missing, expected the full day of {self._day.path}, which the score requires: add the file"
             )
         day, first = open_day(path), self._slots[index]
         if day.shape != self._day.shape:
-            raise DataError(f"{path} has shape {day.shape}, its test day {self._day.shape}; expected the same day")
+            raise DataError(
+                f"{path} has shape {day.shape}, but its test day has {self._day.shape}: replace it with the full day"
+            )
         frames = self._reader.read(day, first, first + self._asked.horizon).astype(np.uint8)
         return frames[[horizon - 1 for horizon in self._asked.horizons]]
 
 
 def _is_held_out(path: Path, day: DayFile, origin: str) -> bool:
-    """Whether a test case and its truth are there. DataError where another file is in the place of one of them."""
+    """Whether a test case and its truth exist. DataError if another file is at one of their paths."""
     truth = _truth_of(path)
     if truth.exists() and not filecmp.cmp(truth, day.path, shallow=False):
         raise exists_already(truth)

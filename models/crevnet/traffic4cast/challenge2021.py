@@ -1,11 +1,12 @@
-"""The competition of 2021: a hundred hours a city, six frames to predict in the hour after each.
+"""The competition of 2021: a hundred hours per city, and six frames to predict in the hour after each.
 
-`<CITY>/<CITY>_test_<task>.h5` holds the hours, (100, 12, 495, 436, 8) uint8, and `<CITY>_test_additional_<task>.h5` the weekday
-(0 is Monday) and the first slot of each, (100, 2), in local time. It is answered by a file of the first's name,
-(100, 6, 495, 436, 8) uint8: 5, 10, 15, 30, 45 and 60 minutes later. The score is the mean squared error of values 0..255. The
-task is temporal or spatiotemporal. Source: https://github.com/iarai/NeurIPS2021-traffic4cast (data/README.md, competition/).
+`<CITY>/<CITY>_test_<task>.h5` contains the hours, (100, 12, 495, 436, 8) uint8. `<CITY>_test_additional_<task>.h5` contains the
+weekday (0 is Monday) and the first slot of each, (100, 2), in local time. The answer is a file with the first one's name,
+(100, 6, 495, 436, 8) uint8: the frames 5, 10, 15, 30, 45 and 60 minutes later. The score is the mean squared error of values
+0..255. The task is temporal or spatiotemporal.
+Source: https://github.com/iarai/NeurIPS2021-traffic4cast (data/README.md, competition/).
 
-The truth is a file like the answer, `<CITY>_test_<task>_truth.h5` beside the test's: a layout of this project's own.
+The truth is a file with the answer's shape, `<CITY>_test_<task>_truth.h5` in the same folder. This layout is the project's own.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from crevnet.traffic4cast.interface import Case, CaseFile, Challenge
 from crevnet.traffic4cast.settings import Task
 
 SLOTS = 288
-"""Of a day; a file of hours does not say it."""
-_LAST_START = 240  # the organisers' latest, as slots are kept in a byte
+"""Number of slots in a day, which files of hours do not contain."""
+_LAST_START = 240  # the organisers' latest, since a slot is stored in one byte
 _A_MONDAY = date(2018, 1, 1)
 
 
@@ -46,11 +47,13 @@ class Challenge2021(Challenge):
         }
         if not found:
             raise DataError(
-                f"{root} holds no test cases of 2021, expected {layout}: check folder, --data.protocol and --task"
+                f"{root} has no test cases of 2021, expected {layout}: check the folder, --data.protocol and --task"
             )
         for city in cities or ():
             if city not in found:
-                raise DataError(f"{root} holds no test cases of {city}; found {', '.join(found)}; expected {layout}")
+                raise DataError(
+                    f"{root} has no test cases of {city}; found {', '.join(found)}; expected {layout}: check --data.cities"
+                )
         return [HourCases(found[city], city, self.protocol) for city in dict.fromkeys(cities or found)]
 
     def hold_out(self, days: Sequence[DayFile], count: int, rng: np.random.Generator, out: Path) -> Iterator[Path]:
@@ -59,7 +62,9 @@ class Challenge2021(Challenge):
         starts = [(day, start) for day in days for start in _apart(day, window, rng)]
         chosen = [starts[index] for index in np.sort(rng.permutation(len(starts))[:count])]
         if not chosen:
-            raise DataError(f"{days[0].path} has {days[0].shape[0]} slots, a test case needs {window}: use longer days")
+            raise DataError(
+                f"{days[0].path} has {days[0].shape[0]} slots, but a test case requires {window}: use longer days"
+            )
         path = self._path(out, city)
         origin = origin_of(days, [(day.path.name, start) for day, start in chosen])
         there = [is_held_out(target, origin) for target in (path, _additional_of(path), _truth_of(path))]
@@ -104,7 +109,7 @@ class HourCases(CaseFile):
             self._when = additional[()]
             highest = (6, SLOTS - asked.past - asked.horizon)
             if (self._when < 0).any() or (self._when > highest).any():
-                raise ValueError(f"weekdays and slots up to {self._when.max(0)}, possible are {highest}")
+                raise ValueError(f"weekdays and slots up to {self._when.max(0)}, expected 0 to {highest}")
 
     def case(self, index: int) -> Case:
         weekday, start = (int(value) for value in self._when[index])
@@ -123,7 +128,7 @@ class HourCases(CaseFile):
 
 
 def _apart(day: DayFile, window: int, rng: np.random.Generator) -> range:
-    """First slots of windows of a day that share no slot, from a random one on."""
+    """First slots of non-overlapping windows of a day, with a random offset."""
     last = min(day.shape[0] - window, _LAST_START)
     return range(int(rng.integers(window)) % (last + 1), last + 1, window) if last >= 0 else range(0)
 

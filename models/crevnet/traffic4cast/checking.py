@@ -1,4 +1,4 @@
-"""The files of a submission, in a folder or a zip, and everything that is wrong with them."""
+"""Reads the files of a submission, in a folder or a zip, and lists their problems."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from crevnet.traffic4cast.interface import CaseFile
 
 _NO_ZIP = (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, IndexError)
 _PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""Others unpack all at once, whatever they are asked for."""
+"""Accepted compression methods. Others decompress a whole entry, even if only some bytes are read."""
 _MOST_LISTED = 20
 
 
 class Submission:
-    """The files in a folder or a zip, which come from strangers; DataError if it is neither."""
+    """The untrusted files in a folder or a zip; DataError if the path is neither."""
 
     def __init__(self, path: Path) -> None:
         self._folder, self._archive = path, None
@@ -38,7 +38,7 @@ class Submission:
             self._archive = zipfile.ZipFile(path)
         except _NO_ZIP as error:
             raise DataError(
-                f"{path} is neither a folder nor a zip ({error}); expected what crevnet submit wrote"
+                f"{path} is neither a folder nor a zip ({error}); expected the output of crevnet submit: check the path"
             ) from error
         self.names = {entry.filename for entry in self._archive.infolist() if not entry.is_dir()}
 
@@ -61,31 +61,34 @@ class Submission:
 
 
 def _unpacked(archive: zipfile.ZipFile, asked: CaseFile) -> bytes:
-    """An entry, unless it is larger than the predictions are without any packing; what it says of its size is not relied on."""
+    """The bytes of an entry; ValueError if they exceed the size of uncompressed predictions. Its declared size is not trusted."""
     entry, most = archive.getinfo(asked.name), prod(asked.shape) * 9 // 8 + 2**20
     if entry.compress_type not in _PACKED:
-        raise ValueError(f"it is packed by method {entry.compress_type}, expected stored or deflated: zip it anew")
+        raise ValueError(f"it is compressed by method {entry.compress_type}, expected stored or deflated: zip it again")
     with archive.open(entry) as file:
         content = b"" if entry.file_size > most else file.read(most + 1)
     if entry.file_size > most or len(content) > most:
         raise ValueError(
-            f"it unpacks to {max(entry.file_size, len(content))} bytes or more, expected at most {most} for {asked.shape} uint8"
+            f"it decompresses to {max(entry.file_size, len(content))} bytes or more, expected at most {most} for "
+            f"{asked.shape} uint8"
         )
     return content
 
 
 def problems(submission: Submission, files: Sequence[CaseFile]) -> list[str]:
-    """What keeps a submission from being scored, a line each that begins with a file's name: files that are missing,
-    not asked for, or not as they should be. Reads all of them."""
+    """Reasons why a submission cannot be scored, one line each, beginning with a file's name.
+
+    A file may be missing, unexpected or invalid. All files are read.
+    """
     asked = {file.name for file in files}
-    extra = [f"{_shown(name)}: not asked for" for name in sorted(submission.names - asked)]
+    extra = [f"{_shown(name)}: unexpected" for name in sorted(submission.names - asked)]
     if len(extra) > _MOST_LISTED:
-        extra[_MOST_LISTED:] = [f"{len(extra) - _MOST_LISTED} more files: not asked for"]
+        extra[_MOST_LISTED:] = [f"{len(extra) - _MOST_LISTED} more files: unexpected"]
     return extra + [f"{file.name}: {problem}" for file in files for problem in _problems_of(submission, file)]
 
 
 def _shown(name: str) -> str:
-    """A name that a stranger has chosen: with the line breaks and control characters escaped, and not at any length."""
+    """An untrusted name: line breaks and control characters are escaped, and the length is limited."""
     return (name if name.isprintable() else ascii(name))[:200]
 
 
@@ -99,10 +102,10 @@ def _problems_of(submission: Submission, file: CaseFile) -> Iterator[str]:
                 yield f"has dtype {array.dtype}, expected uint8"
             if array.shape != file.shape:
                 yield f"has shape {array.shape}, expected {file.shape}"
-                return  # and as many values as it says, which may be any number
+                return  # without reading its values, of which there may be any number
             check_unpacked_sizes(array)
-            # Damage shows when values are read, case by case, since a file may be larger than memory.
+            # Reading the values reveals damage. They are read case by case, since a file may be larger than memory.
             if sum(int((values != values).any()) for values in array):
-                yield "holds NaN"
+                yield "contains NaN"
     except ValueError as error:
         yield str(error)

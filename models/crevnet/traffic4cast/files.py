@@ -22,7 +22,10 @@ _MARK = "held_out_from"
 
 @contextmanager
 def writing_array(path: Path, shape: tuple[int, ...], dtype: np.dtype | type = np.uint8) -> Iterator[h5py.Dataset]:
-    """The dataset `array`, zeros at first, of a file that takes its name when it is finished: gzip 9, a chunk a case or frame."""
+    """The dataset `array` of a new file, initially zeros: gzip 9, one chunk per case or frame.
+
+    The file gets its name at the end.
+    """
     with writing_hdf5(path) as file:
         array = file.create_dataset(
             "array",
@@ -40,7 +43,7 @@ def writing_array(path: Path, shape: tuple[int, ...], dtype: np.dtype | type = n
 
 @contextmanager
 def reading_array(path: Path, expected: str) -> Iterator[h5py.Dataset]:
-    """The dataset `array` of a file; `expected` says what should be there in the DataError for a file that cannot be read."""
+    """The dataset `array` of a file. A file that cannot be read raises DataError, which includes `expected`."""
     try:
         with opened_file(path) as file:
             yield array_of(file)
@@ -52,16 +55,19 @@ def reading_array(path: Path, expected: str) -> Iterator[h5py.Dataset]:
 def check_channels(path: Path, channels: int, asked: Protocol) -> None:
     if channels != len(asked.channels):
         raise DataError(
-            f"{path} has {channels} channels, expected {len(asked.channels)} in {asked.name}: check folder and --data.protocol"
+            f"{path} has {channels} channels, expected {len(asked.channels)} in {asked.name}: check the folder and "
+            "--data.protocol"
         )
 
 
 def is_held_out(path: Path, origin: str) -> bool:
-    """Whether the file is there already, held out from the same days by the same draw, so that a holdout that was killed can be
-    repeated. DataError where something else is in its place."""
+    """Whether the file exists, held out from the same days by the same draw, so an interrupted holdout can be repeated.
+
+    Raises DataError if another file is at that path.
+    """
     if not path.exists():
         return False
-    with reading_array(path, "a file that this command has made") as array:
+    with reading_array(path, "a file made by this command") as array:
         found = array.attrs.get(_MARK)
     if found != origin:
         raise exists_already(path)
@@ -69,18 +75,18 @@ def is_held_out(path: Path, origin: str) -> bool:
 
 
 def exists_already(path: Path) -> DataError:
-    return DataError(f"{path} exists already, and is not overwritten: choose another --out, or remove it")
+    return DataError(f"{path} already exists and is not overwritten: choose another --out, or remove it")
 
 
 @contextmanager
 def holding_out(path: Path, shape: tuple[int, ...], origin: str) -> Iterator[h5py.Dataset]:
-    """`writing_array`, of a file that `is_held_out` recognizes."""
+    """`writing_array` for a file that `is_held_out` recognizes."""
     with writing_array(path, shape) as array:
         array.attrs[_MARK] = origin
         yield array
 
 
 def origin_of(days: Iterable[DayFile], drawn: object) -> str:
-    """What determines held-out files: the days' names, sizes and dates, and what was drawn of them."""
+    """A hash that identifies held-out files: of the days' names, sizes and dates, and of the draw."""
     files = [(day.path.name, day.path.stat().st_size, day.path.stat().st_mtime_ns) for day in days]
     return hashlib.sha256(repr((files, drawn)).encode()).hexdigest()

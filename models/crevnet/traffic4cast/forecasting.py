@@ -1,4 +1,4 @@
-"""Forecasts of test cases: trained runs, their mean, and the naive forecasts, in the values of a submission."""
+"""Forecasts of test cases: trained runs, their mean, and naive baselines, in the value range of a submission."""
 
 from __future__ import annotations
 
@@ -26,33 +26,35 @@ from crevnet.training.recipe_folders import base_run, city_run, frame_run, recor
 from crevnet.training.settings import load_settings
 
 CaseForecast = Callable[[Case], np.ndarray]
-"""The frames that the competition asks for, (P, H, W, C) float in 0..255, not clipped."""
+"""Test case -> the scored frames, (P, H, W, C) floating point in the range 0..255, not clipped."""
 
 
 def submitted(values: np.ndarray) -> np.ndarray:
-    """Values as a submission holds them: uint8, clipped to 0..255 and rounded, half-way cases to the even neighbour, as the
-    organisers' baselines are. DataError for values that are not finite."""
+    """Values in a submission's format: uint8, clipped to 0..255 and rounded half to even, like the organisers' baselines.
+
+    Raises DataError for values that are not finite.
+    """
     if not np.isfinite(values).all():
         raise DataError("the forecast is not finite, so it cannot be submitted: train again, at a lower learning rate")
     return np.rint(values.clip(0, 255)).astype(np.uint8)
 
 
 def naive_forecasts(asked: Protocol) -> dict[str, CaseForecast]:
-    """The naive forecasts, which see what a submission's model may see."""
+    """The naive baselines, which receive the same frames as a submission's model."""
     horizon = asked.horizon
     naive = {
         "zeros": forecasts.zeros(horizon),
         "last frame": forecasts.last_frame(horizon),
         "mean of last three": forecasts.mean_of_three(horizon),
     }
-    # The default argument binds each one, where a closure would see the last.
+    # The default argument binds each forecast; a closure would use the last one for all.
     return {name: lambda case, f=f: _asked_for(f(_frames(case), {}), asked) for name, f in naive.items()}
 
 
 class SlotMean:
-    """The historical mean: each pixel's mean over the training days of its city, at the time of day that is predicted.
+    """The historical mean: each pixel's mean over the training days of its city, at the predicted time of day.
 
-    A slot's mean is computed when it is first asked for, from that slot of every day, and kept rounded to uint8.
+    The mean of a slot is computed on first use, from that slot of every day. It is rounded to uint8 and stored.
     """
 
     def __init__(self, days: Sequence[DayFile], asked: Protocol) -> None:
@@ -73,17 +75,19 @@ class SlotMean:
         if (city, slot) not in self._means:
             days = [day for day in self._days if day.city == city and slot < day.shape[0]]
             if not days:
-                raise DataError(f"{city} has no training day with slot {slot} for its historical mean: use whole days")
+                raise DataError(
+                    f"{city} has no training day with slot {slot}, which its historical mean requires: use whole days"
+                )
             total = sum(self._reader.read(day, slot, slot + 1)[0].astype(np.int64) for day in days)
             self._means[city, slot] = submitted(total / len(days))
         return self._means[city, slot]
 
 
 class RunForecast:
-    """A trained run.
+    """Forecasts of a trained run.
 
-    Where it sees fewer frames than are given it takes the last of them, and it generates up to the farthest horizon that is
-    asked for. The maps among its static inputs are found as they are in training, for the cities of `days`.
+    A model that uses fewer frames than are given receives the last of them. It generates frames up to the farthest scored
+    horizon. Maps among its static inputs are loaded as in training, for the cities of `days`.
     """
 
     def __init__(
@@ -98,11 +102,13 @@ class RunForecast:
         self._model = load_settings(run).model
         if self._model.channels != len(asked.channels):
             raise DataError(
-                f"{run} predicts {self._model.channels} channels, the competition of {asked.name} asks for "
-                f"{len(asked.channels)} ({', '.join(asked.channels)}): choose --data.protocol or another run"
+                f"{run} predicts {self._model.channels} channels, but the competition of {asked.name} requires "
+                f"{len(asked.channels)} ({', '.join(asked.channels)}): choose another --data.protocol or another run"
             )
         if self._model.past > asked.past:
-            raise DataError(f"{run} sees {self._model.past} frames, but {asked.past} are given: choose another run")
+            raise DataError(
+                f"{run} requires {self._model.past} past frames, but the competition provides {asked.past}: choose another run"
+            )
         network = load_network(run, self._model, checkpoint)
         check_forecasts(run, network, feedback, days[0].shape)
         self._network = network.to(device()).eval()
@@ -117,18 +123,20 @@ class RunForecast:
         )
         try:
             found = self._network.generate(past, static, self._asked.horizon, **self._options)
-        except (RuntimeError, ValueError) as error:  # of frame sizes that do not fit
+        except (RuntimeError, ValueError) as error:  # for unsuitable frame sizes
             raise DataError(f"{self._run} cannot predict {case.day.path}: {' '.join(str(error).split())}") from error
         return _asked_for(found, self._asked)
 
 
 class RecipeForecast:
-    """A recipe's final model: of each city the mean of the base model, the city's, and those of the predicted frames."""
+    """A recipe's final model: for each city, the mean of the base model, the city's model and its models of single frames."""
 
     def __init__(self, folder: Path, forecast_of: Callable[[Path], CaseForecast], asked: Protocol) -> None:
         self._folder, self._forecast_of, self._asked = folder, forecast_of, asked
         self._base = forecast_of(base_run(folder))
-        self._city: tuple[str, list[CaseForecast]] | None = None  # one at a time: a city has a network for each frame
+        self._city: tuple[str, list[CaseForecast]] | None = (
+            None  # only one at a time, since a city has a network for each frame
+        )
 
     def __call__(self, case: Case) -> np.ndarray:
         base, tuned, *frames = (forecast(case) for forecast in (self._base, *self._tuned(case.day.city)))
@@ -142,24 +150,25 @@ class RecipeForecast:
 
 
 def city_runs(folder: Path, city: str, asked: Protocol) -> list[Path]:
-    """Of a recipe, the run of a city and those of its frames, by horizon. DataError where one is not done."""
+    """A recipe's runs for a city: the city's own, then those of its frames, by horizon. DataError if one is not finished."""
     horizon = load_settings(base_run(folder)).model.horizon
     if horizon != asked.horizon:
         raise DataError(
-            f"{folder} is tuned for {horizon} frames, and the competition of {asked.name} asks for {asked.horizon}: choose "
+            f"{folder} is tuned for {horizon} frames, but the competition of {asked.name} requires {asked.horizon}: choose "
             "another recipe, or one of its runs"
         )
     runs = [city_run(folder, city), *(frame_run(folder, city, number) for number in asked.horizons)]
     for run in runs:
         if not record(run).is_file():
             raise DataError(
-                f"{run} is not done: go on with crevnet recipe paper --out {quoted(folder)}, or choose --data.cities"
+                f"{run} is not finished: continue with crevnet recipe paper --out {quoted(folder)}, or choose other "
+                "--data.cities"
             )
     return runs
 
 
 def ensemble(members: Sequence[CaseForecast], weights: Sequence[float] | None) -> CaseForecast:
-    """The weighted mean of several forecasts, before it is clipped and rounded; the weights need not add up to 1."""
+    """The weighted mean of several forecasts, before clipping and rounding; the weights are normalized."""
 
     def mean(case: Case) -> np.ndarray:
         return np.average([member(case) for member in members], axis=0, weights=weights)
@@ -172,13 +181,13 @@ def _static_inputs(data: DataSettings, days: Sequence[DayFile], names: Sequence[
         return StaticInputs(names, {})
     layout = layout_named(data.protocol, data.heading_order)
     if data.root is None or layout.static_file(data.root, days[0].city) is None:
-        days = open_training_days(data)  # whose frames the road map comes from
+        days = open_training_days(data)  # the road map is computed from their frames
     assert data.root is not None
     return StaticInputs(names, static_maps(names, layout, data.root, days, data.training_slots))
 
 
 def _frames(case: Case) -> Tensor:
-    """(1, 12, C, H, W) in [0, 1]."""
+    """The given frames as float32 (1, 12, C, H, W) in [0, 1]."""
     return torch.from_numpy(case.past).permute(0, 3, 1, 2)[None].to(torch.float32).div_(255)
 
 

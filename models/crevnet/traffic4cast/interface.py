@@ -1,7 +1,7 @@
-"""What a challenge is: files of test cases, each answered by one file of predictions, and a unit in which errors count.
+"""Interface of a challenge: files of test cases, each answered by one file of predictions, and the unit of errors.
 
-Shapes: P horizons that are asked for, H x W a frame's height and width, C its channels. Values are uint8, 0..255. In all
-challenges the score is the mean squared error, in the challenge's unit, over a file, over a city's files, over cities.
+Shapes: P scored horizons, and frames of C channels and H x W pixels. Values are uint8, 0..255. In all challenges the score is
+the mean squared error in the challenge's unit, averaged over a file, over a city's files, and over cities.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from crevnet.data.files.protocol import Protocol
 
 @dataclass(frozen=True)
 class Case:
-    """One test case: the frames that are given, and when they were.
+    """One test case: the given frames and their time.
 
     Attributes:
-        day: the day that they are from. Where its weekday alone is known, any day of that weekday.
-        first: the first slot after them.
-        past: uint8 (12, H, W, C).
+        day: the day of the given frames. If only the weekday is known, any day with that weekday.
+        first: the first slot after the given frames.
+        past: the given frames, uint8 (12, H, W, C).
     """
 
     day: DayFile
@@ -36,9 +36,9 @@ class CaseFile(ABC):
     """The test cases that one file of a submission answers.
 
     Attributes:
-        city: whose they are.
-        name: of the file that answers them, within a submission; with slashes.
-        shape: (cases, P, H, W, C) of the dataset `array` in it, uint8.
+        city: the city of the test cases.
+        name: path of the answering file within a submission, with slashes.
+        shape: (cases, P, H, W, C), the shape of its uint8 dataset `array`.
     """
 
     city: str
@@ -47,19 +47,19 @@ class CaseFile(ABC):
 
     @abstractmethod
     def case(self, index: int) -> Case:
-        """One of its cases; DataError if it cannot be read."""
+        """The test case `index`; DataError if it cannot be read."""
 
     @abstractmethod
     def truth(self, index: int) -> np.ndarray:
-        """What was to be predicted in that case, uint8 (P, H, W, C); DataError if there is no truth that can be read."""
+        """The true frames of that case, uint8 (P, H, W, C); DataError if they are missing or cannot be read."""
 
 
 class Challenge(ABC):
-    """What one of the competitions asks for.
+    """The task of one competition.
 
     Attributes:
-        protocol: what is to be predicted from what.
-        unit: an error of 1 of 255 counts as so much.
+        protocol: the given frames and the frames to predict.
+        unit: factor from the squared error of values in 0..255 to the score.
     """
 
     protocol: Protocol
@@ -67,12 +67,15 @@ class Challenge(ABC):
 
     @abstractmethod
     def case_files(self, root: Path, cities: Sequence[str] | None) -> list[CaseFile]:
-        """All test cases below a folder, by city; `cities` None takes every city. DataError without any, or if damaged."""
+        """All files of test cases below `root`, by city; `cities` None means every city.
+
+        Raises DataError if there are none, or if a file is damaged.
+        """
 
     @abstractmethod
     def hold_out(self, days: Sequence[DayFile], count: int, rng: np.random.Generator, out: Path) -> Iterator[Path]:
-        """Make test cases of full days of one city, with the truth beside them, where `case_files(out)` finds them.
+        """Make test cases and their truth from full days of one city, in the places where `case_files(out)` finds them.
 
-        At most `count` are drawn. Gives the path of each file when it is written, or was there from the same draw; DataError if
-        another file is in its place, or days are too short.
+        At most `count` are drawn. Yields the path of each file once it is written, or if it exists from the same draw. Raises
+        DataError for another file at such a path, and for days that are too short.
         """

@@ -1,6 +1,6 @@
-"""Scores of submissions, by the competition's formula, and of the naive forecasts on the same test cases.
+"""Scores submissions by the competition's formula, and the naive baselines on the same test cases.
 
-The naive forecasts are clipped and rounded as a submission is.
+The naive baselines are clipped and rounded like a submission.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class CompetitionScores:
     """Mean squared errors in the competition's unit; `mse` is the score.
 
     Attributes:
-        mse: the mean over all.
+        mse: the mean over all values.
         mse_by_channel: in the order of the protocol's channels.
         mse_by_horizon: in the order of the protocol's horizons.
-        mse_by_hour: by the hour of the day of the predicted frame, of those hours in which frames were predicted.
+        mse_by_hour: hour of day -> error of the frames predicted in it; hours without frames are missing.
     """
 
     mse: float
@@ -36,19 +36,20 @@ class CompetitionScores:
 
 
 class ErrorTable:
-    """Adds up the errors of a city's predicted frames, in float64.
+    """Accumulates the errors of a city's predicted frames, in float64.
 
-    A city's files hold as many cases each, of one frame size, so the mean over all frames is the mean over files of their means.
+    All files of a city have the same number of cases and one frame size. The mean over all frames therefore equals the mean
+    over the files' means.
     """
 
     def __init__(self, competition: Challenge) -> None:
         self._unit, self._horizons = competition.unit, np.array(competition.protocol.horizons)
         asked = len(self._horizons), len(competition.protocol.channels)
-        self._errors = np.zeros((HOURS, *asked))  # sums over frames of a frame's mean error
+        self._errors = np.zeros((HOURS, *asked))  # sum over frames of each frame's mean error
         self._frames = np.zeros((HOURS, asked[0], 1))
 
     def add(self, case: Case, prediction: np.ndarray, truth: np.ndarray) -> None:
-        """prediction and truth: uint8 (P, H, W, C)."""
+        """Add the errors of one case; `prediction` and `truth` are uint8 (P, H, W, C)."""
         error = np.square(prediction.astype(np.int32) - truth).mean((1, 2)) * self._unit
         hour = (case.first + self._horizons - 1) * HOURS // case.day.shape[0]
         row = np.arange(len(self._horizons))
@@ -73,9 +74,9 @@ def score_city(
     competition: Challenge,
     progress: Callable[[int], None],
 ) -> dict[str, CompetitionScores]:
-    """The scores of submissions without problems, and of naive forecasts, on all files of one city.
+    """Scores of submissions without problems, and of naive baselines, on all files of one city.
 
-    `progress` is called with the number of cases that are done.
+    `progress` is called with the number of cases completed since the last call.
     """
     tables = {name: ErrorTable(competition) for name in (*submissions, *naive)}
     for file in files:
@@ -92,7 +93,7 @@ def score_city(
 
 
 def mean_over_cities(by_city: Mapping[str, Mapping[str, CompetitionScores]]) -> dict[str, CompetitionScores]:
-    """The mean over cities, as in the competition; an hour's over the cities with predictions in it."""
+    """The mean over cities, as in the competition; for an hour, over the cities with predictions in it."""
     return {name: _mean([scores[name] for scores in by_city.values()]) for name in next(iter(by_city.values()))}
 
 

@@ -1,4 +1,4 @@
-"""A submission: a file of predictions for each file of test cases, and a zip of them all."""
+"""Writes a submission: one file of predictions for each file of test cases, and a zip of all of them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def write_submission(
     overwrite: bool,
     progress: Callable[[int], None],
 ) -> None:
-    """Write a file of predictions for each file of test cases, unless it is there already.
+    """Write a file of predictions for each file of test cases, except those that exist.
 
-    A file keeps `made_from`, which says of what it was made, as an attribute of its dataset: that is how a finished file is known
-    when an interrupted submission is gone on with. DataError, before anything is computed, for a file that was made from
-    something else, unless `overwrite`. `progress` is called with the number of cases that are done.
+    Each file stores `made_from`, which identifies the runs and options, as an attribute of its dataset. An interrupted
+    submission recognizes its finished files by it. Unless `overwrite` is set, a file with another `made_from` raises DataError
+    before anything is computed. `progress` is called with the number of cases completed since the last call.
     """
     finished = {file.name for file in files if _origin(out / file.name) == made_from}
     for file in files:
         if (out / file.name).exists() and file.name not in finished and not overwrite:
             raise DataError(
-                f"{out / file.name} was made from other runs or options: choose another --out, or say --overwrite"
+                f"{out / file.name} was made from other runs or options: choose another --out, or add --overwrite"
             )
     for file in files:
         if file.name in finished:
@@ -47,9 +47,9 @@ def write_submission(
 
 
 def zip_submission(out: Path) -> Path:
-    """Zip all predictions in a submission's folder into a file beside it, of the same name, and give its path."""
+    """Zip all predictions in the folder `out` into `out`.zip, and return its path."""
     path = out.with_name(f"{out.name}.zip")
-    with replacing(path) as partial, zipfile.ZipFile(partial, "w") as archive:  # not compressed: the files are
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w") as archive:  # not compressed, since the files are
         for file in sorted(out.rglob("*.h5")):
             archive.write(file, file.relative_to(out))
     return path

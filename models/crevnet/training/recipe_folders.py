@@ -1,4 +1,4 @@
-"""Where a recipe keeps its settings and its runs."""
+"""Paths of a recipe's settings and runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def settings_file(folder: Path) -> Path:
 
 
 def scores_file(folder: Path) -> Path:
-    """The table that a recipe ends with."""
+    """The table of scores that a recipe writes at the end."""
     return folder / "scores.yaml"
 
 
@@ -36,25 +36,25 @@ def frame_run(folder: Path, city: str, number: int) -> Path:
 
 
 def recipe_of(run: Path) -> Path | None:
-    """The recipe whose run it is, if any."""
+    """The recipe that contains this run, if any."""
     above = (run.parent, run.parent.parent, run.parent.parent.parent)
     return next((folder for folder in above if is_recipe(folder)), None)
 
 
 def begun_runs(folder: Path) -> list[Path]:
-    """Those that have been begun, in the order in which they are trained."""
+    """The recipe's runs that have started, in training order."""
     return [
         run for run in (base_run(folder), *_found(folder / "city", 1), *_found(folder / "frame", 2)) if run.is_dir()
     ]
 
 
 def record(run: Path) -> Path:
-    """What is written when a run of the recipe is done."""
+    """The file that marks a run of the recipe as finished."""
     return run / "finished.yaml"
 
 
 def score_of(run: Path) -> float | None:
-    """The best validation score, once the run is done."""
+    """The best validation score of a finished run; None before. SettingsError if the file has no score."""
     path = record(run)
     if not path.is_file():
         return None
@@ -62,10 +62,10 @@ def score_of(run: Path) -> float | None:
         return float(load_yaml(path)["score"])
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise SettingsError(f"{path} holds no score ({reason}): remove it, and the run goes on") from error
+        raise SettingsError(f"{path} has no score ({reason}): remove it to continue the run") from error
 
 
 def _found(folder: Path, depth: int) -> list[Path]:
-    """Folders so many levels below another, in the order of their names, numbers by their values."""
+    """Folders exactly `depth` levels below `folder`, sorted by name, with numbers sorted by value."""
     found = folder.glob("/".join("*" * depth))
     return sorted(found, key=lambda path: (path.parent.name, path.name.isdigit() and int(path.name), path.name))

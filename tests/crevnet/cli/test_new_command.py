@@ -14,12 +14,11 @@ PAGE = Path(__file__).parents[3] / "CONTRIBUTING.md"
 @pytest.fixture
 def example(tmp_path, monkeypatch):
     section = PAGE.read_text(encoding="utf-8").partition("## Add a command")[2].partition("\n## ")[0]
-    file, line = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    file = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    name, text = re.search(r'`"(.*?)": "(.*?)",`', section).groups()
     (tmp_path / "data_days.py").write_text(file)
     monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
-    monkeypatch.setattr(commands, "COMMANDS", dict(commands.COMMANDS))
-    exec(line, vars(commands))
-    monkeypatch.setattr("crevnet.cli.command_line.COMMANDS", commands.COMMANDS)
+    monkeypatch.setitem(commands.COMMANDS, name, text)
     yield
     sys.modules.pop("crevnet.cli.commands.data_days", None)
 

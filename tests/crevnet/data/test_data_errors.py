@@ -56,7 +56,11 @@ DAYS = {
     "float": (lambda path: write(path, FRAMES / 255), "dtype float64, expected uint8 or int16", LEAVE_OUT),
     "negative": (lambda path: write(path, FRAMES.astype(np.int16) - 1), "values -1..254, expected 0..255", LEAVE_OUT),
     "large": (lambda path: write(path, FRAMES.astype(np.int16) + 1), "values 1..256, expected 0..255", LEAVE_OUT),
-    "no such date": (lambda path: rename(path, "2019-02-30_BERLIN_8ch.h5"), "20190230, which is no date", "rename it"),
+    "no such date": (
+        lambda path: rename(path, "2019-02-30_BERLIN_8ch.h5"),
+        "20190230, which is not a date",
+        "rename it",
+    ),
 }
 STATICS = {
     "absent": (lambda path: path.unlink(), "does not exist", "--data.cities"),
@@ -73,8 +77,8 @@ LISTS = {
     "no such date": (b"2019-01-02\n2019-02-29\n", "'2019-02-29'", "YYYY-MM-DD"),
     "another way to write dates": (b"02.01.2019", "'02.01.2019'", "YYYY-MM-DD"),
     "two in a line": (b"2019-01-01,2019-01-02", "'2019-01-01,2019-01-02'", "YYYY-MM-DD"),
-    "empty": (b"\n\n", "no date", "YYYY-MM-DD"),
-    "no text": (bytes(range(256)), "utf-8", "one date a line"),
+    "empty": (b"\n\n", "is empty", "YYYY-MM-DD"),
+    "no text": (bytes(range(256)), "utf-8", "one date per line"),
     "none of the data's": (b"2020-01-02", "no day for data.validation_dates", "check the lists"),
     "all of the data's": (
         b"2019-01-01\n2019-01-02\n2019-01-03\n2019-01-04",
@@ -131,7 +135,7 @@ def test_lists_of_dates(kind, fit, tmp_path):
 @pytest.mark.parametrize(
     ("options", "named", "remedy"),
     [
-        ([f"{DATES}=absent.txt"], "absent.txt", "one date a line"),
+        ([f"{DATES}=absent.txt"], "absent.txt", "one date per line"),
         ([f"{DATES}=2019-01-02"], "2019-01-02", "a list [2019-01-31]"),
         ([f"{DATES}=[]"], "data.validation_dates", "YYYY-MM-DD"),
         ([f"{DATES}=[2019-01-32]"], "'2019-01-32'", "YYYY-MM-DD"),
@@ -143,7 +147,7 @@ def test_lists_of_dates(kind, fit, tmp_path):
         (["--data.validation_windows=test"], "data.validation_windows", "say strided"),
         (["--data.cities=[Berlin]"], "Berlin", "found ANTWERP, BERLIN"),
         (["--data.training_split=test"], "'test'", "<CITY>/test/YYYY-MM-DD_<CITY>_8ch.h5"),
-        (["--model.channels=3"], "8 channels, the model 3", "--model.channels"),
+        (["--model.channels=3"], "8 channels, but the model has 3", "--model.channels"),
         (["--protocol=2020"], "protocol", "'2019', '2021', 'movies'"),
     ],
 )

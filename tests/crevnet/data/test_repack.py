@@ -136,7 +136,7 @@ def days(target):
 def test_what_is_written_is_compared(source, tmp_path, monkeypatch):
     set_item = h5py.Dataset.__setitem__
     monkeypatch.setattr(h5py.Dataset, "__setitem__", lambda item, place, values: set_item(item, place, values * 0))
-    with pytest.raises(DataError, match="does not hold what was written"):
+    with pytest.raises(DataError, match="does not contain the values written"):
         repack(source, tmp_path / "packed")
     assert not days(tmp_path / "packed")
 
@@ -216,7 +216,7 @@ def test_without_the_plugin(source, tmp_path, monkeypatch):
     read = "import sys; from pathlib import Path; from crevnet.data import open_day; open_day(Path(sys.argv[1]))"
     status, said = run(f"import sys; sys.modules['hdf5plugin'] = None; {read}", path)
     last = said.splitlines()[-1]
-    assert status == 1 and f"DataError: {path} is packed with" in last and "pip install hdf5plugin" in last
+    assert status == 1 and f"DataError: {path} is compressed with" in last and "pip install hdf5plugin" in last
     monkeypatch.setitem(sys.modules, "hdf5plugin", None)
-    with pytest.raises(DataError, match="repacking needs the package hdf5plugin: pip install hdf5plugin"):
+    with pytest.raises(DataError, match="repacking requires the package hdf5plugin: pip install hdf5plugin"):
         repack(source, tmp_path / "more")

@@ -75,7 +75,7 @@ def test_days_are_sorted_by_city_and_date_and_may_be_missing(tmp_path):
 def test_missing_root_city_or_split_says_what_was_expected(tmp_path):
     with pytest.raises(DataError, match=r"absent.*<City>_training"):
         open_days(tmp_path / "absent")
-    with pytest.raises(DataError, match=r"holds no file.*YYYYMMDD_100m_bins\.h5"):
+    with pytest.raises(DataError, match=r"has no file.*YYYYMMDD_100m_bins\.h5"):
         open_days(tmp_path)
     write_day(tmp_path, values(), "Berlin")
     write_day(tmp_path, values(), "Moscow")
@@ -205,11 +205,11 @@ def test_test_slots_leave_twelve_slots_before_and_three_after():
         ({"stride": 0}, ValueError, "stride is 0"),
         ({"starts": (0,), "stride": 2}, ValueError, "starts and stride=2"),
         ({"slots": (-1, 8)}, DataError, r"slots=\(-1, 8\)"),
-        ({"slots": (0, 13)}, DataError, "holds 12 slots"),
+        ({"slots": (0, 13)}, DataError, "has 12 slots"),
         ({"slots": (8, 8)}, DataError, r"slots=\(8, 8\)"),
-        ({"slots": (0, 3)}, DataError, r"slots=\(0, 3\) holds no window of frames=4"),
-        ({"starts": (9,)}, DataError, "starts: .* slot 9"),
-        ({"starts": (1,), "slots": (2, 8)}, DataError, "starts: .* slot 1"),
+        ({"slots": (0, 3)}, DataError, r"slots=\(0, 3\) has no window of frames=4"),
+        ({"starts": (9,)}, DataError, "starts has slot 9"),
+        ({"starts": (1,), "slots": (2, 8)}, DataError, "starts has slot 1"),
         ({"starts": ()}, DataError, "no window"),
         ({"frames": 13}, DataError, "no window of frames=13"),
         ({"days": []}, DataError, "in 0 files"),

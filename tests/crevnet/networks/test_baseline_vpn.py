@@ -148,7 +148,7 @@ def test_parameters_by_formula():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"width": 1}, "width has to be at least 1 for each of 2 channels, not 1"),
+        ({"width": 1}, "width must be at least the number of channels, 2, not 1"),
         ({"decoder_blocks": 0}, "decoder_blocks has to be at least 1, not 0"),
     ],
 )

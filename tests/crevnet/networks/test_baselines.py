@@ -211,7 +211,7 @@ def test_tasks_that_cannot_be(option, message):
     [
         ({"hidden": 0}, "hidden has to be at least 1, not 0"),
         ({"layers": 0}, "layers has to be at least 1, not 0"),
-        ({"kernel": 4}, "kernel has to be odd, not 4"),
+        ({"kernel": 4}, "kernel must be odd and at least 1, not 4"),
     ],
 )
 def test_layers_that_cannot_be(name, option, message):
@@ -249,7 +249,7 @@ def test_lengths_that_cannot_be(name):
 
 def test_unet_takes_the_task_s_number_of_frames():
     net = make("unet")
-    with pytest.raises(ValueError, match="frames have to be 3 in time for this model; got 2"):
+    with pytest.raises(ValueError, match="frames must have 3 time steps for this model; got 2"):
         net(torch.rand(1, 2, 2, 4, 4).double())
-    with pytest.raises(ValueError, match="frames have to be 5 in time for this model; got 4"):
+    with pytest.raises(ValueError, match="frames must have 5 time steps for this model; got 4"):
         net.loss(torch.rand(1, 4, 2, 4, 4).double())

@@ -116,7 +116,7 @@ def test_spellings_and_the_papers_sizes(spelling, capsys):
         (["--model"], "--model"),
         (["--model", "unet", "--preset", "tiny"], "--preset tiny is a size of crevnet"),
         (["--model", "unet", "--model.hidden", "3"], "--model.hidden"),
-        (["--model", "convlstm", "--model.kernel", "4"], "kernel has to be odd"),
+        (["--model", "convlstm", "--model.kernel", "4"], "kernel must be odd"),
         (["--model", "vpn", "--model.width", "2"], "width"),
         (["--model", "prednet", "--training.loss", "padded"], "prednet is over all, future, or over one future frame"),
         (["--model", "unet", "--training.sampling_steps", "9"], "training.sampling_steps does not apply to unet"),

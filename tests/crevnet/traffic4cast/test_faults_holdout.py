@@ -65,7 +65,7 @@ def test_another_draw_is_refused(arguments, crevnet, failing, tmp_path):
     before = contents(tmp_path / "out")
     other = ("--slots", "[13]") if "2021" not in arguments else ("--count", "1")
     line = failing(*arguments, *out, *other)
-    assert "exists already, and is not overwritten" in line
+    assert "already exists and is not overwritten" in line
     assert contents(tmp_path / "out") == before
 
 

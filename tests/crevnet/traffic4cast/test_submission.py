@@ -91,7 +91,7 @@ def test_a_recipe_of_other_frames_is_not_submitted(recipe, data, failing, tmp_pa
     path = recipe / "base" / "config.yaml"
     path.write_text(path.read_text().replace("horizon: 3", "horizon: 2"))
     line = failing("submit", recipe, "--data.root", data, "--out", tmp_path / "submission", *SLOTS)
-    assert f"{recipe} is tuned for 2 frames" in line and "asks for 3" in line
+    assert f"{recipe} is tuned for 2 frames" in line and "requires 3" in line
 
 
 # --- values
@@ -236,7 +236,7 @@ def test_submissions_that_cannot_be(options, named, data, failing, tmp_path, mon
     ("model", "named"),
     [
         ({"channels": 8}, "8 channels"),
-        ({"past": 13}, "13 frames"),
+        ({"past": 13}, "13 past frames"),
         ({"static": ("road_map",)}, "no file of Here"),
         ({"static": ("connectivity",)}, "no file of Here"),
     ],
@@ -312,9 +312,9 @@ def test_everything_that_is_wrong_is_listed(submission, data, capsys):
                 main([str(a) for a in ("score", path, "--truth", data, *SLOTS)])
             printed = capsys.readouterr()
             lines = printed.out.splitlines()
-            assert stop.value.code == 2 and lines[0] == "notes.txt: not asked for" and lines[-1] == f"{THERE}: missing"
+            assert stop.value.code == 2 and lines[0] == "notes.txt: unexpected" and lines[-1] == f"{THERE}: missing"
             assert lines[1].startswith(f"{HERE}: {said.get(name, 'cannot be read')}"), lines
-            assert (f"{HERE}: holds NaN" in lines) == (name == "nan")
+            assert (f"{HERE}: contains NaN" in lines) == (name == "nan")
             assert len(printed.err.splitlines()) == 1 and f"{len(lines)} problems" in printed.err
         assert len(lines) == (4 if name == "nan" else 3)
 

@@ -160,7 +160,7 @@ def test_a_score_of_a_recipe_that_is_none(content, own_run, tmp_path, failing):
     (recipe / "recipe.yaml").write_text("")
     (recipe / "base" / "finished.yaml").write_text(content)
     line = failing("show", recipe)
-    assert f"{recipe / 'base' / 'finished.yaml'} holds no score (" in line and "remove it" in line
+    assert f"{recipe / 'base' / 'finished.yaml'} has no score (" in line and "remove it" in line
 
 
 # --- caches

@@ -377,7 +377,7 @@ def test_windows_of_the_chosen_slots_splits_and_strides(settings, points):
 
 
 def test_channels_of_the_data_and_the_model_have_to_agree(settings):
-    with pytest.raises(DataError, match=r"has 3 channels, the model 2.*--model\.channels"):
+    with pytest.raises(DataError, match=r"has 3 channels, but the model has 2.*--model\.channels"):
         CityData(settings.data, replace(settings.model, channels=2))
 
 

@@ -1,4 +1,4 @@
-"""Lists of dates: which days a split takes."""
+"""Lists of dates: the days of a split."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from crevnet.machine.files import read_text
 
 @dataclass(frozen=True)
 class DateChoice:
-    """The dates, YYYYMMDD, that a split takes: those of a list; without one, all that another split's list leaves."""
+    """The dates of a split, YYYYMMDD: those in `listed`; if that is None, all dates that are not in `taken`."""
 
     option: str
-    """Where the list stands, or would stand."""
+    """The option that holds the list, or would hold it."""
     listed: Sequence[str] | None = None
     taken: Sequence[str] | None = None
 
@@ -25,15 +25,15 @@ class DateChoice:
 
 
 def read_dates(option: str, given: Sequence[str] | Path | None) -> list[str] | None:
-    """Dates as YYYY-MM-DD, from a list of them or from a text file of one date a line; None stays None.
+    """Dates as YYYY-MM-DD, from a list or from a text file with one date per line; None stays None.
 
-    Raises ValueError, which names `option`, for what is no date, a file that cannot be read, and no dates at all.
+    Raises ValueError naming `option` for an invalid date, a file that cannot be read, and an empty list.
     """
     if given is None:
         return None
     written = _lines(option, given) if isinstance(given, Path) else list(given)
     if not written:
-        raise ValueError(f"{option} names no date: name some, YYYY-MM-DD, or leave it out for all days")
+        raise ValueError(f"{option} is empty: list dates as YYYY-MM-DD, or omit the option to use all days")
     return [_date(option, text) for text in written]
 
 
@@ -42,7 +42,8 @@ def _lines(option: str, path: Path) -> list[str]:
         lines = read_text(path).splitlines()
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{option} is {path}, which cannot be read ({error}): give a text file of one date a line, or a list [2019-01-31]"
+            f"{option} is {path}, which cannot be read ({error}): give a text file with one date per line, or a list "
+            "[2019-01-31]"
         ) from error
     return [line.strip() for line in lines if line.strip()]
 
@@ -51,4 +52,4 @@ def _date(option: str, text: str) -> str:
     try:
         return Date.fromisoformat(text).isoformat()
     except ValueError as error:
-        raise ValueError(f"{option} holds {text!r}, which is no date: write YYYY-MM-DD") from error
+        raise ValueError(f"{option} contains {text!r}, which is not a date: write YYYY-MM-DD") from error

@@ -1,7 +1,7 @@
-"""Files of frames: days of a city, or movies, opened, checked, and read slot by slot.
+"""Opens and checks files of frames, which are days of a city or videos, and reads them slot by slot.
 
-The first dataset of a file (usually `array`) is (slots, H, W, C), in 0..255 or, of movies in floating point, in [0, 1]. Any
-slots, H, W and C are read, as long as the files that are used together agree on H, W and C.
+The first dataset of a file (usually `array`) has shape (slots, H, W, C). Its values are in 0..255, or in [0, 1] for videos in
+floating point. Any sizes are accepted, as long as the files that are used together agree on H, W and C.
 """
 
 import importlib
@@ -30,7 +30,7 @@ _MAX_OPEN_FILES = 32
 
 @dataclass(frozen=True)
 class DayFile:
-    """One day of one city: `date` is YYYYMMDD, of a movie its name; `shape` is (slots, H, W, C)."""
+    """One day of one city, or one video: `date` is YYYYMMDD, or the video's name; `shape` is (slots, H, W, C)."""
 
     path: Path
     city: str
@@ -39,14 +39,16 @@ class DayFile:
     layout: Layout = field(default=TRAFFIC4CAST_2019, compare=False, repr=False)
 
     def slot_range(self, slots: tuple[int, int] | None) -> range:
-        """The slots of the half-open range `slots` (None: the whole file); DataError if a day does not hold them.
+        """The slots of the half-open range `slots` (None: the whole file); DataError if a day does not contain them.
 
-        Movies differ in length: the range is cut at a movie's end, and may leave nothing of it.
+        Videos differ in length: the range is cut at the end of a video, and may become empty.
         """
         held = self.shape[0]
         first, end = (0, held) if slots is None else slots
         if not 0 <= first < end or (self.layout.dated and end > held):
-            raise DataError(f"slots=({first}, {end}) is not a range within {self.path}, which holds {held} slots")
+            raise DataError(
+                f"slots=({first}, {end}) is not a range within {self.path}, which has {held} slots; choose one in [0, {held}]"
+            )
         return range(min(first, held), min(end, held))
 
 
@@ -58,28 +60,30 @@ def open_days(
     layout: Layout = TRAFFIC4CAST_2019,
     dates: DateChoice | None = None,
 ) -> list[DayFile]:
-    """Find and check the files of a split, by city and date.
+    """Find and check the files of a split, sorted by city and date.
 
-    `cities` None takes every city with files in that split, and `dates` None every day. Each file's first and last frame are
-    read, so damage there shows now; damage between them shows when a window is read. Raises DataError naming the first file
-    that cannot be used, or, with `skip_damaged`, warns (UserWarning) and leaves it out.
+    With `cities` None, every city with files in that split is included; with `dates` None, every day. The first and last frame
+    of each file are read, so damage there is reported now. Damage between them is reported when a window is read. Raises
+    DataError naming the first unusable file; with `skip_damaged`, warns (UserWarning) and skips it.
     """
     root = Path(root)
     expected = layout.files.format(split=split)
     found = _find(root, split, layout)
     if not found:
         raise DataError(
-            f"{root} holds no file of split {split!r}; expected {expected}: check --data.root, the split and --data.protocol"
+            f"{root} has no file of split {split!r}; expected {expected}: check --data.root, the split and --data.protocol"
         )
     for city in cities or ():
         if city not in found:
-            raise DataError(f"{root} holds no file of {city}; found {', '.join(found)}; expected {expected}")
+            raise DataError(
+                f"{root} has no file of {city}; found {', '.join(found)}; expected {expected}: check --data.cities"
+            )
     chosen = {city: found[city] for city in (found if cities is None else dict.fromkeys(cities))}
     paths = [
         (path, city) for city in chosen for path in chosen[city] if dates is None or dates.takes(layout.date(path))
     ]
     if not paths:
-        raise DataError(f"{root} holds no day for {dates.option} in split {split!r}: check the lists of dates")
+        raise DataError(f"{root} has no day for {dates.option} in split {split!r}: check the lists of dates")
 
     def reject(error: DataError) -> None:
         if not skip_damaged or isinstance(error, UndamagedError):
@@ -92,7 +96,7 @@ def open_days(
             days.append(open_day(path, city, layout))
         except DataError as error:
             reject(error)
-    # The commonest frame size is the expected one, so a single odd file is named whichever comes first.
+    # The most common frame size is the expected one, so a single odd file is the one named, even if it comes first.
     sizes = Counter(day.shape[1:] for day in days)
     size = max(sizes, key=sizes.__getitem__, default=None)
     for day in days:
@@ -100,20 +104,22 @@ def open_days(
             reject(DataError(f"{day.path} has frames {day.shape[1:]}, the other files {size} (H, W, C); leave it out"))
     days = [day for day in days if day.shape[1:] == size]
     if not days:
-        raise DataError(f"{root} holds no undamaged file of split {split!r}; download the files again")
+        raise DataError(f"{root} has no undamaged file of split {split!r}; download the files again")
     return days
 
 
 def open_day(path: Path, city: str | None = None, layout: Layout | None = None) -> DayFile:
-    """Check one file. DataError if it is damaged.
+    """Check one file. Raises DataError if it is damaged.
 
-    city: by default the name of the folder that holds the split's.
-    layout: by default the one that the file's name belongs to.
+    Args:
+        path: an HDF5 file.
+        city: by default, the name of the folder that contains the split's folder.
+        layout: by default, derived from the file's name.
     """
     layout = layout or layout_of(path)
     date = layout.date(path)
     if layout.dated and not _is_date(date):
-        raise DataError(f"{path} is named for {date}, which is no date; rename it or leave it out")
+        raise DataError(f"{path} is named after {date}, which is not a date; rename it or leave it out")
     with naming(str(path)), opened(path) as dataset:
         if dataset.ndim != 4 or 0 in dataset.shape:
             remedy = layout.shape_remedy(dataset.shape)
@@ -139,7 +145,7 @@ def opened(path: Path) -> Iterator[h5py.Dataset]:
 
 
 def open_dataset(path: Path) -> h5py.Dataset:
-    """A file's first dataset; whoever opens it closes its file. DataError naming the file if it cannot be opened."""
+    """A file's first dataset; the caller closes its file. DataError naming the file if it cannot be opened."""
     with naming(str(path)):
         if path.is_dir():
             raise DataError(f"{path} is a folder, expected an HDF5 file; move it away")
@@ -150,7 +156,7 @@ def open_dataset(path: Path) -> h5py.Dataset:
 
 
 class DayReader:
-    """Reads slots of day files, keeping the most recently used few open, each process with handles of its own."""
+    """Reads slots of day files. It holds the most recently used files open; each process has its own handles."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, h5py.Dataset] = OrderedDict()
@@ -160,13 +166,16 @@ class DayReader:
         return DayReader, ()
 
     def read(self, day: DayFile, start: int, stop: int) -> np.ndarray:
-        """Slots start..stop-1 of a day, (stop - start, H, W, C), as stored; DataError naming file and slots if damaged."""
+        """Slots start..stop-1 of a day, (stop - start, H, W, C), in the stored dtype.
+
+        Raises DataError naming file and slots if they are damaged.
+        """
         with naming(f"{day.path}, slots {start} to {stop - 1},"):
             return _read_slots(self._dataset(day.path), start, stop, day.layout)
 
     def _dataset(self, path: Path) -> h5py.Dataset:
         if self._process != os.getpid():
-            # HDF5 would hand a forked worker the parent's handle, with its file offset, unless it is closed here first.
+            # Otherwise HDF5 would give a forked worker the parent's handle, whose file offset both would share.
             while self._open:
                 self._close_oldest()
             self._process = os.getpid()
@@ -183,10 +192,13 @@ class DayReader:
 
 
 def sample_frames(days: Sequence[DayFile], slots: tuple[int, int] | None, frames: int) -> Iterator[np.ndarray]:
-    """At most `frames` frames (H, W, C), as stored, spread evenly over the half-open range `slots` (None: the whole day)."""
+    """At most `frames` frames (H, W, C), in the stored dtype, spread evenly over the range `slots` of `days`.
+
+    The range is half-open; None is the whole day.
+    """
     held = [(day, slot) for day in days for slot in day.slot_range(slots)]
     if not held:
-        raise DataError(f"slots={slots} holds no frame of {len(days)} files; use an earlier range or longer files")
+        raise DataError(f"slots={slots} has no frame in any of {len(days)} files; use an earlier range or longer files")
     chosen = [held[i * len(held) // frames] for i in range(frames)] if frames < len(held) else held
     reader = DayReader()
     for day, slot in chosen:
@@ -198,13 +210,13 @@ def check_frame_sizes(days: Sequence[DayFile]) -> None:
     for day in days:
         if day.shape[1:] != days[0].shape[1:]:
             raise DataError(
-                f"{day.path} has frames {day.shape[1:]}, but {days[0].path} {days[0].shape[1:]} (H, W, C); "
-                "use days of one frame size together"
+                f"{day.path} has frames {day.shape[1:]}, but {days[0].path} has {days[0].shape[1:]} (H, W, C); "
+                "use only days of one frame size together"
             )
 
 
 def unit_interval(stored: Tensor) -> Tensor:
-    """Frames as they are stored, in [0, 1]: float32, a new tensor of whole numbers over 255, floating point as it is."""
+    """Stored frames as float32 in [0, 1]: integers divided by 255 in a new tensor, floating point without scaling."""
     values = stored.to(torch.float32)
     return values if stored.is_floating_point() else values.div_(255)
 
@@ -235,19 +247,19 @@ def _first_dataset(file: h5py.File) -> h5py.Dataset:
     inside = next(all_datasets(file), None)
     if inside is not None:
         raise DataError(
-            f"{file.filename} holds no dataset but in a group, {_name(inside)}; expected the frames outside of groups, as "
-            "'array': write it so"
+            f"{file.filename} has datasets only in groups, such as {_name(inside)}; expected the frames outside all groups: "
+            "write them as 'array'"
         )
-    raise DataError(f"{file.filename} holds no dataset, expected one of frames; download it again or leave it out")
+    raise DataError(f"{file.filename} has no dataset, expected one of frames; download it again or leave it out")
 
 
 def _name(dataset: h5py.Dataset) -> str:
-    """Which one was read, of a file that may have several."""
+    """The dataset's name, quoted, since a file may have several."""
     return repr(dataset.name.removeprefix("/"))
 
 
 def _load_codecs(dataset: h5py.Dataset) -> None:
-    """Codecs that HDF5 does not bring itself come with hdf5plugin, which is only needed for files that use them."""
+    """Import hdf5plugin if the dataset uses a codec that HDF5 does not include. Other files do not require it."""
     properties = dataset.id.get_create_plist()
     for number in range(properties.get_nfilters()):
         code, *_, name = properties.get_filter(number)
@@ -257,7 +269,7 @@ def _load_codecs(dataset: h5py.Dataset) -> None:
             importlib.import_module("hdf5plugin")
         except ImportError as error:
             raise DataError(
-                f"{dataset.file.filename} is packed with {name.decode()}: pip install hdf5plugin to read it"
+                f"{dataset.file.filename} is compressed with {name.decode()}: pip install hdf5plugin to read it"
             ) from error
 
 
@@ -265,14 +277,14 @@ def _read_slots(dataset: h5py.Dataset, start: int, stop: int, layout: Layout) ->
     values: np.ndarray = dataset[start:stop]
     if values.dtype != np.uint8:
         largest = 1 if values.dtype.kind == "f" else 255
-        if not (values.min() >= 0 and values.max() <= largest):  # nor where one is NaN
+        if not (values.min() >= 0 and values.max() <= largest):  # also true for NaN
             raise layout.value_error(Path(dataset.file.filename), start, values, largest)
     return values
 
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Turn what h5py raises on damaged files into a DataError that begins with `what`."""
+    """Convert h5py's errors for damaged files into a DataError that begins with `what`."""
     try:
         yield
     except UNREADABLE as error:

@@ -1,4 +1,4 @@
-"""How the files of each kind of data lie in folders, and what their names, channels and slots mean."""
+"""For each kind of data, where its files are in folders, and the meaning of their names, channels and slots."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Layout(ABC):
     """One kind of data.
 
     Attributes:
-        files: where the files of a split are, for people to read.
-        dtypes: of the datasets: whole numbers in 0..255, or floating point in [0, 1].
-        dated: files are days, and their slots share the day's 24 hours.
-        has_roads: frames are of a city, and pixels that have data are its roads.
-        noun: what one file is.
-        axes: of the datasets.
-        dtype_remedy: what to do about another dtype.
-        made_by: how to come by such data.
+        files: pattern of the paths of a split's files, for messages.
+        dtypes: accepted dtypes of the datasets: integers in 0..255, or floating point in [0, 1].
+        dated: whether files are days, whose slots divide 24 hours evenly.
+        has_roads: whether frames show a city, so that pixels with data are its roads.
+        noun: the word for one file, in messages.
+        axes: shape of the datasets, for messages.
+        dtype_remedy: remedy for any other dtype.
+        made_by: how to create such data.
     """
 
     files: ClassVar[str]
@@ -44,68 +44,68 @@ class Layout(ABC):
 
     @abstractmethod
     def find(self, root: Path, split: str) -> dict[str, list[Path]]:
-        """City -> paths of its files in the split, sorted; cities without any are left out. Raises OSError."""
+        """City -> sorted paths of its files in the split; cities without files are omitted. Raises OSError."""
 
     def holds(self, path: Path) -> bool:
-        """Whether a file's name is one of this layout's."""
+        """Whether a file's name matches this layout."""
         return path.suffix == ".h5" and not path.name.startswith(".")
 
     @abstractmethod
     def date(self, path: Path) -> str:
-        """YYYYMMDD of a day file; a movie's name."""
+        """The date of a day file, YYYYMMDD, or the name of a video."""
 
     def static_file(self, root: Path, city: str) -> Path | None:
-        """Where a city's road map and connectivity are, in layouts that have such files."""
+        """The file of a city's road map and connectivity; None for layouts without such files."""
         return None
 
     def turn_headings(self, frames: Tensor, turned: Callable[[str], str]) -> Tensor:
-        """Frames (T, C, H, W) in which whatever had a heading (NW, NE, SW or SE) has `turned(heading)`."""
+        """Frames (T, C, H, W) with each heading (NW, NE, SW or SE) replaced by `turned(heading)`."""
         return frames
 
     def horizons(self, horizon: int) -> tuple[int, ...]:
-        """Which of the frames that a model predicts are scored: all, or those of the competition that it was made for."""
+        """The predicted frames to score, 1 being the first: all, or a competition's if `horizon` matches the competition."""
         return tuple(range(1, horizon + 1))
 
     def channel_name(self, channel: int) -> str:
         return f"channel {channel}"
 
     def lead(self, frames: int) -> str:
-        """So many frames later, in words."""
+        """A lead time of `frames` frames, as text."""
         return f"{5 * frames:+d} min"
 
     def time(self, slot: int) -> str:
         return f"{slot // 12:02d}:{slot % 12 * 5:02d}"
 
     def named(self, city: str, date: str) -> str:
-        """A file, by what chooses it."""
+        """A file, in the terms that select it."""
         return f"{city} {date}"
 
     def shape_remedy(self, shape: tuple[int, ...]) -> str:
-        """What to do about a dataset of a shape that frames cannot have."""
+        """Remedy for a dataset whose shape is not valid for frames."""
         return "leave it out"
 
     def channels_remedy(self, shape: tuple[int, ...]) -> str:
-        """What to do about frames that have not as many channels as the model."""
+        """Remedy for frames whose number of channels differs from the model's."""
         return "set --model.channels"
 
     def parting_remedy(self, root: Path, splits: tuple[str, str]) -> str:
-        """What to do where both splits, to train and to validate on, have the same files."""
+        """Remedy if the training and validation splits have the same files."""
         return (
-            "part days by --data.validation_dates, or slots by --data.training_slots and --data.validation_slots, "
-            "or use another --data.validation_split"
+            "split days with --data.validation_dates, or slots with --data.training_slots and --data.validation_slots, "
+            "or choose another --data.validation_split"
         )
 
     def value_error(self, path: Path, start: int, values: np.ndarray, largest: int) -> Exception:
-        """The error of slots (T, H, W, C), from `start` on, that are not all in 0..largest. A ValueError is damage."""
+        """The error for slots (T, H, W, C) from `start` with values outside 0..largest. A ValueError means damage."""
         return ValueError(f"values {values.min()}..{values.max()}, expected 0..{largest}")
 
     def length_error(self, lengths: Mapping[Path, int], past: int, horizon: int) -> DataError | None:
-        """The error where all files, given with their slots, are too short for a window; None leaves it to `Windows`."""
+        """The error if all files (path -> number of slots) are too short for a window; None leaves the check to `Windows`."""
         return None
 
 
 class Competition(Layout):
-    """Folders of a competition: one for each city, and in it one for each split."""
+    """Folders of a competition: one per city, which contains one per split."""
 
     protocol: Protocol
     _name: ClassVar[re.Pattern[str]]
@@ -136,7 +136,7 @@ class Competition(Layout):
 
 
 class Traffic4cast2019(Competition):
-    """(288, 495, 436, 3) a day: five-minute slots in UTC, pixels of 100 m, volume, mean speed and majority heading."""
+    """(288, 495, 436, 3) per day: five-minute slots in UTC, pixels of 100 m; volume, mean speed and majority heading."""
 
     files = "<root>/<City>/<City>_{split}/YYYYMMDD_100m_bins.h5"
     protocol = protocol("2019")
@@ -153,7 +153,7 @@ class Traffic4cast2019(Competition):
 
 
 class Traffic4cast2021(Competition):
-    """(288, 495, 436, 8) a day: volume and mean speed of each of four headings; slots in local time."""
+    """(288, 495, 436, 8) per day: volume and mean speed for each of four headings; slots in local time."""
 
     files = "<root>/<CITY>/{split}/YYYY-MM-DD_<CITY>_8ch.h5"
     _name = re.compile(r"\d{4}-\d{2}-\d{2}_.+_8ch\.h5")
@@ -172,16 +172,16 @@ class Traffic4cast2021(Competition):
 
 
 class Movies(Layout):
-    """Movies of the user's own, (frames, H, W, C), of any lengths: without cities, dates, headings or the time of day."""
+    """The user's own videos, (frames, H, W, C), of any lengths: no cities, dates, headings or time of day."""
 
     files = "<root>/{split}/*.h5, or <root>/*.h5 for all splits"
     dtypes = (*_COUNTS, "float16", "float32", "float64")
     dated = False
     has_roads = False
-    noun = "movie"
+    noun = "video"
     axes = "(frames, H, W, C), channels last"
     dtype_remedy = "convert it to uint8, or to floats in [0, 1]"
-    made_by = "make movies with `crevnet data moving-mnist`"
+    made_by = "make videos with `crevnet data moving-mnist`"
 
     def find(self, root: Path, split: str) -> dict[str, list[Path]]:
         folder = root / split if (root / split).is_dir() else root
@@ -204,22 +204,24 @@ class Movies(Layout):
         return "add a channel axis: array[..., None]" if len(shape) == 3 and 0 not in shape else "leave it out"
 
     def channels_remedy(self, shape: tuple[int, ...]) -> str:
-        return f"its shape {shape} is read as {self.axes}; move the axis, or set --model.channels {shape[3]}"
+        return (
+            f"its shape {shape} is read as {self.axes}; move the channel axis last, or set --model.channels {shape[3]}"
+        )
 
     def parting_remedy(self, root: Path, splits: tuple[str, str]) -> str:
         if root.absolute().name in splits:
             return f"did you mean --data.root {quoted(root.parent)}?"
         folders = " and ".join(str(root / split) for split in splits)
-        return f"put movies into {folders}, or part frames by --data.training_slots and --data.validation_slots"
+        return f"put videos into {folders}, or split frames with --data.training_slots and --data.validation_slots"
 
     def value_error(self, path: Path, start: int, values: np.ndarray, largest: int) -> Exception:
-        good = ((values >= 0) & (values <= largest)).all(axis=(1, 2, 3))  # False where one is NaN
+        good = ((values >= 0) & (values <= largest)).all(axis=(1, 2, 3))  # False for NaN
         number = int(good.argmin())
         frame, where = values[number], f"{path}, frame {start + number}"
         if not np.isfinite(frame).all():
-            return DataError(f"{where} holds values that are no numbers; replace them, or leave the file out")
+            return DataError(f"{where} has values that are not finite; replace them, or leave the file out")
         low, high = float(frame.min()), float(frame.max())
-        if largest == 1 and low >= 0 and 2 < high <= 255:  # up to 2, it may have been sharpened
+        if largest == 1 and low >= 0 and 2 < high <= 255:  # up to 2, values may exceed 1 by sharpening
             digits, remedy = ".3g", "divide by 255, or store uint8"
         else:
             digits, remedy = ".7g", f"scale or clip them to [0, {largest}]"
@@ -230,23 +232,23 @@ class Movies(Layout):
         if lengths[longest] >= past + horizon:
             return None
         return DataError(
-            f"{longest} has {lengths[longest]} frames, and no movie with it more; expected at least {past + horizon}, "
-            f"--model.past {past} + --model.horizon {horizon}: lower these, or use longer movies"
+            f"{longest}, the longest video, has {lengths[longest]} frames; expected at least {past + horizon}, "
+            f"--model.past {past} + --model.horizon {horizon}: lower these, or use longer videos"
         )
 
 
 TRAFFIC4CAST_2019 = Traffic4cast2019()
-"""The layout that is meant where none is named."""
+"""The default layout."""
 
 
 def layout_named(name: LayoutName, heading_order: HeadingOrder = "ne-se-sw-nw") -> Layout:
-    """The layout of that name; heading_order is 2021's, as in `protocol`."""
+    """The layout of that name; `heading_order` applies to 2021, as in `protocol`."""
     if name == "2019":
         return TRAFFIC4CAST_2019
     return Movies() if name == "movies" else Traffic4cast2021(heading_order)
 
 
 def layout_of(path: Path) -> Layout:
-    """The layout that a file's name belongs to; a movie's, if it is no competition's."""
+    """The layout that matches a file's name: a competition's, or else that of videos."""
     known: tuple[Competition, ...] = (TRAFFIC4CAST_2019, Traffic4cast2021("ne-se-sw-nw"))
     return next((layout for layout in known if layout.holds(path)), Movies())

@@ -1,4 +1,4 @@
-"""What the competitions of 2019 and 2021 ask for."""
+"""The tasks of the Traffic4cast competitions of 2019 and 2021."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Protocol:
 
     Attributes:
         name: its year.
-        channels: what each channel of a frame holds.
-        past: frames that are given.
-        horizons: which of the following frames are to be predicted; 1 is the next one, five minutes later.
+        channels: the quantity in each channel of a frame.
+        past: number of given frames.
+        horizons: the following frames to predict; 1 is the next frame, five minutes later.
     """
 
     name: ProtocolName
@@ -32,15 +32,17 @@ class Protocol:
 
     @property
     def horizon(self) -> int:
-        """Frames that a model has to predict, up to the last one that is asked for."""
+        """Number of frames that a model must predict to reach the last scored frame."""
         return max(self.horizons)
 
 
 def protocol(name: ProtocolName, heading_order: HeadingOrder = "ne-se-sw-nw") -> Protocol:
     """The competition of that year.
 
-    heading_order: of the four pairs of volume and speed in 2021. The organisers' own files disagree: their code of December
-        2021 has ne-se-sw-nw, their readme of September 2022 ne-nw-se-sw.
+    Args:
+        name: the year.
+        heading_order: order of the four pairs of volume and speed in 2021. The organisers' own files disagree: their code of
+            December 2021 has ne-se-sw-nw, their readme of September 2022 ne-nw-se-sw.
     """
     if name == "2019":
         return Protocol("2019", ("volume", "speed", "heading"), 12, (1, 2, 3))

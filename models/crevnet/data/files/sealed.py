@@ -1,7 +1,7 @@
-"""A checksum of where a dataset's chunks are, kept with it as an attribute.
+"""Seals: a checksum of the list of a dataset's chunks, stored as its attribute.
 
-HDF5 checks the values of a chunk (fletcher32), but not the index that finds it: of a chunk that the index has lost, nothing but
-zeros are read. The files that CrevNet writes are sealed, and their seals are checked when they are opened.
+HDF5 checks the values of a chunk (fletcher32), but not the index that locates it: a chunk that is missing from the index reads
+as zeros. CrevNet seals the files that it writes, and checks the seals when it opens them.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ _SEAL = "chunk_index"
 
 
 def seal(dataset: h5py.Dataset) -> None:
-    """Call it once all values are written."""
+    """Write the dataset's seal. Call this after all values are written."""
     dataset.file.flush()
     dataset.attrs[_SEAL] = np.bytes_(json.dumps(_index(dataset)))
 
 
 def check_seal(dataset: h5py.Dataset) -> None:
-    """ValueError where the chunks are not those that were there when the dataset was sealed. Most files have no seal.
+    """ValueError if the chunks differ from those at the time of sealing. A dataset without a seal passes.
 
-    Other programs copy attributes when they write a file anew: with other chunks, or with more of them, it has no seal.
+    Other programs copy attributes when they rewrite a file. A seal for other chunks, or for fewer chunks, is ignored.
     """
     if _SEAL not in dataset.attrs or dataset.chunks is None:
         return
@@ -34,15 +34,15 @@ def check_seal(dataset: h5py.Dataset) -> None:
         sealed = json.loads(_fixed_text(dataset))
         is_other = sealed["chunks"] != index["chunks"] or index["count"] > sealed["count"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"its attribute {_SEAL!r} is not as it was written: the file is damaged") from error
+        raise ValueError(f"its attribute {_SEAL!r} is not readable: the file is damaged") from error
     if not is_other and sealed != index:
         raise ValueError(
-            f"its chunks are not those that were written, {index['count']} of {sealed['count']} are there: the file is damaged"
+            f"its chunks are not those that were written, {index['count']} of {sealed['count']} are left: the file is damaged"
         )
 
 
 def _fixed_text(dataset: h5py.Dataset) -> bytes:
-    """The seal, of a length that its type says: HDF5 may search a damaged file for ever for text of any length."""
+    """The seal, whose dtype has a fixed length: HDF5 may loop forever over variable-length text in a damaged file."""
     kind = dataset.attrs.get_id(_SEAL)
     if kind.shape != () or kind.dtype.kind != "S":
         raise TypeError(f"{kind.dtype} {kind.shape}")

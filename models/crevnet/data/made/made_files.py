@@ -1,4 +1,4 @@
-"""Files of frames that a command makes: written whole or not at all, kept where they are, and never put in another's place."""
+"""Files of frames that a command creates: complete or absent, and never written over another file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +15,10 @@ from crevnet.machine.files import NoRoomError
 
 
 def is_made(path: Path, mark: str, origin: str) -> bool:
-    """Whether the file is there, made by the same command from the same `origin`, which the attribute `mark` of its frames
-    keeps. DataError where something else is in its place."""
+    """Whether the file exists and was made by the same command from the same `origin`, which its attribute `mark` stores.
+
+    Raises DataError if something else is at that path.
+    """
     if not path.exists():
         return False
     try:
@@ -32,8 +34,10 @@ def is_made(path: Path, mark: str, origin: str) -> bool:
 
 @contextmanager
 def making(path: Path, shape: tuple[int, ...], mark: str, origin: str, chunk: int = 1) -> Iterator[h5py.Dataset]:
-    """Frames (slots, H, W, C) uint8 to be filled in, `chunk` of them compressed together; they get their name at the end.
-    DataError where they cannot be written, NoRoomError if the disk is full."""
+    """An empty dataset (slots, H, W, C) uint8 to fill in, with `chunk` frames per chunk; the file gets its name at the end.
+
+    Raises DataError if it cannot be written, and NoRoomError if the disk is full.
+    """
     try:
         with writing_hdf5(path) as file:
             array = file.create_dataset(
@@ -49,7 +53,7 @@ def making(path: Path, shape: tuple[int, ...], mark: str, origin: str, chunk: in
 
 
 def text_attribute(dataset: h5py.Dataset, name: str) -> str | None:
-    """One string of a file that a command has made; None where there is none, or something else."""
+    """The attribute `name` of a dataset; None if it is missing or not a string."""
     if name not in dataset.attrs:
         return None
     attribute = dataset.attrs.get_id(name)

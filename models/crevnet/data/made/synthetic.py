@@ -1,13 +1,13 @@
-"""A synthetic city in Traffic4cast's files, to try everything without the competition's data.
+"""A synthetic city in Traffic4cast's format, to try everything without the competition's data.
 
-Vehicles drive through a random road network (`road_network`, `traffic_simulation`) and report where they are every ten
-seconds. A slot counts the reports of five minutes in each pixel, as in Traffic4cast 2019:
+Vehicles drive through a random road network (`road_network`, `traffic_simulation`) and report their position every ten
+seconds. A slot aggregates the reports of five minutes in each pixel, as in Traffic4cast 2019:
 
 - volume: `VOLUME_PER_RECORD` for each report, at most 255;
-- speed: the mean of the reports, 255 standing for `MAX_SPEED_KMH`, at least 1;
-- heading: the majority, 1 NW, 85 NE, 170 SW, 255 SE;
+- speed: the mean of the reports, with 255 for `MAX_SPEED_KMH`, at least 1;
+- heading: the majority, 1 NW, 85 NE, 170 SW, 255 SE.
 
-all three 0 in a pixel without reports. Slot 0 begins at midnight, local time.
+All three are 0 in a pixel without reports. Slot 0 begins at midnight, local time.
 """
 
 import json
@@ -36,17 +36,17 @@ _WARM_UP_SLOTS = 12  # before midnight, to fill the roads
 
 @dataclass(frozen=True)
 class SyntheticCity:
-    """What determines a synthetic city; equal cities have equal files.
+    """Parameters that determine a synthetic city; equal parameters give equal files.
 
     Attributes:
-        name: the folder's name.
-        height: of a frame, in pixels of 100 m, at least 32.
-        width: of a frame, in pixels of 100 m, at least 32.
-        training_days: how many consecutive days to train on.
-        validation_days: how many days after them to validate on.
+        name: name of the city and of its folder.
+        height: height of a frame, in pixels of 100 m, at least 32.
+        width: width of a frame, in pixels of 100 m, at least 32.
+        training_days: number of consecutive training days.
+        validation_days: number of validation days, which follow the training days.
         start_date: the first day, YYYY-MM-DD.
-        seed: of the road network and all trips, at least 0.
-        density: of the traffic; 2 starts twice as many trips as 1, on the same roads.
+        seed: seed of the road network and all trips, at least 0.
+        density: traffic density; 2 starts twice as many trips as 1, on the same roads.
     """
 
     name: str = "Synthopolis"
@@ -87,7 +87,7 @@ class CitySimulation:
         self._demand = TripDemand(self.network, city.density, rng)
 
     def frames(self, date: Date) -> Iterator[np.ndarray]:
-        """The SLOTS_PER_DAY frames of a day, (H, W, 3) uint8 each. Every day is simulated by itself."""
+        """The SLOTS_PER_DAY frames of a day, (H, W, 3) uint8 each. Each day is simulated independently."""
         traffic = Traffic(self.network, self._demand, np.random.default_rng([self.city.seed, date.toordinal()]))
         for slot in range(-_WARM_UP_SLOTS, SLOTS_PER_DAY):
             hour = 24 * slot / SLOTS_PER_DAY
@@ -99,7 +99,7 @@ class CitySimulation:
 
 
 def encode_frame(network: RoadNetwork, cell: np.ndarray, speed: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A frame, (H, W, 3) uint8, of the records of a slot: cells (R,) of the network and speeds (R,) in m/s."""
+    """A frame, (H, W, 3) uint8, from the records of a slot: cells (R,) of the network and speeds (R,) in m/s."""
     cells = len(network.cell_pixel)
     reports = np.bincount(cell, minlength=cells)
     speeds = np.bincount(cell, weights=speed, minlength=cells)
@@ -121,9 +121,9 @@ def write_city(
 ) -> list[Path]:
     """Write the city's days as `<root>/<name>/<name>_{training,validation}/YYYYMMDD_100m_bins.h5`; returns their paths.
 
-    `progress` is called after each slot with the share of the work that is done, up to 1. A day appears under its name
-    only when complete. Days of the same city that are there already are kept, so an interrupted run can be repeated;
-    any other file in their place, or a folder that cannot be written, raises DataError.
+    `progress` is called after each slot with the completed fraction, up to 1. A day gets its name only when it is complete.
+    Existing days of the same city are not written again, so an interrupted run can be repeated. Raises DataError for any other
+    file at these paths, and for an unwritable folder.
     """
     days = _days(city, Path(root))
     missing = {path: date for path, date in days.items() if not is_made(path, _MARK, _provenance(city))}
@@ -147,14 +147,14 @@ def _days(city: SyntheticCity, root: Path) -> dict[Path, Date]:
 
 
 def _provenance(city: SyntheticCity) -> str:
-    """What determines the frames of a date, kept in its file."""
+    """The parameters that determine the frames of a date, stored in its file."""
     return json.dumps({name: getattr(city, name) for name in ("height", "width", "seed", "density")})
 
 
 def _write_day(path: Path, simulation: CitySimulation, date: Date) -> Iterator[int]:
-    """Write a day under its name once it is complete; yields the number of slots written so far."""
+    """Write a day, which gets its name once it is complete; yields the number of slots written so far."""
     city = simulation.city
-    # A chunk is one frame, so that a window decompresses nothing but its own slots.
+    # A chunk is one frame, so that a window decompresses only its own slots.
     with making(path, (SLOTS_PER_DAY, city.height, city.width, 3), _MARK, _provenance(city)) as array:
         for slot, values in enumerate(simulation.frames(date)):
             array[slot] = values

@@ -1,8 +1,8 @@
 """Vehicles that drive through a road network for a day.
 
-Trips start by a daily rhythm, lead in the morning mostly from homes to work places and in the evening back, and follow
-the fastest way to the destination's district, with random detours. An edge's traffic slows as it fills up (Greenshields:
-v = v_free (1 - k / k_jam)), so that queues build up and dissolve by themselves.
+Trips start in a daily rhythm: in the morning mostly from homes to workplaces, and in the evening back. They follow the fastest
+route to the destination's district, with random detours. Traffic on an edge slows as it fills up (Greenshields:
+v = v_free (1 - k / k_jam)), so queues form and dissolve without further rules.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from crevnet.data.made.road_network import LANES, SPEED_LIMITS, RoadNetwork
 
 STEP_SECONDS = 10.0
 
-_VEHICLES_PER_KM = 0.5  # driving in the busiest hour, per km of road; each stands for some ten real ones
+_VEHICLES_PER_KM = 0.5  # driving in the busiest hour, per km of road, each representing about ten real ones
 _JAM_DENSITY = 0.011  # vehicles per metre of lane at which traffic stops
-_SHORTEST_QUEUE = 300.0  # metres over which the density of a shorter edge is measured
-_SLOWEST = 0.15  # share of the free speed that is left in a jam
-_DENSITY_MEMORY = np.exp(-STEP_SECONDS / 150)  # drivers meet the density of the last few minutes
-_DETOUR = 0.12  # chance, at a junction, to leave the fastest way
+_SHORTEST_QUEUE = 300.0  # metres, the least length of an edge when its density is computed
+_SLOWEST = 0.15  # fraction of the free speed that remains in a jam
+_DENSITY_MEMORY = np.exp(-STEP_SECONDS / 150)  # drivers react to the density of the last few minutes
+_DETOUR = 0.12  # probability of leaving the fastest route at a junction
 _DISTRICT_KM = 120.0  # of road in a district
 
 _VEHICLE = np.dtype(
@@ -26,17 +26,19 @@ _VEHICLE = np.dtype(
         ("edge", np.int64),
         ("position", np.float64),  # metres from the edge's start
         ("pace", np.float64),  # this driver's speed relative to the others
-        ("district", np.int64),  # to which the trip leads
-        ("remaining", np.float64),  # seconds from the district's centre at which it ends
+        ("district", np.int64),  # the trip's destination
+        ("remaining", np.float64),  # the trip ends at this distance from the district's centre, in seconds
     ]
 )
 
 
 @dataclass(frozen=True)
 class Records:
-    """What vehicles report in one step: one record for each cell that they enter, or in which they stand.
+    """Reports of vehicles in one step: one record for each cell that a vehicle enters, or in which it waits.
 
-    cell: (R,) int64, an index into the network's cells. speed: (R,) float64, m/s.
+    Attributes:
+        cell: (R,) int64, an index into the network's cells.
+        speed: (R,) float64, in m/s.
     """
 
     cell: np.ndarray
@@ -44,10 +46,10 @@ class Records:
 
 
 class TripDemand:
-    """When and from where to where trips start in a network.
+    """Start times, origins and destinations of trips in a network.
 
-    Districts are the junctions nearest in travel time to one of K centres that lie far apart. `density` multiplies the
-    number of trips.
+    A district is the set of junctions nearest, in travel time, to one of K centres that are far apart. `density` multiplies
+    the number of trips.
     """
 
     def __init__(self, network: RoadNetwork, density: float, rng: np.random.Generator) -> None:
@@ -88,7 +90,7 @@ class Traffic:
         self._cells = np.diff(network.first_cell)
 
     def step(self, hour: float, weekday: int) -> Records:
-        """Move every vehicle, end and start trips; what the vehicles reported on the way."""
+        """Move every vehicle, end and start trips, and return the vehicles' reports."""
         network, vehicles = self._network, self.vehicles
         self._update_density()
         edge, before = vehicles["edge"], self._cell()
@@ -105,7 +107,7 @@ class Traffic:
         turning = np.flatnonzero(crossing & ~arrived)
         following = self._next_edge(vehicles[turning])
         vehicles["edge"][turning] = following
-        # A step crosses one junction at most; on a very short edge the vehicle waits at its end.
+        # A step crosses at most one junction; a vehicle waits at the end of a very short edge.
         vehicles["position"][turning] = np.minimum(passed[turning], network.length[following] * (1 - 1e-9))
         first.append(network.first_cell[following])
         last.append(self._cell()[turning])
@@ -120,7 +122,7 @@ class Traffic:
     def _speed(self) -> np.ndarray:
         edge = self.vehicles["edge"]
         greenshields = np.maximum(1 - self._density[edge] / self._jam[edge], _SLOWEST)
-        # Lights, crossings and turning traffic make each stretch a little different.
+        # Traffic lights, crossings and turning traffic vary the speed along the road.
         hindrance = self._rng.uniform(0.75, 1.05, len(edge))
         speed: np.ndarray = self._free_speed[edge] * greenshields * self.vehicles["pace"] * hindrance
         return speed
@@ -137,7 +139,7 @@ class Traffic:
         edge = vehicles["edge"]
         junction = network.head[edge]
         fastest = self._demand.exits[vehicles["district"], junction]
-        # Of two exits drawn at random the faster, since detours too keep to the larger roads.
+        # The larger road of two random exits, since detours also prefer larger roads.
         one, other = self._random_exit(edge), self._random_exit(edge)
         detour = np.where(network.road_class[one] >= network.road_class[other], one, other)
         full = self._density[fastest] > rng.uniform(0.4, 1.2, len(edge)) * self._jam[fastest]
@@ -145,7 +147,7 @@ class Traffic:
         return np.where(leaves, detour, fastest)
 
     def _random_exit(self, edge: np.ndarray) -> np.ndarray:
-        """An exit of the junction at the end of each edge, not back along the edge unless that is a dead end."""
+        """A random exit of the junction at the end of each edge; never back along the edge, except in a dead end."""
         network = self._network
         first = network.first_exit[network.head[edge]]
         count = network.first_exit[network.head[edge] + 1] - first
@@ -168,7 +170,7 @@ class Traffic:
 
 
 def _records(first: np.ndarray, last: np.ndarray, speed: np.ndarray) -> Records:
-    """A record of `speed` in each of the cells first..last of each stretch."""
+    """One record of `speed` in each of the cells first..last, for each vehicle."""
     count = last - first + 1
     cell = np.arange(count.sum()) + np.repeat(last + 1 - np.cumsum(count), count)
     return Records(cell, np.repeat(speed, count))
@@ -185,7 +187,7 @@ def _far_apart(points: np.ndarray, count: int, rng: np.random.Generator) -> np.n
 
 
 def _activity(hour: float, weekend: bool) -> float:
-    """Trips that start at an hour of the day, relative to the busiest hour."""
+    """Rate of trips that start at an hour of the day, relative to the busiest hour."""
 
     def peak(at: float, width: float) -> float:
         away = (hour - at + 12) % 24 - 12  # hours past midnight belong to the evening before

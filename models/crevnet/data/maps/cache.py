@@ -1,7 +1,7 @@
-"""The user's cache folder: what takes long to compute of day files, under names that follow from the files.
+"""The user's cache folder: slow results computed from day files, stored under names that derive from those files.
 
-`$CREVNET_CACHE`, by default `~/.cache/crevnet`, with a folder for each kind. It only saves time: whoever writes there does
-without where that is not possible.
+The folder is `$CREVNET_CACHE`, by default `~/.cache/crevnet`, with a subfolder for each kind of result. It only saves time:
+callers continue without it if it cannot be written.
 """
 
 import hashlib
@@ -22,7 +22,10 @@ from crevnet.machine.files import replacing
 
 
 def cache_path(kind: str, days: Sequence[DayFile], *options: object) -> Path:
-    """Where what is computed of `days` with `options` is kept: another name once a file has changed."""
+    """The path of the result of kind `kind` for `days` and `options`; it differs once a file changes.
+
+    Raises DataError if a file no longer exists.
+    """
     files = []
     for day in days:
         try:
@@ -35,7 +38,7 @@ def cache_path(kind: str, days: Sequence[DayFile], *options: object) -> Path:
 
 
 def write_cached(path: Path, blocks: Iterable[NDArray[Any]], shape: tuple[int, ...]) -> None:
-    """Write an array of values in [0, 1] as .npy, from blocks of its first axis, with a checksum behind it. Raises OSError."""
+    """Write an array of values in [0, 1] as .npy, from blocks of its first axis, followed by a checksum. Raises OSError."""
     checksum, begun = 0, False
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         for block in blocks:
@@ -49,13 +52,13 @@ def write_cached(path: Path, blocks: Iterable[NDArray[Any]], shape: tuple[int, .
 
 
 def read_cached(path: Path, shape: tuple[int, ...], dtype: type[np.floating]) -> NDArray[Any] | None:
-    """The array that `write_cached` has written, read-only; None where there is none, or anything about it is not so.
+    """The array that `write_cached` wrote, read-only; None if the file is missing or differs from what was written.
 
-    Its header is compared, not parsed, so that nothing that it says is relied on. All of it is read once, for the checksum.
+    The header is compared, not parsed, so nothing in it is trusted. The whole file is read once, for the checksum.
     """
     header, size = _header(shape, np.dtype(dtype)), math.prod(shape) * np.dtype(dtype).itemsize
     try:
-        if path.stat().st_size != len(header) + size + 4:  # so it is no pipe or device, which have none
+        if path.stat().st_size != len(header) + size + 4:  # which also excludes pipes and devices
             return None
         with path.open("rb") as file:
             if file.read(len(header)) != header:
@@ -64,7 +67,7 @@ def read_cached(path: Path, shape: tuple[int, ...], dtype: type[np.floating]) ->
     except (OSError, ValueError):
         return None
     array: NDArray[Any] = content[:-4].view(dtype).reshape(shape)
-    bits = array.view(f"u{array.itemsize}")  # of floats from 0 to 1 these are in order; all others, NaN too, are above
+    bits = array.view(f"u{array.itemsize}")  # ordered like the floats from 0 to 1; all others, and NaN, are above
     one = np.ones((), dtype).view(bits.dtype)
     is_whole = zlib.crc32(content[:-4]) == int.from_bytes(content[-4:].tobytes(), "little")
     return array if is_whole and (bits.max(initial=0) <= one) else None

@@ -1,4 +1,4 @@
-"""Road maps: how often each pixel of a city has data, computed once and kept in the user's cache folder."""
+"""Road maps: how often each pixel of a city has data, computed once and stored in the user's cache folder."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,13 +12,15 @@ from crevnet.data.maps.cache import cache_path, read_cached, write_cached
 
 
 def road_map(days: Sequence[DayFile], slots: tuple[int, int] | None = None, frames: int = 1200) -> torch.Tensor:
-    """The share of frames in which a pixel had data (any channel non-zero), float32 (1, H, W) in [0, 1].
+    """The fraction of frames in which a pixel has data (any non-zero channel), float32 (1, H, W) in [0, 1].
 
-    Taken from at most `frames` frames, spread evenly over the half-open range `slots` (None: the whole day) of `days`,
-    all of one city. Raises ValueError without days or frames and DataError for slots that a day does not hold.
+    It is taken over at most `frames` frames, spread evenly over the half-open range `slots` (None: the whole day) of `days`, all
+    of one city. Raises ValueError without days or frames, and DataError for slots that a day does not contain.
     """
     if not days or frames < 1:
-        raise ValueError(f"a road map needs at least one day and one frame, got {len(days)} days and frames={frames}")
+        raise ValueError(
+            f"a road map requires at least one day and one frame; got {len(days)} days and frames={frames}"
+        )
     check_frame_sizes(days)
     seen, count = np.zeros(days[0].shape[1:3], dtype=np.int64), 0
     for frame in sample_frames(days, slots, frames):
@@ -28,10 +30,10 @@ def road_map(days: Sequence[DayFile], slots: tuple[int, int] | None = None, fram
 
 
 def cached_road_map(days: Sequence[DayFile], slots: tuple[int, int] | None = None, frames: int = 1200) -> torch.Tensor:
-    """`road_map`, kept as .npy in the cache folder's `road_maps`.
+    """`road_map`, stored as .npy in `road_maps` of the cache folder.
 
-    A change of the files, of slots or of frames computes it anew; so does a cache file that is not as it was written. A cache
-    folder that cannot be written is no error.
+    It is computed again if the files, `slots` or `frames` change, or if the cache file is damaged. An unwritable cache folder
+    is not an error.
     """
     path = cache_path("road_maps", days, slots, frames)
     cached = read_cached(path, (1, *days[0].shape[1:3]), np.float32) if days else None

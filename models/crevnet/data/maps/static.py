@@ -1,4 +1,4 @@
-"""Static inputs: what a model sees beside a window's frames, and that stays as it is within the window."""
+"""Static inputs: channels that a model receives in addition to the frames, and that are constant within a window."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ from crevnet.data.maps.road_map import road_maps
 from crevnet.networks.config import STATIC_CHANNELS, Static
 
 Maps = Mapping[Static, Mapping[str, torch.Tensor]]
-"""For each static input but the clock, float32 (channels, H, W) in [0, 1] for each city."""
+"""Static input (except the clock) -> city -> float32 (channels, H, W) in [0, 1]."""
 
 DIRECTIONS = ("N", "NE", "E", "SE", "S", "SW", "W", "NW")
-"""Of the neighbours that a pixel's road may lead to, in the order of 2021's static files (`data_layout.py` of the organisers)."""
+"""Directions of a pixel's eight neighbours, in the order of 2021's static files (`data_layout.py` of the organisers)."""
 
 
 class StaticInputs:
@@ -29,7 +29,7 @@ class StaticInputs:
         self._maps = maps
 
     def only(self, names: Sequence[Static]) -> "StaticInputs":
-        """Of these names, all of which are among its own."""
+        """The same inputs with only these names, a subset of `self.names`."""
         return StaticInputs(names, self._maps)
 
     def __call__(self, day: DayFile, start: int) -> torch.Tensor:
@@ -47,13 +47,13 @@ class StaticInputs:
 def static_maps(
     names: Sequence[Static], layout: Layout, root: Path, days: Sequence[DayFile], slots: tuple[int, int] | None = None
 ) -> Maps:
-    """The road map of each city of `days`, and what else `names` asks for.
+    """The road map of each city of `days`, and the other maps in `names`.
 
-    Road maps come from static files where the layout has them, and otherwise from the half-open range `slots` of `days`
-    (None: whole days). Raises DataError for names that the layout has no source of, and for static files that cannot be used.
+    Road maps are read from static files if the layout has them. Otherwise they are computed from the half-open range `slots` of
+    `days` (None: whole days). Raises DataError for names that the layout cannot provide, and for unusable static files.
     """
     if "clock" in names and not layout.dated:
-        raise DataError("model.static has the clock, and movies have no dates: leave it out")
+        raise DataError("model.static includes clock, but videos have no dates: remove clock from it")
     files = {day.city: layout.static_file(root, day.city) for day in days}
     sizes = {day.city: day.shape[1:3] for day in days}
     read = {city: read_static(path, sizes[city]) for city, path in files.items() if path is not None}
@@ -61,34 +61,36 @@ def static_maps(
         roads = {city: channels[:1] for city, channels in read.items()}
         return {"road_map": roads, "connectivity": {city: channels[1:] for city, channels in read.items()}}
     if "connectivity" in names:
-        raise DataError("model.static has the connectivity, which comes with the data of 2021 alone: leave it out")
+        raise DataError("model.static includes connectivity, which only the data of 2021 have: remove it from the list")
     return {"road_map": road_maps(days, slots)}
 
 
 def read_static(path: Path, size: tuple[int, int]) -> torch.Tensor:
-    """A city's static file of 2021, float32 (9, H, W) in [0, 1]: the road map, and the connectivity by `DIRECTIONS`.
+    """A city's static file of 2021, float32 (9, H, W) in [0, 1]: the road map, then the connectivity by `DIRECTIONS`.
 
-    Stored are whole numbers in 0..255; a road that leads on is 255. Raises DataError for a file that cannot be used.
+    The file has integers in 0..255; 255 means that a road leads to that neighbour. Raises DataError for an unusable file.
     """
     if not path.exists():
-        raise DataError(f"{path} does not exist: it comes with the city's days; leave the city out with --data.cities")
+        raise DataError(
+            f"{path} does not exist, expected the static file of the city: download it, or leave the city out of --data.cities"
+        )
     expected = (1 + STATIC_CHANNELS["connectivity"], *size)
     with naming(str(path)), opened(path) as dataset:
         if dataset.shape != expected or dataset.dtype != np.uint8:
             raise DataError(
-                f"{path} is {dataset.dtype} {dataset.shape}, expected uint8 {expected} as its days are; download it again"
+                f"{path} is {dataset.dtype} {dataset.shape}, expected uint8 {expected} to match its days; download it again"
             )
         stored = dataset[()]
-    if not stored[0].any():  # what is left of a file whose values got lost
-        raise DataError(f"{path} has a road map of zeros alone, expected roads; download it again")
+    if not stored[0].any():  # the result of a file whose chunks were lost
+        raise DataError(f"{path} has a road map of only zeros, expected roads; download it again")
     return unit_interval(torch.from_numpy(stored))
 
 
 def clock(day: DayFile, start: int) -> torch.Tensor:
-    """Time of day and day of the week as points of two circles in [0, 1]: float32, sine and cosine of each.
+    """Time of day and day of the week as points on two circles: float32 (4,) in [0, 1], sine and cosine of each.
 
-    The slots of a day are taken to share its 24 hours alike. The week's circle turns with the time of day, so that there is no
-    jump at midnight.
+    The slots of a day are assumed to divide its 24 hours evenly. The week's circle advances with the time of day, so there is
+    no jump at midnight.
     """
     of_day = start / day.shape[0]
     of_week = (Date.fromisoformat(day.date).weekday() + of_day) / 7

@@ -1,4 +1,4 @@
-"""The models that CrevNet is compared with: published architectures, a configuration for each, and all trainable."""
+"""Models that CrevNet is compared with: published architectures, each with a configuration. All of them can be trained."""
 
 from crevnet.networks.baselines.convlstm import ConvLSTM as ConvLSTM
 from crevnet.networks.baselines.convlstm import ConvLSTMConfig as ConvLSTMConfig

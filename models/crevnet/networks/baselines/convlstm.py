@@ -17,16 +17,16 @@ from crevnet.networks.crevnet.cells import CellState
 
 @dataclass(frozen=True)
 class ConvLSTMConfig(StackedConfig):
-    """ConvLSTM's sizes."""
+    """Configuration of ConvLSTM."""
 
     title: ClassVar[str] = "ConvLSTM"
     name: Literal["convlstm"] = "convlstm"
 
 
 class ConvLSTM(StackedBaseline[tuple[CellState, ...]]):
-    """Layers of ConvLSTM, each fed with the hidden state of the one below.
+    """A stack of ConvLSTM layers. The input of each layer is the hidden state of the layer below.
 
-    11.5 million parameters as it is here: 4 layers of 128 channels and 5x5 convolutions.
+    The default has 11.5 million parameters: 4 layers of 128 channels with 5x5 convolutions.
     """
 
     def __init__(self, config: ConvLSTMConfig) -> None:
@@ -45,11 +45,11 @@ class ConvLSTM(StackedBaseline[tuple[CellState, ...]]):
 
 
 class ConvLSTMCell(nn.Module):
-    """Eq. 3 of the paper, without peepholes (the terms in W ∘ c): i, f, g and o are convolutions of x and h."""
+    """Eq. 3 of the paper without peepholes (the terms in W ∘ c): i, f, g and o are convolutions of x and h."""
 
     def __init__(self, channels: int, hidden: int, kernel: int) -> None:
         super().__init__()
-        # A convolution for each input, here and in the other cells: one of [x, h] would keep a copy of both for backward.
+        # Here and in the other cells, each input has its own convolution: one over [x, h] would store a copy of both.
         self.from_input = nn.Conv2d(channels, 4 * hidden, kernel, padding=kernel // 2)
         self.from_hidden = nn.Conv2d(hidden, 4 * hidden, kernel, padding=kernel // 2, bias=False)
 
@@ -58,7 +58,7 @@ class ConvLSTMCell(nn.Module):
 
 
 def lstm(gates: Tensor, c: Tensor) -> CellState:
-    """c = f c + i g and h = o tanh(c), of the gates i, f, g and o before their nonlinearities (B, 4 hidden, H, W)."""
+    """c = f c + i g and h = o tanh(c), from the pre-activations of i, f, g and o, (B, 4 hidden, H, W)."""
     i, f, g, o = gates.chunk(4, 1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return CellState(torch.sigmoid(o) * torch.tanh(c), c)

@@ -1,8 +1,8 @@
 """PredNet: Deep Predictive Coding Networks for Video Prediction and Unsupervised Learning (Lotter et al. 2017,
 https://arxiv.org/abs/1605.08104).
 
-Shapes, layer l counted from 0: targets A, predictions Â and representations R are (B, N_l, H / 2^l, W / 2^l); errors E are
-(B, 2 N_l, H / 2^l, W / 2^l). N_0 is the channels of a frame, the static ones among them.
+Shapes, with layers l from 0: targets A, predictions Â and representations R are (B, N_l, H / 2^l, W / 2^l); errors E are
+(B, 2 N_l, H / 2^l, W / 2^l). N_0 is the number of channels of a frame, including static ones.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from crevnet.networks.crevnet.cells import CellState
 
 
 class PredNetState(NamedTuple):
-    """What a step leaves for the next one."""
+    """The state that one step passes to the next."""
 
     cells: tuple[CellState, ...]
-    """R, which is h, and c of every layer."""
+    """R, as h, and c of every layer."""
     expected: Tensor
-    """Â of the first layer: the frame that is expected next, (B, Ci, H, W)."""
+    """Â of the first layer: the predicted next frame, (B, Ci, H, W)."""
 
 
 @dataclass(frozen=True)
 class PredNetConfig(ModelConfig):
-    """PredNet's sizes.
+    """Configuration of PredNet.
 
     Args:
-        widths: channels of the layers above the first one, which has the frame's. Frames are padded to multiples of
+        widths: channels of each layer above the first, which has the frame's channels. Frames are padded to multiples of
             2^len(widths). The default is the paper's network for natural video, with 6.9 million parameters.
     """
 
@@ -51,14 +51,15 @@ class PredNetConfig(ModelConfig):
 
 
 class PredNet(RecurrentBaseline[PredNetConfig, PredNetState]):
-    """A hierarchy in which each layer predicts its input, and passes on to the next one only what it predicted wrongly.
+    """A hierarchy of layers; each predicts its input and passes only the prediction error to the next layer.
 
-    The paper's algorithm 1: a time step goes down from the top layer to update the representations, and then up with the
-    frame to find the errors. Here `step` goes up with a frame and then down for the next prediction, and the first way down
-    is `initial_state`. Gates are sigmoids, as in the paper (the authors' code has hard ones).
+    In the paper's algorithm 1, a time step first goes down from the top layer to update the representations. It then goes up
+    with the frame to compute the errors. Here `step` goes up with a frame and then down for the next prediction;
+    `initial_state` is the first pass down. Gates are sigmoids, as in the paper (the authors' code has hard sigmoids).
 
-    The loss is the squared error of predicted frames, as for the other recurrent models; the paper's is the mean of the first
-    layer's errors ("L_0"), which is an absolute error, or of all layers' ("L_all"). Predictions saturate at 0 and 1 (SatLU).
+    The loss is the squared error of predicted frames, as for the other recurrent models. The paper's loss is the mean of the
+    first layer's errors ("L_0"), which is an absolute error, or of all layers' errors ("L_all"). Predictions saturate at 0 and
+    1 (SatLU).
     """
 
     def __init__(self, config: PredNetConfig) -> None:
@@ -79,7 +80,7 @@ class PredNet(RecurrentBaseline[PredNetConfig, PredNetState]):
         return state.expected[:, : self.config.channels], state
 
     def _up(self, frame: Tensor, state: PredNetState) -> list[Tensor]:
-        """The errors E of every layer, eqs. 1 to 3, first layer first."""
+        """The errors E of every layer, from the first layer up (eqs. 1 to 3)."""
         errors = [_errors(frame, state.expected)]
         for convolution, predict, cell in zip(self.targets, self.predictions[1:], state.cells[1:], strict=True):
             target = F.max_pool2d(F.relu(convolution(errors[-1])), 2)
@@ -87,7 +88,7 @@ class PredNet(RecurrentBaseline[PredNetConfig, PredNetState]):
         return errors
 
     def _down(self, errors: Sequence[Tensor], cells: Sequence[CellState]) -> PredNetState:
-        """New representations, eq. 4, each from its layer's errors and the new one above, and the first layer's prediction."""
+        """The new representations, each from its layer's errors and the new one above (eq. 4), and the next frame."""
         new: list[CellState] = []
         for update, error, old in zip(reversed(self.representations), reversed(errors), reversed(cells), strict=True):
             new.append(update(error, old, new[-1].h if new else None))
@@ -96,7 +97,7 @@ class PredNet(RecurrentBaseline[PredNetConfig, PredNetState]):
 
 
 class Representation(nn.Module):
-    """R of one layer: a ConvLSTM of E, R and, where there is a layer above, its R, upsampled."""
+    """R of one layer: a ConvLSTM of E, R and, except in the top layer, the upsampled R of the layer above."""
 
     def __init__(self, channels: int, above: int | None) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """PredRNN: Recurrent Neural Networks for Predictive Learning using Spatiotemporal LSTMs (Wang et al. 2017, NeurIPS).
 
-After section 3.2 and the authors' code, https://github.com/thuml/predrnn-pytorch, without its layer norm.
+It follows section 3.2 and the authors' code, https://github.com/thuml/predrnn-pytorch, without its layer norm.
 Shapes: x is (B, N, H, W); h, c and m are (B, hidden, H, W).
 """
 
@@ -20,27 +20,26 @@ FORGET_BIAS = 1.0
 
 
 class PredRNNState(NamedTuple):
-    """What a step leaves for the next one."""
+    """The state that one step passes to the next."""
 
     cells: tuple[CellState, ...]
     """h and c of every layer."""
     memory: Tensor
-    """The memory m that left the top layer."""
+    """The memory m from the top layer."""
 
 
 @dataclass(frozen=True)
 class PredRNNConfig(StackedConfig):
-    """PredRNN's sizes."""
+    """Configuration of PredRNN."""
 
     title: ClassVar[str] = "PredRNN"
     name: Literal["predrnn"] = "predrnn"
 
 
 class PredRNN(StackedBaseline[PredRNNState]):
-    """Layers of ST-LSTM. The memory m zigzags: up through the layers of one step, and from the top one to the first one of
-    the next step.
+    """A stack of ST-LSTM layers. The memory m passes up through the layers, and from the top layer to the next step's first.
 
-    23.5 million parameters as it is here: 4 layers of 128 channels and 5x5 convolutions, without biases, as in the code.
+    The default has 23.5 million parameters: 4 layers of 128 channels with 5x5 convolutions, without biases as in the code.
     """
 
     def __init__(self, config: PredRNNConfig) -> None:
@@ -60,8 +59,11 @@ class PredRNN(StackedBaseline[PredRNNState]):
 
 
 class STLSTMCell(nn.Module):
-    """The spatiotemporal LSTM: i, f, g of x and h give c = f c + i g; i', f', g' of x and m give m = f' m + i' g';
-    o of x, h and the new c and m; h = o tanh(W [c, m])."""
+    """The spatiotemporal LSTM.
+
+    Gates i, f, g of x and h give c = f c + i g. Gates i', f', g' of x and m give m = f' m + i' g'. With o of x, h and the new c
+    and m, h = o tanh(W [c, m]).
+    """
 
     def __init__(self, channels: int, hidden: int, kernel: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """PredRNN++: Towards A Resolution of the Deep-in-Time Dilemma in Spatiotemporal Predictive Learning (Wang et al. 2018, ICML,
 https://arxiv.org/abs/1804.06300).
 
-After sections 4.1 and 4.2 and the authors' code, https://github.com/Yunbo426/predrnn-pp, without its layer norm.
+It follows sections 4.1 and 4.2 and the authors' code, https://github.com/Yunbo426/predrnn-pp, without its layer norm.
 Shapes: x is (B, N, H, W); h, c, m and z are (B, hidden, H, W).
 """
 
@@ -20,30 +20,29 @@ from crevnet.networks.crevnet.cells import CellState
 
 
 class PredRNNPlusPlusState(NamedTuple):
-    """What a step leaves for the next one."""
+    """The state that one step passes to the next."""
 
     cells: tuple[CellState, ...]
     """h and c of every layer."""
     memory: Tensor
-    """The memory m that left the top layer."""
+    """The memory m from the top layer."""
     highway: Tensor
     """z of the gradient highway unit."""
 
 
 @dataclass(frozen=True)
 class PredRNNPlusPlusConfig(StackedConfig):
-    """PredRNN++'s sizes."""
+    """Configuration of PredRNN++."""
 
     title: ClassVar[str] = "PredRNN++"
     name: Literal["predrnnpp"] = "predrnnpp"
 
 
 class PredRNNPlusPlus(StackedBaseline[PredRNNPlusPlusState]):
-    """Layers of causal LSTM, with a gradient highway unit between the first and the second one. The memory m zigzags as in
-    PredRNN.
+    """A stack of causal LSTM layers, with a gradient highway unit between the first two. The memory m passes as in PredRNN.
 
-    35.0 million parameters as it is here: 4 layers of 128 channels and 5x5 convolutions. Implementations of 38.3 million
-    hold one more convolution of [c, m] in every cell, and never use it.
+    The default has 35.0 million parameters: 4 layers of 128 channels with 5x5 convolutions. Implementations with 38.3 million
+    have another convolution of [c, m] in every cell, which they never use.
     """
 
     def __init__(self, config: PredRNNPlusPlusConfig) -> None:
@@ -66,11 +65,11 @@ class PredRNNPlusPlus(StackedBaseline[PredRNNPlusPlusState]):
 
 
 class CausalLSTMCell(nn.Module):
-    """The causal LSTM: the gates of the spatial memory m come after the temporal memory c, and see it.
+    """The causal LSTM: the gates of the spatial memory m depend on the new temporal memory c.
 
-    i, f, g of x, h and c give c = f c + i g; i', f' of x, m and the new c, and g' of x and the new c, give
-    m = f' tanh(W m) + i' g'; o = tanh of x, h and the new c and m gives h = o tanh(W [c, m]). Two details are the code's and
-    not the paper's: g' does not see m, and o sees h.
+    Gates i, f, g of x, h and c give c = f c + i g. Gates i', f' of x, m and the new c, and g' of x and the new c, give
+    m = f' tanh(W m) + i' g'. With o = tanh of x, h and the new c and m, h = o tanh(W [c, m]). Two details follow the code
+    instead of the paper: g' does not depend on m, and o depends on h.
     """
 
     def __init__(self, channels: int, hidden: int, kernel: int) -> None:
@@ -79,7 +78,7 @@ class CausalLSTMCell(nn.Module):
         self.from_input = conv(channels, 7 * hidden)  # i, f, g, i', f', g', o
         self.from_hidden = conv(hidden, 4 * hidden)  # i, f, g, o
         self.from_old_cell = conv(hidden, 3 * hidden)  # i, f, g
-        self.from_old_memory = conv(hidden, 3 * hidden)  # i', f', and what f' lets pass
+        self.from_old_memory = conv(hidden, 3 * hidden)  # i', f', and the input of f'
         self.from_cell = conv(hidden, 4 * hidden)  # i', f', g', o
         self.from_memory = conv(hidden, hidden)  # o
         self.merge_cell = nn.Conv2d(hidden, hidden, 1)
@@ -99,7 +98,7 @@ class CausalLSTMCell(nn.Module):
 
 
 class GradientHighwayUnit(nn.Module):
-    """p and s of x and z give z = s p + (1 - s) z, a short way for gradients through time."""
+    """Gates p and s of x and z give z = s p + (1 - s) z, a short path for gradients through time."""
 
     def __init__(self, hidden: int, kernel: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Baselines that go from frame to frame with a state.
+"""Recurrent baselines, which process one frame per step and carry a state.
 
-Shapes: as in crevnet.networks.video_model; Ci channels that a model sees, the static ones among them; p the patch, and Hp x Wp
-the frame, padded at the bottom and the right.
+Shapes: as in crevnet.networks.video_model, with Ci the input channels, including static ones. The patch size is p, and the
+frame is Hp x Wp, padded at the bottom and the right.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ State = TypeVar("State")
 
 
 class RecurrentBaseline(VideoModel[Config], Generic[Config, State]):
-    """One step predicts the next frame from this one and a state; the state comes in and goes out, and is never kept on a module.
+    """Predicts the next frame from the current one and a state, which is an argument and a result, never a module attribute.
 
-    A subclass gives `initial_state` and `step`. They see frames with the static channels, padded to multiples of `multiple` and
-    folded into patches of `patch` x `patch` pixels, whose channels are one pixel's: (B, Ci p p, Hp / p, Wp / p).
+    Subclasses implement `initial_state` and `step`. Their frames include the static channels and are padded to multiples of
+    `multiple`. Each patch of `patch` x `patch` pixels is folded into the channels of one pixel: (B, Ci p p, Hp / p, Wp / p).
     """
 
     def __init__(self, config: Config, multiple: int, patch: int = 1) -> None:
@@ -36,14 +36,17 @@ class RecurrentBaseline(VideoModel[Config], Generic[Config, State]):
 
     @abstractmethod
     def initial_state(self, frame: Tensor) -> State:
-        """The state before the first step, shaped for `frame` (B, Ci p p, Hp / p, Wp / p), of which no value is used."""
+        """The state before the first step, shaped for `frame` (B, Ci p p, Hp / p, Wp / p), whose values are not used."""
 
     @abstractmethod
     def step(self, frame: Tensor, state: State) -> tuple[Tensor, State]:
-        """(B, Ci p p, Hp / p, Wp / p) -> the next frame's data channels, (B, C p p, Hp / p, Wp / p), and the next state."""
+        """Predict the data channels of the next frame, (B, C p p, Hp / p, Wp / p), and the next state.
+
+        `frame` is (B, Ci p p, Hp / p, Wp / p).
+        """
 
     def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
-        """One-step predictions (B, T, C, H, W): entry t is the frame after frame t, from the true frames up to t."""
+        """One-step predictions (B, T, C, H, W): entry t is the predicted frame t + 1, from the true frames up to t."""
         self._check(frames, static)
         return torch.stack(list(self._predictions(frames, static, [True] * frames.shape[1])), 1)
 
@@ -53,14 +56,14 @@ class RecurrentBaseline(VideoModel[Config], Generic[Config, State]):
         """Mean squared error of the one-step predictions within a window of past and future frames (B, T, C, H, W)."""
         self._check(frames, static, at_least=2)
         chosen, truth = self._chosen(over, frames.shape[1] - 1), frames[:, 1:].unbind(1)
-        # Step by step: a stack of all predictions, and its gradient, would each take a frame a step more.
+        # Accumulated per step: a stack of all predictions, and its gradient, would each take another frame per step.
         predictions = self._predictions(frames, static, self._truly_fed(frames.shape[1], fed)[: chosen.stop])
         errors = [mean_squared_error(p, truth[t]) for t, p in enumerate(predictions) if t in chosen]
         return torch.stack(errors).mean()
 
     @torch.no_grad()
     def generate(self, past: Tensor, static: Tensor | None = None, horizon: int | None = None) -> Tensor:
-        """The frames after `past`, each predicted from the one before: (B, horizon, C, H, W), not clipped."""
+        """The frames after `past` (B, T, C, H, W), each predicted from the previous one: (B, horizon, C, H, W), not clipped."""
         self._check(past, static)
         horizon, state = self._horizon(horizon), None
         for frame in past.unbind(1):
@@ -72,14 +75,14 @@ class RecurrentBaseline(VideoModel[Config], Generic[Config, State]):
         return torch.stack(frames, 1)
 
     def _predictions(self, frames: Tensor, static: Tensor | None, fed: Sequence[bool]) -> Iterator[Tensor]:
-        """The frame that follows each of `frames`, from the frame itself where it is `fed`, and else from its prediction."""
+        """Predictions of the frame after each of `frames`. If its entry of `fed` is false, the input is the last prediction."""
         prediction, state = frames[:, 0], None
         for t, true in enumerate(fed):
             prediction, state = self._predict(frames[:, t] if true else prediction, static, state)
             yield prediction
 
     def _predict(self, frame: Tensor, static: Tensor | None, state: State | None) -> tuple[Tensor, State]:
-        """`step` on a frame as it is: (B, C, H, W) -> the next one, and the state."""
+        """`step` for a frame without padding or patches, (B, C, H, W): the next frame, (B, C, H, W), and the state."""
         seen = F.pixel_unshuffle(padded(with_static(frame, static), self.multiple), self.patch)
         prediction, state = self.step(seen, self.initial_state(seen) if state is None else state)
         return cropped(F.pixel_shuffle(prediction, self.patch), frame), state
@@ -87,13 +90,13 @@ class RecurrentBaseline(VideoModel[Config], Generic[Config, State]):
 
 @dataclass(frozen=True)
 class StackedConfig(ModelConfig):
-    """Layers of recurrent cells, all of one width.
+    """Configuration of a stack of recurrent layers with equal widths.
 
     Args:
         hidden: channels of a layer's states.
         layers: number of layers.
-        kernel: height and width of the cells' convolutions.
-        patch: the model works on frames of H/patch x W/patch pixels, each the channels of patch x patch pixels.
+        kernel: odd height and width of the cells' convolutions, in pixels.
+        patch: side, in pixels, of the patches that are folded into channels. The cells' states have H/patch x W/patch pixels.
     """
 
     hidden: int = 128
@@ -106,16 +109,16 @@ class StackedConfig(ModelConfig):
         for name in ("hidden", "layers", "patch"):
             check_at_least_one(name, getattr(self, name))
         if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel has to be odd, not {self.kernel}")
+            raise ValueError(f"kernel must be odd and at least 1, not {self.kernel}")
 
 
 class StackedBaseline(RecurrentBaseline[StackedConfig, State]):
-    """Layers of recurrent cells, all `hidden` wide, and a 1x1 convolution from the top one to the frame.
+    """A stack of recurrent layers of width `hidden`, and a 1x1 convolution from the top layer to the frame.
 
     Args:
-        config: what is predicted, and the sizes.
-        cell: makes a layer, of the channels of its input, `hidden` and `kernel`.
-        bias: whether the convolution to the frame has one.
+        config: the model's configuration.
+        cell: creates a layer from its number of input channels, `hidden` and `kernel`.
+        bias: whether the convolution to the frame has a bias.
     """
 
     def __init__(self, config: StackedConfig, cell: Callable[[int, int, int], nn.Module], bias: bool) -> None:
@@ -126,5 +129,5 @@ class StackedBaseline(RecurrentBaseline[StackedConfig, State]):
         self.to_frame = nn.Conv2d(config.hidden, config.channels * pixels, 1, bias=bias)
 
     def zeros(self, frame: Tensor) -> Tensor:
-        """One layer's initial state for `frame` (B, N, H, W): (B, hidden, H, W)."""
+        """A layer's initial state, zeros (B, hidden, H, W), for `frame` (B, N, H, W)."""
         return frame.new_zeros(frame.shape[0], self.config.hidden, *frame.shape[-2:])

@@ -1,8 +1,7 @@
-"""U-Net, the baseline that Traffic4cast's organisers gave in 2021: past frames in, future frames out, no recurrence.
+"""U-Net (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597): all future frames from the past ones, without recurrence.
 
-After https://github.com/iarai/NeurIPS2021-traffic4cast, baselines/unet.py and baselines_configs.py, which is
-https://github.com/jvanvugt/pytorch-unet with padding, batch norm and transposed convolutions; Ronneberger et al. 2015,
-https://arxiv.org/abs/1505.04597.
+This is the baseline of Traffic4cast's organisers in 2021, https://github.com/iarai/NeurIPS2021-traffic4cast, baselines/unet.py
+and baselines_configs.py. Theirs is https://github.com/jvanvugt/pytorch-unet with padding, batch norm and transposed convolutions.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from crevnet.networks.video_model import VideoModel
 
 @dataclass(frozen=True)
 class UNetConfig(ModelConfig):
-    """The U-Net's sizes.
+    """Configuration of the U-Net.
 
     Args:
         depth: number of resolutions. Frames are padded to multiples of 2^(depth - 1).
-        width: channels at full resolution; twice as many at each lower one.
+        width: channels at full resolution; each lower resolution has twice as many.
     """
 
     title: ClassVar[str] = "U-Net"
@@ -42,7 +41,7 @@ class UNetConfig(ModelConfig):
 
 
 class UNet(VideoModel[UNetConfig]):
-    """Predicts all frames of the horizon at once, from exactly `past` ones in a stack of channels, with the static ones once."""
+    """Predicts all frames of the horizon at once. The input stacks exactly `past` frames and the static channels."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
@@ -53,7 +52,7 @@ class UNet(VideoModel[UNetConfig]):
         self.to_frames = nn.Conv2d(config.width, config.horizon * config.channels, 1)
 
     def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
-        """(B, past, C, H, W) -> the frames after them, (B, horizon, C, H, W)."""
+        """The frames after `frames` (B, past, C, H, W): (B, horizon, C, H, W)."""
         self._check(frames, static)
         self._check_count(frames, self.config.past)
         x = padded(with_static(frames.flatten(1, 2), static), 2 ** len(self.up))
@@ -69,7 +68,10 @@ class UNet(VideoModel[UNetConfig]):
     def loss(
         self, frames: Tensor, static: Tensor | None = None, over: Loss = "all", fed: Sequence[bool] | None = None
     ) -> Tensor:
-        """Mean squared error of the predicted frames of a window (B, past + horizon, C, H, W): "all" are future ones."""
+        """Mean squared error of the predicted frames of a window (B, past + horizon, C, H, W).
+
+        All predictions are future frames, so "all" equals "future".
+        """
         self._check(frames, static)
         self._check_count(frames, self.config.window)
         chosen = list(self._chosen(over, self.config.horizon))
@@ -79,8 +81,10 @@ class UNet(VideoModel[UNetConfig]):
 
     @torch.no_grad()
     def generate(self, past: Tensor, static: Tensor | None = None, horizon: int | None = None) -> Tensor:
-        """The frames after `past` (B, past, C, H, W): (B, horizon, C, H, W), not clipped. Where the model's own horizon is
-        shorter, the last frames, predicted ones among them, are its next past."""
+        """The frames after `past` (B, past, C, H, W): (B, horizon, C, H, W), not clipped.
+
+        If the model's own horizon is shorter, its next input is the last frames, including predicted ones.
+        """
         horizon, frames = self._horizon(horizon), past
         while frames.shape[1] < past.shape[1] + horizon:
             frames = torch.cat((frames, self(frames[:, -past.shape[1] :], static)), 1)
@@ -89,23 +93,23 @@ class UNet(VideoModel[UNetConfig]):
     @staticmethod
     def _check_count(frames: Tensor, count: int) -> None:
         if frames.shape[1] != count:
-            raise ValueError(f"frames have to be {count} in time for this model; got {frames.shape[1]}")
+            raise ValueError(f"frames must have {count} time steps for this model; got {frames.shape[1]}")
 
 
 class Block(nn.Sequential):
-    """Twice: convolution, ReLU, batch norm."""
+    """Convolution, ReLU and batch norm, twice."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__(nn.Conv2d(channels, width, 3, padding=1), *_rest_of_block(width))
 
 
 class UpBlock(nn.Module):
-    """A transposed convolution to twice the resolution, and a block of its output and the skip connection's."""
+    """A transposed convolution to twice the resolution, and a block over its output and the skip connection."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.upsample = nn.ConvTranspose2d(channels, width, 2, stride=2)
-        # The block's first convolution: one of [x, skip] would keep a copy of both for the backward pass.
+        # The block's first convolution, in two parts: one over [x, skip] would store a copy of both for the backward pass.
         self.from_below = nn.Conv2d(width, width, 3, padding=1)
         self.from_skip = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.rest = nn.Sequential(*_rest_of_block(width))
@@ -115,6 +119,6 @@ class UpBlock(nn.Module):
 
 
 def _rest_of_block(width: int) -> list[nn.Module]:
-    """What follows a block's first convolution."""
+    """The modules after a block's first convolution."""
     convolution = nn.Conv2d(width, width, 3, padding=1)
     return [nn.ReLU(), nn.BatchNorm2d(width), convolution, nn.ReLU(), nn.BatchNorm2d(width)]

@@ -1,7 +1,7 @@
 """VPN: Video Pixel Networks (Kalchbrenner et al. 2017, https://arxiv.org/abs/1610.00527).
 
-Shapes: as in crevnet.networks.video_model. Features are (B, 2 c, H, W) outside of blocks and (B, c, H, W) inside; nowhere is
-the resolution lowered, so frames are not padded.
+Shapes: as in crevnet.networks.video_model. Features are (B, 2 c, H, W) outside of blocks and (B, c, H, W) inside. All layers
+have the full resolution, so frames are not padded.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from crevnet.networks.video_model import VideoModel
 VALUES = 256
 
 MOST_GENERATED = 4096
-"""Values of a frame, channels among them, up to which generating it is worth waiting for."""
+"""Largest number of values (channels x height x width) in a frame for which generation is permitted, because it is slow."""
 
 
 @dataclass(frozen=True)
 class VPNConfig(ModelConfig):
-    """VPN's sizes.
+    """Configuration of VPN.
 
     Args:
-        width: channels inside of a block.
-        dilations: of each encoder block's convolutions.
-        decoder_blocks: number of masked blocks.
+        width: channels inside a block.
+        dilations: dilation of the convolutions in each encoder block.
+        decoder_blocks: number of masked blocks in the decoder.
     """
 
     title: ClassVar[str] = "VPN"
@@ -51,17 +51,18 @@ class VPNConfig(ModelConfig):
             check_at_least_one("dilations", dilation)
         check_at_least_one("decoder_blocks", self.decoder_blocks)
         if self.width < self.channels:
-            raise ValueError(f"width has to be at least 1 for each of {self.channels} channels, not {self.width}")
+            raise ValueError(f"width must be at least the number of channels, {self.channels}, not {self.width}")
 
 
 class VPN(VideoModel[VPNConfig]):
-    """The probability of each of 256 values, for every channel of every pixel of the next frame.
+    """Predicts the probabilities of 256 values, for every channel of every pixel of the next frame.
 
-    A value is conditioned on all former frames, by the encoders and a ConvLSTM, and on the values before it in its own frame,
-    in the order of rows, columns and channels, by masked convolutions. As in every stack of masked 3x3 convolutions, of
-    a frame's k-th row above only the pixels up to k to the right are seen.
+    The encoders and a ConvLSTM condition a value on all earlier frames. Masked convolutions condition it on the values before
+    it in its own frame, in the order of rows, columns and channels. As in every stack of masked 3x3 convolutions, the receptive
+    field in the k-th row above extends only k pixels to the right.
 
-    29.9 million parameters as it is here. Checkpoints are compared by the loss, since a frame is generated value by value.
+    The default has 29.9 million parameters. Checkpoints are compared by the loss, because generating a frame value by value is
+    slow.
     """
 
     def __init__(self, config: VPNConfig) -> None:
@@ -80,29 +81,31 @@ class VPN(VideoModel[VPNConfig]):
         )
 
     def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
-        """Logits of each frame's values but the first's, from the true frames before it and the true values before each in
-        its own: (B, T, C, H, W) -> (B, T - 1, C, 256, H, W)."""
+        """Logits of the values of frames 1 to T - 1, from `frames` (B, T, C, H, W): (B, T - 1, C, 256, H, W).
+
+        They are conditioned on the true frames before, and on the true values before each value in its own frame.
+        """
         self._check(frames, static, at_least=2)
         return torch.stack(list(self._logits(frames, static)), 1)
 
     def loss(
         self, frames: Tensor, static: Tensor | None = None, over: Loss = "all", fed: Sequence[bool] | None = None
     ) -> Tensor:
-        """Mean cross-entropy, in nats a value, of the values round(255 x) of all frames but the first, or the future ones."""
+        """Mean cross-entropy, in nats per value, of the values round(255 x) of all frames but the first, or of future ones."""
         self._check(frames, static, at_least=2)
         self._truly_fed(frames.shape[1], fed)
         return self._losses(frames, static, over).mean()
 
     def scores(self, frames: Tensor, static: Tensor | None = None, number: int | None = None) -> Tensor:
-        """The mean cross-entropy of each future frame's values, given the true values before each."""
+        """The mean cross-entropy of each future frame's values, in nats per value, given the true values before each."""
         self._check(frames, static, at_least=2)
         return self._losses(frames, static, number or "future")
 
     def _losses(self, frames: Tensor, static: Tensor | None, over: Loss) -> Tensor:
-        """The cross-entropy of each frame that is predicted."""
+        """The mean cross-entropy of each predicted frame in `over`."""
         chosen = self._chosen(over, frames.shape[1] - 1)
         values = (frames[:, 1:] * (VALUES - 1)).round().long().unbind(1)
-        # Step by step: a stack of all logits, and its gradient, would each take 256 frames a step more.
+        # Computed per step: a stack of all logits, and its gradient, would each take another 256 frames per step.
         losses = [
             F.cross_entropy(logits.flatten(0, 1), values[t].flatten(0, 1))
             for t, logits in enumerate(self._logits(frames[:, : chosen.stop + 1], static, chosen.start), chosen.start)
@@ -113,16 +116,16 @@ class VPN(VideoModel[VPNConfig]):
         values = self.config.channels * height * width
         if values > MOST_GENERATED:
             raise ValueError(
-                f"VPN generates a frame value by value, in {values} passes at {height} x {width}: frames of at most "
-                f"{MOST_GENERATED} values can be generated"
+                f"VPN generates a frame value by value, in {values} passes at {height} x {width}; expected frames of at most "
+                f"{MOST_GENERATED} values"
             )
 
     @torch.no_grad()
     def generate(self, past: Tensor, static: Tensor | None = None, horizon: int | None = None) -> Tensor:
         """The frames after `past` (B, T, C, H, W): (B, horizon, C, H, W).
 
-        Each value is the expectation of its distribution, given the expectations before it: nothing is drawn, since what is
-        compared is a squared error. That takes H W C passes of the decoder a frame, and is meant for tiny frames.
+        Each value is the expectation of its distribution, given the expectations before it. No values are sampled, because
+        forecasts are compared by squared errors. This takes H W C decoder passes per frame and is intended for tiny frames.
         """
         self._check(past, static)
         horizon, state = self._horizon(horizon), self._initial_state(past)
@@ -135,7 +138,7 @@ class VPN(VideoModel[VPNConfig]):
         return torch.stack(frames, 1)
 
     def _logits(self, frames: Tensor, static: Tensor | None, first: int = 0) -> Iterator[Tensor]:
-        """(B, C, 256, H, W) of each frame but the first, from prediction `first` on."""
+        """Logits (B, C, 256, H, W) of each frame after the first, starting with prediction `first`."""
         state = self._initial_state(frames)
         for t, (frame, following) in enumerate(pairwise(frames.unbind(1))):
             state = self._encode(frame, static, state)
@@ -147,15 +150,15 @@ class VPN(VideoModel[VPNConfig]):
         return CellState(zeros, zeros)
 
     def _encode(self, frame: Tensor, static: Tensor | None, state: CellState) -> CellState:
-        """The state after one more frame (B, C, H, W); its h is what the next frame is conditioned on."""
+        """The state after another frame (B, C, H, W); its h conditions the next frame."""
         return self.recurrence(self.encoder(with_static(frame, static)), state)
 
     def _decode(self, context: Tensor, frame: Tensor) -> Tensor:
-        """Logits (B, C, 256, H, W) of a frame's values, each from the context and the frame's values (B, C, H, W) before it."""
+        """Logits (B, C, 256, H, W) of a frame's values, each from the context and the earlier values of `frame` (B, C, H, W)."""
         return self.decoder(context + self.from_frame(frame)).unflatten(1, (self.config.channels, VALUES))
 
     def _expected(self, context: Tensor, past: Tensor) -> Tensor:
-        """A frame like those of `past`, value by value: those to come are zero, and masked."""
+        """The expected frame (B, C, H, W), computed value by value; later values are zero and masked."""
         frame = torch.zeros_like(past[:, 0])
         values = torch.linspace(0, 1, VALUES, dtype=context.dtype, device=context.device)
         for row in range(frame.shape[2]):
@@ -167,12 +170,12 @@ class VPN(VideoModel[VPNConfig]):
 
 
 class ResidualMultiplicativeBlock(nn.Module):
-    """RMB, section 4.2: h + W (MU(MU(W h))), (B, 2 c, H, W) -> the same.
+    """RMB, section 4.2: h + W (MU(MU(W h))), for h (B, 2 c, H, W).
 
     Args:
-        width: c.
-        dilation: of the 3x3 convolutions.
-        masked_groups: if given, all convolutions are masked for so many colour channels.
+        width: channels c inside the block.
+        dilation: dilation of the 3x3 convolutions.
+        masked_groups: if given, all convolutions are masked, with this number of colour channels.
     """
 
     def __init__(self, width: int, dilation: int = 1, masked_groups: int | None = None) -> None:
@@ -201,16 +204,16 @@ class MultiplicativeUnit(nn.Module):
 
 
 class MaskedConv2d(nn.Conv2d):
-    """A convolution that sees what comes before: pixels in rows above, pixels to the left, and at the pixel itself the colour
-    channels before its own, with its own one (mask B) or without it (mask A).
+    """A convolution over only earlier values: rows above, pixels to the left, and earlier colour channels of the same pixel.
 
-    Features stand for the colour channels in groups of (almost) equal size, one after the other.
+    Mask B also includes the value's own colour channel; mask A does not. The features are divided into consecutive groups of
+    (almost) equal size, one for each colour channel.
 
     Args:
-        inside, outside: channels.
+        inside, outside: number of input and output channels.
         kernel: height and width, odd.
         groups: number of colour channels.
-        sees_own_group: mask B; else mask A.
+        sees_own_group: whether to use mask B instead of mask A.
     """
 
     mask: Tensor

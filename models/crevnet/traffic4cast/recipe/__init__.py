@@ -1,1 +1,1 @@
-"""Recipes: several models, trained one from the other. Settings and folders need no Lightning, which takes long to import."""
+"""Recipes: several models, each fine-tuned from another. Settings and folders do not import Lightning, which imports slowly."""

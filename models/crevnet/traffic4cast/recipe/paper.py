@@ -1,7 +1,9 @@
-"""The paper's recipe (Yu et al. 2019, section 3 and table 1): one model of all cities, fine-tuned on each city, and each of those
-fine-tuned on each predicted frame. Its final model is here the mean of the three; what the paper's is made of, it does not say.
+"""The paper's recipe (Yu et al. 2019, section 3 and table 1).
 
-A recipe's folder holds recipe.yaml and a run for each model: base, city/<City>, frame/<City>/<number>.
+One model is trained on all cities and fine-tuned on each city. Each city's model is then fine-tuned on each predicted frame. The
+final model here is the mean of the three stages; the paper does not specify its own.
+
+A recipe's folder contains recipe.yaml and one run per model: base, city/<City>, frame/<City>/<number>.
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ class Step:
     """The training of one of the recipe's models.
 
     Attributes:
-        name: for people to read.
-        folder: its run's.
-        settings: its run's.
+        name: the model's name in output.
+        folder: the folder of its run.
+        settings: the settings of its run.
     """
 
     name: str
@@ -52,7 +54,7 @@ class Step:
 
     @property
     def score(self) -> float | None:
-        """The best validation score, once the step is done."""
+        """The best validation score once the step is finished, else None."""
         return score_of(self.folder)
 
     @property
@@ -60,18 +62,18 @@ class Step:
         return checkpoint_path(self.folder, "last").is_file()
 
     def run(self) -> float:
-        """Train, or go on where training was stopped. Returns the best validation score."""
+        """Train, or resume interrupted training. Returns the best validation score."""
         found = train(self.settings, self.folder, resume=self.is_begun)
         save_yaml(record(self.folder), {"score": found})
         return found
 
 
 class Recipe:
-    """The recipe in a folder, as it was begun there or as `settings` say. SettingsError where these differ.
+    """The recipe in a folder, either new or started there with equal settings. SettingsError if its settings differ.
 
     Attributes:
-        cities: those to fine-tune on: all that have validation days.
-        frames: numbers of the predicted frames to fine-tune on, 1 being the first: all, or those of the competition.
+        cities: the cities to fine-tune on: all with validation days.
+        frames: the predicted frames to fine-tune on, 1 being the first: all, or those of the competition.
     """
 
     def __init__(self, folder: Path, settings: RecipeSettings) -> None:
@@ -85,7 +87,7 @@ class Recipe:
         if path.is_file():
             refuse_changes(path, load_recipe(folder), settings)
         elif checkpoint_path(folder, "last").is_file():
-            raise SettingsError(f"{folder} holds a run: choose another --out for a recipe")
+            raise SettingsError(f"{folder} contains a run, expected a recipe or a new folder: choose another --out")
         make_folder(folder)
         save_yaml(path, settings.sections())
 
@@ -98,7 +100,7 @@ class Recipe:
         return replace(step, settings=replace(step.settings, data=replace(step.settings.data, cities=[city])))
 
     def frame(self, city: str, number: int) -> Step:
-        """On generated frames, as that one is when the model forecasts."""
+        """The fine-tuning of a city's model on one predicted frame, with generated input frames as in a forecast."""
         step = self._tuned(
             self.city(city), f"frame {number}, {city}", frame_run(self.folder, city, number), self.settings.frame
         )
@@ -107,7 +109,7 @@ class Recipe:
         return replace(step, settings=replace(step.settings, training=training))
 
     def steps(self) -> Iterator[Step]:
-        """In the order in which they are to be run."""
+        """All steps, in training order."""
         yield self.base
         yield from map(self.city, self.cities)
         for city in self.cities:
@@ -115,7 +117,7 @@ class Recipe:
                 yield self.frame(city, number)
 
     def scores(self) -> dict[str, Scores]:
-        """Of every stage, of their mean, and of the forecasts that need no training: means over the cities."""
+        """Scores of each stage, of their mean, and of the naive baselines, averaged over the cities."""
         model, data = self.settings.base.model, self.settings.base.data
         others = untrained(self.data, data, model.horizon)
         by_city: dict[str, dict[str, Scores]] = {}
@@ -130,13 +132,13 @@ class Recipe:
         return mean_over_cities(by_city)
 
     def _check_forecasts(self) -> None:
-        """SettingsError where the model could be trained, but the table that a recipe ends with could not be made."""
+        """SettingsError if the model cannot generate frames, which the final table of scores requires."""
         with torch.device("meta"):
             network = make_network(self.settings.base.model)
         try:
             network.check_generation(*self.data.validation_days[0].shape[1:3])
         except ValueError as error:
-            raise SettingsError(f"{error}, and a recipe ends with forecasts: choose another --model") from error
+            raise SettingsError(f"{error}, because a recipe ends with forecasts: choose another --model") from error
 
     def _tuned(self, start: Step, name: str, folder: Path, tuning: FineTuning) -> Step:
         training = replace(tuning.of(start.settings.training), start=start.folder)

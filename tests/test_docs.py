@@ -139,10 +139,10 @@ def test_the_list_of_commands_is_that_of_the_program(capsys, monkeypatch):
 def options():
     """Those of all of crevnet's commands, as their help has them."""
     found = set()
-    for command in COMMANDS:
+    for arguments in ["--help", *(f"{command} --help-all" for command in COMMANDS)]:
         text = StringIO()
         with redirect_stdout(text):
-            main([*command.split(), "--help-all"])
+            main(arguments.split())
         found |= set(re.findall(r"--[\w.-]+\w", text.getvalue()))
     return found
 

@@ -14,7 +14,7 @@ import posixpath
 import re
 import sys
 import tomllib
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -76,9 +76,9 @@ def _help(command: str) -> str:
         from crevnet.cli import main
 
         text = io.StringIO()
-        os.environ["COLUMNS"] = "100"
-        with redirect_stdout(text), suppress(SystemExit):
-            main([*command.split(), "--help"])
+        os.environ["COLUMNS"] = "88"
+        with redirect_stdout(text):
+            main([*command.split(), "--help-all"])
         return f"```text\n{text.getvalue()}```"
     finally:
         del sys.path[:2], os.environ["COLUMNS"]

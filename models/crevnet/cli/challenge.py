@@ -39,7 +39,7 @@ def score_command(data: DataSettings, challenge: ChallengeSettings) -> str:
 
 
 def same_options(data: DataSettings, challenge: ChallengeSettings) -> str:
-    """The challenge's options that the next command needs, too."""
+    """The challenge's options that the next command also needs."""
     if data.protocol == "2021":
         return f" --task {challenge.task}"
     return f" --slots '{[*challenge.slots]}'" if challenge.slots else ""

@@ -6,11 +6,10 @@ import re
 from argparse import SUPPRESS, Action
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 from jsonargparse import Namespace
 
-from crevnet.cli.commands import Command
 from crevnet.cli.help import Entry, command_help
 from crevnet.cli.value_names import choices_note, value_name, written
 from crevnet.machine.errors import SettingsError
@@ -18,6 +17,18 @@ from crevnet.machine.parser import Parser
 
 _SHORT = re.compile(r"--model(=.*)?")
 """jsonargparse reads a file with the model's values from --model; here it is short for --model.name."""
+
+
+class Command(Protocol):
+    """A command's file."""
+
+    __doc__: str | None
+
+    def add_options(self, parser: CommandParser) -> None:
+        """Declare the options."""
+
+    def run(self, options: Any) -> None:
+        """Run the command with the values of its options."""
 
 
 class CommandParser(Parser):

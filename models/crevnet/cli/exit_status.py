@@ -1,4 +1,4 @@
-"""What ends a command before its time: one line on stderr, and an exit status."""
+"""Errors and warnings of a command: one line on stderr, and an exit status."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def _section(title: str, rows: Mapping[str, str], column: int = _COLUMN) -> str:
 
 
 def _row(name: str, text: str, column: int) -> str:
-    """A name and its description beside it, or below a name that is too long."""
+    """A name and its description, which begins below a name that is too long."""
     first = f"  {name}".ljust(column)
     own_line = "" if first.endswith("  ") else f"  {name}\n"
     return own_line + _wrapped(f"{' ' * column if own_line else first}{text}", " " * column)

@@ -33,7 +33,8 @@ def add_start(parser: CommandParser) -> None:
         "--protocol",
         type=LayoutName | None,
         default=None,
-        help="Kind of data to start from. A competition sets data, channels and frames; movies are videos without a road map.",
+        help="Kind of data to start from. A competition sets data, channels and frames. The other kind is videos, which have no "
+        "road map.",
     )
 
 

@@ -1,4 +1,4 @@
-"""How help writes the values of an option: their name by their type, what may be chosen, and the default."""
+"""The values of an option, as help writes them: a name by their type, the choices, and the default."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 _NAMES: dict[Any, str] = {int: "N", float: "X", str: "NAME", Path: "PATH", bool: "true|false"}
 _ROOM = 26
-"""Characters of an option with its choices that fit beside the description."""
+"""Maximum length of an option that is followed by its choices."""
 
 
 def value_name(option: str, hint: Any) -> str:
-    """What follows an option: `N` for a whole number, `[NAME,...]` for a list of names, short choices themselves."""
+    """The name of an option's value: `N` for a whole number, `[NAME,...]` for a list of names, or a few short choices."""
     choices, kinds = _choices(hint), [_kind(kind) for kind in _alternatives(hint) if get_origin(kind) is not Literal]
     written = "|".join([*choices, *kinds])
-    return written if len(f"{option} {written}") <= _ROOM or not choices else "VALUE"
+    return written if len(f"{option} {written}") <= _ROOM or not choices else "NAME"
 
 
 def choices_note(option: str, hint: Any) -> str | None:
-    """What may be chosen, if it does not follow the option."""
+    """The choices, unless they are the value's name."""
     choices = _choices(hint)
     if not choices:
         for kind in _alternatives(hint):
             choices = choices or [choice for item in get_args(kind) for choice in _choices(item)]
         return _listed(choices, "and") if choices else None
-    if value_name(option, hint) != "VALUE":
+    if value_name(option, hint) != "NAME":
         return None
     kinds = [_kind(kind) for kind in _alternatives(hint) if get_origin(kind) is not Literal]
     return _listed([*choices, *kinds], "or")
 
 
 def written(value: Any) -> str:
-    """A default as one writes it on the command line; empty for none."""
+    """A value as the command line accepts it; empty for None."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -58,7 +58,7 @@ def _choices(hint: Any) -> list[str]:
 
 def _kind(kind: Any) -> str:
     if get_origin(kind) not in (list, tuple):
-        return _NAMES.get(kind, "VALUE")
+        return _NAMES.get(kind, "NAME")
     items = get_args(kind)
     if get_origin(kind) is tuple and Ellipsis not in items:
         return f"[{','.join(map(_kind, items))}]"

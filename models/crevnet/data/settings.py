@@ -36,7 +36,7 @@ class DataSettings:
         stride: number of time slots between the starts of training windows.
         validation_stride: number of time slots between the starts of validation windows, by default without overlap.
         flips: mirror images among the training windows: horizontal (east-west), vertical (north-south) or both. Headings are
-            mirrored, too. Each epoch draws, for every window, one of its images or the window itself.
+            also mirrored. Each epoch draws, for every window, one of its images or the window itself.
         skip_damaged: whether to skip damaged day files with a warning, instead of an error.
         batch_size: number of windows per batch and device.
         workers: number of processes that load data. 0 loads in the training process.

@@ -20,6 +20,21 @@ _UNION = re.compile(r"Does not validate against any of the Union subtypes Subtyp
 _CHOICE = re.compile(r"a typing\.Literal\[(.*?)\]")
 _WORDS = re.compile(r"typing\.Literal\[(.*?)\]")
 _CLASS = re.compile(r"(?:a )?<class '(?:\w+\.)*(\w+)'>")
+_WRONG_VALUE = re.compile(r'Parser key "(.*?)": Expected (.*)\. Got value: (.*)')
+_NO_SECTION = re.compile(r"""Parser key "(.*?)": Unable to load config ['"](.*?)['"].*""")
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "Path": "a path",
+    "tuple": "a list",
+    "list": "a list",
+    "list[int]": "a list of whole numbers",
+    "list[float]": "a list of numbers",
+    "list[str]": "a list of texts",
+    "tuple[int, int]": "a list of two whole numbers",
+}
 _UNKNOWN = re.compile(r"(?:unrecognized arguments: (--)|there is no option )([\w.-]+)")
 
 
@@ -59,9 +74,8 @@ class Parser(jsonargparse.ArgumentParser):
     def validate(self, namespace: jsonargparse.Namespace, *arguments: Any, **options: Any) -> None:
         """Also refuse a section without values, and null for a required value, which the base class accepts from files."""
         for section in self.groups or ():
-            values = namespace.get(section)
-            if values is not None and not isinstance(values, jsonargparse.Namespace):
-                raise TypeError(f"{section} is {values!r}, expected a section with values")
+            if section in namespace and not isinstance(namespace[section], jsonargparse.Namespace):
+                raise TypeError(f"{section} is {namespace[section]!r}, expected a section with values")
         for action in self._actions:  # a missing value is null, too
             required = action.required if action.option_strings else action.nargs in (None, "+")
             if required and namespace.get(action.dest) is None:
@@ -113,4 +127,17 @@ def _shortened(message: str) -> str:
     message = _UNION.sub(r"Expected one of \1. Got value: ", message)
     message = _WORDS.sub(r"\1", _CHOICE.sub(r"one of \1", message))
     message = message.replace('in "<unicode string>", ', "in ").removeprefix('Parser key "config": ')
-    return _CLASS.sub(r"\1", message).replace("NoneType", "null")
+    message = _CLASS.sub(r"\1", message).replace("NoneType", "null")
+    message = _NO_SECTION.sub(r"\1 is \2, expected a section with values, or a file of them", message)
+    return _WRONG_VALUE.sub(_wrong_value, message)
+
+
+def _wrong_value(found: re.Match[str]) -> str:
+    option, expected, value = found.groups()
+    types = re.split(r", (?![^\[]*\])", expected.removeprefix("one of "))  # commas of a list's types separate nothing
+    *others, last = [_TYPES.get(name, name) for name in types]
+    return (
+        f"{option} is {value}, expected {', '.join(others)} or {last}"
+        if others
+        else f"{option} is {value}, expected {last}"
+    )

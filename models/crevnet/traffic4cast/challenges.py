@@ -13,7 +13,7 @@ from crevnet.traffic4cast.settings import ChallengeSettings
 def challenge(data: DataSettings, settings: ChallengeSettings) -> Challenge:
     """The challenge of the competition in `data.protocol`. Raises SettingsError for videos."""
     if data.protocol == "movies":
-        raise SettingsError("--data.protocol movies is not a competition: use 2019 or 2021")
+        raise SettingsError(f"--data.protocol {data.protocol} is not a competition: use 2019 or 2021")
     if data.protocol == "2019":
         return Challenge2019(settings.slots)
     return Challenge2021(settings.task, data.heading_order)

@@ -31,7 +31,7 @@ class TrainingSettings:
         learning_rate: Adam learning rate.
         loss: predictions that the loss covers. "all": every prediction of a window. "future": only those of future frames.
             "padded": all of them with padding and road map, as in the authors' code, only for CrevNet. A number: only that
-            future frame, 1 being the first, and checkpoints are compared by it, too.
+            future frame, 1 being the first; it also selects the best checkpoint.
         start: folder of a run to start from. Training begins with its best weights instead of random ones.
         sampling_steps: number of optimizer steps of scheduled sampling (Bengio et al. 2015). The probability that a future
             frame is an input falls linearly from 1 to 0 over them; otherwise the model's own prediction is the input. 0 always

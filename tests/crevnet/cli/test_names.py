@@ -50,4 +50,4 @@ def test_runs_of_such_a_name(run, root, small, failing, tmp_path):
         ("fit", *small, "--data.root", root, "--out", tmp_path / LATIN),
     ):
         line = failing(*command)
-        assert SHOWN in line and "is no name in UTF-8" in line and "rename it" in line
+        assert SHOWN in line and "is not a name in UTF-8" in line and "rename it" in line

@@ -219,7 +219,7 @@ def test_show_tells_the_curves_last_values(run, crevnet, monkeypatch):
     for tag in ("train/loss", "val/mse", "val/mse/+5 min"):
         events = scalars(run).Scalars(tag)
         (row,) = (row for row in rows if f" {tag} " in row)
-        assert f"{events[-1].value:.4e} at step {events[-1].step}, {min(e.value for e in events):.4e} at best" in row
+        assert f"{events[-1].value:.4e} at step {events[-1].step}, lowest {min(e.value for e in events):.4e}" in row
 
 
 # --- TensorBoard

@@ -122,7 +122,7 @@ def test_spellings_and_the_papers_sizes(spelling, capsys):
             ["--model", "prednet", "--training.loss", "padded"],
             "prednet must be all, future, or the number of one future frame",
         ),
-        (["--model", "unet", "--training.sampling_steps", "9"], "training.sampling_steps is not for unet"),
+        (["--model", "unet", "--training.sampling_steps", "9"], "training.sampling_steps does not apply to unet"),
         (["--training.sampling_steps", "-1"], "training.sampling_steps"),
         (["--model", "predrnn", "--resume", "RUN"], "crevnet"),
     ],

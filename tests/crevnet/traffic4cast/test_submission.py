@@ -48,7 +48,7 @@ def test_runs_may_differ_in_how_they_were_validated(data, tmp_path, monkeypatch,
     replace(settings, data=replace(settings.data, validation_windows="test", validation_stride=2)).save(runs[1])
     crevnet("submit", *runs, "--data.root", data, "--out", tmp_path / "submission", *SLOTS)
     assert (tmp_path / "submission.zip").is_file()
-    assert "say --data.validation_windows" in failing("evaluate", *runs)
+    assert "add --data.validation_windows" in failing("evaluate", *runs)
 
 
 # --- a recipe

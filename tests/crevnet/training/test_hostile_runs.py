@@ -148,7 +148,7 @@ def test_pipes_and_devices_in_the_place_of_files_of_values(kind, own_run, tmp_pa
     config.unlink()
     kind(config)
     line = refused("show", own_run)
-    assert f"{own_run} is no run's folder, it has no config.yaml" in line
+    assert f"{own_run} is not a run's folder, it has no config.yaml" in line
 
 
 def test_aliases_that_do_not_grow(tmp_path, failing):

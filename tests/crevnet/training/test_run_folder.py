@@ -62,8 +62,8 @@ def test_config_round_trip(settings, tmp_path):
         (lambda text: text + "\nextra: 1\n", "extra"),
         (lambda text: text.replace("past: 9", "past: many"), "model.past.*many"),
         (lambda text: text.replace("past: 9", "past: 0"), "past must be at least 1"),
-        (lambda text: text.replace("stride: 1", "stride: 0"), "data.stride has to be at least 1"),
-        (lambda text: text.replace("learning_rate: 0.0002", "learning_rate: -1"), "learning_rate has to be positive"),
+        (lambda text: text.replace("stride: 1", "stride: 0"), "data.stride must be at least 1"),
+        (lambda text: text.replace("learning_rate: 0.0002", "learning_rate: -1"), "learning_rate must be positive"),
         (
             lambda text: text.replace("exact_bits: null", "exact_bits: 16").replace("compile: false", "compile: true"),
             "training.compile rounds",

@@ -7,10 +7,9 @@ options, and `run(options)` runs it.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import cast
 
-if TYPE_CHECKING:
-    from crevnet.cli.command_parser import CommandParser
+from crevnet.cli.command_parser import Command
 
 COMMANDS = {
     "fit": "Train a model, resume a run, or fine-tune one",
@@ -27,18 +26,6 @@ COMMANDS = {
     "data holdout": "Make test cases with truth from validation days",
 }
 """Each command with the line that `crevnet --help` prints for it, in that order."""
-
-
-class Command(Protocol):
-    """A command's file."""
-
-    __doc__: str | None
-
-    def add_options(self, parser: CommandParser) -> None:
-        """Declare the options."""
-
-    def run(self, options: Any) -> None:
-        """Run the command with the values of its options."""
 
 
 def command_named(name: str) -> Command:

@@ -15,8 +15,8 @@ from crevnet.machine.files import quoted
 
 def add_options(parser: CommandParser) -> None:
     parser.add_option("--out", type=Path, required=True, help="Folder that receives the test cases")
-    add_challenge(parser)
     add_protocol(parser)
+    add_challenge(parser)
     parser.add_option(
         "--count", type=int, default=100, help="Maximum number per city, of days in 2019 and hours in 2021"
     )

@@ -10,6 +10,9 @@ from crevnet.cli.console import console, progress_bar
 from crevnet.data.made.moving_mnist import MovingMNIST
 from crevnet.machine.files import quoted
 
+_PRESET, _PROTOCOL = "moving-mnist", "movies"
+"""The options that train on these videos."""
+
 
 def add_options(parser: CommandParser) -> None:
     parser.add_option("root", type=Path, help="Folder that receives the videos")
@@ -24,5 +27,5 @@ def run(options: Any) -> None:
     videos, root = options.movies, options.root
     with progress_bar(f"{videos.training + videos.validation} videos of two digits") as progress:
         paths = write_movies(videos, root, progress)
-    fit = f"crevnet fit --preset moving-mnist --protocol movies --data.root {quoted(root)}"
+    fit = f"crevnet fit --preset {_PRESET} --protocol {_PROTOCOL} --data.root {quoted(root)}"
     console.print(f"wrote {len(paths)} videos to {root} (next: {fit})")

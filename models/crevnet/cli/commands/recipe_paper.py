@@ -24,8 +24,7 @@ def add_options(parser: CommandParser) -> None:
     add_model_name(parser)
     for name in ("city", "frame"):
         parser.name_section(name, f"Fine-tuning on each {name}")
-        parser.list_in_help(f"{name}.epochs")
-    parser.list_in_help(*COMMON)
+    parser.list_in_help(*COMMON, "city.epochs")
 
 
 def _defaults(parser: CommandParser) -> RecipeSettings:

@@ -29,8 +29,8 @@ def add_options(parser: CommandParser) -> None:
         "submission", type=Path, nargs="+", help="Folders or zips of submissions, as crevnet submit writes them"
     )
     parser.add_option("--truth", type=Path, required=True, help="Folder of the test cases and their truth")
-    add_challenge(parser)
     add_protocol(parser)
+    add_challenge(parser)
     parser.add_option("--json", type=Path | None, default=None, help="File that receives the scores as JSON")
 
 

@@ -80,7 +80,7 @@ def refuse_what_is_no_base(base: RunSettings) -> None:
     """Raise SettingsError if a recipe cannot start with a run of these settings."""
     if base.data.protocol == "movies":
         raise SettingsError(
-            "data.protocol movies has no cities, and a recipe fine-tunes on each: train with crevnet fit"
+            f"data.protocol {base.data.protocol} has no cities, and a recipe fine-tunes on each: train with crevnet fit"
         )
     if isinstance(base.training.loss, int):
         raise SettingsError(

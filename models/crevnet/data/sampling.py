@@ -150,9 +150,8 @@ class WindowLoader(DataLoader[dict[str, Any]]):
 
     def _end_workers(self) -> None:
         """End the workers immediately; Python's garbage collection would wait five seconds for each."""
-        iterator: Any = self._iterator  # whose type does not declare what ends its workers
-        if iterator is not None:
-            iterator._shutdown_workers()
+        if self._iterator is not None:
+            self._iterator._shutdown_workers()  # type: ignore[attr-defined]
             self._iterator = None
 
     def state_dict(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from crevnet.networks.config import Loss, ModelConfig, check_at_least_one
 from crevnet.networks.shapes import cropped, mean_squared_error, padded, with_static
-from crevnet.networks.video_model import VideoModel
+from crevnet.networks.video_model import Model, VideoModel
 
 
 @dataclass(frozen=True)
@@ -126,3 +126,6 @@ def _rest_of_block(width: int) -> list[nn.Module]:
     """The modules after a block's first convolution."""
     convolution = nn.Conv2d(width, width, 3, padding=1)
     return [nn.ReLU(), nn.BatchNorm2d(width), convolution, nn.ReLU(), nn.BatchNorm2d(width)]
+
+
+MODEL = Model(UNetConfig, UNet)

@@ -19,7 +19,7 @@ from crevnet.networks.baselines.convlstm import ConvLSTMCell
 from crevnet.networks.config import Loss, ModelConfig, check_at_least_one
 from crevnet.networks.crevnet.cells import CellState
 from crevnet.networks.shapes import with_static
-from crevnet.networks.video_model import VideoModel
+from crevnet.networks.video_model import Model, VideoModel
 
 VALUES = 256
 
@@ -239,3 +239,6 @@ def _convolution(inside: int, outside: int, kernel: int, dilation: int, masked_g
     if masked_groups is not None:
         return MaskedConv2d(inside, outside, kernel, masked_groups)
     return nn.Conv2d(inside, outside, kernel, padding=dilation * (kernel // 2), dilation=dilation)
+
+
+MODEL = Model(VPNConfig, VPN)

@@ -65,7 +65,7 @@ class Part(NamedTuple):
 
 
 class LostBatch(NamedTuple):
-    """What a worker sends instead of a batch that it could not send."""
+    """The error that a worker sends instead of a batch, if it could not send the batch."""
 
     error: str
 

@@ -1,6 +1,6 @@
-"""Training in several processes, one a device: which one this is, and which one says what has ended them.
+"""Training in several processes, one per device: this process's rank, and the process that reports a failure.
 
-Either torchrun has started them, or Lightning starts them from the first one.
+Either torchrun starts the processes, or Lightning starts them from the first one.
 """
 
 from __future__ import annotations
@@ -11,21 +11,20 @@ from typing import Any
 
 
 def place() -> tuple[int, int]:
-    """This process's rank, and how many processes train together."""
+    """This process's rank, and the number of processes that train together."""
     dist = _group()
     return (0, 1) if dist is None else (dist.get_rank(), dist.get_world_size())
 
 
 def go_alone() -> None:
-    """End what processes have trained together: from here on each is by itself, with all windows."""
+    """End the process group after training together: from here on each process is independent and has all windows."""
     dist = _group()
     if dist is not None:
         dist.destroy_process_group()
 
 
 def launched(devices: int, nodes: int) -> tuple[int, int]:
-    """How many devices to train on in each machine, and how many machines: torchrun's numbers where it has started this
-    process, else those of the settings."""
+    """The number of devices per machine, and of machines: torchrun's if it started this process, else the arguments."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_torchelastic_launched():
@@ -35,22 +34,22 @@ def launched(devices: int, nodes: int) -> tuple[int, int]:
 
 
 def is_first() -> bool:
-    """Whether no other process of this command speaks for it: before they have met, by what started them."""
+    """Whether this process prints the command's output. Before the processes connect, their launcher's rank decides."""
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def is_first_to_fail() -> bool:
-    """Whether this process is the one that says why all of them end: the others' errors follow from its."""
+    """Whether this process failed first and therefore reports the failure; the others' errors are consequences."""
     dist = _group()
     if dist is None or dist.get_world_size() == 1:
         return is_first()
     try:
         return bool(dist.distributed_c10d._get_default_store().add("crevnet: failed", 1) == 1)
-    except RuntimeError:  # the first process, which keeps the count, has gone: because it failed
+    except RuntimeError:  # the first process, which stores the count, has already failed
         return False
 
 
 def _group() -> Any:
-    """torch.distributed if processes have met by it; None also if nothing has imported it yet, which would take a second."""
+    """torch.distributed if a process group exists, else None. It is not imported here, which would take a second."""
     dist = sys.modules.get("torch.distributed")
     return dist if dist is not None and dist.is_available() and dist.is_initialized() else None

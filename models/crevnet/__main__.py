@@ -1,4 +1,4 @@
-"""The command `crevnet`, or `python -m crevnet`: the command line, or one line on what to install for it."""
+"""The command `crevnet`, or `python -m crevnet`. If a package is missing, it prints one line on how to install it."""
 
 import sys
 
@@ -9,7 +9,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("crevnet", "revflow"):
             raise
-        sys.stderr.write(f"crevnet: there is no {error.name} here, only the engine: pip install 'revflow[crevnet]'\n")
+        sys.stderr.write(
+            f"crevnet: {error.name} is not installed, only the engine is: pip install 'revflow[crevnet]'\n"
+        )
         sys.exit(2)
     command_line()
 

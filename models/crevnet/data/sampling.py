@@ -1,4 +1,4 @@
-"""Which windows come when, and to which process: another order each epoch, and the place in it where a resumed run goes on."""
+"""The order of the windows and their distribution to processes: a new order per epoch, and the position of a resumed run."""
 
 from __future__ import annotations
 
@@ -25,23 +25,25 @@ except ImportError:  # not on Unix
     resource = None  # type: ignore[assignment]
 
 _FILES_OF_A_WORKER = 26
-"""Open files that a worker takes in the process that trains: a pipe's, and one for each tensor of two batches; for training
-and for validation."""
-_FILES_OF_ITS_OWN = 64  # days that are kept open, logs, checkpoints
+"""Files that the training process has open for each worker: pipes, and one for each tensor of two batches.
+
+It covers the workers for training and those for validation.
+"""
+_FILES_OF_ITS_OWN = 64  # open days, logs, checkpoints
 
 
 class EpochShuffle(Sampler[int]):
-    """Another order of `count` windows each epoch, the same in a resumed run: it follows from the seed and the epoch.
+    """A random order of `count` windows for each epoch. It depends only on the seed and the epoch, so a resumed run repeats it.
 
-    With `variants` of each window, such as mirror images, one of them is drawn: an epoch holds `count` of the items 0 to
-    variants * count - 1, item `n * count + i` being variant `n` of window `i`.
+    With `variants` of each window, such as mirror images, one variant is drawn per window. An epoch then has `count` of the
+    items 0 to variants * count - 1; item `n * count + i` is variant `n` of window `i`.
     """
 
     def __init__(self, count: int, seed: int, variants: int = 1) -> None:
         self._count, self._seed, self._variants, self._epoch = count, seed, variants, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning says which epoch begins."""
+        """Select the epoch; Lightning calls this at the start of each."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -55,20 +57,20 @@ class EpochShuffle(Sampler[int]):
 
 
 class Part(NamedTuple):
-    """What one process has of a batch that several share."""
+    """One process's part of a batch that several processes share."""
 
     share: float
-    """What the mean over its windows counts in the mean of all processes' means: 1 where all have as many windows."""
+    """Weight of the mean over its windows in the mean of all processes' means: 1 if all have the same number of windows."""
     windows: int
-    """Of the whole batch, in all processes."""
+    """Number of windows in the whole batch, over all processes."""
 
 
 class SharedBatchSampler(BatchSampler):
-    """This process's part of each batch, of which the first `skip` are passed over.
+    """This process's part of each batch, without the first `skip` batches.
 
-    A batch holds `batch_size` windows for each process, and these take turns in choosing: so the batches are those of one
-    process with that many times the batch size. All processes have as many batches. The last one may hold fewer windows,
-    and then a process that gets none takes one of the others', with a share of 0.
+    A batch has `batch_size` windows for each process, which are dealt to the processes in turn. N processes therefore have the
+    batches of one process with N times the batch size. All processes have the same number of batches. The last batch may be
+    smaller; a process without a window then repeats another's, with a share of 0.
     """
 
     skip = 0
@@ -83,7 +85,7 @@ class SharedBatchSampler(BatchSampler):
         return ceil(self._count / (self.batch_size * place()[1]))
 
     def part(self, number: int) -> Part:
-        """What this process has of a batch, 0 being the epoch's first."""
+        """This process's part of batch `number`, 0 being the epoch's first."""
         rank, processes = place()
         whole = self.batch_size * processes
         windows = min(whole, self._count - number * whole)
@@ -95,11 +97,10 @@ class SharedBatchSampler(BatchSampler):
 
 
 class WindowLoader(DataLoader[dict[str, Any]]):
-    """A loader of a `SharedBatchSampler`'s batches, whose state is how many of the epoch it has handed out, as Lightning asks of
-    a stateful one. Each batch has its `Part`, as "part".
+    """A loader of a `SharedBatchSampler`'s batches, each with its `Part` as "part".
 
-    With a state loaded, its next epoch begins behind those batches, and reads none of them.
-    DataError, in one line from a worker too, where a window cannot be read.
+    Its state, in the form that Lightning requires, is the number of batches yielded in the epoch. After loading a state, the next
+    epoch starts after those batches, without reading them. Raises DataError if a window cannot be read, also from a worker.
     """
 
     _used = 0
@@ -110,7 +111,7 @@ class WindowLoader(DataLoader[dict[str, Any]]):
         return self._batches(skip)
 
     def _batches(self, skip: int) -> Iterator[dict[str, Any]]:
-        # Begins with the first batch that is asked for: Lightning says which epoch it is after it has called iter().
+        # A generator starts with the first batch: Lightning sets the epoch only after it has called iter().
         self.batch_sampler.skip = self._used = skip
         try:
             for batch in self._begun():
@@ -121,14 +122,14 @@ class WindowLoader(DataLoader[dict[str, Any]]):
             self._end_workers()
             if not isinstance(error, DataError):
                 raise
-            # A worker's message ends with its traceback, and that with its error.
+            # A worker's message ends with a traceback, whose last line is the error.
             kind = f"{type(error).__module__}.{type(error).__qualname__}: "
             raise DataError(str(error).strip().splitlines()[-1].removeprefix(kind)) from error
 
     def _begun(self) -> Iterator[dict[str, Any]]:
         try:
             return super().__iter__()
-        except OSError as error:  # of the semaphores that are shared with workers
+        except OSError as error:  # from the semaphores that workers share
             if error.errno == errno.ENOSPC:
                 raise RuntimeError(
                     f"no shared memory for --data.workers {self.num_workers} ({error.strerror})"
@@ -136,7 +137,7 @@ class WindowLoader(DataLoader[dict[str, Any]]):
             raise
 
     def _end_workers(self) -> None:
-        """At once: Python, where it collects them as garbage, waits five seconds for each."""
+        """End the workers immediately; Python's garbage collection would wait five seconds for each."""
         if self._iterator is not None:
             self._iterator._shutdown_workers()
             self._iterator = None
@@ -151,12 +152,12 @@ class WindowLoader(DataLoader[dict[str, Any]]):
 def window_loader(
     windows: Dataset[dict[str, Any]], batch_size: int, workers: int, sampler: Sampler[int] | None = None
 ) -> WindowLoader:
-    """Batches of windows, `batch_size` for each process, in the sampler's order or, without one, in theirs."""
+    """A loader of batches with `batch_size` windows per process, in the sampler's order, or in the windows' order without one."""
     if workers > 0:
         _allow_open_files(workers)
     order = SequentialSampler(windows) if sampler is None else sampler
     batches = SharedBatchSampler(order, batch_size, drop_last=False)
-    own = torch.Generator()  # else each epoch would draw from the generator that a model's dropout draws from
+    own = torch.Generator()  # otherwise each epoch would draw from the generator of the model's dropout
     return WindowLoader(
         windows,
         batch_sampler=batches,
@@ -168,8 +169,10 @@ def window_loader(
 
 
 def _report_lost_batches(worker: int) -> None:
-    """In a worker: hand on the error of a batch that could not be sent, for want of shared memory or open files. Its queue
-    would print the error and drop the batch, which the process that trains would wait for without end."""
+    """In a worker, pass on the error of a batch that could not be sent, for lack of shared memory or open files.
+
+    The worker's queue would only print the error and drop the batch, for which the training process would wait forever.
+    """
 
     def hand_on(queue: Queue[Any], error: Exception, lost: tuple[int, object]) -> None:
         where = f"in DataLoader worker process {worker}"
@@ -179,17 +182,19 @@ def _report_lost_batches(worker: int) -> None:
 
 
 def _allow_open_files(workers: int) -> None:
-    """Raise this process's limit as far as the system lets it. SettingsError where that is too low for the workers, since
-    processes that run out of open files wait for each other without end."""
+    """Raise this process's limit on open files to the system's maximum. SettingsError if that is too low for the workers.
+
+    Processes that run out of open files would wait for each other forever.
+    """
     if resource is None:
         return
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # macOS takes no limit that is infinite
+    with suppress(ValueError, OSError):  # macOS accepts no infinite limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = len(os.listdir("/dev/fd")) + _FILES_OF_A_WORKER * workers + _FILES_OF_ITS_OWN
     if needed > limit != resource.RLIM_INFINITY:
         raise SettingsError(
-            f"--data.workers {workers} takes {needed} open files, and the system allows {limit}: raise the limit "
+            f"--data.workers {workers} requires {needed} open files, but the system allows {limit}: raise the limit "
             "(ulimit -Hn), or lower --data.workers"
         )

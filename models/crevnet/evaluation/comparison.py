@@ -1,4 +1,4 @@
-"""Trained runs and forecasts that need no training, scored on the same windows."""
+"""Scores of trained runs and naive baselines on the same windows."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from crevnet.training.settings import load_settings
 
 @dataclass(frozen=True)
 class Comparison:
-    """Scores of each city's forecasts, and what they are of.
+    """Scores of each city's forecasts, and the windows that they measure.
 
     Attributes:
-        layout: what channels and slots mean.
-        windows: how many, of all cities.
-        channels: of a frame.
-        past, horizon: frames of each window that are there to be seen, and to be predicted.
-        horizons: which of the predicted frames are scored.
+        by_city: city -> name of a forecast -> its scores.
+        layout: the meaning of channels and slots.
+        windows: number of windows, over all cities.
+        channels: number of channels of a frame.
+        past, horizon: number of input frames and of predicted frames in each window.
+        horizons: the predicted frames that are scored, 1 being the first.
     """
 
     by_city: dict[str, dict[str, Scores]]
@@ -48,9 +49,9 @@ class Comparison:
 def compare(
     runs: Sequence[Path], data: DataSettings, checkpoint: str, feedback: Feedback | None, ensemble: bool
 ) -> Comparison:
-    """Score the runs, and beside them the forecasts that need no training, on the validation windows of `data`.
+    """Score the runs and the naive baselines on the validation windows of `data`.
 
-    Windows have as many past frames as the longest model sees; each model sees the last ones. Raises DataError where the runs
+    Windows have the largest number of past frames among the models; each model gets the last ones. Raises DataError if the runs
     do not predict the same frames.
     """
     models = {run: load_settings(run).model for run in runs}
@@ -75,7 +76,7 @@ def compare(
 
 
 def untrained(cities: CityData, data: DataSettings, horizon: int) -> dict[str, dict[str, Forecast]]:
-    """For each city the forecasts that need no training."""
+    """City -> name -> naive baseline, which forecasts without training."""
     means = forecasts.pixel_means(cities.training_days, data.training_slots)
     alike: dict[str, Forecast] = {
         "zeros": forecasts.zeros(horizon),
@@ -93,20 +94,20 @@ def untrained(cities: CityData, data: DataSettings, horizon: int) -> dict[str, d
 
 
 def common_model(models: Mapping[Path, ModelConfig]) -> ModelConfig:
-    """Of the longest past, with every static input that any of the runs' models takes."""
+    """The configuration of the model with the longest past, with all static inputs of any model."""
     (first, model), *others = models.items()
     for run, other in others:
         if (other.channels, other.horizon) != (model.channels, model.horizon):
             raise DataError(
-                f"{run} predicts {other.horizon} frames of {other.channels} channels, and {first} {model.horizon} of "
-                f"{model.channels}: evaluate them one by one"
+                f"{run} predicts {other.horizon} frames of {other.channels} channels, but {first} predicts {model.horizon} "
+                f"of {model.channels}: evaluate the runs separately"
             )
     static = dict.fromkeys(name for model in models.values() for name in model.static)
     return replace(max(models.values(), key=lambda model: model.past), static=tuple(static))
 
 
 def trained(run: Path, checkpoint: str, feedback: Feedback | None, cities: CityData) -> NetworkForecast:
-    """The run's network, on the GPU where there is one. Raises DataError where it cannot do what it is to."""
+    """The run's network, on the GPU if there is one. Raises DataError if it cannot forecast as requested."""
     model = load_settings(run).model
     network = load_network(run, model, checkpoint)
     check_forecasts(run, network, feedback, cities.validation_days[0].shape)
@@ -116,17 +117,17 @@ def trained(run: Path, checkpoint: str, feedback: Feedback | None, cities: CityD
 def check_forecasts(
     run: Path, network: VideoModel[Any], feedback: Feedback | None, shape: tuple[int, int, int, int]
 ) -> None:
-    """DataError where a run's network cannot forecast as it is to, on days of that `shape` (slots, H, W, C)."""
+    """Raise DataError if a run's network cannot forecast days of this `shape` (slots, H, W, C) with this `feedback`."""
     if feedback is not None and not isinstance(network.config, CrevNetConfig):
         raise DataError(
-            f"--feedback {feedback} is for CrevNet, and {run} is a run of {network.config.title}: leave it out"
+            f"--feedback {feedback} is only for CrevNet, but {run} is a run of {network.config.title}: omit the option"
         )
     try:
         network.check_generation(*shape[1:3])
     except ValueError as error:
-        raise DataError(f"{run}: {error}; its loss on the validation days is in TensorBoard's logs") from error
+        raise DataError(f"{run}: {error}; see TensorBoard for its loss on the validation days") from error
 
 
 def device() -> torch.device:
-    """Where networks forecast and forecasts are scored."""
+    """The device for forecasts and scores: the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

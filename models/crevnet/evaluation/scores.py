@@ -1,6 +1,7 @@
-"""Scores of forecasts: MSE, MAE, PSNR and SSIM, each by channel and by horizon, and the MSE over the roads alone.
+"""Scores of forecasts: MSE, MAE, PSNR and SSIM, each also by channel and by horizon, and the MSE over only the roads.
 
-Values are in [0, 1] (values / 255), forecasts are clipped to that. A mean is over windows, horizons and channels alike.
+Values are in [0, 1] (values / 255), and forecasts are clipped to that range. A mean weights windows, horizons and channels
+equally.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ENSEMBLE = "mean of the runs"
 
 @dataclass(frozen=True)
 class Scores:
-    """One forecast's scores over all windows; `crevnet.evaluation.metrics` says how each is taken."""
+    """One forecast's scores over all windows, as defined in `crevnet.evaluation.metrics`."""
 
     mse: float
     mse_by_channel: tuple[float, ...]
@@ -41,13 +42,13 @@ class Scores:
     ssim_by_channel: tuple[float, ...]
     ssim_by_horizon: tuple[float, ...]
     mse_on_roads: float
-    """Over the pixels where the road map is positive."""
+    """MSE over the pixels with a positive road map."""
     mse_summed: float
-    """Squared errors summed over a frame's values, in the mean over frames: what papers on Moving MNIST call MSE."""
+    """Squared errors summed over a frame's values and averaged over frames: the MSE of papers on Moving MNIST."""
 
 
 class Scoring:
-    """Adds up measures window by window, in float64."""
+    """Accumulates measures window by window, in float64."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
@@ -56,7 +57,7 @@ class Scoring:
         self._road_values = 0
 
     def add(self, forecast: Tensor, truth: Tensor, roads: Tensor) -> None:
-        """forecast and truth (B, horizon, C, H, W); roads (B, 1, H, W), positive on roads."""
+        """Add a batch: `forecast` and `truth` are (B, horizon, C, H, W); `roads` is (B, 1, H, W), positive on roads."""
         for window_forecast, window_truth, window_roads in zip(forecast.clamp(0, 1), truth, roads, strict=True):
             found = measure(window_forecast, window_truth).cpu()
             self._sums = found if self._sums is None else self._sums + found
@@ -69,7 +70,7 @@ class Scoring:
 
     def scores(self) -> Scores:
         if self._sums is None:
-            raise ValueError("no window was scored")
+            raise ValueError("no window was scored; expected at least one call of `add`")
         values: dict[str, Any] = {}
         for name, by_horizon_and_channel in zip(MEASURES, self._sums / self._windows, strict=True):
             values[name] = by_horizon_and_channel.mean().item()
@@ -86,11 +87,14 @@ def score(
     horizons: Sequence[int] | None = None,
     ensemble: Sequence[str] = (),
 ) -> dict[str, Scores]:
-    """Score every forecast on the same windows: batches with "frames" (B, past + horizon, C, H, W), "road_map" (B, 1, H, W),
-    and what the forecasts need.
+    """Score every forecast on the same windows.
 
-    horizons: which of the future frames to score, 1 being the first; all if not given.
-    ensemble: names of forecasts whose mean, of what they gave before it was clipped, is scored beside them.
+    Args:
+        forecasts: forecasts by name.
+        batches: batches with "frames" (B, past + horizon, C, H, W), "road_map" (B, 1, H, W), and other inputs of the forecasts.
+        past: number of input frames.
+        horizons: the future frames to score, 1 being the first; all by default.
+        ensemble: names of forecasts whose mean, before clipping, is also scored.
     """
     scorings: dict[str, Scoring] = defaultdict(Scoring)
     for batch, truth, found in predictions(forecasts, batches, past, horizons):
@@ -108,7 +112,7 @@ def predictions(
     past: int,
     horizons: Sequence[int] | None = None,
 ) -> Iterator[tuple[Window, Tensor, dict[str, Tensor]]]:
-    """Each batch, the truth in it and what every forecast says, (B, frames, C, H, W); arguments as in `score`."""
+    """Each batch, its true frames and every forecast's frames, (B, frames, C, H, W). The arguments are those of `score`."""
     chosen = slice(None) if horizons is None else [horizon - 1 for horizon in horizons]
     for batch in batches:
         seen, truth = batch["frames"][:, :past], batch["frames"][:, past:]
@@ -117,12 +121,13 @@ def predictions(
 
 
 class NetworkForecast:
-    """A trained network as a forecast from the last frames, as many as it has been trained on.
+    """A trained network as a forecast. Its input is the last frames, as many as in its training.
 
     Args:
-        static_of: the static channels (B, S, H, W) that a model sees beside a batch of windows, or None.
-        feedback: what CrevNet feeds back, latents if not given; other models feed back frames.
-        horizon: frames to forecast, those that it has been trained for if not given.
+        network: the trained network.
+        static_of: returns the static channels (B, S, H, W) of a model for a batch of windows, or None.
+        feedback: input of CrevNet's next step, by default latents. Other models always feed back frames.
+        horizon: number of frames to forecast, by default that of its training.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Files that are whole, whatever happens while they are written, and their names in commands."""
+"""Atomic file writing, checks before reading, and file names in messages and commands."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class NoRoomError(OSError):
-    """A file that a full disk, a quota or a limit on the size of files has cut short.
+    """A full disk, a quota or a limit on file sizes prevented writing a file.
 
     Args:
-        error: the operating system's.
-        path: of the file.
-        size: bytes that the file takes, at least.
+        error: the operating system's error.
+        path: the file.
+        size: a lower bound of the file's size, in bytes.
     """
 
     def __init__(self, error: OSError, path: Path, size: int) -> None:
@@ -38,7 +38,7 @@ class NoRoomError(OSError):
         lacking = max(size - shutil.disk_usage(path.parent).free, 1)
         self._remedy = {
             errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
-            errno.EDQUOT: "raise your quota, or free some of it",
+            errno.EDQUOT: "raise your quota, or delete files that count towards it",
         }.get(error.errno or 0, f"free {-(-lacking // 2**20)} MiB or more")
 
     def __str__(self) -> str:
@@ -47,14 +47,14 @@ class NoRoomError(OSError):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file to, which takes the place of `path` once it is on the disk: until then the old one stays.
+    """A temporary path to write to; the file is renamed to `path` once it is on the disk, and until then the old one stays.
 
-    What is raised leaves the old file too: NoRoomError where the disk is full. The folder is made where it is missing, and
-    rid of what killed processes have left unfinished in it.
+    An error in the context also leaves the old file unchanged. Raises NoRoomError if the disk is full. A missing folder is
+    created, and unfinished files of killed processes are removed from it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_unfinished_once(path.parent)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}{_UNFINISHED}")  # two runs never write the same one
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}{_UNFINISHED}")  # a different one in each process
     try:
         with _owned(unfinished) as file:
             yield unfinished
@@ -63,7 +63,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in _FULL and not isinstance(error, NoRoomError):
             size = unfinished.stat().st_size if unfinished.exists() else 0
-            unfinished.unlink(missing_ok=True)  # before what is free is counted
+            unfinished.unlink(missing_ok=True)  # before NoRoomError counts the free space
             raise NoRoomError(error, path, size) from error
         raise
     finally:
@@ -71,7 +71,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill the file that takes the place of `path`. An OSError names `path`."""
+    """Replace `path` by a file that `write` writes, as in `replacing`. An OSError names `path`."""
     try:
         with replacing(path) as unfinished, unfinished.open("wb") as file:
             write(file)
@@ -82,13 +82,13 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """ValueError for a folder, a pipe or a device in the place of a file, before it is opened, which could wait or read forever.
+    """Raise ValueError unless `path` is a regular file. Opening a pipe or a device could block, or reading might never end.
 
     A symbolic link counts as the file that it leads to.
     """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
-        kind = next((kind for is_kind, kind in _KINDS.items() if is_kind(mode)), "no file")
+        kind = next((kind for is_kind, kind in _KINDS.items() if is_kind(mode)), "not a file")
         raise ValueError(f"it is {kind}, expected a regular file: move it away")
 
 
@@ -102,7 +102,7 @@ _KINDS = {
 
 
 def read_text(path: Path, limit: int = 2**20) -> str:
-    """A text file that people write, in UTF-8. ValueError where it is no regular file, or larger than `limit` bytes."""
+    """A text file in UTF-8. ValueError if it is not a regular file, or has more than `limit` bytes."""
     check_regular(path)
     with path.open("rb") as file:
         content = file.read(limit + 1)
@@ -112,30 +112,32 @@ def read_text(path: Path, limit: int = 2**20) -> str:
 
 
 def shown(name: str) -> str:
-    """A name for pictures and attributes, which are UTF-8: what is not in it is escaped."""
+    """A name for figures and attributes, which are UTF-8; bytes that are not UTF-8 are escaped."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def quoted(path: Path) -> str:
-    """As a shell takes it, for commands that are suggested."""
+    """A path, quoted for a shell, for commands in messages."""
     return shlex.quote(str(path))
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote have left in a folder; never what a living one writes."""
+    """Remove unfinished files of killed processes from a folder, but never those of running processes."""
     for path in folder.glob(f"*{_UNFINISHED}"):
         if _NAME.fullmatch(path.name) and path.is_file():
             _remove_if_abandoned(path)
 
 
 _remove_unfinished_once = cache(remove_unfinished)
-"""Once in each folder that a process writes to: listing a folder of 10,000 movies for each of them would take minutes."""
+"""Called once per folder in each process: listing a folder of 10,000 videos for every write would take minutes."""
 
 
 @contextmanager
 def _owned(unfinished: Path) -> Iterator[BinaryIO]:
-    """The file, made and locked: the lock ends with the process, so that it tells a file that is written from one that was
-    left. It is a shared one, beside which HDF5 can read the file."""
+    """Create and lock the file. The lock ends with the process, so it distinguishes files in use from abandoned ones.
+
+    It is a shared lock, with which HDF5 can still read the file.
+    """
     while True:
         with unfinished.open("ab") as file:
             if _locked(file, exclusive=False) is not False and _is_at(file, unfinished):
@@ -148,12 +150,12 @@ def _remove_if_abandoned(path: Path) -> None:
         with path.open("ab") as file:
             if _locked(file, exclusive=True):
                 path.unlink(missing_ok=True)
-    except OSError:  # somebody else's, or gone
+    except OSError:  # owned by another user, or already removed
         pass
 
 
 def _locked(file: BinaryIO, exclusive: bool) -> bool | None:
-    """Whether the lock was to be had; None on systems and file systems that know no such locks."""
+    """Whether the lock was acquired; None on systems and file systems without such locks."""
     if fcntl is None:
         return None
     try:
@@ -166,7 +168,7 @@ def _locked(file: BinaryIO, exclusive: bool) -> bool | None:
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether the file still has that name, which a process that removes what was left may have taken from it."""
+    """Whether the file still has that name. A process that removes abandoned files may have removed it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

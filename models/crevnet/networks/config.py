@@ -1,4 +1,4 @@
-"""What a model is made of: what every one is given, CrevNet's architecture, and its presets."""
+"""Configurations: settings that all models share, CrevNet's architecture, and its presets."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ States = Literal["kept", "bfloat16", "offloaded"] | int
 Cell = Literal["st-lstm", "convlstm"]
 Attention = Literal["deep", "pointwise"]
 Loss = Literal["all", "future", "padded"] | int
-"""Which predictions a loss is taken over; a number is that of a future frame, 1 being the first."""
+"""The predictions that a loss covers; a number selects one future frame, 1 being the first."""
 Feedback = Literal["latent", "frame"]
-"""What CrevNet feeds back when it forecasts: latents of predicted frames, or the decoded frames."""
+"""The input of CrevNet's next step in a forecast: the latent of the predicted frame, or the decoded frame."""
 Static = Literal["road_map", "connectivity", "clock"]
 
 STATIC_CHANNELS: dict[Static, int] = {"road_map": 1, "connectivity": 8, "clock": 4}
-"""How many channels each of the inputs has that stay as they are within a window."""
+"""Number of channels of each static input, which is constant within a window."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What every video model is to predict, and from what.
+    """Configuration that all video models share: input and predicted frames.
 
     Args:
-        name: which model.
+        name: name of the model.
         channels: data channels of a frame (Traffic4cast 2019: volume, speed, heading).
-        static: inputs that stay as they are within a window, and are not predicted: the road_map; the connectivity of roads
-            with their eight neighbours (2021's static files); the clock, time of day and day of the week.
-        past: frames seen.
-        horizon: frames predicted.
+        static: inputs that are constant within a window and not predicted: `road_map`, `connectivity` (of roads with their
+            eight neighbours, from 2021's static files) and `clock` (time of day and day of the week).
+        past: number of input frames.
+        horizon: number of predicted frames.
 
     Examples:
         >>> config = crevnet.MODELS["unet"].config(channels=1, static=(), past=4, horizon=2)
@@ -45,11 +45,11 @@ class ModelConfig:
     title: ClassVar[str]
     """The model's name in tables."""
     score_name: ClassVar[str] = "MSE"
-    """What checkpoints are compared by, on the validation days."""
+    """The validation score by which checkpoints are compared; lower is better."""
     losses: ClassVar[tuple[Loss, ...]] = ("all", "future")
-    """The predictions that its training loss may be taken over, beside those of one future frame."""
+    """The predictions that the training loss can cover, in addition to single future frames."""
     feeds_back: ClassVar[bool] = True
-    """Whether it goes from frame to frame, so that training may feed its own predictions."""
+    """Whether the model predicts frame by frame, so that training can use its own predictions as inputs."""
 
     name: str
     channels: int = 3
@@ -61,11 +61,13 @@ class ModelConfig:
         for name in ("channels", "past", "horizon"):
             check_at_least_one(name, getattr(self, name))
         if len(set(self.static)) < len(self.static) or not set(self.static) <= set(STATIC_CHANNELS):
-            raise ValueError(f"static takes each of {', '.join(STATIC_CHANNELS)} once; got {self.static}")
+            raise ValueError(
+                f"static must contain each of {', '.join(STATIC_CHANNELS)} at most once; got {self.static}"
+            )
 
     @property
     def input_channels(self) -> int:
-        """Channels of a frame as the network sees it."""
+        """Number of channels of the network's input: data and static channels."""
         return self.channels + self.static_channels
 
     @property
@@ -74,27 +76,27 @@ class ModelConfig:
 
     @property
     def score_tag(self) -> str:
-        """What the validation score is called in the logs."""
+        """Name of the validation score in the logs."""
         return f"val/{self.score_name.lower()}"
 
     @property
     def window(self) -> int:
-        """Frames in a training window."""
+        """Number of frames in a training window."""
         return self.past + self.horizon
 
     def check_loss(self, over: Loss) -> None:
-        """Raises ValueError where the model has no such loss."""
+        """Raise ValueError if the model does not support this loss."""
         if over not in self.losses and not (type(over) is int and 1 <= over <= self.horizon):
             raise ValueError(
-                f"the loss of {self.name} is over {', '.join(map(str, self.losses))}, or over one future frame, 1 to "
+                f"the loss of {self.name} must be {', '.join(map(str, self.losses))}, or the number of one future frame, 1 to "
                 f"{self.horizon}; got {over!r}"
             )
 
 
 def check_at_least_one(name: str, value: int) -> None:
-    """Raises ValueError where a value that counts something is not positive."""
+    """Raise ValueError if `value` is less than 1."""
     if value < 1:
-        raise ValueError(f"{name} has to be at least 1, not {value}")
+        raise ValueError(f"{name} must be at least 1, not {value}")
 
 
 @dataclass(frozen=True)
@@ -102,20 +104,20 @@ class CrevNetConfig(ModelConfig):
     """CrevNet's architecture.
 
     Args:
-        blocks: reversible blocks in each stage of the autoencoder; a block counts as three layers in the paper.
-        strides: downsampling of each stage, 1 or 2. The frame itself is downsampled by 2 in front of the first stage.
-        bottleneck: a block's inner width is its stream's width divided by this.
+        blocks: number of reversible blocks in each stage of the autoencoder. The paper counts a block as three layers.
+        strides: downsampling factor of each stage, 1 or 2. The frame itself is downsampled by 2 before the first stage.
+        bottleneck: ratio of a stream's width to its block's inner width.
         modules: number of reversible predictive modules.
-        cell: the recurrent cell of each module.
-        attention: what a module's gate is computed by: deep, three convolutions, 1x1, 3x3 and 1x1, with norms between them; or
-            pointwise, a 1x1 convolution.
-        clip: frames that the network sees, and predicts, at a time. Where they are several, convolutions go over time too
-            (three-dimensional), and each clip begins a frame after the one before.
-        exact_bits: compute on a grid of multiples of 2^-exact_bits (revflow.Grid), so that what is rebuilt is equal to the
-            last bit; in ordinary floating point if not given. 16 bits hold values up to 256 in float32.
-        states: how training keeps the modules' states h, c and m for its backward pass: kept; bfloat16, rounded, which
-            takes half the memory; offloaded to the CPU's; or a number n, those of every n-th time step, the others being
-            computed again (revflow.ReversibleRecurrence).
+        cell: recurrent cell of each module.
+        attention: network that computes a module's gate: `deep` (three convolutions, 1x1, 3x3 and 1x1, with norms between
+            them) or `pointwise` (one 1x1 convolution).
+        clip: number of frames that the network processes and predicts at a time. With several, convolutions also extend over
+            time (three-dimensional), and each clip begins one frame after the previous one.
+        exact_bits: fractional bits of a grid (revflow.Grid) on which streams are computed, so that recomputed streams are
+            bit-identical; floating point without a grid if not given. 16 bits represent values up to 256 in float32.
+        states: storage of the modules' states h, c and m for the backward pass (revflow.ReversibleRecurrence): `kept`
+            (unchanged), `bfloat16` (rounded, in half the memory), `offloaded` (in CPU memory), or a number n, which stores
+            every n-th time step and recomputes the others.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1, 1), strides=(1, 2), modules=2)
@@ -145,34 +147,34 @@ class CrevNetConfig(ModelConfig):
             check_at_least_one(name, getattr(self, name))
         if not self.blocks or len(self.blocks) != len(self.strides):
             raise ValueError(
-                f"blocks and strides need one entry a stage; got {len(self.blocks)} and {len(self.strides)} entries"
+                f"blocks and strides must have one entry per stage; got {len(self.blocks)} and {len(self.strides)} entries"
             )
         if min(self.blocks) < 1 or not set(self.strides) <= {1, 2}:
-            raise ValueError(f"blocks have to be at least 1 and strides 1 or 2; got {self.blocks} and {self.strides}")
+            raise ValueError(f"blocks must be at least 1, and strides 1 or 2; got {self.blocks} and {self.strides}")
         if self.cell not in ("st-lstm", "convlstm"):
-            raise ValueError(f"cell has to be st-lstm or convlstm, not {self.cell!r}")
+            raise ValueError(f"cell must be st-lstm or convlstm, not {self.cell!r}")
         if self.attention not in ("deep", "pointwise"):
-            raise ValueError(f"attention has to be deep or pointwise, not {self.attention!r}")
+            raise ValueError(f"attention must be deep or pointwise, not {self.attention!r}")
         if self.past < self.clip:
             raise ValueError(
-                f"past has to be at least clip, whose frames are seen at a time; got {self.past} and {self.clip}"
+                f"past must be at least clip, the number of frames per input; got past={self.past} and clip={self.clip}"
             )
         if self.exact_bits is not None and not 1 <= self.exact_bits <= 52:
-            raise ValueError(f"exact_bits has to be from 1 to 52, or none, not {self.exact_bits}")
-        is_number = type(self.states) is int and self.states >= 1
-        if not is_number and self.states not in ("kept", "bfloat16", "offloaded"):
-            raise ValueError(f"states has to be kept, bfloat16, offloaded, or a number from 1 on, not {self.states!r}")
+            raise ValueError(f"exact_bits must be from 1 to 52, or none, not {self.exact_bits}")
+        named, is_number = ("kept", "bfloat16", "offloaded"), type(self.states) is int and self.states >= 1
+        if not is_number and self.states not in named:
+            raise ValueError(f"states must be {', '.join(named)}, or a number of at least 1, not {self.states!r}")
 
     @property
     def grid(self) -> revflow.Grid | None:
-        """Where streams live in exact arithmetic."""
+        """The grid of the streams in exact arithmetic; None in floating point."""
         import revflow
 
         return None if self.exact_bits is None else revflow.Grid(self.exact_bits)
 
     @property
     def downsampling(self) -> int:
-        """Height and width of a frame are padded to multiples of this."""
+        """Total downsampling factor, to whose multiples the height and width of a frame are padded."""
         factor = 2
         for stride in self.strides:
             factor *= stride
@@ -180,7 +182,7 @@ class CrevNetConfig(ModelConfig):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of one stream in each stage."""
+        """Number of channels of one stream in each stage."""
         width, widths = 2 * self.input_channels, []
         for stride in self.strides:
             width *= stride**2
@@ -191,11 +193,11 @@ class CrevNetConfig(ModelConfig):
 PRESETS = {
     # Yu et al. 2019: 36 layers, 8 modules, 9 frames -> 3
     "paper": CrevNetConfig(),
-    # their published Traffic4cast code: 24 layers, 6 modules, 5 frames -> 3
+    # the authors' published Traffic4cast code: 24 layers, 6 modules, 5 frames -> 3
     "authors": CrevNetConfig(blocks=(2, 2, 2, 2), modules=6, past=5),
     # trains in minutes on two CPU cores: for tests and the demo
     "tiny": CrevNetConfig(blocks=(1, 1), strides=(1, 2), modules=2, past=6, horizon=3),
-    # the follow-up (Yu et al. 2020) on Moving MNIST, as in their published code: clips of 3 frames, 10 frames -> 10
+    # the follow-up (Yu et al. 2020) on Moving MNIST, as in its published code: clips of 3 frames, 10 frames -> 10
     "moving-mnist": CrevNetConfig(
         channels=1,
         static=(),

@@ -1,4 +1,4 @@
-"""Every model by its name: `make_network(MODELS["predrnn"].config(patch=2))` makes one."""
+"""All models by name: `make_network(MODELS["predrnn"].config(patch=2))` creates one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from crevnet.networks.video_model import VideoModel
 
 
 class Model(NamedTuple):
-    """A model's parts."""
+    """A model's configuration class and network class."""
 
     config: type[ModelConfig]
     network: type[VideoModel[Any]]
@@ -29,7 +29,7 @@ MODELS: dict[str, Model] = {
 
 
 def make_network(config: ModelConfig) -> VideoModel[Any]:
-    """A new network of that configuration, with random weights.
+    """A new network with this configuration and random weights.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)

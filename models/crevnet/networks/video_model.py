@@ -1,6 +1,6 @@
-"""What every video model gives, CrevNet and the baselines alike, so that training and scores need not tell them apart.
+"""The interface of all video models, CrevNet and the baselines, by which training and scoring treat them alike.
 
-Shapes: B batch, T frames, C data channels, S static ones, H x W a frame's height and width. Values in [0, 1].
+Shapes: B batch, T frames, C data channels, S static channels, H x W height and width of a frame. Values are in [0, 1].
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Config = TypeVar("Config", bound=ModelConfig)
 class VideoModel(nn.Module, ABC, Generic[Config]):
     """A network that predicts the next frames of a video, at any frame size.
 
-    Its methods raise ValueError for frames and static channels that are not its configuration's.
+    Its methods raise ValueError for frames and static channels that do not match its configuration.
 
     Examples:
         >>> config = crevnet.MODELS["unet"].config(channels=1, static=(), past=4, horizon=2)
@@ -32,7 +32,7 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
     """
 
     channels_last: torch.memory_format = torch.channels_last
-    """The layout of its convolutions that tensor cores work in."""
+    """The memory format that tensor cores require for its convolutions."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
 
     @abstractmethod
     def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
-        """The predictions that the model is trained on, of `frames` (B, T, C, H, W) and `static` (B, S, H, W)."""
+        """The predictions on which the model is trained, from `frames` (B, T, C, H, W) and `static` (B, S, H, W)."""
 
     @abstractmethod
     def loss(
@@ -52,31 +52,38 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
     ) -> Tensor:
         """The training loss, a scalar, within a window of past and future frames (B, past + horizon, C, H, W).
 
-        over: "all" of the model's predictions; those of the last `horizon` frames alone, "future"; or that of one of these, by
-            its number, 1 being the first.
-        fed: which of the future frames are fed as they are, one entry for each but the last; where it is false, the
-            prediction is fed instead. All are fed if not given.
+        Args:
+            frames: the window.
+            static: static channels (B, S, H, W), if the configuration has any.
+            over: the predictions that the loss covers: "all", "future" (only the last `horizon` frames), or the number of one
+                future frame, 1 being the first.
+            fed: for each future frame but the last, whether the true frame is an input; if false, its prediction is the input
+                instead. All entries are true by default.
         """
 
     @abstractmethod
     def generate(self, past: Tensor, static: Tensor | None = None, horizon: int | None = None) -> Tensor:
-        """The frames after `past` (B, T, C, H, W): (B, horizon, C, H, W), not clipped. The configuration's horizon if not
-        given."""
+        """The frames after `past` (B, T, C, H, W): (B, horizon, C, H, W), not clipped.
+
+        The default horizon is the configuration's.
+        """
 
     def check_generation(self, height: int, width: int) -> None:
-        """Raises ValueError where frames of that size cannot be generated in a reasonable time, with the reason."""
+        """Raise ValueError, with the reason, if generating frames of that size would take unreasonably long."""
 
     def scores(self, frames: Tensor, static: Tensor | None = None, number: int | None = None) -> Tensor:
-        """What checkpoints are compared by, in the mean, of windows as `loss` takes them; the lower, the better: the mean
-        squared error of each generated frame, clipped to [0, 1], (horizon,); or (1,), of the one of that number alone, 1 being
-        the first."""
+        """Validation scores of windows as in `loss`, (horizon,); their mean selects checkpoints, and lower is better.
+
+        A score is the mean squared error of one generated frame, clipped to [0, 1]. With `number`, the result is (1,): only the
+        score of that frame, 1 being the first.
+        """
         past = self.config.past
         chosen = slice(number and number - 1, number)
         forecast = self.generate(frames[:, :past], static, number)[:, chosen].clamp(0, 1)
         return F.mse_loss(forecast, frames[:, past:][:, chosen], reduction="none").mean((0, 2, 3, 4))
 
     def compile_parts(self, **options: Any) -> None:
-        """Compile what takes the time, in place, by `torch.compile(..., **options)`. The keys of the model's state stay."""
+        """Compile the expensive parts in place by `torch.compile(..., **options)`. The keys of the state dict do not change."""
         for child in self.children():
             for part in child if isinstance(child, nn.ModuleList) else (child,):
                 part.compile(**options)
@@ -91,7 +98,7 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
         return horizon
 
     def _chosen(self, over: Loss, predictions: int) -> range:
-        """Which of so many predictions, of which the last `horizon` are future ones, a loss is taken over."""
+        """The indices of the predictions that a loss covers; the last `horizon` predictions are future frames."""
         self.config.check_loss(over)
         future = predictions - self.config.horizon
         if isinstance(over, int):
@@ -99,10 +106,10 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
         return range(future if over == "future" else 0, predictions)
 
     def _truly_fed(self, frames: int, fed: Sequence[bool] | None) -> list[bool]:
-        """For each frame of a window but the last, whether it is fed as it is."""
+        """For each frame of a window but the last, whether the true frame is an input."""
         if fed is not None and not self.config.feeds_back:
-            raise ValueError(f"{self.config.title} feeds nothing back, so that fed makes no sense")
+            raise ValueError(f"fed is given, but {self.config.title} does not feed predictions back: omit it")
         future = frames - 1 - self.config.past
         if fed is not None and len(fed) != future:
-            raise ValueError(f"fed has to have {future} entries for {frames} frames; got {len(fed)}")
+            raise ValueError(f"fed must have {future} entries for {frames} frames; got {len(fed)}")
         return [True] * (frames - 1) if fed is None else [True] * self.config.past + list(fed)

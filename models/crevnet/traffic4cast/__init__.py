@@ -1,1 +1,1 @@
-"""The competitions of 2019 and 2021: their test cases, what a submission holds, and how it is scored."""
+"""The Traffic4cast competitions of 2019 and 2021: test cases, submissions and scores."""

@@ -1,11 +1,11 @@
-"""A run's checkpoints: written so that none is ever damaged, and so that a resumed run is the uninterrupted one.
+"""A run's checkpoints. Interrupted writing does not damage them, and a resumed run equals the uninterrupted one.
 
-1. A checkpoint holds the weights after a step of the optimizer, with Lightning's counters and the random numbers of that
-   moment. Gradients that are still being added up are not part of it: those batches are used again.
-2. The weights stay as they are until the next step of the optimizer. So the checkpoint can be written at any time until
-   then: when its time has come, just before that step, as the loss is known to be finite; or when something fails
-   that is not the weights' doing.
-3. A file takes its predecessor's place when it is whole and on the disk.
+1. A checkpoint contains the weights after an optimizer step, with Lightning's counters and the random state at that moment.
+   It does not contain accumulated gradients: a resumed run uses those batches again.
+2. The weights do not change until the next optimizer step, so the checkpoint can be written at any time until then. It is
+   written when it is due, just before that step, because the loss is then known to be finite. It is also written on an error
+   that the weights did not cause.
+3. A file replaces its predecessor once it is complete and on the disk.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from crevnet.training.failures import NUMERICAL, CheckpointError, DivergedError,
 
 
 def checkpoint_path(folder: Path, which: str) -> Path:
-    """Where the "best" or the "last" checkpoint of the run in `folder` is."""
+    """The path of the "best" or the "last" checkpoint of the run in `folder`."""
     return folder / "checkpoints" / f"{which}.ckpt"
 
 
 def load_checkpoint(folder: Path, which: str) -> dict[str, Any]:
-    """The "best" or the "last" checkpoint of the run in `folder`, on the CPU. DataError where it is missing or damaged."""
+    """The "best" or the "last" checkpoint of the run in `folder`, on the CPU. DataError if it is missing or damaged."""
     path = checkpoint_path(folder, which)
     if not path.is_file():
         if checkpoint_path(folder, "last").is_file():
             raise DataError(
-                f"{path} does not exist, as no epoch has ended: take --checkpoint last, or --resume {quoted(folder)}"
+                f"{path} does not exist, because no epoch has ended: use --checkpoint last, or --resume {quoted(folder)}"
             )
-        raise DataError(f"{path} does not exist: train first, with crevnet fit --out {quoted(folder)}")
+        raise DataError(f"{path} does not exist: train first with crevnet fit --out {quoted(folder)}")
     try:
         _check_sums(path)
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -56,42 +56,46 @@ def load_checkpoint(folder: Path, which: str) -> dict[str, Any]:
     except Exception as error:  # a damaged file fails in many ways
         other = checkpoint_path(folder, "last" if which == "best" else "best").name
         reason = str(error) if isinstance(error, _DamagedError) else type(error).__name__
-        raise DataError(f"{path} is no readable checkpoint ({reason}): copy {other} over it, or train again") from error
+        raise DataError(
+            f"{path} is not a readable checkpoint ({reason}): copy {other} over it, or train again"
+        ) from error
     return checkpoint
 
 
 class _DamagedError(Exception):
-    """A checkpoint is not as it was written."""
+    """A checkpoint differs from what was written."""
 
 
 def _check_sums(path: Path) -> None:
-    """Refuse a checkpoint that has changed since it was written, whose weights PyTorch would load in silence, and one whose parts
-    are packed, which PyTorch never writes and would unpack at any size."""
+    """Refuse a checkpoint that has changed since it was written, because PyTorch would load its weights silently.
+
+    Also refuse compressed entries: PyTorch never writes any, and would decompress them to any size.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise _DamagedError("its parts are packed, expected what crevnet fit wrote")
+                raise _DamagedError("its entries are compressed, expected an uncompressed file of crevnet fit")
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, NotImplementedError, struct.error, ValueError) as error:
         raise _DamagedError(f"it is damaged: {' '.join(str(error).split())}") from error
     if damaged is not None:
-        raise _DamagedError(f"it is damaged: the checksum of {damaged!a} is another one")
+        raise _DamagedError(f"it is damaged: the checksum of {damaged!a} does not match")
 
 
 def load_network(folder: Path, model: ModelConfig, which: str) -> VideoModel[Any]:
-    """The trained network of the run in `folder`: its "best" or "last" checkpoint."""
+    """The trained network of the run in `folder`, from its "best" or "last" checkpoint, on the CPU."""
     network = make_network(model)
     _load_weights(network, load_checkpoint(folder, which), checkpoint_path(folder, which))
     return network
 
 
 def resumable_steps(folder: Path, model: ModelConfig) -> int:
-    """The optimizer's steps behind last.ckpt. DataError if training cannot go on from there."""
+    """The number of optimizer steps before last.ckpt. DataError if training cannot resume from it."""
     checkpoint, path = load_checkpoint(folder, "last"), checkpoint_path(folder, "last")
     missing = {"loops", "optimizer_states", "order", "random", "best"} - checkpoint.keys()
     if missing:
         raise DataError(
-            f"{path} holds weights, but not what resuming takes ({', '.join(sorted(missing))}): train again"
+            f"{path} contains weights, but not {', '.join(sorted(missing))}, which resuming requires: train again"
         )
     _load_weights(make_network(model), checkpoint, path)
     steps: int = checkpoint["global_step"]
@@ -103,34 +107,37 @@ def _load_weights(network: VideoModel[Any], checkpoint: dict[str, Any], path: Pa
         network.load_state_dict({k.removeprefix("network."): v for k, v in checkpoint["state_dict"].items()})
     except RuntimeError as error:
         raise DataError(
-            f"{path} holds weights of another architecture than the {network.config.title} that is asked for: take the model "
-            "settings of the run that trained them"
+            f"{path} contains weights of another architecture, expected this {network.config.title}: use the model settings "
+            "of the run that trained them"
         ) from error
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's writer of checkpoints, which would put them together in memory and move them from another folder."""
+    """Writes checkpoints atomically; Lightning's own would assemble them in memory and move them from another folder."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         target = Path(path)
         try:
             replace_file(target, partial(torch.save, checkpoint))
-        except (OSError, RuntimeError) as error:  # torch's writer hides the first behind the second
+        except (OSError, RuntimeError) as error:  # torch's writer may wrap the first in the second
             system = reason_of_system(error)
             reason = system.strerror if system else error
-            raise CheckpointError(f"{target} could not be written ({reason}): make room, or mend the disk") from error
+            raise CheckpointError(
+                f"{target} could not be written ({reason}): free disk space, or check the disk"
+            ) from error
 
 
 class Checkpoints(Checkpoint):
-    """Writes last.ckpt every so many minutes, after each epoch, and when training stops early; and best.ckpt.
+    """Writes best.ckpt, and last.ckpt every `minutes`, after each epoch, and when training stops early.
 
     Args:
-        folder: the run's.
-        minutes: of training between two last.ckpt.
-        order: what the order of the windows follows from. Where it is another one than the checkpoint's, the epoch that
-            was interrupted begins anew.
-        scored: what the validation score is of. Where it is something else than the checkpoint's, the best one is chosen anew.
-        data: which files the run is trained and validated on. A warning says where they are others than the checkpoint's.
+        folder: the run's folder.
+        minutes: minutes of training between two writes of last.ckpt.
+        order: everything that determines the order of the windows. If it differs from the checkpoint's, the interrupted epoch
+            starts again.
+        scored: everything that determines what the validation score measures. If it differs from the checkpoint's, previous
+            scores are not compared.
+        data: the training and validation files. If they differ from the checkpoint's, a warning names the first difference.
     """
 
     def __init__(
@@ -140,7 +147,7 @@ class Checkpoints(Checkpoint):
         self._data = data
         self._folder, self._seconds, self._order, self._scored = folder, 60 * minutes, order, scored
         self._written = time.monotonic()
-        self._moment: dict[str, Any] | None = None  # after the last step of the optimizer; None while weights change
+        self._moment: dict[str, Any] | None = None  # after the last optimizer step; None while weights change
 
     def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         self._written = time.monotonic()
@@ -156,7 +163,7 @@ class Checkpoints(Checkpoint):
         self._moment = None
 
     def on_validation_end(self, *_: Any) -> None:
-        self._moment = None  # the epoch is over, and Lightning's own counters say so
+        self._moment = None  # the epoch is over, as in Lightning's own counters
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
         model: ModelConfig = module.network.config
@@ -169,10 +176,12 @@ class Checkpoints(Checkpoint):
         self._write(trainer, "last")
 
     def on_exception(self, trainer: lightning.Trainer, module: Any, exception: BaseException) -> None:
-        apart = isinstance(trainer.strategy, ModelParallelStrategy)  # other processes would not come to join the parts
+        apart = isinstance(
+            trainer.strategy, ModelParallelStrategy
+        )  # other processes would not help to collect the shards
         if self._moment is None or apart or isinstance(exception, (*NUMERICAL, CheckpointError)):
             return
-        with suppress(CheckpointError):  # as trainer.save_checkpoint does, but that it would wait for the others
+        with suppress(CheckpointError):  # trainer.save_checkpoint would wait for the other processes
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             trainer.strategy.save_checkpoint(checkpoint, checkpoint_path(self._folder, "last"))
 
@@ -183,13 +192,13 @@ class Checkpoints(Checkpoint):
         checkpoint["data"] = self._data
 
     def on_load_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        if checkpoint.get("scored", self._scored) == self._scored:  # older ones do not say it
+        if checkpoint.get("scored", self._scored) == self._scored:  # older checkpoints lack it
             self.best = checkpoint["best"]
         differs = difference(checkpoint.get("data", self._data), self._data)
         if differs is not None:
             warnings.warn(
-                f"the data differ from those that this run was trained on: {differs}. The resumed run will not equal one that "
-                "was never interrupted; restore those files if it should",
+                f"the data differ from those that this run was trained on: {differs}. The resumed run will not equal an "
+                "uninterrupted one; restore the files if that matters",
                 stacklevel=2,
             )
         _set_random_state(checkpoint["random"])
@@ -205,7 +214,7 @@ def _counters(trainer: lightning.Trainer) -> dict[str, Any]:
     """The state of Lightning's loops, and of the training loader, at the end of a batch."""
     loops: dict[str, Any] = trainer.fit_loop.state_dict()
     if trainer.is_last_batch:
-        # Validation remains, which Lightning passes over in a resumed run unless it seems to have begun.
+        # Validation remains; in a resumed run, Lightning skips it unless it seems to have started.
         batches, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
         for part in ("total", "current"):
             batches[part]["completed"] = batches[part]["processed"]
@@ -214,13 +223,13 @@ def _counters(trainer: lightning.Trainer) -> dict[str, Any]:
 
 
 def _begin_epoch_anew(loops: dict[str, Any]) -> None:
-    """Make the state of Lightning's loops, in the middle of an epoch, that of the end of the epoch before."""
+    """Reset the state of Lightning's loops from the middle of an epoch to the end of the previous epoch."""
     for part in ("total", "current"):
         progress = loops["epoch_progress"][part]
         begun = progress["processed"] < progress["started"]
         progress.update({name: progress["processed"] for name in progress})
     if begun:
-        loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1  # Lightning counts a batch after its end
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1  # Lightning counts a batch after it ends
 
 
 def _random_state() -> dict[str, Any]:

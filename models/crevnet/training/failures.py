@@ -1,4 +1,4 @@
-"""What ends a training run before its time, in one line: why, what is kept, and how to go on."""
+"""One-line explanations of errors that end a training run: the cause, the remedy, and how to resume."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.
 
 
 class TrainingError(Exception):
-    """Training cannot go on: one line that says why and what to do.
+    """Training cannot continue. The message is one line with the cause and the remedy.
 
-    `exit_status` is 1 for what the machine lacks, and 2 for what settings or data have to change.
+    `exit_status` is 1 if the machine is the cause, and 2 if settings or data must change.
     """
 
     def __init__(self, message: str, exit_status: int = 2) -> None:
@@ -32,35 +32,35 @@ class TrainingError(Exception):
 
 
 class DivergedError(TrainingError):
-    """A loss or a validation score that is no finite number."""
+    """A loss or a validation score is not finite."""
 
 
 NUMERICAL = (DivergedError, revflow.ReconstructionError, OverflowError)
-"""What weights bring about that have diverged; the last, where streams leave the grid of exact arithmetic."""
+"""Errors that diverged weights cause. OverflowError means that streams exceed the grid of exact arithmetic."""
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint could not be written; the one before it is still there."""
+    """A checkpoint could not be written; the previous one is unchanged."""
 
 
 class StoppedError(TrainingError):
-    """A signal has stopped training, which has saved its state."""
+    """A signal stopped training after its state was saved."""
 
     def __init__(self, message: str, number: signal.Signals) -> None:
         super().__init__(message, 128 + number)
 
 
 def explained(error: BaseException, settings: RunSettings, last: Path) -> TrainingError | None:
-    """The one line of what Lightning's fit has raised, with what to do about it; None for what nobody has foreseen.
+    """An error of Lightning's fit as one line with the remedy; None for errors without a known cause.
 
-    `last` is where the run's last checkpoint would be.
+    `last` is the path of the run's last checkpoint, which may not exist.
     """
-    way_on = "; no checkpoint had been written yet"
+    way_on = "; no checkpoint has been written yet"
     if last.is_file():
         diverging = isinstance(error, NUMERICAL) and last.with_name("best.ckpt").is_file()
-        other = ", or from best.ckpt, copied over it," if diverging else ""
-        way_on = f"; {last} is kept: go on from it{other} with {_command(error, last.parent.parent)}"
-    if isinstance(error, SystemExit):  # Lightning's; its SIGTERMException alone has no exit status
+        other = ", optionally after copying best.ckpt over it," if diverging else ""
+        way_on = f"; {last} is valid: resume from it{other} with {_command(error, last.parent.parent)}"
+    if isinstance(error, SystemExit):  # Lightning's; only its SIGTERMException has no exit status
         number = signal.SIGINT if error.code else signal.SIGTERM
         return StoppedError(f"stopped by {number.name}{way_on}", number)
     for exit_status, reason in ((1, _lack(error, settings)), (2, _reason(error, settings))):
@@ -70,27 +70,27 @@ def explained(error: BaseException, settings: RunSettings, last: Path) -> Traini
 
 
 def warned(message: Warning | str) -> str:
-    """A warning as the command line says it: of what CrevNet has rebuilt, why, and what to do."""
+    """A warning for the command line; a ReconstructionWarning gets the cause and the remedy in terms of its options."""
     if not isinstance(message, revflow.ReconstructionWarning):
         return str(message)
     return (
-        f"{first_sentence(message)}. Rounding errors grow where frames are dark or blank, or weights large: see that the loss "
-        f"falls, or train without them by --model.exact_bits 16"
+        f"{first_sentence(message)}. Rounding errors grow if frames are dark or blank, or if weights are large: check that the "
+        f"loss falls, or avoid the errors with --model.exact_bits 16"
     )
 
 
 def _command(error: BaseException, run: Path) -> str:
-    """What goes on with a run. A recipe's has the recipe's settings, so that it takes `fit` to give it others."""
+    """The command that resumes a run. A recipe's run has the recipe's settings, which only `fit` can override."""
     resume, recipe = f"crevnet fit --resume {quoted(run)}", recipe_of(run)
     if recipe is None:
         return resume
     needs_others = isinstance(error, (*NUMERICAL, RuntimeError))
     go_on = f"crevnet recipe paper --out {quoted(recipe)}"
-    return f"{resume}, and then {go_on}" if needs_others else go_on
+    return f"{resume}, then {go_on}" if needs_others else go_on
 
 
 def reason_of_system(error: BaseException) -> OSError | None:
-    """The operating system's error behind another one."""
+    """The operating system's error among an error and its causes, if any."""
     return next((e for e in _chain(error) if isinstance(e, OSError)), None)
 
 
@@ -106,14 +106,12 @@ def _reason(error: BaseException, settings: RunSettings) -> str | None:
     if isinstance(error, DataError):
         return str(error)
     if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-        return (
-            f"another training process has ended, or cannot be reached ({first_sentence(error)}): see what it has said"
-        )
+        return f"another training process has ended or cannot be reached ({first_sentence(error)}): check its output"
     return None
 
 
 def _lack(error: BaseException, settings: RunSettings) -> str | None:
-    """What the machine lacks."""
+    """The reason if the machine lacks memory, disk space or another resource."""
     if isinstance(error, (DataError, *NUMERICAL)):
         return None
     if isinstance(error, CheckpointError):
@@ -122,14 +120,14 @@ def _lack(error: BaseException, settings: RunSettings) -> str | None:
     if memory is not None:
         states = ""
         if isinstance(settings.model, CrevNetConfig):
-            states = f"keep fewer states (--model.states 3 or offloaded; it is {settings.model.states}), "
+            states = f"store fewer states (--model.states 3 or offloaded; it is {settings.model.states}), "
         return (
             f"{memory}: lower --data.batch_size (it is {settings.data.batch_size}), {states}or train in --training.precision "
             f"16-mixed (it is {settings.training.precision})"
         )
     lack, system = lack_of(error), reason_of_system(error)
     if lack is None and system is not None and system.errno in _DISK:
-        return f"the run's folder could not be written to ({system.strerror}): make room, or mend the disk"
+        return f"the run's folder could not be written to ({system.strerror}): free disk space, or check the disk"
     return lack
 
 

@@ -1,4 +1,4 @@
-"""Training on Lightning, and what a run's folder holds: config.yaml, checkpoints/, tensorboard/."""
+"""Training with Lightning. A run's folder contains config.yaml, checkpoints/ and tensorboard/."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from crevnet.training.settings import RunSettings, TrainingSettings, load_settin
 
 
 class VideoModelTask(lightning.LightningModule):
-    """The training step, the model's validation scores and the optimizer. `layout` says how far ahead a frame is."""
+    """The training step, the validation scores and the optimizer. `layout` determines the lead times in the scores' names."""
 
     def __init__(self, model: ModelConfig, training: TrainingSettings, layout: Layout = TRAFFIC4CAST_2019) -> None:
         super().__init__()
@@ -51,14 +51,14 @@ class VideoModelTask(lightning.LightningModule):
         self.network = make_network(model)
         self.training_settings = training
         if training.precision == "64-true":
-            self.network.double()  # Lightning would load a checkpoint's weights first, into float32
+            self.network.double()  # here, because Lightning would first load a checkpoint's weights into float32
         if training.channels_last:
             self.network.to(memory_format=self.network.channels_last)
         if training.compile:
             self.network.compile_parts()
 
     def configure_model(self) -> None:
-        """Under FSDP, part the parameters among the processes: the network's as a whole, since the engine runs its parts."""
+        """Under FSDP, shard the parameters. The network is one unit, because the engine calls its submodules directly."""
         if self.device_mesh is not None and not isinstance(self.network, FSDPModule):
             fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
             for method in ("loss", "scores", "generate"):
@@ -68,8 +68,8 @@ class VideoModelTask(lightning.LightningModule):
         fed = self._fed(batch["frames"])
         own = self.network.loss(batch["frames"], self._static(batch), self.training_settings.loss, fed)
         loss = own * batch["part"].share
-        mean = self.trainer.strategy.reduce(loss.detach().clone())  # so that all processes find out together
-        if not torch.isfinite(mean):  # GradScaler's infinite gradients are those of a loss that is finite
+        mean = self.trainer.strategy.reduce(loss.detach().clone())  # so that all processes raise together
+        if not torch.isfinite(mean):  # GradScaler handles infinite gradients of a finite loss
             raise DivergedError(f"the loss is {mean.item()} in step {self.trainer.global_step + 1}")
         self.log("train/loss", mean, prog_bar=True, batch_size=batch["part"].windows)
         return loss
@@ -78,7 +78,7 @@ class VideoModelTask(lightning.LightningModule):
         loss, tag, part = self.training_settings.loss, self.network.config.score_tag, batch["part"]
         number = loss if isinstance(loss, int) else None
         scores = part.share * self.network.scores(batch["frames"], self._static(batch), number)
-        # The weight is that of the whole batch, the same in all processes: Lightning's mean of others is rounded.
+        # The weight is the whole batch's, equal in all processes. With unequal weights, Lightning's mean would be rounded.
         same = {"sync_dist": True, "batch_size": part.windows}
         self.log(tag, scores.mean(), prog_bar=True, **same)
         for horizon, score in enumerate(scores, number or 1):
@@ -89,10 +89,10 @@ class VideoModelTask(lightning.LightningModule):
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         super().optimizer_step(*arguments, **options)
-        self.zero_grad()  # Lightning would let them live on, through the next forward pass
+        self.zero_grad()  # otherwise Lightning would hold them through the next forward pass
 
     def _fed(self, frames: Tensor) -> list[bool] | None:
-        """Which of the future frames the model is fed as they are, all if none."""
+        """For each future frame but the last, whether the true frame is an input; None means all."""
         steps, model = self.training_settings.sampling_steps, self.network.config
         if steps is None:
             return None
@@ -103,25 +103,25 @@ class VideoModelTask(lightning.LightningModule):
 
 
 class FusedAdam(torch.optim.Adam):
-    """Adam in one kernel, without temporaries: other implementations hold some as large as the parameters."""
+    """Adam in one kernel, without temporaries; other implementations allocate some as large as the parameters."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> None:
         super().__init__(parameters, learning_rate, fused=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """A state that any Adam has saved: it says which one, and would make this one that again, at its learning rate."""
+        """Load the state of any Adam, but keep this one's implementation and learning rate, which the state also contains."""
         groups = [
             {**saved, "fused": True, "lr": own["lr"]}
             for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=True)
         ]
         super().load_state_dict({**state_dict, "param_groups": groups})
         for parameter, state in self.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):  # the kernel walks through memory, so their layout has to be one
+            for name in ("exp_avg", "exp_avg_sq"):  # the kernel requires the parameter's memory layout
                 state[name] = torch.empty_like(parameter).copy_(state[name])
 
 
 class _ProgressBar(RichProgressBar if find_spec("rich") else TQDMProgressBar):  # type: ignore[misc]
-    """Lightning's, without the logger's version number."""
+    """Lightning's progress bar without the logger's version number."""
 
     def get_metrics(self, *arguments: Any) -> dict[str, Any]:
         metrics = super().get_metrics(*arguments)
@@ -130,13 +130,17 @@ class _ProgressBar(RichProgressBar if find_spec("rich") else TQDMProgressBar):  
 
 
 def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
-    """Train, and leave config.yaml, checkpoints and TensorBoard's logs in `folder`. Returns the best validation score."""
+    """Train, and write config.yaml, checkpoints and TensorBoard logs to `folder`. Returns the best validation score.
+
+    With `resume`, training continues from last.ckpt. Raises DataError for unusable data or folders, SettingsError if another
+    process trains in `folder`, and TrainingError if training fails.
+    """
     training = settings.training
     last = checkpoint_path(folder, "last")
     if resume and not last.is_file():
-        raise DataError(f"{last} does not exist, so there is nothing to resume: train with --out {quoted(folder)}")
+        raise DataError(f"{last} does not exist, so training cannot resume: start it with --out {quoted(folder)}")
     if is_recipe(folder):
-        raise DataError(f"{folder} is a recipe's folder: choose another --out")
+        raise DataError(f"{folder} is the folder of a recipe, expected that of a single run: choose another --out")
     if not resume:
         _refuse_trained(folder)
     lightning.seed_everything(training.seed, workers=True, verbose=False)
@@ -146,7 +150,7 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
         steps = resumable_steps(folder, settings.model)
     start = None
     if training.start is not None and not resume:
-        load_settings(training.start)  # says what is wrong where it is no run's folder
+        load_settings(training.start)  # raises SettingsError unless it is a run's folder
         start = load_network(training.start, settings.model, "best")
     batches, validation_batches = data.training_batches(), data.validation_batches()
     follows_from = _order(settings, batches), _scored(settings), data.identity
@@ -156,18 +160,19 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
             trainer = _trainer(training, folder, [checkpoints, ValidationPicture(data, settings)], steps)
     except MisconfigurationException as error:
         raise DataError(
-            f"training.accelerator {training.accelerator} and training.devices {training.devices} cannot be had here "
-            f"({' '.join(str(error).split())}): say --training.accelerator auto, or another number of devices"
+            f"training.accelerator {training.accelerator} with training.devices {training.devices} is not available here "
+            f"({' '.join(str(error).split())}): set --training.accelerator auto, or another --training.devices"
         ) from error
     if training.precision == "16-mixed" != trainer.precision:
         warnings.warn(
-            f"training.precision {training.precision} is for GPUs: it is {trainer.precision} here", stacklevel=2
+            f"training.precision {training.precision} requires a GPU; training uses {trainer.precision} instead",
+            stacklevel=2,
         )
     with ExitStack() as held:
         if trainer.is_global_zero:
             held.enter_context(only_process(folder))
             if not resume:
-                _refuse_trained(folder)  # by another process, which has ended since
+                _refuse_trained(folder)  # by another process that has ended in the meantime
             for place in (folder, last.parent):
                 remove_unfinished(place)
             date_logs_before(folder, int(time.time()))
@@ -180,10 +185,11 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
                 trainer.fit(task, batches, validation_batches, ckpt_path=last if resume else None, weights_only=True)
         except MisconfigurationException as error:
             raise DataError(
-                f"{folder} has been trained for more epochs than --training.epochs {training.epochs}: raise it to go on"
+                f"{folder} has already been trained for more epochs than --training.epochs {training.epochs}: raise it to "
+                "continue"
             ) from error
         except BaseException as error:
-            trainer.fit_loop.teardown()  # where validation fails, Lightning leaves the training loader's workers behind
+            trainer.fit_loop.teardown()  # if validation fails, Lightning leaves the training loader's workers running
             explanation = explained(error, settings, last)
             if explanation is None:
                 raise
@@ -196,7 +202,7 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
 def _refuse_trained(folder: Path) -> None:
     if checkpoint_path(folder, "last").is_file():
         raise DataError(
-            f"{folder} holds a trained run already: go on with it (--resume {quoted(folder)}), or choose another --out"
+            f"{folder} already contains a trained run: continue it (--resume {quoted(folder)}), or choose another --out"
         )
 
 
@@ -209,7 +215,7 @@ def _trainer(
         devices=devices,
         num_nodes=nodes,
         strategy=_strategy(training, devices * nodes),
-        use_distributed_sampler=False,  # batches are shared by ours
+        use_distributed_sampler=False,  # SharedBatchSampler divides the batches
         precision=training.precision,
         max_epochs=training.epochs,
         max_time=None if training.max_minutes is None else timedelta(minutes=training.max_minutes),
@@ -218,7 +224,9 @@ def _trainer(
         accumulate_grad_batches=training.accumulate,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        logger=TensorBoardLogger(folder, name=None, version="tensorboard", purge_step=steps),  # the others come again
+        logger=TensorBoardLogger(
+            folder, name=None, version="tensorboard", purge_step=steps
+        ),  # later steps are logged again
         callbacks=[*callbacks, _ProgressBar()],
         plugins=[AtomicCheckpointIO()],
         enable_model_summary=False,
@@ -229,12 +237,12 @@ def _strategy(training: TrainingSettings, processes: int) -> Strategy | Literal[
     if training.strategy == "fsdp":
         return ModelParallelStrategy(processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
     if training.strategy == "ddp" or processes > 1:
-        return DDPStrategy(gradient_as_bucket_view=True)  # else gradients would be there twice
+        return DDPStrategy(gradient_as_bucket_view=True)  # otherwise gradients would be stored twice
     return "auto"
 
 
 def _order(settings: RunSettings, batches: WindowLoader) -> dict[str, Any]:
-    """What the order of the windows, and of the optimizer's steps between them, follows from."""
+    """Everything that determines the order of the windows and of the optimizer steps between them."""
     data, training = settings.data, settings.training
     devices, nodes = launched(training.devices, training.nodes)
     return {
@@ -247,7 +255,7 @@ def _order(settings: RunSettings, batches: WindowLoader) -> dict[str, Any]:
 
 
 def _scored(settings: RunSettings) -> dict[str, Any]:
-    """What the validation score is of."""
+    """Everything that determines what the validation score measures."""
     data, training = asdict(settings.data), settings.training
     frames = {name: value for name, value in data.items() if name.startswith("validation")}
     frame = training.loss if isinstance(training.loss, int) else None
@@ -256,15 +264,15 @@ def _scored(settings: RunSettings) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Lightning says that is no news, and what TensorBoard's thread prints before its error is raised here."""
+    """Suppress Lightning's messages that are not relevant, and the traceback of TensorBoard's thread, whose error is raised."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     hook = threading.excepthook
     threading.excepthook = lambda _: None
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*does not have many workers")  # a choice: data.workers
-            warnings.filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU")  # is said in `train`
-            warnings.filterwarnings("ignore", ".*LeafSpec")  # Lightning's own business with PyTorch
+            warnings.filterwarnings("ignore", ".*does not have many workers")  # the user chooses data.workers
+            warnings.filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU")  # `train` warns about it
+            warnings.filterwarnings("ignore", ".*LeafSpec")  # Lightning's use of a deprecated name in PyTorch
             yield
     finally:
         threading.excepthook = hook

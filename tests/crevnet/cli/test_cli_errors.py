@@ -171,25 +171,25 @@ def test_fit_into_a_file(inside, fit, tmp_path):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "run" if inside else tmp_path / "file"
     why = "Not a directory" if inside else "File exists"
-    assert fit("--out", out) == f"crevnet: {out} is no folder that can be written to ({why}): choose another --out"
+    assert fit("--out", out) == f"crevnet: {out} is not a writable folder ({why}): choose another --out"
 
 
 def test_recipe_into_a_file(cities, small, failing, tmp_path):
     (tmp_path / "file").write_text("")
     line = failing("recipe", "paper", *small, "--data.root", cities, "--out", tmp_path / "file")
-    assert f"{tmp_path / 'file'} is no folder that can be written to (File exists): choose another --out" in line
+    assert f"{tmp_path / 'file'} is not a writable folder (File exists): choose another --out" in line
 
 
 def test_fit_where_no_folder_can_be(fit):
     line = fit("--out", "/proc/nope")
-    assert "/proc/nope is no folder that can be written to (No such file or directory): choose another --out" in line
+    assert "/proc/nope is not a writable folder (No such file or directory): choose another --out" in line
 
 
 def test_an_accelerator_that_is_not_there(fit, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     line = fit("--training.accelerator", "gpu")
-    assert "training.accelerator gpu and training.devices 1 cannot be had here" in line
-    assert "say --training.accelerator auto" in line
+    assert "training.accelerator gpu with training.devices 1 is not available here" in line
+    assert "set --training.accelerator auto" in line
 
 
 @pytest.mark.filterwarnings("default")
@@ -197,7 +197,7 @@ def test_a_precision_for_gpus_alone(cities, small, capsys, tmp_path):
     once = ("--training.epochs=1", "--training.batches=1", "--training.precision=16-mixed")
     main([str(a) for a in ("fit", *small, *once, "--data.root", cities, "--out", tmp_path / "run")])
     error = capsys.readouterr().err
-    assert "warning: training.precision 16-mixed is for GPUs: it is bf16-mixed here\n" in error
+    assert "warning: training.precision 16-mixed requires a GPU; training uses bf16-mixed instead\n" in error
     assert "Trainer(" not in error
 
 
@@ -347,7 +347,7 @@ def test_prediction_that_cannot_be(options, named, run, failing, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ("predict RUN --out FILE", "FILE is no folder that can be written to (File exists): choose another --out"),
+        ("predict RUN --out FILE", "FILE is not a writable folder (File exists): choose another --out"),
         ("evaluate RUN --json FOLDER", "FOLDER"),
         ("evaluate RUN --json FOLDER/absent/scores.json", "FOLDER/absent"),
         ("show DAY --slot 3 --out FOLDER/absent/day.png", "FOLDER/absent"),

@@ -59,5 +59,5 @@ def test_windows_without_static_inputs_have_none(days):
 
 @pytest.mark.parametrize("static", [("clock", "clock"), ("weather",)])
 def test_names_that_cannot_be(static):
-    with pytest.raises(ValueError, match="static takes each of road_map, connectivity, clock once; got"):
+    with pytest.raises(ValueError, match="static must contain each of road_map, connectivity, clock at most once; got"):
         CrevNetConfig(static=static)

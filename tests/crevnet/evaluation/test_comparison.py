@@ -88,7 +88,7 @@ def test_clock_of_a_model_that_sees_fewer_frames_is_that_of_its_own_window(setti
     [
         (("RUN", "RUN"), "named twice"),
         (("RUN", "--ensemble"), "--ensemble is the mean of several runs"),
-        (("RUN", "OTHER", "--feedback", "frame"), "--feedback frame is for CrevNet, and OTHER is a run of U-Net"),
+        (("RUN", "OTHER", "--feedback", "frame"), "--feedback frame is only for CrevNet, but OTHER is a run of U-Net"),
         (("RUN", "absent"), "absent"),
     ],
 )
@@ -119,7 +119,7 @@ def test_runs_of_different_data(option, change, run, other, failing, crevnet, tm
 def test_runs_that_predict_other_frames(run, settings, failing, tmp_path):
     train(replace(settings, model=replace(UNET, horizon=3)), tmp_path / "run")
     line = failing("evaluate", run, tmp_path / "run")
-    assert f"{tmp_path / 'run'} predicts 3 frames of 3 channels, and {run} 2 of 3" in line
+    assert f"{tmp_path / 'run'} predicts 3 frames of 3 channels, but {run} predicts 2 of 3" in line
 
 
 def test_how_a_run_reads_its_data_makes_no_difference(run, other, crevnet, tmp_path):

@@ -78,5 +78,5 @@ def test_parameters_by_formula():
 
 
 def test_widths_that_cannot_be():
-    with pytest.raises(ValueError, match="widths has to be at least 1, not 0"):
+    with pytest.raises(ValueError, match="widths must be at least 1, not 0"):
         PredNetConfig(widths=(4, 0))

@@ -89,5 +89,5 @@ def test_parameters_by_formula(task):
 
 @pytest.mark.parametrize("option", ["depth", "width"])
 def test_sizes_that_cannot_be(option):
-    with pytest.raises(ValueError, match=f"{option} has to be at least 1, not 0"):
+    with pytest.raises(ValueError, match=f"{option} must be at least 1, not 0"):
         UNetConfig(**{option: 0})

@@ -149,7 +149,7 @@ def test_parameters_by_formula():
     ("option", "message"),
     [
         ({"width": 1}, "width must be at least the number of channels, 2, not 1"),
-        ({"decoder_blocks": 0}, "decoder_blocks has to be at least 1, not 0"),
+        ({"decoder_blocks": 0}, "decoder_blocks must be at least 1, not 0"),
     ],
 )
 def test_sizes_that_cannot_be(option, message):

@@ -194,10 +194,10 @@ def test_static_channels_are_seen_and_not_predicted(name):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"channels": 0}, "channels has to be at least 1, not 0"),
-        ({"past": 0}, "past has to be at least 1, not 0"),
-        ({"horizon": -1}, "horizon has to be at least 1, not -1"),
-        ({"patch": 0}, "patch has to be at least 1, not 0"),
+        ({"channels": 0}, "channels must be at least 1, not 0"),
+        ({"past": 0}, "past must be at least 1, not 0"),
+        ({"horizon": -1}, "horizon must be at least 1, not -1"),
+        ({"patch": 0}, "patch must be at least 1, not 0"),
     ],
 )
 def test_tasks_that_cannot_be(option, message):
@@ -209,8 +209,8 @@ def test_tasks_that_cannot_be(option, message):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"hidden": 0}, "hidden has to be at least 1, not 0"),
-        ({"layers": 0}, "layers has to be at least 1, not 0"),
+        ({"hidden": 0}, "hidden must be at least 1, not 0"),
+        ({"layers": 0}, "layers must be at least 1, not 0"),
         ({"kernel": 4}, "kernel must be odd and at least 1, not 4"),
     ],
 )
@@ -225,15 +225,15 @@ def test_frames_and_static_channels_that_are_not_the_task_s(name, method):
     frames, roads = window(MAPPED)
     plain, mapped = getattr(make(name, TASK), method), getattr(make(name, MAPPED), method)
     for wrong in (frames[0], frames[:, :, :1]):
-        with pytest.raises(ValueError, match=r"frames have to be \(batch, time, 2 channels, height, width\); got"):
+        with pytest.raises(ValueError, match=r"frames must be \(batch, time, 2 channels, height, width\); got"):
             plain(wrong)
-    with pytest.raises(ValueError, match="this model takes no static channels"):
+    with pytest.raises(ValueError, match="this model has no static channels"):
         plain(frames, roads)
-    with pytest.raises(ValueError, match="this model takes 1 static channels"):
+    with pytest.raises(ValueError, match="this model has 1 static channels"):
         mapped(frames)
-    with pytest.raises(ValueError, match=r"static has to be \(2, 1, 6, 5\) for these frames; got \(2, 1, 5, 5\)"):
+    with pytest.raises(ValueError, match=r"static must be \(2, 1, 6, 5\) for these frames; got \(2, 1, 5, 5\)"):
         mapped(frames, roads[:, :, 1:])
-    with pytest.raises(ValueError, match="frames have to be"):
+    with pytest.raises(ValueError, match="frames must have at least"):
         plain(frames[:, :0])
 
 
@@ -241,9 +241,9 @@ def test_frames_and_static_channels_that_are_not_the_task_s(name, method):
 def test_lengths_that_cannot_be(name):
     net = make(name)
     frames, _ = window(steps=3)
-    with pytest.raises(ValueError, match="horizon has to be at least 1, not 0"):
+    with pytest.raises(ValueError, match="horizon must be at least 1, not 0"):
         net.generate(frames, horizon=0)
-    with pytest.raises(ValueError, match=r"frames have to be .* in time.*; got 1"):
+    with pytest.raises(ValueError, match=r"frames must have .* time steps.*; got 1"):
         net.loss(frames[:, :1])
 
 

@@ -148,9 +148,9 @@ def test_the_preset_is_the_authors():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"clip": 0}, "clip has to be at least 1"),
-        ({"clip": 5}, "past has to be at least clip.*got 4 and 5"),
-        ({"attention": "none"}, "attention has to be deep or pointwise, not 'none'"),
+        ({"clip": 0}, "clip must be at least 1"),
+        ({"clip": 5}, "past must be at least clip.*got past=4 and clip=5"),
+        ({"attention": "none"}, "attention must be deep or pointwise, not 'none'"),
     ],
 )
 def test_configurations_that_cannot_be(option, message):
@@ -161,7 +161,7 @@ def test_configurations_that_cannot_be(option, message):
 @pytest.mark.parametrize(("call", "least"), [("forward", 3), ("loss", 4), ("generate", 3)])
 def test_fewer_frames_than_a_clip(call, least):
     model = make(SMALL, dtype=torch.float32)
-    with pytest.raises(ValueError, match=f"at least {least} in time; got {least - 1}"):
+    with pytest.raises(ValueError, match=f"at least {least} time steps; got {least - 1}"):
         getattr(model, call)(torch.zeros(1, least - 1, 2, 8, 8), torch.zeros(1, 1, 8, 8))
 
 

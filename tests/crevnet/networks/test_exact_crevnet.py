@@ -94,7 +94,7 @@ def test_frames_beyond_the_grid_s_range_are_refused():
 
 
 def test_impossible_grids_are_refused():
-    with pytest.raises(ValueError, match="exact_bits has to be from 1 to 52, or none, not 53"):
+    with pytest.raises(ValueError, match="exact_bits must be from 1 to 52, or none, not 53"):
         CrevNetConfig(exact_bits=53)
 
 

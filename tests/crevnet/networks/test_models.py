@@ -118,7 +118,10 @@ def test_spellings_and_the_papers_sizes(spelling, capsys):
         (["--model", "unet", "--model.hidden", "3"], "--model.hidden"),
         (["--model", "convlstm", "--model.kernel", "4"], "kernel must be odd"),
         (["--model", "vpn", "--model.width", "2"], "width"),
-        (["--model", "prednet", "--training.loss", "padded"], "prednet is over all, future, or over one future frame"),
+        (
+            ["--model", "prednet", "--training.loss", "padded"],
+            "prednet must be all, future, or the number of one future frame",
+        ),
         (["--model", "unet", "--training.sampling_steps", "9"], "training.sampling_steps does not apply to unet"),
         (["--training.sampling_steps", "-1"], "training.sampling_steps"),
         (["--model", "predrnn", "--resume", "RUN"], "crevnet"),
@@ -140,7 +143,7 @@ def test_vpn_is_not_generated_at_sizes_that_take_days(command, tiny_cities, crev
 def test_feedback_is_crevnet_s_alone(tiny_cities, crevnet, failing, tmp_path):
     run = tmp_path / "run"
     crevnet("fit", *sizes("convlstm"), *ONCE, "--out", run, "--data.root", tiny_cities)
-    assert "--feedback frame is for CrevNet" in failing("evaluate", run, "--feedback", "frame")
+    assert "--feedback frame is only for CrevNet" in failing("evaluate", run, "--feedback", "frame")
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -158,7 +161,9 @@ def test_loss_over_the_future_alone(name):
     for number in (0, 3, True):
         with pytest.raises(ValueError, match="1 to 2; got"):
             network.loss(frames, over=number)
-    with pytest.raises(ValueError, match="over all, future, or over one future frame, 1 to 2; got 'padded'"):
+    with pytest.raises(
+        ValueError, match="must be all, future, or the number of one future frame, 1 to 2; got 'padded'"
+    ):
         network.loss(frames, over="padded")
 
 

@@ -58,7 +58,7 @@ def test_presets_are_the_paper_s_and_the_authors():
         ({"modules": 0}, "modules"),
         ({"past": 0}, "past"),
         ({"horizon": -1}, "horizon"),
-        ({"blocks": ()}, "one entry a stage"),
+        ({"blocks": ()}, "one entry per stage"),
         ({"blocks": (1, 1)}, "2 and 4 entries"),
         ({"blocks": (1, 0, 1, 1)}, "at least 1"),
         ({"strides": (1, 2, 2, 3)}, "1 or 2"),
@@ -255,12 +255,12 @@ def test_padding_is_zeros_at_the_bottom_and_the_right():
 @pytest.mark.parametrize(
     ("frames", "roads", "message"),
     [
-        ((2, 5, 3, 8, 8), None, "takes 1 static channels"),
+        ((2, 5, 3, 8, 8), None, "has 1 static channels"),
         ((2, 5, 2, 8, 8), (2, 1, 8, 8), r"3 channels.*\(2, 5, 2, 8, 8\)"),
-        ((5, 3, 8, 8), (2, 1, 8, 8), r"frames have to be.*\(5, 3, 8, 8\)"),
-        ((2, 5, 3, 8, 8), (1, 1, 8, 8), r"static has to be \(2, 1, 8, 8\).*\(1, 1, 8, 8\)"),
-        ((2, 5, 3, 8, 8), (2, 8, 8), r"static has to be"),
-        ((2, 5, 3, 8, 8), (2, 1, 8, 9), r"static has to be"),
+        ((5, 3, 8, 8), (2, 1, 8, 8), r"frames must be.*\(5, 3, 8, 8\)"),
+        ((2, 5, 3, 8, 8), (1, 1, 8, 8), r"static must be \(2, 1, 8, 8\).*\(1, 1, 8, 8\)"),
+        ((2, 5, 3, 8, 8), (2, 8, 8), r"static must be"),
+        ((2, 5, 3, 8, 8), (2, 1, 8, 9), r"static must be"),
     ],
 )
 def test_wrong_shapes_say_what_was_expected(call, frames, roads, message):
@@ -270,7 +270,7 @@ def test_wrong_shapes_say_what_was_expected(call, frames, roads, message):
 
 
 def test_static_channels_too_many():
-    with pytest.raises(ValueError, match="takes no static channels"):
+    with pytest.raises(ValueError, match="has no static channels"):
         make(NO_MAP).generate(random(1, 3, 2, 8, 8), random(1, 1, 8, 8))
 
 

@@ -47,5 +47,5 @@ def test_gradients_in_float32_with_saturated_gates(cell, fed, gate_bias, states)
 
 @pytest.mark.parametrize("states", ["everything", 0, -1, 1.5, True])
 def test_other_ways_are_refused(states):
-    with pytest.raises(ValueError, match="states has to be kept, bfloat16, offloaded, or a number from 1 on"):
+    with pytest.raises(ValueError, match="states must be kept, bfloat16, offloaded, or a number of at least 1"):
         CrevNetConfig(states=states)

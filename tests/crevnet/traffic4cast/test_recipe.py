@@ -218,8 +218,8 @@ def test_runs_are_shown_by_the_names_of_cities_and_the_values_of_numbers(tmp_pat
     [
         (DataError("a damaged day"), "crevnet recipe paper --out RECIPE"),
         (SystemExit(), "crevnet recipe paper --out RECIPE"),
-        (DivergedError("the loss is nan"), "crevnet fit --resume RUN, and then crevnet recipe paper --out RECIPE"),
-        (torch.OutOfMemoryError("CUDA"), "crevnet fit --resume RUN, and then crevnet recipe paper --out RECIPE"),
+        (DivergedError("the loss is nan"), "crevnet fit --resume RUN, then crevnet recipe paper --out RECIPE"),
+        (torch.OutOfMemoryError("CUDA"), "crevnet fit --resume RUN, then crevnet recipe paper --out RECIPE"),
     ],
 )
 @pytest.mark.parametrize("name", ["base", "city/Here", "frame/Here/2"])

@@ -122,7 +122,9 @@ def test_too_few_open_files(cities, small, tmp_path):
     arguments = commands("fit", None, cities, small, tmp_path / "run")
     assert end(start(arguments, tmp_path / "said", partial(with_few_open_files, 80))) == 2
     [line] = (tmp_path / "said").read_text().splitlines()
-    assert line.startswith("crevnet: --data.workers 2 takes ") and "and the system allows 80: raise the limit" in line
+    assert (
+        line.startswith("crevnet: --data.workers 2 requires ") and "but the system allows 80: raise the limit" in line
+    )
 
 
 def test_a_limit_of_open_files_that_can_be_raised_is_raised(run, crevnet, cities, small):
@@ -152,7 +154,7 @@ class TestMemory:
         arguments = ("fit", "--data.root", cities, *small, "--data.batch_size=3", "--out", tmp_path / "run")
         line = failing(*arguments, status=1)
         assert "out of memory" in line and cause in line and "lower --data.batch_size (it is 3)" in line
-        assert "no checkpoint had been written yet" in line
+        assert "no checkpoint has been written yet" in line
 
     def test_in_another_command(self, allocate, cause, run, failing, monkeypatch, tmp_path):
         monkeypatch.setattr(CrevNet, "generate", lambda *_: allocate())

@@ -29,7 +29,7 @@ def test_a_lock_that_is_a_link_leaves_what_it_leads_to(tmp_path, failing, cities
     lock.parent.mkdir()
     lock.symlink_to(mine)
     line = failing("fit", "--data.root", cities, "--out", lock.parent)
-    assert f"{lock} is a symbolic link, expected the lock of a training run, a regular file: remove it" in line
+    assert f"{lock} is a symbolic link, expected a regular file, the lock of a training run: remove it" in line
     assert mine.read_text() == "mine" and lock.is_symlink()
     mine.unlink()
     failing("fit", "--data.root", cities, "--out", lock.parent)
@@ -50,7 +50,7 @@ def test_a_lock_that_is_another_file_is_not_emptied(tmp_path):
 def test_a_lock_that_is_no_file(kind, tmp_path):
     kind(tmp_path / "training.lock")
     with pytest.raises(
-        SettingsError, match=r"training\.lock is (no regular file|a symbolic link), expected .* remove it"
+        SettingsError, match=r"training\.lock is (not a regular file|a symbolic link), expected .* remove it"
     ):
         only_process(tmp_path).__enter__()
 
@@ -76,7 +76,7 @@ def test_a_checkpoint_of_which_a_bit_has_flipped(part, which, own_run, failing):
     other = "last.ckpt" if which == "best" else "best.ckpt"
     command = ("evaluate", own_run) if which == "best" else ("fit", "--resume", own_run, "--training.epochs", "2")
     line = failing(*command)
-    assert f"{path} is no readable checkpoint (it is damaged: the checksum of " in line
+    assert f"{path} is not a readable checkpoint (it is damaged: the checksum of " in line
     assert f"copy {other} over it, or train again" in line
 
 
@@ -92,13 +92,18 @@ def test_a_checkpoint_whose_parts_are_packed(own_run):
         for _ in range(50):
             file.write(bytes(2**20))
     line = refused("evaluate", own_run)
-    assert f"{path} is no readable checkpoint (its parts are packed, expected what crevnet fit wrote)" in line
+    assert (
+        f"{path} is not a readable checkpoint (its entries are compressed, expected an uncompressed file of crevnet fit)"
+        in line
+    )
 
 
 def test_a_checkpoint_that_is_no_zip(own_run, failing):
     path = own_run / "checkpoints" / "best.ckpt"
     path.write_bytes(b"\x80\x02}q\x00.")
-    assert f"{path} is no readable checkpoint (it is damaged: File is not a zip file)" in failing("evaluate", own_run)
+    assert f"{path} is not a readable checkpoint (it is damaged: File is not a zip file)" in failing(
+        "evaluate", own_run
+    )
 
 
 # --- configuration files and lists

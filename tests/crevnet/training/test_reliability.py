@@ -90,7 +90,7 @@ def test_data_damaged_or_gone_within_an_epoch(
     line = failing(*options, f"--data.workers={workers}", "--out", run)
     slots = "" if what == "everything" else r", slots \d+ to \d+,"
     assert re.search(rf"Here/Here_\w+/201801\d\d_100m_bins\.h5{slots} cannot be read", line)
-    assert f"{run / 'checkpoints' / 'last.ckpt'} is kept" in line and f"--resume {run}" in line
+    assert f"{run / 'checkpoints' / 'last.ckpt'} is valid" in line and f"--resume {run}" in line
     if what == "validation":
         assert checkpoint(run)["global_step"] == BATCHES
     shutil.copytree(spare, own_cities, dirs_exist_ok=True)
@@ -111,7 +111,7 @@ def test_checkpoint_that_finds_no_room(options, whole, tmp_path, crevnet):
     assert end(process) == 1
     *_, line = (tmp_path / "said").read_text().splitlines()
     assert re.match(rf"crevnet: {run}/checkpoints/(best|last)\.ckpt could not be written \(File too large\)", line)
-    assert f"{last} is kept" in line and f"--resume {run}" in line
+    assert f"{last} is valid" in line and f"--resume {run}" in line
     assert last.read_bytes() == before
     assert not list(run.rglob("*.unfinished"))
     crevnet("fit", "--resume", run, "--training.epochs=2")
@@ -125,7 +125,7 @@ def test_curves_that_find_no_room(options, tmp_path):
     said = (tmp_path / "said").read_text()
     assert "Traceback" not in said
     *_, line = said.splitlines()
-    assert line.startswith("crevnet: the run's folder could not be written to (File too large): make room")
+    assert line.startswith("crevnet: the run's folder could not be written to (File too large): free disk space")
     assert f"--resume {run}" in line
     assert checkpoint(run)["global_step"] == BATCHES
 
@@ -134,7 +134,7 @@ def test_first_failure_is_the_one_that_is_named(options, tmp_path):
     """Though what has been computed finds no room then."""
     process = start((*options, "--out", tmp_path / "run"), tmp_path / "said", partial(everything_wrong, 3, 2000))
     assert end(process) == 2
-    assert "crevnet: a file is damaged; no checkpoint had been written yet\n" in (tmp_path / "said").read_text()
+    assert "crevnet: a file is damaged; no checkpoint has been written yet\n" in (tmp_path / "said").read_text()
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
@@ -198,7 +198,7 @@ def test_loss_that_is_no_number(options, crevnet, failing, monkeypatch, tmp_path
         patch.setattr(CrevNet, "loss", watched)
         line = failing("fit", "--resume", run, "--training.epochs=2")
     assert f"the loss is nan in step {BATCHES + 3}: lower --training.learning_rate (it is 0.001)" in line
-    assert f"{run / 'checkpoints' / 'last.ckpt'} is kept" in line and "best.ckpt" in line and f"--resume {run}" in line
+    assert f"{run / 'checkpoints' / 'last.ckpt'} is valid" in line and "best.ckpt" in line and f"--resume {run}" in line
     assert len(steps) == 3
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
     crevnet("fit", "--resume", run, "--training.epochs=2", "--training.learning_rate=1e-4")
@@ -213,7 +213,7 @@ def test_score_that_is_no_number(options, crevnet, failing, monkeypatch, tmp_pat
         patch.setattr(CrevNet, "generate", lambda *arguments: with_nan(arguments[0]) or generate(*arguments))
         line = failing(*options, "--out", run)
     assert "the validation MSE is nan after epoch 1: lower --training.learning_rate" in line
-    assert "no checkpoint had been written yet" in line
+    assert "no checkpoint has been written yet" in line
     assert not list((run).rglob("*.ckpt"))
 
 
@@ -270,7 +270,7 @@ def test_out_of_memory(options, whole, crevnet, failing, at_step, tmp_path):
 def test_out_of_memory_in_the_first_step(options, failing, at_step, crevnet, tmp_path):
     at_step(1, raising(torch.OutOfMemoryError("CUDA out of memory.")))
     line = failing(*options, "--out", tmp_path / "run", status=1)
-    assert "no checkpoint had been written yet" in line
+    assert "no checkpoint has been written yet" in line
     crevnet(*options, "--out", tmp_path / "run", "--data.batch_size=1")  # nothing stands in the way
 
 

@@ -173,7 +173,7 @@ def test_a_folder_in_which_another_process_trains_is_refused(step, child, short,
         time.sleep(0.01)
     config = tmp_path / "settings" / "config.yaml"
     line = failing("fit", *(("--resume", run) if step > 1 else ("--config", config, "--out", run)))
-    assert line.startswith(f"crevnet: {run} is being trained in by another process: wait until it has ended")
+    assert line.startswith(f"crevnet: {run} is in use: another process is training in it; wait until it ends")
     process.kill()
     while Path(f"/proc/{process.pid}").exists():  # `end` would wait for the processes that read data, too
         time.sleep(0.001)
@@ -192,7 +192,7 @@ def test_a_run_that_came_while_the_data_were_opened_is_kept(short, whole, tmp_pa
 
     run = tmp_path / "run"
     monkeypatch.setattr("crevnet.training.trainer.CityData", open_data)
-    with pytest.raises(DataError, match="holds a trained run already"):
+    with pytest.raises(DataError, match="already contains a trained run"):
         train(short, run)
     assert_same_run(run, whole)
 
@@ -206,7 +206,7 @@ def test_a_lock_that_its_holder_removes_is_not_held_by_two(tmp_path, monkeypatch
         lock(file, how)
 
     monkeypatch.setattr(fcntl, "lockf", removed_before)
-    with pytest.raises(SettingsError, match="is being trained in by another process"), only_process(tmp_path):
+    with pytest.raises(SettingsError, match="another process is training in it"), only_process(tmp_path):
         pass
 
 
@@ -231,7 +231,7 @@ def test_stopped_by_a_signal(what, accumulate, child, short, whole, tmp_path):
     assert end(child(*rarely, before=partial(sent, 5, what))) == 128 + what
     said = [line for line in (tmp_path / "said").read_text().splitlines() if line.startswith("crevnet: ")]
     assert said == [
-        f"crevnet: stopped by {what.name}; {run / 'checkpoints' / 'last.ckpt'} is kept: go on from it with crevnet fit "
+        f"crevnet: stopped by {what.name}; {run / 'checkpoints' / 'last.ckpt'} is valid: resume from it with crevnet fit "
         f"--resume {run}"
     ]
     finished = 4 if what == signal.SIGINT else 5  # the step in which it came is finished where it can be
@@ -279,7 +279,7 @@ def go_on_until_done(settings, folder, monkeypatch, failures):
     for number, (name, call) in enumerate(failures):
         with monkeypatch.context() as patch:
             interrupt(patch, name, call)
-            with pytest.raises(TrainingError, match=r"a file is damaged; .*last\.ckpt is kept.*--resume"):
+            with pytest.raises(TrainingError, match=r"a file is damaged; .*last\.ckpt is valid.*--resume"):
                 train(settings, folder, resume=number > 0)
         steps.append(checkpoint(folder)["global_step"])
     train(settings, folder, resume=True)
@@ -413,7 +413,7 @@ def test_other_data_are_said(change, short, own_cities, tmp_path, monkeypatch, r
         assert said == []
         return
     [warning] = said
-    assert f"{name} " in warning and f"had {before.st_size} bytes of" in warning and "restore those files" in warning
+    assert f"{name} " in warning and f"had {before.st_size} bytes of" in warning and "restore the files" in warning
     assert ("2 files differ" in warning) == (change == "name")
 
 

@@ -61,7 +61,7 @@ def test_config_round_trip(settings, tmp_path):
         (lambda text: text.replace("channels:", "chanels:"), "chanels"),
         (lambda text: text + "\nextra: 1\n", "extra"),
         (lambda text: text.replace("past: 9", "past: many"), "model.past.*many"),
-        (lambda text: text.replace("past: 9", "past: 0"), "past has to be at least 1"),
+        (lambda text: text.replace("past: 9", "past: 0"), "past must be at least 1"),
         (lambda text: text.replace("stride: 1", "stride: 0"), "data.stride must be at least 1"),
         (lambda text: text.replace("learning_rate: 0.0002", "learning_rate: -1"), "learning_rate must be positive"),
         (
@@ -90,14 +90,14 @@ def test_folder_without_config(tmp_path):
 
 
 def test_resuming_nothing(settings, tmp_path):
-    with pytest.raises(DataError, match=r"last\.ckpt does not exist.*nothing to resume"):
+    with pytest.raises(DataError, match=r"last\.ckpt does not exist.*cannot resume"):
         train(settings, tmp_path, resume=True)
     assert not list(tmp_path.iterdir())
 
 
 def test_finished_run_is_not_trained_over(run, settings):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    with pytest.raises(DataError, match=r"holds a trained run already.*--resume"):
+    with pytest.raises(DataError, match=r"already contains a trained run.*--resume"):
         train(settings, run)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
@@ -121,7 +121,7 @@ def test_damaged_checkpoint_is_named(content, run, settings, tmp_path):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    with pytest.raises(DataError, match=r"best\.ckpt (is no readable checkpoint|does not exist)") as error:
+    with pytest.raises(DataError, match=r"best\.ckpt (is not a readable checkpoint|does not exist)") as error:
         load_network(tmp_path, settings.model, "best")
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 

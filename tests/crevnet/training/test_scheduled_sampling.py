@@ -88,7 +88,7 @@ def test_gradients_pass_through_predictions_that_are_fed(name):
 @pytest.mark.parametrize("name", ["crevnet", "convlstm", "unet"])
 def test_entries_that_cannot_be(name):
     network = tiny(name)
-    message = "feeds nothing back" if name == "unet" else "fed has to have 2 entries for 5 frames; got 3"
+    message = "does not feed predictions back" if name == "unet" else "fed must have 2 entries for 5 frames; got 3"
     with pytest.raises(ValueError, match=message):
         network.loss(torch.rand(1, 5, 2, 6, 5).double(), torch.rand(1, 1, 6, 5).double(), fed=[True] * 3)
 

@@ -1,1 +1,1 @@
-"""What is computed from the days of a city, and cached: road maps, static inputs and mean frames."""
+"""Road maps, static inputs and mean frames, which are computed from the days of a city and cached."""

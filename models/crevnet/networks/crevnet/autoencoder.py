@@ -1,7 +1,7 @@
 """The two-way autoencoder: a bijection whose forward pass encodes and whose inverse decodes (Yu et al. 2019, section 2.1).
 
-Shapes: B batch, C channels of a frame, H x W its height and width, D the downsampling, N channels of one latent stream, K
-frames of a clip. In a network that sees clips, streams have the dimension K behind their channels.
+Shapes: B batch, C channels of a frame, H x W its height and width, D the downsampling factor, N channels of one latent stream,
+K frames of a clip. In a network of clips, the dimension K follows the channels of a stream.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Latent = tuple[Tensor, Tensor]
 
 
 class TwoWayAutoencoder(nn.Module):
-    """Frames (B, C, H, W), or clips (B, K, C, H, W), <-> latents, with one set of parameters for both ways and no activation
-    stored between blocks.
+    """Maps frames (B, C, H, W), or clips (B, K, C, H, W), to latents and back, with the same parameters in both directions.
 
-    The blocks are i-RevNet's with one coupling and a swap each, as in the authors' code. The frame is unshuffled first and
-    then split, so that the two streams begin as its even and its odd rows. H and W have to be multiples of D.
+    Training stores no activation between blocks. The blocks are i-RevNet's, each with one coupling and a swap, as in the authors'
+    code. The frame is first unshuffled and then split, so the two streams start as its even and odd rows. H and W must be
+    multiples of D.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
@@ -48,14 +48,14 @@ class TwoWayAutoencoder(nn.Module):
 
     def encode(self, frames: Tensor) -> Latent:
         """E of the paper's eq. 1."""
-        # In the layout of the weights, which streams, latents and states then have.
+        # In the memory format of the weights, which streams, latents and states inherit.
         by_rows = next(self.parameters()).is_contiguous()
         layout = torch.contiguous_format if by_rows else self._channels_last
         z1, z2 = self.blocks((frames.movedim(-3, 1).contiguous(memory_format=layout),))
         return z1, z2
 
     def decode(self, latent: Latent) -> Tensor:
-        """E⁻¹ of the paper's eq. 4: the frames whose encoding `latent` is."""
+        """E⁻¹ of the paper's eq. 4: the frames whose encoding is `latent`."""
         (frames,) = self.blocks.inverse(latent)
         return frames.movedim(1, -3)
 
@@ -63,7 +63,7 @@ class TwoWayAutoencoder(nn.Module):
 class _Rows(revflow.Bijection):
     """A frame's even and odd rows, unshuffled: (B, C, ..., H, W) -> two streams of (B, 2 C, ..., H / 2, W / 2).
 
-    A block of the chain, so that of a decoded frame the chain and whatever follows keep the same tensor.
+    It is a block of the sequence, so that the sequence and later operations store the same tensor of a decoded frame.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class _Rows(revflow.Bijection):
 
     def forward(self, frames: Tensor) -> Latent:
         (cells,) = self._unshuffle(frames)
-        # Halves of one storage would keep each other alive. A clone keeps channels_last.
+        # Halves of one storage would keep each other in memory. A clone preserves channels_last.
         even, odd = (half.clone() for half in cells.chunk(2, 1))
         return even, odd
 
@@ -82,7 +82,7 @@ class _Rows(revflow.Bijection):
 
 
 class _Shuffle(nn.Module):
-    """The inverse of PixelUnshuffle: lets a strided convolution see the stream at its resolution before the unshuffle."""
+    """The inverse of PixelUnshuffle, so that a strided convolution gets the stream at its resolution before the unshuffle."""
 
     def __init__(self, factor: int) -> None:
         super().__init__()
@@ -95,9 +95,9 @@ class _Shuffle(nn.Module):
 def _residual(config: CrevNetConfig, width: int, stride: int, first: bool) -> nn.Sequential:
     """F of a block: three 3x3 convolutions, pre-activated except in the very first block.
 
-    `width` counts the channels of a stream in front of the block's unshuffle by `stride`. The authors' Moving MNIST code has
-    BatchNorm for GroupNorm, of as many parameters: statistics of a batch would be others where it is decoded than where it
-    was encoded, and decoding would not undo encoding.
+    `width` is the number of channels of a stream before the block's unshuffle by `stride`. The authors' Moving MNIST code has
+    BatchNorm instead of GroupNorm, with equally many parameters. Batch statistics would differ between encoding and decoding, so
+    decoding would not invert encoding.
     """
     out = width * stride**2
     inner = max(out // config.bottleneck, 1)

@@ -1,9 +1,8 @@
-"""Recurrent cells: states are values that come in and go out, never kept on a module.
+"""Recurrent cells. States are arguments and results, never module attributes.
 
-Shapes: x, h, c, m are all (B, N, H, W), with N the channels of one latent stream, or (B, N, K, H, W) in a network that sees
-clips of K frames. Gates are 3x3 convolutions with bias, 3x3x3 of clips.
-Gates of one input are one convolution, with the gates' channels one after the other. State dicts in which each gate is a
-convolution of its own, `temporal.i.weight` say, load too.
+Shapes: x, h, c, m are all (B, N, H, W), with N the channels of one latent stream. In a network of clips of K frames they are
+(B, N, K, H, W). Gates are 3x3 convolutions with bias, or 3x3x3 for clips. Gates with the same input are one convolution, with the
+gates' channels in order. State dicts with one convolution per gate, such as `temporal.i.weight`, can also be loaded.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from crevnet.networks.convolution import convolution
 
 
 class CellState(NamedTuple):
-    """A cell's state after a step."""
+    """A cell's state after a time step."""
 
     h: Tensor
     c: Tensor
 
 
 class ConvLSTMCell(nn.Module):
-    """ConvLSTM (Shi et al. 2015), without peepholes: i, f, g, o from [x, h]; c = f c + i g; h = o tanh(c).
+    """ConvLSTM (Shi et al. 2015) without peepholes: i, f, g, o from [x, h] give c = f c + i g and h = o tanh(c).
 
     Examples:
         >>> from crevnet.networks.crevnet.cells import CellState
@@ -51,8 +50,8 @@ class ConvLSTMCell(nn.Module):
 class STLSTMCell(nn.Module):
     """The spatiotemporal LSTM of CrevNet's authors, after PredRNN (Wang et al. 2017).
 
-    i, f, g from [x, h, c] give c = f c + i g; i', f', g' from [x, m, c] give m = f' m + i' g', with the new c;
-    o from [x, h, c, m]; h = o tanh(W [c, m]). The memory m passes up through the modules of one step.
+    Gates i, f, g from [x, h, c] give c = f c + i g. Gates i', f', g' from [x, m, c], with the new c, give m = f' m + i' g'. With
+    o from [x, h, c, m], h = o tanh(W [c, m]). The memory m passes up through the modules of one time step.
 
     Examples:
         >>> from crevnet.networks.crevnet.cells import CellState
@@ -90,7 +89,7 @@ def _gated(gates: Tensor, old: Tensor) -> Tensor:
 
 
 def _join(convolutions: dict[str, str], cell: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Replace the gates of each convolution by the convolution, in a cell's state dict that has all of them."""
+    """Replace separate gates by their joint convolution, in a cell's state dict that has all of them."""
     for name, gates in convolutions.items():
         for kind in ("weight", "bias"):
             joined, parts = f"{prefix}{name}.{kind}", [f"{prefix}{name}.{gate}.{kind}" for gate in gates]

@@ -1,9 +1,9 @@
 """CrevNet: Conditionally Reversible Video Prediction (Yu et al. 2019, https://arxiv.org/abs/1910.11577).
 
-Shapes: B batch, T frames, C data channels, H x W a frame's height and width; Ci, Hp, Wp as the network sees them: with
-the static channels behind the others, and padded at the bottom and the right to multiples of the downsampling. Values in [0, 1].
-K frames of a clip, what the network sees in one time step: 1, and then it has no dimension in `step` and `recover`, or
-several (`CrevNetConfig.clip`). A clip begins a frame after the one before, so that its last frame is what is new in it.
+Shapes: B batch, T frames, C data channels, H x W height and width of a frame. Values are in [0, 1]. The network's own frames
+are Ci x Hp x Wp: static channels follow the data channels, and the bottom and the right are padded to multiples of the
+downsampling. A time step processes a clip of K frames (`CrevNetConfig.clip`). If K is 1, `step` and `recover` have no such
+dimension. Each clip begins one frame after the previous one, so only its last frame is new.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from crevnet.networks.video_model import VideoModel
 class CrevNet(VideoModel[CrevNetConfig]):
     """Predicts the next frames of a video, at any frame size.
 
-    `forward` gives the one-step predictions that it is trained on, `generate` the frames after the past ones, `loss` the
-    training loss. In training nothing is stored of a time step but its latent, its predicted frame and the predictor's
-    states (revflow): not within a frame, and not from module to module.
+    `forward` returns the one-step predictions on which it is trained, `generate` the frames after the past ones, and `loss` the
+    training loss. Training stores only the latent, the predicted frame and the predictor's states of each time step. revflow
+    recomputes everything within a frame and between modules.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
@@ -45,11 +45,11 @@ class CrevNet(VideoModel[CrevNetConfig]):
         self.predictor = Predictor(config)
 
     def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
-        """One-step predictions: entry t is the frame after frame t + K - 1, from the true frames up to that one.
+        """One-step predictions: entry t is the predicted frame t + K, from the true frames before it.
 
         Args:
-            frames: (B, T, C, H, W), float.
-            static: (B, S, H, W), where the configuration has static channels.
+            frames: (B, T, C, H, W), floating point.
+            static: (B, S, H, W), if the configuration has static channels.
 
         Returns (B, T - K + 1, C, H, W).
         """
@@ -60,20 +60,24 @@ class CrevNet(VideoModel[CrevNetConfig]):
     def loss(
         self, frames: Tensor, static: Tensor | None = None, over: Loss = "all", fed: Sequence[bool] | None = None
     ) -> Tensor:
-        """Mean squared error of the one-step predictions within a window of past and future frames (B, T, C, H, W): that of
-        the whole clips whose last frame is predicted, as in the authors' code.
+        """Mean squared error of the one-step predictions within a window of past and future frames (B, T, C, H, W).
 
-        over: "all" predictions, data channels inside the frame alone; "future": those of the last `horizon` frames alone;
-            "padded": all of them with the padding and the static channels, as in the authors' code (which sums over the steps);
-            or one of the future frames, by its number.
-        fed: which of the future frames are encoded, one entry for each but the last; where it is false, the predicted latent is
-            fed instead, as `generate` does. All are encoded if not given.
+        As in the authors' code, it covers the whole clip that ends with each predicted frame.
+
+        Args:
+            frames: the window.
+            static: (B, S, H, W), if the configuration has static channels.
+            over: the predictions that the loss covers. With "all", "future" (only the last `horizon` frames), or the number of
+                one future frame, it covers the data channels inside the frame. With "padded" it covers all predictions with
+                padding and static channels, as in the authors' code (which sums over the steps).
+            fed: for each future frame but the last, whether the true frame is encoded; if false, the predicted latent is the
+                input instead, as in `generate`. All entries are true by default.
         """
         clip = self.config.clip
         self._check(frames, static, at_least=clip + 1)
         chosen = self._chosen(over, frames.shape[1] - clip)
         true = self._truly_fed(frames.shape[1], fed)[clip - 1 :]  # by the last frame of each clip
-        # Step by step: a stack of all predictions, its gradient and a padded window would each take a frame a step more.
+        # Accumulated per step: a stack of all predictions, its gradient and a padded window would each take a frame per step.
         errors = []
         for t, latent in enumerate(self._latents(frames, static, true[: chosen.stop])):
             if t in chosen:
@@ -91,9 +95,13 @@ class CrevNet(VideoModel[CrevNetConfig]):
     ) -> Tensor:
         """The frames after `past` (B, T, C, H, W): (B, horizon, C, H, W), not clipped.
 
-        feedback: "latent" feeds the predicted latent to the next step, never encoding again (the paper's section 2.1);
-            "frame" decodes the prediction, puts the static channels, the padding and those frames of its clip that are past
-            ones back, and encodes it (the authors' code).
+        Args:
+            past: the input frames.
+            static: (B, S, H, W), if the configuration has static channels.
+            horizon: number of frames; the configuration's by default.
+            feedback: the input of the next step. With "latent" it is the predicted latent, without encoding (the paper's section
+                2.1). With "frame" the prediction is decoded, its static channels, padding and past frames of its clip are
+                restored, and it is encoded (the authors' code).
         """
         self._check(past, static, at_least=self.config.clip)
         horizon, state = self._horizon(horizon), None
@@ -113,15 +121,14 @@ class CrevNet(VideoModel[CrevNetConfig]):
         return torch.stack(frames, 1)
 
     def padded(self, frames: Tensor, static: Tensor | None) -> Tensor:
-        """Frames as the network sees them, (B, T, C, H, W) -> (B, T, Ci, Hp, Wp): static channels added, padded with zeros."""
+        """Frames (B, T, C, H, W) with static channels added and padded with zeros: (B, T, Ci, Hp, Wp)."""
         self._check(frames, static)
         return self._pad(frames, static)
 
     def step(self, frame: Tensor, state: PredictorState | None = None) -> tuple[Tensor, PredictorState]:
-        """One time step on whole frames: (B, Ci, Hp, Wp), or a clip (B, K, Ci, Hp, Wp), -> the predicted next one, of the same
-        shape, and the state.
+        """One time step: predict the next frame (B, Ci, Hp, Wp), or the next clip (B, K, Ci, Hp, Wp), and the next state.
 
-        In exact arithmetic the state holds the residuals that `recover` needs.
+        `frame` has the same shape. In exact arithmetic, the state contains the residuals that `recover` requires.
         """
         latent = self.autoencoder.encode(frame)
         state = self.predictor.initial_state(latent) if state is None else state
@@ -129,17 +136,21 @@ class CrevNet(VideoModel[CrevNetConfig]):
         return self.autoencoder.decode(latent), state
 
     def recover(self, prediction: Tensor, before: PredictorState, after: PredictorState) -> Tensor:
-        """Eq. 5: the frame that `step` was given, from the frame that it predicted, (B, Ci, Hp, Wp), or the clip.
+        """Eq. 5: the input frame of `step` from its predicted frame, (B, Ci, Hp, Wp), or the clip.
 
-        before: the state that the step was given. after: the state that it returned, of which the memories and the
-            residuals are used. `Predictor.inverse` states the error; in exact arithmetic there is none, and the frame is the
-            one that the step was given, rounded to the grid.
+        `Predictor.inverse` states the error. In exact arithmetic there is no error: the result is the input frame, rounded to the
+        grid.
+
+        Args:
+            prediction: the frame that the step predicted.
+            before: the state before the step.
+            after: the state that the step returned; only its memories and residuals are used.
         """
         return self.autoencoder.decode(self.predictor.inverse(self.autoencoder.encode(prediction), before, after))
 
     @torch.no_grad()
     def rebuilt(self, frames: Tensor) -> Iterator[Tensor]:
-        """Each of `frames` (B, T, Ci, Hp, Wp) but the first K, as `recover` makes it of what `step` predicted from it."""
+        """Each of `frames` (B, T, Ci, Hp, Wp) but the first K, as `recover` computes it from the prediction of `step`."""
         state = None
         for clip in self._clips(frames):
             prediction, after = self.step(clip.squeeze(1), state)
@@ -148,13 +159,15 @@ class CrevNet(VideoModel[CrevNetConfig]):
             state = after
 
     def compile_parts(self, **options: Any) -> None:
-        """The autoencoder's conditioners, and the two parts of a predictive module, as the engine runs them by themselves."""
+        """Compile the autoencoder's conditioners and the two parts of each predictive module, which the engine calls directly."""
         self.autoencoder.blocks.compile_conditioners(**options)
         self.predictor.stack.compile_cells(**options)
 
     def _latents(self, frames: Tensor, static: Tensor | None, fed: Sequence[bool]) -> Iterator[Latent]:
-        """The predicted latents of the clips that follow each of those in `frames` (B, T, C, H, W), from the clip itself where it
-        is `fed`, and else from its own predicted latent."""
+        """The predicted latent of the clip after each clip in `frames` (B, T, C, H, W).
+
+        If a clip's entry of `fed` is false, its predicted latent is the input instead of the clip.
+        """
         state = None
         for clip, true in zip(self._clips(frames), fed, strict=False):
             if true:
@@ -164,12 +177,12 @@ class CrevNet(VideoModel[CrevNetConfig]):
             yield latent
 
     def _clips(self, frames: Tensor) -> Iterator[Tensor]:
-        """What is seen step by step: (B, T, ...) -> T - K + 1 times (B, K, ...)."""
+        """The T - K + 1 clips (B, K, ...) of `frames` (B, T, ...), one per time step."""
         clip = self.config.clip
         return (frames[:, t : t + clip] for t in range(frames.shape[1] - clip + 1))
 
     def _encode(self, clip: Tensor, static: Tensor | None) -> Latent:
-        """(B, K, C, H, W) -> its latent."""
+        """The latent of a clip (B, K, C, H, W)."""
         return self.autoencoder.encode(self._pad(clip, static).squeeze(1))
 
     def _decode(self, latent: Latent) -> Tensor:
@@ -177,14 +190,14 @@ class CrevNet(VideoModel[CrevNetConfig]):
         return self._as_clip(self.autoencoder.decode(latent))
 
     def _as_clip(self, frames: Tensor) -> Tensor:
-        """(B, Ci, Hp, Wp) of a single frame, or (B, K, Ci, Hp, Wp), -> (B, K, Ci, Hp, Wp)."""
+        """A clip (B, K, Ci, Hp, Wp), from itself or from a single frame (B, Ci, Hp, Wp)."""
         return frames.reshape(len(frames), self.config.clip, *frames.shape[-3:])
 
     def _pad(self, frames: Tensor, static: Tensor | None) -> Tensor:
-        """(B, T, C, H, W), (B, S, H, W) -> (B, T, Ci, Hp, Wp)."""
+        """Frames (B, T, C, H, W) with the static channels (B, S, H, W), padded: (B, T, Ci, Hp, Wp)."""
         known = None if static is None else static[:, None].expand(-1, frames.shape[1], -1, -1, -1)
         return padded(with_static(frames, known), self.config.downsampling)
 
     def _crop(self, frames: Tensor, like: Tensor) -> Tensor:
-        """(..., Ci, Hp, Wp) -> (..., C, H, W), the data channels inside the frame."""
+        """The data channels inside the frame, (..., C, H, W), of network frames (..., Ci, Hp, Wp)."""
         return cropped(frames[..., : self.config.channels, :, :], like)

@@ -1,7 +1,7 @@
 """The predictor: reversible predictive modules that alternate between two streams (Yu et al. 2019, section 2.2).
 
-Shapes: streams, states and memories are all (B, N, H, W), with N the channels of one latent stream, or (B, N, K, H, W) in a
-network that sees clips of K frames.
+Shapes: streams, states and memories are all (B, N, H, W), with N the channels of one latent stream. In a network of clips of K
+frames they are (B, N, K, H, W).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from crevnet.networks.crevnet.cells import CELLS, CellState
 
 
 class PredictorState(NamedTuple):
-    """What a step leaves for the next one.
+    """The predictor's state, which one time step passes to the next.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
@@ -33,16 +33,16 @@ class PredictorState(NamedTuple):
     cells: tuple[CellState, ...]
     """h and c of every module."""
     memories: tuple[Tensor, ...]
-    """The memory m that left every module; empty for ConvLSTM cells. The last one enters the first module's next step."""
+    """The memory m after every module; empty for ConvLSTM cells. The last one enters the first module in the next step."""
     residuals: tuple[revflow.Residual, ...] = ()
-    """What every module's inverse needs in exact arithmetic, if it was to be kept."""
+    """Residuals that each module's inverse requires in exact arithmetic; empty unless requested."""
 
 
 class ReversiblePredictiveModule(revflow.RecurrentCell):
-    """(x1, x2) -> ((1 - g) x2 + g h, x1), with h = ConvRNN(x1) and g = sigmoid(attention(h)). Its state is (h, c); its memory
-    the m of an ST-LSTM, and nothing of a ConvLSTM.
+    """(x1, x2) -> ((1 - g) x2 + g h, x1), with h = ConvRNN(x1) and g = sigmoid(attention(h)).
 
-    The gates are computed in float32, and 1 - g as the sigmoid of the negated logit. On a grid the sum is rounded to it.
+    The state is (h, c). The memory is m for an ST-LSTM, and empty for a ConvLSTM. Gates are computed in float32, and 1 - g as the
+    sigmoid of the negated logit. With a grid, the sum is rounded to the grid.
 
     Examples:
         >>> module = crevnet.ReversiblePredictiveModule(8, "convlstm")
@@ -81,17 +81,17 @@ class ReversiblePredictiveModule(revflow.RecurrentCell):
     def inverse(
         self, streams: Latent, state: CellState, memory: Tensor | None, residual: revflow.Residual | None = None
     ) -> Latent:
-        """The module's input, from its output and the state and memory that it was given.
+        """The module's input, from its output and the state and memory before the step.
 
-        Divides by 1 - g: in float32 an error of about 2⁻²³ / (1 - g) times the largest entry of x2 or h. With a `residual`
-        there is none.
+        It divides by 1 - g: in float32, the error is about 2⁻²³ / (1 - g) times the largest entry of x2 or h. With a `residual`
+        there is no error.
         """
         mixed, x1 = streams
         x2 = self._estimate(mixed, self.cell(x1, state, memory)[0].h)
         return x1, x2 if residual is None or self._grid is None else self._grid.restore(x2, residual)
 
     def residual(self, streams: Latent, outputs: Latent, h: Tensor) -> revflow.Residual:
-        """In exact arithmetic: what `inverse` needs to make `streams` of the module's `outputs` to the last bit."""
+        """In exact arithmetic, the residual with which `inverse` recovers `streams` from `outputs` bit for bit."""
         assert self._grid is not None
         return self._grid.residual(streams[1], self._estimate(outputs[0], h))
 
@@ -101,7 +101,7 @@ class ReversiblePredictiveModule(revflow.RecurrentCell):
 
 
 def _attention(kind: Attention, channels: int, clip: int) -> nn.Sequential:
-    """From h to the gate's logit: the authors' Traffic4cast code has the deep one, their Moving MNIST code the other."""
+    """The network from h to the gate's logit: deep in the authors' Traffic4cast code, pointwise in their Moving MNIST code."""
     if kind == "pointwise":
         return nn.Sequential(convolution(clip, channels, channels, 1))
     return nn.Sequential(
@@ -116,8 +116,9 @@ def _attention(kind: Attention, channels: int, clip: int) -> nn.Sequential:
 
 
 class Predictor(nn.Module):
-    """P of the paper's eq. 1: one time step of all modules. The memory m passes up through them, and from the top one to
-    the first one of the next step.
+    """P of the paper's eq. 1: one time step of all modules.
+
+    The memory m passes up through the modules, and from the top module to the first module of the next step.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
@@ -141,7 +142,7 @@ class Predictor(nn.Module):
         self.has_memory = CELLS[config.cell].has_memory
 
     def initial_state(self, latent: Latent) -> PredictorState:
-        """All zeros, shaped for `latent`."""
+        """The state before the first step: zeros, shaped for `latent`."""
         zeros = torch.zeros_like(latent[0])
         memories = (zeros,) * len(self.stack) if self.has_memory else ()
         return PredictorState((CellState(zeros, zeros),) * len(self.stack), memories)
@@ -149,7 +150,7 @@ class Predictor(nn.Module):
     def forward(
         self, latent: Latent, state: PredictorState, keep_residuals: bool = False
     ) -> tuple[Latent, PredictorState]:
-        """The next frame's latent, and the state for the next step; in exact arithmetic with residuals, if wanted."""
+        """The next frame's latent and the next state, with residuals (in exact arithmetic) if `keep_residuals` is set."""
         memories = tuple((m,) for m in state.memories) or ((),) * len(self.stack)
         outputs, (cells, left) = self.stack.step(latent, revflow.RecurrentState(state.cells, memories))
         residuals = tuple(self._residuals(latent, cells)) if keep_residuals else ()
@@ -158,20 +159,21 @@ class Predictor(nn.Module):
         )
 
     def _residuals(self, latent: Latent, cells: Iterable[CellState]) -> Iterator[revflow.Residual]:
-        """Those of each module, by its new state."""
+        """The residual of each module, from its new state."""
         for module, (h, c) in zip(self.stack, cells, strict=True):
             outputs = module.mix(latent, (h, c), {})
             yield module.residual(latent, outputs, h)
             latent = outputs
 
     def inverse(self, latent: Latent, before: PredictorState, after: PredictorState) -> Latent:
-        """P⁻¹ of eq. 5: the step's input from its output, the state before it and, of the state after it, the memories that
-        went from one module to the next and the residuals. With residuals it is exact.
+        """P⁻¹ of eq. 5: the step's input from its output, the state before the step, and the state after it.
 
-        Without, in float32 the error is at most about 2 · 2⁻²⁴ · A · M while gates stay below 0.98, with A the largest product of
-        1 / (1 - g) over the modules that change one stream, and M the largest entry of a stream or h; beyond that errors
-        also cross to the other stream through h and grow faster. Gates saturate as training goes on, so this serves to
-        show what a trained model keeps (in float64, if need be), not to rebuild activations.
+        Of the state after the step, only the memories between modules and the residuals are used. With residuals, the result is
+        exact. Without them, the error in float32 is at most about 2 · 2⁻²⁴ · A · M while gates stay below 0.98. Here A is the
+        largest product of 1 / (1 - g) over the modules that change one stream, and M the largest entry of a stream or h. With
+        larger gates, errors also cross to the other stream through h and grow faster. Gates saturate during training. This method
+        therefore serves to show which information a trained model preserves (in float64, if necessary), not to recompute
+        activations.
         """
         entering: tuple[Tensor | None, ...] = (None,) * len(self.stack)
         if self.has_memory:

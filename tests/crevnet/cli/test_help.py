@@ -7,9 +7,10 @@ from typing import get_args
 
 import pytest
 
+import revflow
 from crevnet import MODELS
 from crevnet.cli.commands import COMMANDS
-from crevnet.networks.config import ModelName
+from crevnet.networks.config import ModelName, States
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +103,7 @@ def test_the_environment_sets_options(monkeypatch, capsys, crevnet):
     with pytest.raises(SystemExit):
         crevnet("fit", "--print_config")
     assert "epochs: 7" in capsys.readouterr().out
+
+
+def test_the_choices_of_states_are_the_engines():
+    assert States == revflow.States

@@ -14,6 +14,7 @@ import yaml
 
 from crevnet.machine.errors import SettingsError
 from crevnet.machine.files import read_text
+from crevnet.machine.wording import listed
 from crevnet.machine.yaml_text import check_yaml
 
 _UNION = re.compile(r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: ")
@@ -134,10 +135,5 @@ def _shortened(message: str) -> str:
 
 def _wrong_value(found: re.Match[str]) -> str:
     option, expected, value = found.groups()
-    types = re.split(r", (?![^\[]*\])", expected.removeprefix("one of "))  # commas of a list's types separate nothing
-    *others, last = [_TYPES.get(name, name) for name in types]
-    return (
-        f"{option} is {value}, expected {', '.join(others)} or {last}"
-        if others
-        else f"{option} is {value}, expected {last}"
-    )
+    types = re.split(r", (?![^\[]*\])", expected.removeprefix("one of "))  # not at commas within brackets
+    return f"{option} is {value}, expected {listed([_TYPES.get(name, name) for name in types], 'or')}"

@@ -113,7 +113,7 @@ GROWING = "a: &a [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]\n" + "".join(
 )
 YAML = {
     "aliases that grow": (GROWING, "more than 10000 values"),
-    "an alias of itself": ("data: &a\n  cities: *a\n", "the alias *a names nothing before it"),
+    "an alias of itself": ("data: &a\n  cities: *a\n", "the alias *a refers to no value before it"),
     "thousands of levels": ("data: " + "[" * 5000 + "]" * 5000, "more than 50 levels"),
     "levels by indentation": ("\n".join(" " * level + "a:" for level in range(200)), "more than 50 levels"),
     "megabytes": ("#" * 2**21, "more than 1048576 bytes"),

@@ -14,6 +14,7 @@ from crevnet.cli.exit_status import exit_status
 from crevnet.cli.help import commands_help
 from crevnet.machine.errors import SettingsError
 from crevnet.machine.processes import is_first
+from crevnet.machine.wording import listed
 
 _HELP = {"-h", "--help", "--help-all"}
 
@@ -42,9 +43,10 @@ def _run(arguments: list[str]) -> None:
 
 
 def _found(arguments: list[str]) -> tuple[str, list[str]]:
-    """A command's name and the arguments after it; the name of a group, or none, when its help is requested.
+    """A command's name and the arguments after it; the name of a group, or none, if its help is requested.
 
-    Raises SettingsError for a name that does not exist."""
+    Raises SettingsError for a name that does not exist.
+    """
     name = ""
     for number, word in enumerate(arguments):
         if word in _HELP:
@@ -52,13 +54,15 @@ def _found(arguments: list[str]) -> tuple[str, list[str]]:
         longer = f"{name} {word}".strip()
         if not _within(longer):
             near = get_close_matches(word, _next_words(name), 1)
-            suggestion = f"; did you mean {near[0]}?" if near else f": choose {_choices(name)}"
-            what = "option before the command" if word.startswith("-") else "command"
-            raise SettingsError(f"there is no {what} {longer}{suggestion} (see {_prog(name)} --help)")
+            choice = f"; did you mean {near[0]}?" if near else f": choose {listed(_next_words(name), 'or')}"
+            fault = f"{word} must follow a command" if word.startswith("-") else f"there is no command {longer}"
+            raise SettingsError(f"{fault}{choice} (see {_prog(name)} --help)")
         name = longer
         if name in COMMANDS:
             return name, arguments[number + 1 :]
-    raise SettingsError(f"{_prog(name)} needs a command: choose {_choices(name)} (see {_prog(name)} --help)")
+    raise SettingsError(
+        f"{_prog(name)} needs a command: choose {listed(_next_words(name), 'or')} (see {_prog(name)} --help)"
+    )
 
 
 def _within(name: str) -> list[str]:
@@ -68,11 +72,6 @@ def _within(name: str) -> list[str]:
 
 def _next_words(name: str) -> list[str]:
     return list(dict.fromkeys(command.removeprefix(name).split()[0] for command in _within(name)))
-
-
-def _choices(name: str) -> str:
-    *others, last = _next_words(name)
-    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _prog(name: str) -> str:

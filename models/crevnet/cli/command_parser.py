@@ -100,6 +100,7 @@ class CommandParser(Parser):
             raise SettingsError(str(error)) from error
 
     def help_text(self, everything: bool) -> str:
+        """The help with the common options, or with `everything`."""
         actions = [action for action in self._actions if action.help != SUPPRESS]
         positional = [action for action in actions if not action.option_strings]
         required = [action for action in actions if action.option_strings and action.required]

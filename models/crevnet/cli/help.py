@@ -1,6 +1,7 @@
-"""The text of `--help`, and of `--help-all`, which has every option and its whole description.
+"""The text of `--help` and `--help-all`.
 
-`--help` fits one screen: a command names the options that it lists, and each shows the first sentence of its description.
+`--help` fits one screen: it has the options that a command names for it, each with the first sentence of its description.
+`--help-all` has all options with their whole descriptions.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 _COLUMN = 30
 """Where descriptions begin."""
 _WIDEST = 100
+"""Maximum length of a line in a wide terminal."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,9 @@ class Entry:
     """An option or an argument.
 
     Attributes:
-        name: as one writes it, with its value's name.
+        name: the option and the name of its value.
         text: the description, one or more sentences.
-        notes: what may be chosen, and the default.
+        notes: the choices and the default.
         section: the heading that it is listed under.
         listed: whether `--help` lists it.
     """
@@ -35,6 +37,7 @@ class Entry:
     listed: bool = True
 
     def described(self, everything: bool) -> str:
+        """The description and the notes; of the description the first sentence, or `everything`."""
         text = self.text if everything else re.split(r"(?<=[^.]\.)\s", self.text, maxsplit=1)[0]
         text = f"{text[:1].upper()}{text[1:]}".removesuffix(".")
         return f"{text} ({'; '.join(self.notes)})" if self.notes else text

@@ -13,6 +13,7 @@ from rich.text import Text
 from crevnet.data.files.layouts import Layout
 from crevnet.evaluation.metrics import SSIM_SIDE
 from crevnet.evaluation.scores import Scores
+from crevnet.machine.wording import listed
 
 Columns = Mapping[str, Sequence[str]]
 """Cells by their column's title, one per row."""
@@ -125,9 +126,9 @@ def _width(columns: Columns) -> int:
 def _table(
     title: str, rows: Sequence[str], groups: Mapping[str, Columns], bold: Mapping[str, int], caption: str | None
 ) -> Table:
-    by = " and ".join(name for name in groups if name)
+    by = [name for name in groups if name]
     table = Table(
-        title=f"{title} by {by}" if by else title or None,
+        title=f"{title} by {listed(by, 'and')}" if by else title or None,
         title_justify="left",
         caption=caption,
         caption_justify="left",

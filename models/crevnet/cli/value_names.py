@@ -6,6 +6,8 @@ import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from crevnet.machine.wording import listed
+
 _NAMES: dict[Any, str] = {int: "N", float: "X", str: "NAME", Path: "PATH", bool: "true|false"}
 _ROOM = 26
 """Maximum length of an option that is followed by its choices."""
@@ -24,11 +26,11 @@ def choices_note(option: str, hint: Any) -> str | None:
     if not choices:
         for kind in _alternatives(hint):
             choices = choices or [choice for item in get_args(kind) for choice in _choices(item)]
-        return _listed(choices, "and") if choices else None
+        return listed(choices, "and") if choices else None
     if value_name(option, hint) != "NAME":
         return None
     kinds = [_kind(kind) for kind in _alternatives(hint) if get_origin(kind) is not Literal]
-    return _listed([*choices, *kinds], "or")
+    return listed([*choices, *kinds], "or")
 
 
 def written(value: Any) -> str:
@@ -40,11 +42,6 @@ def written(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(written, value))}]"
     return str(value)
-
-
-def _listed(words: list[str], conjunction: str) -> str:
-    *others, last = words
-    return f"{', '.join(others)} {conjunction} {last}" if others else last
 
 
 def _alternatives(hint: Any) -> list[Any]:

@@ -1,2 +1,4 @@
-"""Data: Traffic4cast's day files and their road maps, videos, synthetic cities, and Moving MNIST. `city_data` gives what a run
-reads."""
+"""Data: Traffic4cast's day files and their road maps, videos, synthetic cities, and Moving MNIST.
+
+`city_data` reads the data that a run's settings select.
+"""

@@ -1,4 +1,4 @@
-"""Which window of the validation days is shown, where only one is."""
+"""Chooses one window of the validation days to show."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ def choose_window(
     date: str | None = None,
     slot: int | None = None,
 ) -> tuple[DayFile, int]:
-    """A day and the first slot to predict in it. DataError where there is no such window.
+    """A day and the first slot to predict in it. DataError if there is no such window.
 
-    slots: the half-open range in which it has to lie.
-    city, date: the first day, of those that are long enough, if not given.
-    slot: 08:00 if not given, where a window is there, else the middle.
+    Args:
+        days: the validation days.
+        slots: the half-open range that must contain the window, or None for the whole day.
+        model: determines the window's number of past and future frames.
+        city, date: select a day. The default is the first day that is long enough.
+        slot: the first slot to predict. The default is 08:00 if the range allows it, else the middle of the range.
     """
     dates = [day.date for day in days] if date is None else [date, date.replace("-", "")]
     found = [day for day in days if city in (None, day.city) and day.date in dates]
@@ -33,8 +36,8 @@ def choose_window(
         asked = " ".join(f"--{name} {value}" for name, value in (("city", city), ("date", date)) if value is not None)
         there = ", ".join(layout.named(day.city, day.date) for day in days[:10])
         if city is not None and not layout.dated:
-            raise DataError(f"--city {city} is given, but movies have no cities: name one by --date, there are {there}")
-        raise DataError(f"no validation {layout.noun} for {asked}; there are {there}")
+            raise DataError(f"--city {city} is given, but videos have no cities: choose one by --date, found {there}")
+        raise DataError(f"there is no validation {layout.noun} for {asked}: choose one of those found, {there}")
     day = next((day for day in found if len(day.slot_range(slots)) >= model.window), found[0])
     held = day.slot_range(slots)
     first, last = held.start + model.past, held.stop - model.horizon
@@ -42,17 +45,18 @@ def choose_window(
         within = "" if slots is None else f" of data.validation_slots [{slots[0]},{slots[1]}]"
         raise DataError(
             f"{day.path}: {len(held)} slots{within} are too few for a window of {model.window} frames: choose another "
-            f"{day.layout.noun} by --date"
+            f"{day.layout.noun} with --date"
         )
     if slot is None:
         slot = MORNING if first <= MORNING <= last else (first + last) // 2
     if not first <= slot <= last:
         raise DataError(
-            f"--slot {slot}: with {model.past} frames before and {model.horizon} to predict, choose {first} to {last}"
+            f"--slot {slot} leaves no room for {model.past} past frames and {model.horizon} predicted ones: choose {first} "
+            f"to {last}"
         )
     return day, slot
 
 
 def default_channel(model: ModelConfig) -> int:
-    """Of those, the one that is shown: Traffic4cast's speed."""
+    """The channel to show: Traffic4cast's speed, or the only channel."""
     return min(1, model.channels - 1)

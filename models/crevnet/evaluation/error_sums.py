@@ -1,4 +1,4 @@
-"""Where and when forecasts err: squared errors of each pixel, of each horizon and of each hour of the day."""
+"""Squared errors of forecasts by pixel, by horizon and by hour of the day."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ _SLOTS_AN_HOUR = 12
 
 
 class ErrorSums:
-    """Adds up squared errors window by window, in float64: beside the sums, memory for one window. Forecasts are clipped to
-    [0, 1]."""
+    """Accumulates squared errors window by window, in float64. Forecasts are clipped to [0, 1].
+
+    It takes memory for the sums and for one window.
+    """
 
     def __init__(self) -> None:
         self._pixels: Tensor | None = None
@@ -33,7 +35,7 @@ class ErrorSums:
         self._counts: NDArray[np.int64] | None = None
 
     def add(self, forecast: Tensor, truth: Tensor, slots: Tensor) -> None:
-        """forecast and truth (B, frames, C, H, W); slots (B, frames): when in its day each frame is."""
+        """Add a batch: `forecast` and `truth` are (B, frames, C, H, W), and `slots` (B, frames) each frame's slot of the day."""
         for predicted, true, when in zip(forecast, truth, slots, strict=True):
             squares = (predicted.clamp(0, 1).double() - true.double()).square()
             if self._pixels is None or self._sums is None or self._counts is None:
@@ -55,14 +57,14 @@ class ErrorSums:
 
     @property
     def by_horizon(self) -> NDArray[np.float64]:
-        """Of each predicted frame, (frames,)."""
+        """The mean squared error of each predicted frame, (frames,)."""
         assert self._sums is not None and self._counts is not None, "no window was added"
         mean: NDArray[np.float64] = self._sums.sum(0) / self._counts.sum(0)
         return mean
 
     @property
     def by_hour(self) -> NDArray[np.float64]:
-        """Of the frames predicted in each hour, (24,); nan where there are none."""
+        """The mean squared error of the frames predicted in each hour, (24,); NaN for hours without frames."""
         assert self._sums is not None and self._counts is not None, "no window was added"
         counts = self._counts.sum(1)
         mean: NDArray[np.float64] = np.divide(self._sums.sum(1), counts, out=np.full(24, np.nan), where=counts > 0)
@@ -76,8 +78,7 @@ class ErrorSums:
 def error_sums(
     run: Path, data: DataSettings, checkpoint: str, feedback: Feedback | None
 ) -> Iterator[tuple[str, dict[str, ErrorSums]]]:
-    """For each city: of the run's model, which comes first, and of the forecasts that need no training, on its validation
-    windows."""
+    """For each city, the errors by forecast on its validation windows: first the run's model, then the naive baselines."""
     model = load_settings(run).model
     cities = CityData(data, model)
     network = trained(run, checkpoint, feedback, cities)

@@ -1,6 +1,6 @@
-"""Forecasts that need no training, to stand beside a model's.
+"""Naive baselines, with which a model is compared.
 
-Each maps the past frames (B, T, C, H, W), and what is known of their windows, to (B, horizon, C, H, W).
+Each maps past frames (B, T, C, H, W) and the batch of their windows to a forecast (B, horizon, C, H, W).
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from crevnet.data.files.days import DayFile, sample_frames, unit_interval
 from crevnet.data.maps.slot_means import SlotMeans
 
 Window = Mapping[str, Any]
-"""A batch of windows, as the items of Windows are collated."""
+"""A batch of windows: the collated items of Windows."""
 Forecast = Callable[[Tensor, Window], Tensor]
 
 
 def zeros(horizon: int) -> Forecast:
-    """No data anywhere."""
+    """Zeros, that is, no data anywhere."""
     return lambda past, _: past.new_zeros(past.shape[0], horizon, *past.shape[2:])
 
 
 def last_frame(horizon: int) -> Forecast:
-    """The last frame seen, again and again."""
+    """The last input frame, repeated."""
     return lambda past, _: _repeated(past[:, -1], horizon)
 
 
 def mean_of_three(horizon: int) -> Forecast:
-    """The mean of the last three frames: the organisers' baseline."""
+    """The mean of the last three frames, repeated: the organisers' baseline."""
     return lambda past, _: _repeated(past[:, -3:].mean(1), horizon)
 
 
 def training_mean(mean: Tensor, horizon: int) -> Forecast:
-    """The same `mean` (C, H, W) at every time: each pixel's mean over the training days."""
+    """A constant `mean` (C, H, W), each pixel's mean over the training days."""
     return lambda past, _: _repeated(mean.to(past).expand(past.shape[0], -1, -1, -1), horizon)
 
 
 def slot_mean(means: Mapping[str, SlotMeans], horizon: int) -> Forecast:
-    """The historical mean of the city at the time of day that is predicted; windows have to hold "city" and "start"."""
+    """The historical mean of the city at the predicted time of day. Windows must contain "city" and "start"."""
 
     def forecast(past: Tensor, window: Window) -> Tensor:
         first = [int(start) + past.shape[1] for start in window["start"]]
@@ -51,7 +51,7 @@ def slot_mean(means: Mapping[str, SlotMeans], horizon: int) -> Forecast:
 
 
 def by_frame(forecasts: Mapping[int, Forecast]) -> Forecast:
-    """Of each forecast the frame of its number, 1 being the first; NaN up to the last where there is none."""
+    """Combines forecasts: frame n is that of forecast n, 1 being the first. Frames without a forecast are NaN."""
 
     def forecast(past: Tensor, window: Window) -> Tensor:
         joined = past.new_full((past.shape[0], max(forecasts), *past.shape[2:]), torch.nan)
@@ -63,7 +63,7 @@ def by_frame(forecasts: Mapping[int, Forecast]) -> Forecast:
 
 
 def pixel_means(days: Sequence[DayFile], slots: tuple[int, int] | None = None, frames: int = 1200) -> dict[str, Tensor]:
-    """Each city's mean frame (C, H, W), in [0, 1], over at most `frames` frames spread evenly over its days and slots."""
+    """City -> mean frame, float32 (C, H, W) in [0, 1], over at most `frames` frames spread evenly over its days and slots."""
     means = {}
     for city in sorted({day.city for day in days}):
         chosen = [day for day in days if day.city == city]

@@ -25,8 +25,11 @@ from crevnet.training.settings import load_settings
 def run_figures(
     run: Path, data: DataSettings, checkpoint: str, feedback: Feedback | None
 ) -> Iterator[tuple[str, Figure]]:
-    """Names and figures: for each city its errors by pixel, horizon and, where files are days, hour; learning curves, where
-    the run has logs of them; and for CrevNet a rebuilt input."""
+    """Names and figures of a run.
+
+    For each city, there are its errors by pixel, by horizon and, if files are days, by hour. Learning curves are included if the
+    run has logs. CrevNet also has a reconstructed input.
+    """
     model = load_settings(run).model
     cities = CityData(data, model)
     for city, sums in error_sums(run, data, checkpoint, feedback):
@@ -55,7 +58,7 @@ def _error_figures(
 
 @torch.no_grad()
 def _rebuilt_figure(run: Path, data: DataSettings, checkpoint: str, cities: CityData, model: CrevNetConfig) -> Figure:
-    """Of the last input frame of the window that is shown."""
+    """The last input frame of one window, and its reconstruction."""
     network = load_network(run, model, checkpoint).eval()
     assert isinstance(network, CrevNet)
     day, slot = choose_window(cities.validation_days, data.validation_slots, model)

@@ -1,4 +1,4 @@
-"""A run's learning curves, from what training has logged for TensorBoard."""
+"""A run's learning curves, from its TensorBoard logs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _LOG_NAME = re.compile(r"(events\.out\.tfevents\.)(\d+)(\..*)")
 
 @dataclass(frozen=True)
 class Curve:
-    """Values against the optimizer's steps at which they were logged, both (n,), n at least 1."""
+    """Logged values and their optimizer steps, both (n,) with n at least 1."""
 
     steps: NDArray[np.int64]
     values: NDArray[np.float64]
 
 
 def learning_curves(run: Path) -> dict[str, Curve]:
-    """Every curve by its tag, train/loss say; none where the run has no logs.
+    """Tag, such as train/loss, -> curve; empty if the run has no logs.
 
-    What a run has computed twice, since it was resumed from an earlier step, is there once, as it came last. A file that ends
-    in the middle of a record is read up to there.
+    If a run was resumed from an earlier step, only the last value of each step is returned. A file that ends within a record is
+    read up to that record.
     """
     folder = run / "tensorboard"
     if not folder.is_dir():
@@ -36,10 +36,10 @@ def learning_curves(run: Path) -> dict[str, Curve]:
 
 
 def date_logs_before(run: Path, second: int) -> None:
-    """Rename the run's logs, in their order, for seconds before this one, if they are not.
+    """Rename the run's logs, in their order, so that the seconds in their names are before `second`.
 
-    TensorBoard reads a folder's logs by the second in their names, and what comes later replaces what was computed twice: after a
-    clock has gone back, the logs of a resumed run would come first, and be hidden.
+    TensorBoard reads a folder's logs in the order of these seconds, and later values replace earlier ones of the same step. After
+    a clock was set back, the logs of a resumed run would be read first and be hidden.
     """
     named = [
         (log, _LOG_NAME.fullmatch(log.name)) for log in sorted((run / "tensorboard").glob("events.out.tfevents.*"))
@@ -50,7 +50,7 @@ def date_logs_before(run: Path, second: int) -> None:
             if int(name[2]) >= second:
                 later.append((log, f"{name[1]}{second - 1:010d}{name[3]}"))
             second = min(int(name[2]), second - 1)
-    for log, earlier in reversed(later):  # the earliest first, whose name another one may take
+    for log, earlier in reversed(later):  # the earliest first, since another one may need its name
         log.rename(log.with_name(earlier))
 
 

@@ -1,1 +1,1 @@
-"""Files, folders, processes and the errors of a command: what every room uses."""
+"""Shared by all other packages: files, folders, processes, parsers, and the errors of commands."""

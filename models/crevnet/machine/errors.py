@@ -2,4 +2,4 @@
 
 
 class SettingsError(Exception):
-    """Something on the command line or in a configuration file is wrong: one line that says what to do."""
+    """An error on the command line or in a configuration file. The message is one line with the remedy."""

@@ -1,4 +1,4 @@
-"""Folders that commands write to."""
+"""Creates and locks the folders that commands write to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ except ImportError:  # not on Unix
 
 
 def make_folder(folder: Path) -> None:
-    """Make it where it is missing. SettingsError where that cannot be, since a file is in its place, say."""
+    """Create the folder if it is missing. SettingsError if that fails, for example because a file has its name."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -27,16 +27,16 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def only_process(run: Path) -> Iterator[None]:
-    """Hold a run's folder, which is made where it is missing: SettingsError where another process holds it.
+    """Lock a run's folder, which is created if it is missing. SettingsError if another process has locked it.
 
-    A killed process holds it no longer. On systems and file systems that know no such locks, nothing is held and nothing refused.
-    The lock is a file that nothing is ever written to or cut off from: whatever else has its name stays as it is.
+    The lock ends with the process, even if it is killed. On systems and file systems without such locks, nothing is locked or
+    refused. The lock is a file that is never written to or truncated, so any other file with its name is left unchanged.
     """
     make_folder(run)
     path = run / "training.lock"
     with _lock_file(path) as file:
         try:
-            # Unlike flock's, this lock does not pass to the processes that read data, which outlive a killed one by seconds.
+            # Unlike flock's, this lock is not inherited by workers, which outlive a killed process by seconds.
             if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -44,7 +44,7 @@ def only_process(run: Path) -> Iterator[None]:
         except OSError:
             pass
         if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.lstat())):
-            raise _held(run)  # it was removed, by the process that held it, after it was opened here
+            raise _held(run)  # the process that held it removed the file after it was opened here
         try:
             yield
         finally:
@@ -52,9 +52,8 @@ def only_process(run: Path) -> Iterator[None]:
 
 
 def _lock_file(path: Path) -> BinaryIO:
-    """The lock's file, made where it is missing. SettingsError where something else is in its place: a link, say, that leads to
-    another file."""
-    # O_NONBLOCK, since a pipe would wait for a reader.
+    """Open the lock's file, or create it. SettingsError if the path is not a regular file, for example a symbolic link."""
+    # O_NONBLOCK, because opening a pipe would wait for a reader.
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         file = os.fdopen(os.open(path, flags, 0o666), "rb")
@@ -62,25 +61,25 @@ def _lock_file(path: Path) -> BinaryIO:
         if path.is_symlink():
             raise _no_lock(path, "a symbolic link") from error
         if path.exists() and not path.is_file():
-            raise _no_lock(path, "no regular file") from error
+            raise _no_lock(path, "not a regular file") from error
         raise _unusable(path.parent, error) from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise _no_lock(path, "no regular file")
+        raise _no_lock(path, "not a regular file")
     return file
 
 
 def _no_lock(path: Path, kind: str) -> SettingsError:
     return SettingsError(
-        f"{path} is {kind}, expected the lock of a training run, a regular file: remove it, or choose another --out"
+        f"{path} is {kind}, expected a regular file, the lock of a training run: remove it, or choose another --out"
     )
 
 
 def _held(run: Path) -> SettingsError:
     return SettingsError(
-        f"{run} is being trained in by another process: wait until it has ended, or choose another --out"
+        f"{run} is in use: another process is training in it; wait until it ends, or choose another --out"
     )
 
 
 def _unusable(folder: Path, error: OSError) -> SettingsError:
-    return SettingsError(f"{folder} is no folder that can be written to ({error.strerror}): choose another --out")
+    return SettingsError(f"{folder} is not a writable folder ({error.strerror}): choose another --out")

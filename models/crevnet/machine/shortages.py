@@ -1,4 +1,4 @@
-"""What the machine lacks when a command fails: memory, shared memory, disk, open files, or a process that was killed."""
+"""Recognizes errors from a lack of memory, shared memory, disk space or open files, and from killed processes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _REMEDIES = {
         "(docker run --shm-size=8g)",
     ),
 }
-"""What an error's text holds: what the machine lacks, and the remedy. The first that fits counts."""
+"""Pattern in an error's text -> the shortage and the remedy. The first match counts."""
 
 
 def lack_of(error: BaseException) -> str | None:
-    """One line that names what the machine lacks and the remedy; None for an error of another kind."""
+    """The shortage behind an error and its remedy, in one line; None for other errors."""
     if isinstance(error, NoRoomError):
         return str(error)
     memory = out_of_memory(error)
@@ -43,7 +43,7 @@ def lack_of(error: BaseException) -> str | None:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """That memory has run out, of a GPU or of the machine, in the process itself or in one that reads data."""
+    """A description if GPU or CPU memory has run out, in this process or in a worker that reads data; else None."""
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory ({first_sentence(error)})"
     found = _sentence(_MEMORY, error)
@@ -57,6 +57,6 @@ def first_sentence(error: BaseException | str) -> str:
 
 
 def _sentence(text: str, error: BaseException) -> str | None:
-    """The sentence of an error that matches: a worker's error carries its traceback, an allocator's its place in PyTorch."""
+    """The sentence of an error that matches. A worker's error also contains its traceback, an allocator's PyTorch's source."""
     found = re.search(f"{_SENTENCE}(?:{text}){_SENTENCE}", str(error))
     return None if found is None else re.sub(r"^\w+Error: ", "", found[0].strip()).rstrip(".")

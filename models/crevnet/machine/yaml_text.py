@@ -1,4 +1,4 @@
-"""YAML from files that others may have written: small, shallow, and no larger than it looks before any of it is built."""
+"""YAML from untrusted files: small, shallow, and checked before any value is built."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from crevnet.machine.files import read_text
 
 MAX_DEPTH = 50
 MAX_VALUES = 10_000
-"""Once each alias stands for all that it names."""
+"""Maximum number of values, with each alias replaced by the values that it refers to."""
 
 
 def load_yaml(path: Path) -> Any:
@@ -22,9 +22,9 @@ def load_yaml(path: Path) -> Any:
 
 
 def check_yaml(text: str) -> None:
-    """Raises yaml.YAMLError for text that would become more than MAX_VALUES values, or more than MAX_DEPTH levels of them.
+    """Raise yaml.YAMLError for text with more than MAX_VALUES values or MAX_DEPTH levels.
 
-    Aliases of aliases grow tenfold with every line, and whoever builds or walks many levels runs out of its stack.
+    Aliases of aliases can grow tenfold with every line, and many levels overflow the stack of the code that walks them.
     """
     sizes: dict[str, int] = {}
     open_nodes: list[tuple[str | None, int]] = []  # each with its anchor, and the values before it
@@ -32,7 +32,7 @@ def check_yaml(text: str) -> None:
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise yaml.YAMLError(f"the alias *{event.anchor} names nothing before it: write the values out")
+                raise yaml.YAMLError(f"the alias *{event.anchor} refers to no value before it: write the values out")
             count += sizes[event.anchor]
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, before = open_nodes.pop()
@@ -45,6 +45,6 @@ def check_yaml(text: str) -> None:
             elif event.anchor is not None:
                 sizes[event.anchor] = 1
         if count > MAX_VALUES:
-            raise yaml.YAMLError(f"it has more than {MAX_VALUES} values, aliases counted in: write fewer")
+            raise yaml.YAMLError(f"it has more than {MAX_VALUES} values, including those of aliases: write fewer")
         if len(open_nodes) > MAX_DEPTH:
             raise yaml.YAMLError(f"it has more than {MAX_DEPTH} levels: write fewer")

@@ -1,4 +1,4 @@
-"""Every model by its name: `make_network(MODELS["predrnn"].config(patch=2))` makes one."""
+"""All models by name: `make_network(MODELS["predrnn"].config(patch=2))` creates one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODELS: dict[str, Model] = {name: model_named(name) for name in get_args(ModelNa
 
 
 def make_network(config: ModelConfig) -> VideoModel[Any]:
-    """A new network of that configuration, with random weights.
+    """A new network with this configuration and random weights.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)

@@ -1,1 +1,1 @@
-"""The competitions of 2019 and 2021: test cases, submissions and scores."""
+"""The Traffic4cast competitions of 2019 and 2021: test cases, submissions and scores."""

@@ -1,4 +1,4 @@
-"""What a training run shows while it goes on."""
+"""Logs images during training."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from crevnet.training.settings import RunSettings
 
 
 class ValidationPicture(lightning.Callback):
-    """Logs a picture for TensorBoard at every validation: the truth, the forecast and the error of one window, always the same.
+    """Logs an image to TensorBoard at each validation: truth, forecast and error of one fixed window.
 
-    Not for models that are not scored by their forecasts, which take them long.
+    It skips models that are not scored by their forecasts, because these take long to generate frames.
     """
 
     tag = "val/truth, prediction, error"
@@ -37,7 +37,7 @@ class ValidationPicture(lightning.Callback):
         with trainer.precision_plugin.val_step_context():
             forecast = module.network.generate(frames[:, : model.past], static)[0].clamp(
                 0, 1
-            )  # by all: FSDP parts the weights
+            )  # on all ranks: FSDP shards the weights
         if not trainer.is_global_zero:
             return
         truth, predicted = (values.float().cpu().numpy() for values in (frames[0, model.past :], forecast))

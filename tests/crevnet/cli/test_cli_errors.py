@@ -171,18 +171,18 @@ def test_fit_into_a_file(inside, fit, tmp_path):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "run" if inside else tmp_path / "file"
     why = "Not a directory" if inside else "File exists"
-    assert fit("--out", out) == f"crevnet: {out} is no folder that can be written to ({why}): choose another --out"
+    assert fit("--out", out) == f"crevnet: {out} is not a writable folder ({why}): choose another --out"
 
 
 def test_recipe_into_a_file(cities, small, failing, tmp_path):
     (tmp_path / "file").write_text("")
     line = failing("recipe", "paper", *small, "--data.root", cities, "--out", tmp_path / "file")
-    assert f"{tmp_path / 'file'} is no folder that can be written to (File exists): choose another --out" in line
+    assert f"{tmp_path / 'file'} is not a writable folder (File exists): choose another --out" in line
 
 
 def test_fit_where_no_folder_can_be(fit):
     line = fit("--out", "/proc/nope")
-    assert "/proc/nope is no folder that can be written to (No such file or directory): choose another --out" in line
+    assert "/proc/nope is not a writable folder (No such file or directory): choose another --out" in line
 
 
 def test_an_accelerator_that_is_not_there(fit, monkeypatch):
@@ -347,7 +347,7 @@ def test_prediction_that_cannot_be(options, named, run, failing, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ("predict RUN --out FILE", "FILE is no folder that can be written to (File exists): choose another --out"),
+        ("predict RUN --out FILE", "FILE is not a writable folder (File exists): choose another --out"),
         ("evaluate RUN --json FOLDER", "FOLDER"),
         ("evaluate RUN --json FOLDER/absent/scores.json", "FOLDER/absent"),
         ("show DAY --slot 3 --out FOLDER/absent/day.png", "FOLDER/absent"),

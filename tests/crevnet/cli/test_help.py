@@ -7,9 +7,10 @@ from typing import get_args
 
 import pytest
 
+import revflow
 from crevnet import MODELS
 from crevnet.cli.commands import COMMANDS
-from crevnet.networks.config import ModelName
+from crevnet.networks.config import ModelName, States
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def test_the_help_of_a_group_lists_its_commands(crevnet):
         (["recipe"], "crevnet recipe needs a command: choose paper (see crevnet recipe --help)"),
         (["evalute"], "there is no command evalute; did you mean evaluate? (see crevnet --help)"),
         (["data", "holdot"], "there is no command data holdot; did you mean holdout? (see crevnet data --help)"),
-        (["--out", "x", "fit"], "there is no option before the command --out"),
+        (["--out", "x", "fit"], "--out must follow a command: choose fit, evaluate,"),
     ],
 )
 def test_wrong_commands(arguments, line, failing):
@@ -102,3 +103,7 @@ def test_the_environment_sets_options(monkeypatch, capsys, crevnet):
     with pytest.raises(SystemExit):
         crevnet("fit", "--print_config")
     assert "epochs: 7" in capsys.readouterr().out
+
+
+def test_the_choices_of_states_are_the_engines():
+    assert States == revflow.States

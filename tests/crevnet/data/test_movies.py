@@ -104,7 +104,7 @@ def test_predict_keeps_a_name_with_dots(movies, small, crevnet, failing, tmp_pat
         f"movies-two.cut-004.{s}" for s in ("gif", "h5", "png")
     ]
     line = failing("predict", run, "--date=some-clip")
-    assert line.endswith("no validation video for --date some-clip; there are three")
+    assert line.endswith("no validation video for --date some-clip: choose one of those found, three")
 
 
 def test_a_flat_folder_is_parted_by_slots(small, crevnet, failing, tmp_path):
@@ -241,7 +241,7 @@ def test_movies_have_no_city_to_be_chosen(movies, small, crevnet, failing, tmp_p
     once = ("--model.channels=2", "--training.epochs=1", "--training.batches=1")
     crevnet("fit", *small, "--protocol=movies", "--data.root", movies, "--out", tmp_path / "run", *once)
     line = failing("predict", tmp_path / "run", "--city=Berlin")
-    assert line == "crevnet: --city Berlin is given, but movies have no cities: name one by --date, there are three"
+    assert line == "crevnet: --city Berlin is given, but videos have no cities: choose one by --date, found three"
 
 
 def test_movies_without_a_folder_are_made_by_their_own_command(failing):

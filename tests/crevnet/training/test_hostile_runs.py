@@ -29,7 +29,7 @@ def test_a_lock_that_is_a_link_leaves_what_it_leads_to(tmp_path, failing, cities
     lock.parent.mkdir()
     lock.symlink_to(mine)
     line = failing("fit", "--data.root", cities, "--out", lock.parent)
-    assert f"{lock} is a symbolic link, expected the lock of a training run, a regular file: remove it" in line
+    assert f"{lock} is a symbolic link, expected a regular file, the lock of a training run: remove it" in line
     assert mine.read_text() == "mine" and lock.is_symlink()
     mine.unlink()
     failing("fit", "--data.root", cities, "--out", lock.parent)
@@ -50,7 +50,7 @@ def test_a_lock_that_is_another_file_is_not_emptied(tmp_path):
 def test_a_lock_that_is_no_file(kind, tmp_path):
     kind(tmp_path / "training.lock")
     with pytest.raises(
-        SettingsError, match=r"training\.lock is (no regular file|a symbolic link), expected .* remove it"
+        SettingsError, match=r"training\.lock is (not a regular file|a symbolic link), expected .* remove it"
     ):
         only_process(tmp_path).__enter__()
 
@@ -113,7 +113,7 @@ GROWING = "a: &a [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]\n" + "".join(
 )
 YAML = {
     "aliases that grow": (GROWING, "more than 10000 values"),
-    "an alias of itself": ("data: &a\n  cities: *a\n", "the alias *a names nothing before it"),
+    "an alias of itself": ("data: &a\n  cities: *a\n", "the alias *a refers to no value before it"),
     "thousands of levels": ("data: " + "[" * 5000 + "]" * 5000, "more than 50 levels"),
     "levels by indentation": ("\n".join(" " * level + "a:" for level in range(200)), "more than 50 levels"),
     "megabytes": ("#" * 2**21, "more than 1048576 bytes"),

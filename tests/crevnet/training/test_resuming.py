@@ -173,7 +173,7 @@ def test_a_folder_in_which_another_process_trains_is_refused(step, child, short,
         time.sleep(0.01)
     config = tmp_path / "settings" / "config.yaml"
     line = failing("fit", *(("--resume", run) if step > 1 else ("--config", config, "--out", run)))
-    assert line.startswith(f"crevnet: {run} is being trained in by another process: wait until it has ended")
+    assert line.startswith(f"crevnet: {run} is in use: another process is training in it; wait until it ends")
     process.kill()
     while Path(f"/proc/{process.pid}").exists():  # `end` would wait for the processes that read data, too
         time.sleep(0.001)
@@ -206,7 +206,7 @@ def test_a_lock_that_its_holder_removes_is_not_held_by_two(tmp_path, monkeypatch
         lock(file, how)
 
     monkeypatch.setattr(fcntl, "lockf", removed_before)
-    with pytest.raises(SettingsError, match="is being trained in by another process"), only_process(tmp_path):
+    with pytest.raises(SettingsError, match="another process is training in it"), only_process(tmp_path):
         pass
 
 

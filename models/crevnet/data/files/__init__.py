@@ -1,1 +1,1 @@
-"""Files of frames: their layouts, how they are read and written, and the checks before any value is read."""
+"""Files of frames: layouts, reading, writing, and the checks before any value is read."""

@@ -1,4 +1,4 @@
-"""HDF5 files that are whole or not there: all that CrevNet writes are written here."""
+"""Writes all HDF5 files of CrevNet atomically: a file is either complete or does not exist."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from crevnet.machine.files import replacing
 
 @contextmanager
 def writing_hdf5(path: Path) -> Iterator[h5py.File]:
-    """An HDF5 file to fill in, which takes the place of `path` when it is whole.
+    """An HDF5 file to fill in, which replaces `path` once it is complete.
 
-    OSError, before anything is filled in, for a folder that cannot be written to; NoRoomError if the disk is full at the end.
+    Raises OSError at the start if the folder is not writable, and NoRoomError at the end if the disk is full.
     """
     with replacing(path) as unfinished, hdf5_in_memory(unfinished) as file:
         yield file
@@ -23,15 +23,15 @@ def writing_hdf5(path: Path) -> Iterator[h5py.File]:
 
 @contextmanager
 def hdf5_in_memory(unfinished: Path) -> Iterator[h5py.File]:
-    """An HDF5 file to fill in, put together in memory and written at the end: the HDF5 library crashes if a disk is full.
+    """An HDF5 file to fill in, assembled in memory and written at the end, because the HDF5 library crashes on a full disk.
 
-    It takes memory for twice the size that it will have on the disk, compressed.
+    It takes twice as much memory as the compressed file takes disk space.
     """
     with unfinished.open("wb", buffering=0) as target:
         with h5py.File(unfinished, "w", driver="core", backing_store=False) as file:
             yield file
             file.flush()
             image = memoryview(file.id.get_file_image())
-        target.truncate(len(image))  # its size, by which `replacing` says how much to free
+        target.truncate(len(image))  # the full size, from which `replacing` computes the space to free
         while image:
             image = image[target.write(image) :]  # the system writes at most 2 GiB at once

@@ -1,1 +1,1 @@
-"""Data that crevnet writes: synthetic cities, Moving MNIST, and repacked files."""
+"""Data that CrevNet's commands write: synthetic cities, Moving MNIST, and repacked files."""

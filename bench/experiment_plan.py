@@ -27,7 +27,7 @@ from crevnet.traffic4cast.recipe.paper import Step
 from crevnet.training.failures import DivergedError
 from crevnet.training.scheduled_sampling import fed_frames
 from crevnet.training.settings import RunSettings, save_yaml
-from crevnet.training.trainer import FusedAdam
+from crevnet.training.task import FusedAdam
 
 CREVNET = "crevnet"
 WIDTHS = {"convlstm": "hidden", "predrnn": "hidden", "unet": "width"}

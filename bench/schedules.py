@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 import revflow
 from crevnet import MODELS, PRESETS, CrevNetConfig, VideoModel, make_network
-from crevnet.networks.baselines import StackedConfig, convlstm, prednet, predrnn, predrnnpp, unet, vpn
+from crevnet.networks.baselines import convlstm, prednet, predrnn, predrnnpp, unet, vpn
+from crevnet.networks.baselines.recurrent import StackedConfig
 from revflow import States
 
 Precision = Literal["32-true", "16-mixed"]

@@ -44,7 +44,9 @@ class CityData:
             remedy = self.layout.channels_remedy(first.shape)
             raise DataError(f"{first.path} has {first.shape[3]} channels, but the model has {model.channels}: {remedy}")
         _check_slots("data.training_slots", settings.training_slots, self.training_days, model.window)
-        maps = static_maps(model.static, self.layout, settings.root, self.training_days, settings.training_slots)
+        maps = static_maps(
+            model.static, self.layout, Path(settings.root or ""), self.training_days, settings.training_slots
+        )
         self.road_maps = maps["road_map"]
         self.static = StaticInputs(model.static, maps)
         self.validation_days = open_validation_days(settings)
@@ -182,9 +184,14 @@ def _open(settings: DataSettings, split: str, dates: DateChoice) -> list[DayFile
 
 def _dates(settings: DataSettings) -> tuple[DateChoice, DateChoice]:
     """The dates to train and to validate on. If both splits are one folder, a missing list means the dates not in the other."""
-    lists = settings.training_dates, settings.validation_dates
+    lists = _listed(settings.training_dates), _listed(settings.validation_dates)
     taken = lists if settings.training_split == settings.validation_split else (None, None)
     return (
         DateChoice("data.training_dates", lists[0], taken[1]),
         DateChoice("data.validation_dates", lists[1], taken[0]),
     )
+
+
+def _listed(dates: list[str] | Path | None) -> list[str] | None:
+    assert not isinstance(dates, Path), "DataSettings replaces the file by its dates"
+    return dates

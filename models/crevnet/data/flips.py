@@ -30,7 +30,7 @@ class Flip:
 
     def direction(self, name: str) -> str:
         """A compass direction, mirrored: SE becomes SW in a horizontal flip."""
-        swapped = {"E": "W", "W": "E"} if self.horizontal else {}
+        swapped: dict[str, str | int | None] = {"E": "W", "W": "E"} if self.horizontal else {}
         return name.translate(str.maketrans(swapped | ({"N": "S", "S": "N"} if self.vertical else {})))
 
     def static(self, channels: Tensor, names: Sequence[Static]) -> Tensor:

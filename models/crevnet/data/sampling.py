@@ -12,7 +12,6 @@ from multiprocessing.queues import Queue
 from typing import Any, NamedTuple
 
 import torch
-from torch._utils import ExceptionWrapper
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 
 from crevnet.data.errors import DataError
@@ -65,6 +64,12 @@ class Part(NamedTuple):
     """Number of windows in the whole batch, over all processes."""
 
 
+class LostBatch(NamedTuple):
+    """What a worker sends instead of a batch that it could not send."""
+
+    error: str
+
+
 class SharedBatchSampler(BatchSampler):
     """This process's part of each batch, without the first `skip` batches.
 
@@ -112,10 +117,12 @@ class WindowLoader(DataLoader[dict[str, Any]]):
 
     def _batches(self, skip: int) -> Iterator[dict[str, Any]]:
         # A generator starts with the first batch: Lightning sets the epoch only after it has called iter().
-        self.batch_sampler.skip = self._used = skip
+        self._shared.skip = self._used = skip
         try:
             for batch in self._begun():
-                batch["part"] = self.batch_sampler.part(self._used)
+                if isinstance(batch, LostBatch):
+                    raise RuntimeError(batch.error)
+                batch["part"] = self._shared.part(self._used)
                 self._used += 1
                 yield batch
         except Exception as error:
@@ -125,6 +132,11 @@ class WindowLoader(DataLoader[dict[str, Any]]):
             # A worker's message ends with a traceback, whose last line is the error.
             kind = f"{type(error).__module__}.{type(error).__qualname__}: "
             raise DataError(str(error).strip().splitlines()[-1].removeprefix(kind)) from error
+
+    @property
+    def _shared(self) -> SharedBatchSampler:
+        assert isinstance(self.batch_sampler, SharedBatchSampler)
+        return self.batch_sampler
 
     def _begun(self) -> Iterator[dict[str, Any]]:
         try:
@@ -139,7 +151,7 @@ class WindowLoader(DataLoader[dict[str, Any]]):
     def _end_workers(self) -> None:
         """End the workers immediately; Python's garbage collection would wait five seconds for each."""
         if self._iterator is not None:
-            self._iterator._shutdown_workers()
+            self._iterator._shutdown_workers()  # type: ignore[attr-defined]
             self._iterator = None
 
     def state_dict(self) -> dict[str, int]:
@@ -155,7 +167,7 @@ def window_loader(
     """A loader of batches with `batch_size` windows per process, in the sampler's order, or in the windows' order without one."""
     if workers > 0:
         _allow_open_files(workers)
-    order = SequentialSampler(windows) if sampler is None else sampler
+    order = SequentialSampler(windows) if sampler is None else sampler  # type: ignore[arg-type]
     batches = SharedBatchSampler(order, batch_size, drop_last=False)
     own = torch.Generator()  # otherwise each epoch would draw from the generator of the model's dropout
     return WindowLoader(
@@ -175,10 +187,9 @@ def _report_lost_batches(worker: int) -> None:
     """
 
     def hand_on(queue: Queue[Any], error: Exception, lost: tuple[int, object]) -> None:
-        where = f"in DataLoader worker process {worker}"
-        queue.put((lost[0], ExceptionWrapper((type(error), error, error.__traceback__), where)))
+        queue.put((lost[0], LostBatch(f"{type(error).__name__}: {error}")))
 
-    Queue._on_queue_feeder_error = hand_on
+    Queue._on_queue_feeder_error = hand_on  # type: ignore[attr-defined]
 
 
 def _allow_open_files(workers: int) -> None:

@@ -37,6 +37,7 @@ class Windows(Dataset[dict[str, Any]]):
         self,
         days: Sequence[DayFile],
         frames: int,
+        *,
         slots: tuple[int, int] | None = None,
         stride: int = 1,
         starts: Sequence[int] | None = None,

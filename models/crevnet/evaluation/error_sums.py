@@ -52,20 +52,23 @@ class ErrorSums:
     def by_pixel(self) -> NDArray[np.float64]:
         """The mean squared error of each pixel, (C, H, W)."""
         assert self._pixels is not None, "no window was added"
-        return (self._pixels / self._frames).cpu().numpy()
+        mean: NDArray[np.float64] = (self._pixels / self._frames).cpu().numpy()
+        return mean
 
     @property
     def by_horizon(self) -> NDArray[np.float64]:
         """The mean squared error of each predicted frame, (frames,)."""
         assert self._sums is not None and self._counts is not None, "no window was added"
-        return self._sums.sum(0) / self._counts.sum(0)
+        mean: NDArray[np.float64] = self._sums.sum(0) / self._counts.sum(0)
+        return mean
 
     @property
     def by_hour(self) -> NDArray[np.float64]:
         """The mean squared error of the frames predicted in each hour, (24,); NaN for hours without frames."""
         assert self._sums is not None and self._counts is not None, "no window was added"
         counts = self._counts.sum(1)
-        return np.divide(self._sums.sum(1), counts, out=np.full(24, np.nan), where=counts > 0)
+        mean: NDArray[np.float64] = np.divide(self._sums.sum(1), counts, out=np.full(24, np.nan), where=counts > 0)
+        return mean
 
     @property
     def mse(self) -> float:

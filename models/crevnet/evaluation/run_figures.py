@@ -59,7 +59,8 @@ def _error_figures(
 @torch.no_grad()
 def _rebuilt_figure(run: Path, data: DataSettings, checkpoint: str, cities: CityData, model: CrevNetConfig) -> Figure:
     """The last input frame of one window, and its reconstruction."""
-    network: CrevNet = load_network(run, model, checkpoint).eval()
+    network = load_network(run, model, checkpoint).eval()
+    assert isinstance(network, CrevNet)
     day, slot = choose_window(cities.validation_days, data.validation_slots, model)
     window = default_collate([cities.window(day, slot - model.past)])
     past = window["frames"][:, : model.past]

@@ -157,4 +157,5 @@ def mean_over_cities(by_city: Mapping[str, Mapping[str, Scores]]) -> dict[str, S
 
 def _mean(scores: Sequence[Scores]) -> Scores:
     means = {f.name: np.mean([getattr(s, f.name) for s in scores], axis=0).tolist() for f in fields(Scores)}
-    return Scores(**{name: tuple(mean) if isinstance(mean, list) else mean for name, mean in means.items()})
+    values: dict[str, Any] = {name: tuple(mean) if isinstance(mean, list) else mean for name, mean in means.items()}
+    return Scores(**values)

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from numpy.typing import NDArray
 
@@ -36,7 +37,9 @@ def frame_grid(rows: int, columns: int, height: int, width: int) -> tuple[Figure
         rows, columns, figsize=(size * columns * width / height + 1.6, size * rows + 0.6), squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    figure.get_layout_engine().set(w_pad=0.1)  # otherwise row labels touch the edge
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine)
+    engine.set(w_pad=0.1)  # otherwise row labels touch the edge
     return figure, axes
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -65,11 +66,13 @@ def forecast_animation(
         lead, kind = layout.lead(t + 1 - len(past)), "input" if t < len(past) else "predicted"
         figure.suptitle(f"{lead}, {kind}: {layout.channel_name(channel)}")
 
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
     pictures = []
     for t in range(len(left)):
         draw(t)
-        figure.canvas.draw()
-        pictures.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
+        canvas.draw()
+        pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
     plt.close(figure)
     first, *others = pictures
     replace_file(path, partial(first.save, format="GIF", save_all=True, append_images=others, duration=333, loop=0))
@@ -100,4 +103,5 @@ def forecast_sheet(truth: Frames, forecast: Frames, channel: int = 1) -> NDArray
     step = -(-max(true.shape[1:]) // _SHEET_PIXELS)
     rows = [(true / highest, VALUES), (predicted / highest, VALUES), ((predicted - true) / highest / 2 + 0.5, ERRORS)]
     pictures = [plt.get_cmap(name)(np.concatenate([*frames[:, ::step, ::step]], 1))[..., :3] for frames, name in rows]
-    return np.rint(np.concatenate(pictures) * 255).astype(np.uint8)
+    sheet: NDArray[np.uint8] = np.rint(np.concatenate(pictures) * 255).astype(np.uint8)
+    return sheet

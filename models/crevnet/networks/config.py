@@ -10,6 +10,7 @@ if MYPY:  # mypy takes it for true; jsonargparse would import what is below TYPE
     import revflow
 
 ModelName = Literal["crevnet", "convlstm", "predrnn", "predrnnpp", "vpn", "prednet", "unet"]
+"""Every model: CrevNet, and each baseline by the name of its file in `baselines/`."""
 States = Literal["kept", "bfloat16", "offloaded"] | int
 """revflow.States, here without PyTorch, whose import takes seconds: the command line has options for these settings."""
 Cell = Literal["st-lstm", "convlstm"]

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from importlib import import_module
+from typing import Any, get_args
 
-from crevnet.networks import baselines
-from crevnet.networks.config import CrevNetConfig, ModelConfig
-from crevnet.networks.crevnet.network import CrevNet
-from crevnet.networks.video_model import VideoModel
-
-
-class Model(NamedTuple):
-    """A model's configuration class and network class."""
-
-    config: type[ModelConfig]
-    network: type[VideoModel[Any]]
+from crevnet.networks.config import ModelConfig, ModelName
+from crevnet.networks.video_model import Model, VideoModel
 
 
-MODELS: dict[str, Model] = {
-    "crevnet": Model(CrevNetConfig, CrevNet),
-    "convlstm": Model(baselines.ConvLSTMConfig, baselines.ConvLSTM),
-    "predrnn": Model(baselines.PredRNNConfig, baselines.PredRNN),
-    "predrnnpp": Model(baselines.PredRNNPlusPlusConfig, baselines.PredRNNPlusPlus),
-    "vpn": Model(baselines.VPNConfig, baselines.VPN),
-    "prednet": Model(baselines.PredNetConfig, baselines.PredNet),
-    "unet": Model(baselines.UNetConfig, baselines.UNet),
-}
+def model_named(name: str) -> Model:
+    """The `MODEL` of the file that has the model's name."""
+    file = "crevnet.network" if name == "crevnet" else f"baselines.{name}"
+    model: Model = import_module(f"crevnet.networks.{file}").MODEL
+    return model
+
+
+MODELS: dict[str, Model] = {name: model_named(name) for name in get_args(ModelName)}
 
 
 def make_network(config: ModelConfig) -> VideoModel[Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -113,3 +113,10 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
         if fed is not None and len(fed) != future:
             raise ValueError(f"fed must have {future} entries for {frames} frames; got {len(fed)}")
         return [True] * (frames - 1) if fed is None else [True] * self.config.past + list(fed)
+
+
+class Model(NamedTuple):
+    """A model's configuration and network. Each model's file has one as `MODEL`."""
+
+    config: type[ModelConfig]
+    network: type[VideoModel[Any]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,8 @@ def submitted(values: np.ndarray) -> np.ndarray:
     """
     if not np.isfinite(values).all():
         raise DataError("the forecast is not finite, so it cannot be submitted: train again, at a lower learning rate")
-    return np.rint(values.clip(0, 255)).astype(np.uint8)
+    rounded: np.ndarray = np.rint(values.clip(0, 255)).astype(np.uint8)
+    return rounded
 
 
 def naive_forecasts(asked: Protocol) -> dict[str, CaseForecast]:
@@ -47,8 +49,11 @@ def naive_forecasts(asked: Protocol) -> dict[str, CaseForecast]:
         "last frame": forecasts.last_frame(horizon),
         "mean of last three": forecasts.mean_of_three(horizon),
     }
-    # The default argument binds each forecast; a closure would use the last one for all.
-    return {name: lambda case, f=f: _asked_for(f(_frames(case), {}), asked) for name, f in naive.items()}
+    return {name: partial(_naive_forecast, forecast, asked) for name, forecast in naive.items()}
+
+
+def _naive_forecast(forecast: forecasts.Forecast, asked: Protocol, case: Case) -> np.ndarray:
+    return _asked_for(forecast(_frames(case), {}), asked)
 
 
 class SlotMean:
@@ -141,7 +146,8 @@ class RecipeForecast:
     def __call__(self, case: Case) -> np.ndarray:
         base, tuned, *frames = (forecast(case) for forecast in (self._base, *self._tuned(case.day.city)))
         joined = np.stack([frame[k] for k, frame in enumerate(frames)])
-        return np.mean([base, tuned, joined], axis=0)
+        mean: np.ndarray = np.mean([base, tuned, joined], axis=0)
+        return mean
 
     def _tuned(self, city: str) -> list[CaseForecast]:
         if self._city is None or self._city[0] != city:

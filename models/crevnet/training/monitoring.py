@@ -40,6 +40,6 @@ class ValidationPicture(lightning.Callback):
             )  # on all ranks: FSDP shards the weights
         if not trainer.is_global_zero:
             return
-        shown = (values.float().cpu().numpy() for values in (frames[0, model.past :], forecast))
-        sheet = figures.forecast_sheet(*shown, default_channel(model))
+        truth, predicted = (values.float().cpu().numpy() for values in (frames[0, model.past :], forecast))
+        sheet = figures.forecast_sheet(truth, predicted, default_channel(model))
         module.logger.experiment.add_image(self.tag, sheet, trainer.global_step, dataformats="HWC")

@@ -16,4 +16,5 @@ def fed_frames(count: int, steps: int, step: int, seed: int) -> list[bool]:
     the seed and the step, so a resumed run repeats it.
     """
     probability = max(0.0, 1 - step / steps) if steps else 0.0
-    return (np.random.default_rng((seed, step)).random(count) < probability).tolist()
+    drawn: list[bool] = (np.random.default_rng((seed, step)).random(count) < probability).tolist()
+    return drawn

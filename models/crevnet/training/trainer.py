@@ -7,7 +7,7 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -16,115 +16,32 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning
-import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from crevnet.data.city_data import CityData
 from crevnet.data.errors import DataError
-from crevnet.data.files.layouts import TRAFFIC4CAST_2019, Layout
 from crevnet.data.sampling import WindowLoader
 from crevnet.figures.curves import date_logs_before
 from crevnet.machine.files import quoted, remove_unfinished
 from crevnet.machine.folders import only_process
 from crevnet.machine.processes import launched
-from crevnet.networks.config import ModelConfig
-from crevnet.networks.models import make_network
+from crevnet.networks.video_model import VideoModel
 from crevnet.training.checkpoints import AtomicCheckpointIO, Checkpoints, checkpoint_path, load_network, resumable_steps
-from crevnet.training.failures import DivergedError, explained
+from crevnet.training.failures import explained
 from crevnet.training.monitoring import ValidationPicture
 from crevnet.training.recipe_folders import is_recipe
-from crevnet.training.scheduled_sampling import fed_frames
 from crevnet.training.settings import RunSettings, TrainingSettings, load_settings
-
-
-class VideoModelTask(lightning.LightningModule):
-    """The training step, the validation scores and the optimizer. `layout` determines the lead times in the scores' names."""
-
-    def __init__(self, model: ModelConfig, training: TrainingSettings, layout: Layout = TRAFFIC4CAST_2019) -> None:
-        super().__init__()
-        self._layout = layout
-        self.network = make_network(model)
-        self.training_settings = training
-        if training.precision == "64-true":
-            self.network.double()  # here, because Lightning would first load a checkpoint's weights into float32
-        if training.channels_last:
-            self.network.to(memory_format=self.network.channels_last)
-        if training.compile:
-            self.network.compile_parts()
-
-    def configure_model(self) -> None:
-        """Under FSDP, shard the parameters. The network is one unit, because the engine calls its submodules directly."""
-        if self.device_mesh is not None and not isinstance(self.network, FSDPModule):
-            fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
-            for method in ("loss", "scores", "generate"):
-                register_fsdp_forward_method(self.network, method)
-
-    def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
-        fed = self._fed(batch["frames"])
-        own = self.network.loss(batch["frames"], self._static(batch), self.training_settings.loss, fed)
-        loss = own * batch["part"].share
-        mean = self.trainer.strategy.reduce(loss.detach().clone())  # so that all processes raise together
-        if not torch.isfinite(mean):  # GradScaler handles infinite gradients of a finite loss
-            raise DivergedError(f"the loss is {mean.item()} in step {self.trainer.global_step + 1}")
-        self.log("train/loss", mean, prog_bar=True, batch_size=batch["part"].windows)
-        return loss
-
-    def validation_step(self, batch: dict[str, Any], index: int) -> None:
-        loss, tag, part = self.training_settings.loss, self.network.config.score_tag, batch["part"]
-        number = loss if isinstance(loss, int) else None
-        scores = part.share * self.network.scores(batch["frames"], self._static(batch), number)
-        # The weight is the whole batch's, equal in all processes. With unequal weights, Lightning's mean would be rounded.
-        same = {"sync_dist": True, "batch_size": part.windows}
-        self.log(tag, scores.mean(), prog_bar=True, **same)
-        for horizon, score in enumerate(scores, number or 1):
-            self.log(f"{tag}/{self._layout.lead(horizon)}", score, **same)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return FusedAdam(self.network.parameters(), self.training_settings.learning_rate)
-
-    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
-        super().optimizer_step(*arguments, **options)
-        self.zero_grad()  # otherwise Lightning would hold them through the next forward pass
-
-    def _fed(self, frames: Tensor) -> list[bool] | None:
-        """For each future frame but the last, whether the true frame is an input; None means all."""
-        steps, model = self.training_settings.sampling_steps, self.network.config
-        if steps is None:
-            return None
-        return fed_frames(frames.shape[1] - model.past - 1, steps, self.global_step, self.training_settings.seed)
-
-    def _static(self, batch: dict[str, Any]) -> Tensor | None:
-        return batch["static"] if self.network.config.static else None
-
-
-class FusedAdam(torch.optim.Adam):
-    """Adam in one kernel, without temporaries; other implementations allocate some as large as the parameters."""
-
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> None:
-        super().__init__(parameters, learning_rate, fused=True)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of any Adam, but keep this one's implementation and learning rate, which the state also contains."""
-        groups = [
-            {**saved, "fused": True, "lr": own["lr"]}
-            for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=True)
-        ]
-        super().load_state_dict({**state_dict, "param_groups": groups})
-        for parameter, state in self.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):  # the kernel requires the parameter's memory layout
-                state[name] = torch.empty_like(parameter).copy_(state[name])
+from crevnet.training.task import VideoModelTask
 
 
 class _ProgressBar(RichProgressBar if find_spec("rich") else TQDMProgressBar):  # type: ignore[misc]
     """Lightning's progress bar without the logger's version number."""
 
     def get_metrics(self, *arguments: Any) -> dict[str, Any]:
-        metrics = super().get_metrics(*arguments)
+        metrics: dict[str, Any] = super().get_metrics(*arguments)
         metrics.pop("v_num", None)
         return metrics
 
@@ -135,48 +52,20 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     With `resume`, training continues from last.ckpt. Raises DataError for unusable data or folders, SettingsError if another
     process trains in `folder`, and TrainingError if training fails.
     """
-    training = settings.training
-    last = checkpoint_path(folder, "last")
-    if resume and not last.is_file():
-        raise DataError(f"{last} does not exist, so training cannot resume: start it with --out {quoted(folder)}")
-    if is_recipe(folder):
-        raise DataError(f"{folder} is the folder of a recipe, expected that of a single run: choose another --out")
-    if not resume:
-        _refuse_trained(folder)
+    _check_folder(folder, resume)
+    training, last = settings.training, checkpoint_path(folder, "last")
     lightning.seed_everything(training.seed, workers=True, verbose=False)
     data = CityData(settings.data, settings.model, training.seed)
-    steps = 0
-    if resume:
-        steps = resumable_steps(folder, settings.model)
-    start = None
-    if training.start is not None and not resume:
-        load_settings(training.start)  # raises SettingsError unless it is a run's folder
-        start = load_network(training.start, settings.model, "best")
+    steps = resumable_steps(folder, settings.model) if resume else 0
+    start = None if resume else _start(settings)
     batches, validation_batches = data.training_batches(), data.validation_batches()
     follows_from = _order(settings, batches), _scored(settings), data.identity
     checkpoints = Checkpoints(folder, training.checkpoint_minutes, *follows_from)
-    try:
-        with _quiet():
-            trainer = _trainer(training, folder, [checkpoints, ValidationPicture(data, settings)], steps)
-    except MisconfigurationException as error:
-        raise DataError(
-            f"training.accelerator {training.accelerator} with training.devices {training.devices} is not available here "
-            f"({' '.join(str(error).split())}): set --training.accelerator auto, or another --training.devices"
-        ) from error
-    if training.precision == "16-mixed" != trainer.precision:
-        warnings.warn(
-            f"training.precision {training.precision} requires a GPU; training uses {trainer.precision} instead",
-            stacklevel=2,
-        )
+    trainer = _trainer_here(training, folder, [checkpoints, ValidationPicture(data, settings)], steps)
     with ExitStack() as held:
         if trainer.is_global_zero:
             held.enter_context(only_process(folder))
-            if not resume:
-                _refuse_trained(folder)  # by another process that has ended in the meantime
-            for place in (folder, last.parent):
-                remove_unfinished(place)
-            date_logs_before(folder, int(time.time()))
-            settings.save(folder)
+            _prepare_folder(settings, folder, resume)
         try:
             with _quiet():
                 task = VideoModelTask(settings.model, training, data.layout)
@@ -199,11 +88,61 @@ def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
     return checkpoints.best
 
 
+def _check_folder(folder: Path, resume: bool) -> None:
+    """Raise DataError unless a run can start in `folder`, or resume there."""
+    last = checkpoint_path(folder, "last")
+    if resume and not last.is_file():
+        raise DataError(f"{last} does not exist, so training cannot resume: start it with --out {quoted(folder)}")
+    if is_recipe(folder):
+        raise DataError(f"{folder} is the folder of a recipe, expected that of a single run: choose another --out")
+    if not resume:
+        _refuse_trained(folder)
+
+
+def _start(settings: RunSettings) -> VideoModel[Any] | None:
+    """The network whose weights training starts from; None for random weights."""
+    start = settings.training.start
+    if start is None:
+        return None
+    load_settings(start)  # raises SettingsError unless it is a run's folder
+    return load_network(start, settings.model, "best")
+
+
+def _prepare_folder(settings: RunSettings, folder: Path, resume: bool) -> None:
+    """Write the settings to `folder`, which no other process uses now, and remove what killed processes left there."""
+    if not resume:
+        _refuse_trained(folder)  # by another process that has ended in the meantime
+    for place in (folder, checkpoint_path(folder, "last").parent):
+        remove_unfinished(place)
+    date_logs_before(folder, int(time.time()))
+    settings.save(folder)
+
+
 def _refuse_trained(folder: Path) -> None:
     if checkpoint_path(folder, "last").is_file():
         raise DataError(
             f"{folder} already contains a trained run: continue it (--resume {quoted(folder)}), or choose another --out"
         )
+
+
+def _trainer_here(
+    training: TrainingSettings, folder: Path, callbacks: list[lightning.Callback], steps: int
+) -> lightning.Trainer:
+    """Lightning's trainer. Raises DataError for devices that this machine lacks, and warns of another precision."""
+    try:
+        with _quiet():
+            trainer = _trainer(training, folder, callbacks, steps)
+    except MisconfigurationException as error:
+        raise DataError(
+            f"training.accelerator {training.accelerator} with training.devices {training.devices} is not available here "
+            f"({' '.join(str(error).split())}): set --training.accelerator auto, or another --training.devices"
+        ) from error
+    if training.precision == "16-mixed" != trainer.precision:
+        warnings.warn(
+            f"training.precision {training.precision} requires a GPU; training uses {trainer.precision} instead",
+            stacklevel=3,
+        )
+    return trainer
 
 
 def _trainer(

@@ -78,7 +78,7 @@ def test_a_day_that_is_locked_while_a_worker_reads(own_cities, small, failing, m
             raise BlockingIOError(11, "unable to lock file, errno = 11")
         return read(dataset, *arguments)
 
-    read = days._read_slots
-    monkeypatch.setattr(days, "_read_slots", no_lock)
+    read = days.read_slots
+    monkeypatch.setattr(days, "read_slots", no_lock)
     line = failing("fit", "--data.root", own_cities, *small, "--data.workers=1", "--out", tmp_path / "run")
     assert "is locked" in line and line.startswith(f"crevnet: {own_cities}") and "HDF5_USE_FILE_LOCKING=FALSE" in line

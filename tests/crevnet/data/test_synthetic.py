@@ -10,7 +10,8 @@ import pytest
 from crevnet.data.errors import DataError
 from crevnet.data.files.days import open_days
 from crevnet.data.made import synthetic
-from crevnet.data.made.road_network import ARTERIAL, LOCAL, MOTORWAY, SPEED_LIMITS, build_road_network
+from crevnet.data.made.road_classes import ARTERIAL, LOCAL, MOTORWAY
+from crevnet.data.made.road_network import SPEED_LIMITS, build_road_network
 from crevnet.data.made.synthetic import CitySimulation, SyntheticCity, encode_frame, write_city
 from crevnet.data.made.traffic_simulation import STEP_SECONDS, Traffic, TripDemand
 from crevnet.data.windows import Windows

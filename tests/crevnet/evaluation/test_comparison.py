@@ -10,7 +10,7 @@ import torch
 
 from crevnet.data.files.days import open_days
 from crevnet.data.maps.static import StaticInputs
-from crevnet.networks.baselines import UNetConfig
+from crevnet.networks.baselines.unet import UNetConfig
 from crevnet.training.checkpoints import load_network
 from crevnet.training.trainer import train
 

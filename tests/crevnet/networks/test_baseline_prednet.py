@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from baseline_nets import MAPPED, TASK, conv, full_size, make, sigmoid, weights, window
 
-from crevnet.networks.baselines import PredNetConfig
+from crevnet.networks.baselines.prednet import PredNetConfig
 
 
 def relu(x):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from baseline_nets import MAPPED, TASK, conv, full_size, make, weights, window
 
-from crevnet.networks.baselines import UNetConfig
+from crevnet.networks.baselines.unet import UNetConfig
 
 
 def norm(x, scale, shift):

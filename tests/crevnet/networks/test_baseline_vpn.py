@@ -5,7 +5,7 @@ import pytest
 import torch
 from baseline_nets import MAPPED, TASK, conv, full_size, make, sigmoid, weights, window
 
-from crevnet.networks.baselines import VPNConfig
+from crevnet.networks.baselines.vpn import VPNConfig
 
 DILATIONS = (1, 2)
 

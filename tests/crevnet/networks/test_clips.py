@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import revflow
 from crevnet import PRESETS, CrevNet, CrevNetConfig
 from crevnet.training.settings import TrainingSettings
-from crevnet.training.trainer import VideoModelTask
+from crevnet.training.task import VideoModelTask
 
 CLIP = 3
 SMALL = CrevNetConfig(

@@ -14,7 +14,7 @@ from crevnet import MODELS, make_network
 from crevnet.cli import main
 from crevnet.training.checkpoints import load_network
 from crevnet.training.settings import TrainingSettings, load_settings
-from crevnet.training.trainer import VideoModelTask
+from crevnet.training.task import VideoModelTask
 
 ONCE = ("--training.epochs=1", "--training.batches=2", "--training.accelerator=cpu")
 

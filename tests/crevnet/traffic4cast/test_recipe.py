@@ -20,7 +20,7 @@ from crevnet.training.checkpoints import checkpoint_path, load_checkpoint, load_
 from crevnet.training.failures import DivergedError, explained
 from crevnet.training.recipe_folders import begun_runs
 from crevnet.training.settings import load_settings
-from crevnet.training.trainer import FusedAdam
+from crevnet.training.task import FusedAdam
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 

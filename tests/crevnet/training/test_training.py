@@ -18,7 +18,8 @@ from crevnet.data.errors import DataError
 from crevnet.data.settings import DataSettings
 from crevnet.training.checkpoints import load_network
 from crevnet.training.settings import load_settings
-from crevnet.training.trainer import VideoModelTask, train
+from crevnet.training.task import VideoModelTask
+from crevnet.training.trainer import train
 
 WINDOW = 5
 

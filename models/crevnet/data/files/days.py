@@ -4,12 +4,10 @@ The first dataset of a file (usually `array`) has shape (slots, H, W, C). Its va
 floating point. Any sizes are accepted, as long as the files that are used together agree on H, W and C.
 """
 
-import importlib
 import os
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date as Date
 from pathlib import Path
@@ -19,11 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crevnet.data.errors import DataError, UndamagedError, refuse_undamaged
+from crevnet.data.errors import DataError, UndamagedError
+from crevnet.data.files.datasets import name_of, naming, one_line, open_dataset, opened, read_slots
 from crevnet.data.files.dates import DateChoice
 from crevnet.data.files.layouts import TRAFFIC4CAST_2019, Layout, layout_of
-from crevnet.data.files.safe_h5 import UNREADABLE, all_datasets, check_dataset, names, open_file
-from crevnet.machine.files import check_regular
 
 _MAX_OPEN_FILES = 32
 
@@ -67,23 +64,6 @@ def open_days(
     DataError naming the first unusable file; with `skip_damaged`, warns (UserWarning) and skips it.
     """
     root = Path(root)
-    expected = layout.files.format(split=split)
-    found = _find(root, split, layout)
-    if not found:
-        raise DataError(
-            f"{root} has no file of split {split!r}; expected {expected}: check --data.root, the split and --data.protocol"
-        )
-    for city in cities or ():
-        if city not in found:
-            raise DataError(
-                f"{root} has no file of {city}; found {', '.join(found)}; expected {expected}: check --data.cities"
-            )
-    chosen = {city: found[city] for city in (found if cities is None else dict.fromkeys(cities))}
-    paths = [
-        (path, city) for city in chosen for path in chosen[city] if dates is None or dates.takes(layout.date(path))
-    ]
-    if not paths:
-        raise DataError(f"{root} has no day for {dates.option} in split {split!r}: check the lists of dates")
 
     def reject(error: DataError) -> None:
         if not skip_damaged or isinstance(error, UndamagedError):
@@ -91,7 +71,7 @@ def open_days(
         warnings.warn(f"left out: {error}", stacklevel=3)
 
     days = []
-    for path, city in paths:
+    for path, city in _paths(root, split, cities, layout, dates):
         try:
             days.append(open_day(path, city, layout))
         except DataError as error:
@@ -124,35 +104,16 @@ def open_day(path: Path, city: str | None = None, layout: Layout | None = None) 
         if dataset.ndim != 4 or 0 in dataset.shape:
             remedy = layout.shape_remedy(dataset.shape)
             raise DataError(
-                f"{path}, dataset {_name(dataset)}, has shape {dataset.shape}, expected {layout.axes}, none 0; {remedy}"
+                f"{path}, dataset {name_of(dataset)}, has shape {dataset.shape}, expected {layout.axes}, none 0; {remedy}"
             )
         if dataset.dtype.name not in layout.dtypes:
             expected = f"{', '.join(layout.dtypes[:-1])} or {layout.dtypes[-1]}"
             raise DataError(
-                f"{path}, dataset {_name(dataset)}, has dtype {dataset.dtype}, expected {expected}; {layout.dtype_remedy}"
+                f"{path}, dataset {name_of(dataset)}, has dtype {dataset.dtype}, expected {expected}; {layout.dtype_remedy}"
             )
-        _read_slots(dataset, 0, 1, layout)
-        _read_slots(dataset, dataset.shape[0] - 1, dataset.shape[0], layout)
+        read_slots(dataset, 0, 1, layout)
+        read_slots(dataset, dataset.shape[0] - 1, dataset.shape[0], layout)
         return DayFile(path, city or path.absolute().parent.parent.name, date, dataset.shape, layout)
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[h5py.Dataset]:
-    """A file's first dataset, open within the context."""
-    dataset = open_dataset(path)
-    with dataset.file:
-        yield dataset
-
-
-def open_dataset(path: Path) -> h5py.Dataset:
-    """A file's first dataset; the caller closes its file. DataError naming the file if it cannot be opened."""
-    with naming(str(path)):
-        if path.is_dir():
-            raise DataError(f"{path} is a folder, expected an HDF5 file; move it away")
-        check_regular(path)
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty (0 bytes), expected an HDF5 file; download it again or leave it out")
-        return _first_dataset(open_file(path))
 
 
 class DayReader:
@@ -171,7 +132,7 @@ class DayReader:
         Raises DataError naming file and slots if they are damaged.
         """
         with naming(f"{day.path}, slots {start} to {stop - 1},"):
-            return _read_slots(self._dataset(day.path), start, stop, day.layout)
+            return read_slots(self._dataset(day.path), start, stop, day.layout)
 
     def _dataset(self, path: Path) -> h5py.Dataset:
         if self._process != os.getpid():
@@ -221,12 +182,36 @@ def unit_interval(stored: Tensor) -> Tensor:
     return values if stored.is_floating_point() else values.div_(255)
 
 
+def _paths(
+    root: Path, split: str, cities: Sequence[str] | None, layout: Layout, dates: DateChoice | None
+) -> list[tuple[Path, str]]:
+    """The chosen files of a split, each with its city."""
+    expected = layout.files.format(split=split)
+    found = _find(root, split, layout)
+    if not found:
+        raise DataError(
+            f"{root} has no file of split {split!r}; expected {expected}: check --data.root, the split and --data.protocol"
+        )
+    for city in cities or ():
+        if city not in found:
+            raise DataError(
+                f"{root} has no file of {city}; found {', '.join(found)}; expected {expected}: check --data.cities"
+            )
+    chosen = {city: found[city] for city in (found if cities is None else dict.fromkeys(cities))}
+    paths = [
+        (path, city) for city in chosen for path in chosen[city] if dates is None or dates.takes(layout.date(path))
+    ]
+    if dates is not None and not paths:
+        raise DataError(f"{root} has no day for {dates.option} in split {split!r}: check the lists of dates")
+    return paths
+
+
 def _find(root: Path, split: str, layout: Layout) -> dict[str, list[Path]]:
     try:
         return layout.find(root, split)
     except OSError as error:
         expected = layout.files.format(split=split)
-        raise DataError(f"{root} cannot be listed ({_one_line(error)}); expected {expected}: check the path") from error
+        raise DataError(f"{root} cannot be listed ({one_line(error)}); expected {expected}: check the path") from error
 
 
 def _is_date(date: str) -> bool:
@@ -235,64 +220,3 @@ def _is_date(date: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _first_dataset(file: h5py.File) -> h5py.Dataset:
-    for name in names(file):
-        item = file[name]
-        if isinstance(item, h5py.Dataset):
-            check_dataset(item)
-            _load_codecs(item)
-            return item
-    inside = next(all_datasets(file), None)
-    if inside is not None:
-        raise DataError(
-            f"{file.filename} has datasets only in groups, such as {_name(inside)}; expected the frames outside all groups: "
-            "write them as 'array'"
-        )
-    raise DataError(f"{file.filename} has no dataset, expected one of frames; download it again or leave it out")
-
-
-def _name(dataset: h5py.Dataset) -> str:
-    """The dataset's name, quoted, since a file may have several."""
-    return repr(dataset.name.removeprefix("/"))
-
-
-def _load_codecs(dataset: h5py.Dataset) -> None:
-    """Import hdf5plugin if the dataset uses a codec that HDF5 does not include. Other files do not require it."""
-    properties = dataset.id.get_create_plist()
-    for number in range(properties.get_nfilters()):
-        code, *_, name = properties.get_filter(number)
-        if h5py.h5z.filter_avail(code):
-            continue
-        try:
-            importlib.import_module("hdf5plugin")
-        except ImportError as error:
-            raise DataError(
-                f"{dataset.file.filename} is compressed with {name.decode()}: pip install hdf5plugin to read it"
-            ) from error
-
-
-def _read_slots(dataset: h5py.Dataset, start: int, stop: int, layout: Layout) -> np.ndarray:
-    values: np.ndarray = dataset[start:stop]
-    if values.dtype != np.uint8:
-        largest = 1 if values.dtype.kind == "f" else 255
-        if not (values.min() >= 0 and values.max() <= largest):  # also true for NaN
-            raise layout.value_error(Path(dataset.file.filename), start, values, largest)
-    return values
-
-
-@contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Convert h5py's errors for damaged files into a DataError that begins with `what`."""
-    try:
-        yield
-    except UNREADABLE as error:
-        refuse_undamaged(what, error)
-        raise DataError(
-            f"{what} cannot be read ({_one_line(error)}); download the file again or leave it out"
-        ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -148,8 +148,8 @@ class Traffic4cast2019(Competition):
         values = torch.arange(256)
         for heading, code in self._heading_codes.items():
             values[code] = self._heading_codes[turned(heading)]
-        heading = (values.to(frames.dtype) / 255)[(frames[:, 2:3] * 255).round().long()]
-        return torch.cat([frames[:, :2], heading, frames[:, 3:]], dim=1)
+        mirrored = (values.to(frames.dtype) / 255)[(frames[:, 2:3] * 255).round().long()]
+        return torch.cat([frames[:, :2], mirrored, frames[:, 3:]], dim=1)
 
 
 class Traffic4cast2021(Competition):

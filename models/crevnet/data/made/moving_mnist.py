@@ -65,7 +65,7 @@ def write_movies(
         for number in range(getattr(movies, split))
     }
     missing = [path for path, named in paths.items() if not is_made(path, _MARK, _origin(movies, *named))]
-    digits = mnist_digits() if missing else None
+    digits = mnist_digits() if missing else {}
     for done, path in enumerate(missing, 1):
         split, number = paths[path]
         rng = np.random.default_rng([movies.seed, _SPLITS.index(split), number])

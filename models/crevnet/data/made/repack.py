@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 
 from crevnet.data.errors import DataError
-from crevnet.data.files.days import naming, opened
+from crevnet.data.files.datasets import naming, opened
 from crevnet.data.files.hdf5_files import hdf5_in_memory
 from crevnet.data.files.safe_h5 import all_datasets
 from crevnet.data.files.sealed import seal
@@ -104,13 +104,13 @@ def _write(path: Path, partial: Path, codec: Any) -> Iterator[float]:
         with naming(f"{path}, attributes of its frames,"):
             target.attrs.update({**source.attrs, _MARK: _mark(path)})
         for start, values in _blocks(source):
-            source_digest.update(values)
+            source_digest.update(values.data)
             target[start : start + len(values)] = values
             yield 0.9 * start / len(source)
         seal(target)
     with opened(partial) as written:
         for _, values in _blocks(written):
-            digest.update(values)
+            digest.update(values.data)
     if digest.digest() != source_digest.digest():
         raise DataError(
             f"{partial} does not contain the values written from {path}: check the disk, and repeat the command"

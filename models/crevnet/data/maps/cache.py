@@ -69,7 +69,7 @@ def read_cached(path: Path, shape: tuple[int, ...], dtype: type[np.floating]) ->
     array: NDArray[Any] = content[:-4].view(dtype).reshape(shape)
     bits = array.view(f"u{array.itemsize}")  # ordered like the floats from 0 to 1; all others, and NaN, are above
     one = np.ones((), dtype).view(bits.dtype)
-    is_whole = zlib.crc32(content[:-4]) == int.from_bytes(content[-4:].tobytes(), "little")
+    is_whole = zlib.crc32(content[:-4].data) == int.from_bytes(content[-4:].tobytes(), "little")
     return array if is_whole and (bits.max(initial=0) <= one) else None
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from crevnet.data.errors import DataError
-from crevnet.data.files.days import DayFile, naming, opened, unit_interval
+from crevnet.data.files.datasets import naming, opened
+from crevnet.data.files.days import DayFile, unit_interval
 from crevnet.data.files.layouts import Layout
 from crevnet.data.maps.road_map import road_maps
 from crevnet.networks.config import STATIC_CHANNELS, Static

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from crevnet.networks.baselines.recurrent import StackedBaseline, StackedConfig
 from crevnet.networks.crevnet.cells import CellState
+from crevnet.networks.video_model import Model
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,6 @@ def lstm(gates: Tensor, c: Tensor) -> CellState:
     i, f, g, o = gates.chunk(4, 1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return CellState(torch.sigmoid(o) * torch.tanh(c), c)
+
+
+MODEL = Model(ConvLSTMConfig, ConvLSTM)

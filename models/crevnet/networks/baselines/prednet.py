@@ -20,6 +20,7 @@ from crevnet.networks.baselines.convlstm import lstm
 from crevnet.networks.baselines.recurrent import RecurrentBaseline
 from crevnet.networks.config import ModelConfig, check_at_least_one
 from crevnet.networks.crevnet.cells import CellState
+from crevnet.networks.video_model import Model
 
 
 class PredNetState(NamedTuple):
@@ -115,3 +116,6 @@ class Representation(nn.Module):
 def _errors(target: Tensor, prediction: Tensor) -> Tensor:
     difference = target - prediction
     return F.relu(torch.cat((difference, -difference), 1))
+
+
+MODEL = Model(PredNetConfig, PredNet)

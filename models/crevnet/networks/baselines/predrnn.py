@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from crevnet.networks.baselines.recurrent import StackedBaseline, StackedConfig
 from crevnet.networks.crevnet.cells import CellState
+from crevnet.networks.video_model import Model
 
 FORGET_BIAS = 1.0
 
@@ -84,3 +85,6 @@ class STLSTMCell(nn.Module):
         m = torch.sigmoid(fx_ + fm + FORGET_BIAS) * memory + torch.sigmoid(ix_ + im) * torch.tanh(gx_ + gm)
         o = torch.sigmoid(ox + oh + self.output_from_cell(c) + self.output_from_memory(m))
         return CellState(o * torch.tanh(self.merge_cell(c) + self.merge_memory(m)), c), m
+
+
+MODEL = Model(PredRNNConfig, PredRNN)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from crevnet.networks.baselines.predrnn import FORGET_BIAS
 from crevnet.networks.baselines.recurrent import StackedBaseline, StackedConfig
 from crevnet.networks.crevnet.cells import CellState
+from crevnet.networks.video_model import Model
 
 
 class PredRNNPlusPlusState(NamedTuple):
@@ -108,3 +109,6 @@ class GradientHighwayUnit(nn.Module):
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         p, s = (self.from_input(x) + self.from_highway(z)).chunk(2, 1)
         return torch.lerp(z, torch.tanh(p), torch.sigmoid(s))
+
+
+MODEL = Model(PredRNNPlusPlusConfig, PredRNNPlusPlus)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from crevnet.networks.config import Loss, ModelConfig, check_at_least_one
 from crevnet.networks.shapes import cropped, mean_squared_error, padded, with_static
-from crevnet.networks.video_model import VideoModel
+from crevnet.networks.video_model import Model, VideoModel
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class UNet(VideoModel[UNetConfig]):
         x = self.down[-1](x)
         for block, skip in zip(self.up, reversed(skips), strict=True):
             x = block(x, skip)
-        return cropped(self.to_frames(x), frames).unflatten(1, (self.config.horizon, self.config.channels))
+        shape = (self.config.horizon, self.config.channels)
+        predicted: Tensor = cropped(self.to_frames(x), frames).unflatten(1, shape)
+        return predicted
 
     def loss(
         self, frames: Tensor, static: Tensor | None = None, over: Loss = "all", fed: Sequence[bool] | None = None
@@ -115,10 +117,15 @@ class UpBlock(nn.Module):
         self.rest = nn.Sequential(*_rest_of_block(width))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.rest(self.from_below(self.upsample(x)) + self.from_skip(skip))
+        x = self.from_below(self.upsample(x)) + self.from_skip(skip)
+        out: Tensor = self.rest(x)
+        return out
 
 
 def _rest_of_block(width: int) -> list[nn.Module]:
     """The modules after a block's first convolution."""
     convolution = nn.Conv2d(width, width, 3, padding=1)
     return [nn.ReLU(), nn.BatchNorm2d(width), convolution, nn.ReLU(), nn.BatchNorm2d(width)]
+
+
+MODEL = Model(UNetConfig, UNet)

@@ -19,7 +19,7 @@ from crevnet.networks.baselines.convlstm import ConvLSTMCell
 from crevnet.networks.config import Loss, ModelConfig, check_at_least_one
 from crevnet.networks.crevnet.cells import CellState
 from crevnet.networks.shapes import with_static
-from crevnet.networks.video_model import VideoModel
+from crevnet.networks.video_model import Model, VideoModel
 
 VALUES = 256
 
@@ -151,11 +151,14 @@ class VPN(VideoModel[VPNConfig]):
 
     def _encode(self, frame: Tensor, static: Tensor | None, state: CellState) -> CellState:
         """The state after another frame (B, C, H, W); its h conditions the next frame."""
-        return self.recurrence(self.encoder(with_static(frame, static)), state)
+        after: CellState = self.recurrence(self.encoder(with_static(frame, static)), state)
+        return after
 
     def _decode(self, context: Tensor, frame: Tensor) -> Tensor:
         """Logits (B, C, 256, H, W) of a frame's values, each from the context and the earlier values of `frame` (B, C, H, W)."""
-        return self.decoder(context + self.from_frame(frame)).unflatten(1, (self.config.channels, VALUES))
+        values = self.decoder(context + self.from_frame(frame))
+        logits: Tensor = values.unflatten(1, (self.config.channels, VALUES))
+        return logits
 
     def _expected(self, context: Tensor, past: Tensor) -> Tensor:
         """The expected frame (B, C, H, W), computed value by value; later values are zero and masked."""
@@ -188,7 +191,8 @@ class ResidualMultiplicativeBlock(nn.Module):
         )
 
     def forward(self, h: Tensor) -> Tensor:
-        return h + self.block(h)
+        change: Tensor = self.block(h)
+        return h + change
 
 
 class MultiplicativeUnit(nn.Module):
@@ -235,3 +239,6 @@ def _convolution(inside: int, outside: int, kernel: int, dilation: int, masked_g
     if masked_groups is not None:
         return MaskedConv2d(inside, outside, kernel, masked_groups)
     return nn.Conv2d(inside, outside, kernel, padding=dilation * (kernel // 2), dilation=dilation)
+
+
+MODEL = Model(VPNConfig, VPN)

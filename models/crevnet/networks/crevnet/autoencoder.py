@@ -6,6 +6,8 @@ K frames of a clip. In a network of clips, the dimension K follows the channels 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -56,6 +58,7 @@ class TwoWayAutoencoder(nn.Module):
 
     def decode(self, latent: Latent) -> Tensor:
         """E⁻¹ of the paper's eq. 4: the frames whose encoding is `latent`."""
+        frames: Tensor
         (frames,) = self.blocks.inverse(latent)
         return frames.movedim(1, -3)
 
@@ -70,15 +73,14 @@ class _Rows(revflow.Bijection):
         super().__init__()
         self._unshuffle = revflow.PixelUnshuffle(2, channel_dim=1)
 
-    def forward(self, frames: Tensor) -> Latent:
-        (cells,) = self._unshuffle(frames)
+    def forward(self, *streams: Tensor, **context: Any) -> Latent:
+        (cells,) = self._unshuffle(*streams)
         # Halves of one storage would keep each other in memory. A clone preserves channels_last.
         even, odd = (half.clone() for half in cells.chunk(2, 1))
         return even, odd
 
-    def inverse(self, even: Tensor, odd: Tensor) -> tuple[Tensor]:
-        (frames,) = self._unshuffle.inverse(torch.cat((even, odd), 1))
-        return (frames,)
+    def inverse(self, *streams: Tensor, **context: Any) -> tuple[Tensor, ...]:
+        return self._unshuffle.inverse(torch.cat(streams, 1))
 
 
 class _Shuffle(nn.Module):

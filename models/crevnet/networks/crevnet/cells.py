@@ -39,7 +39,7 @@ class ConvLSTMCell(nn.Module):
     def __init__(self, channels: int, clip: int = 1) -> None:
         super().__init__()
         self.gates = convolution(clip, 2 * channels, 4 * channels, 3)
-        self.register_load_state_dict_pre_hook(partial(_join, {"gates": "ifgo"}))
+        nn.Module.register_load_state_dict_pre_hook(self, partial(_join, {"gates": "ifgo"}))
 
     def forward(self, x: Tensor, state: CellState, memory: Tensor | None) -> tuple[CellState, Tensor | None]:
         i, f, g, o = self.gates(torch.cat((x, state.h), 1)).chunk(4, 1)
@@ -69,7 +69,7 @@ class STLSTMCell(nn.Module):
         self.spatial = convolution(clip, 3 * channels, 3 * channels, 3)
         self.output = convolution(clip, 4 * channels, channels, 3)
         self.merge = convolution(clip, 2 * channels, channels, 1)
-        self.register_load_state_dict_pre_hook(partial(_join, {"temporal": "ifg", "spatial": "ifg"}))
+        nn.Module.register_load_state_dict_pre_hook(self, partial(_join, {"temporal": "ifg", "spatial": "ifg"}))
 
     def forward(self, x: Tensor, state: CellState, memory: Tensor | None) -> tuple[CellState, Tensor | None]:
         assert memory is not None

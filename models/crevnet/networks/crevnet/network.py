@@ -19,7 +19,7 @@ from crevnet.networks.convolution import channels_last
 from crevnet.networks.crevnet.autoencoder import Latent, TwoWayAutoencoder
 from crevnet.networks.crevnet.predictor import Predictor, PredictorState
 from crevnet.networks.shapes import cropped, mean_squared_error, padded, with_static
-from crevnet.networks.video_model import VideoModel
+from crevnet.networks.video_model import Model, VideoModel
 
 
 class CrevNet(VideoModel[CrevNetConfig]):
@@ -201,3 +201,6 @@ class CrevNet(VideoModel[CrevNetConfig]):
     def _crop(self, frames: Tensor, like: Tensor) -> Tensor:
         """The data channels inside the frame, (..., C, H, W), of network frames (..., Ci, Hp, Wp)."""
         return cropped(frames[..., : self.config.channels, :, :], like)
+
+
+MODEL = Model(CrevNetConfig, CrevNet)

@@ -18,6 +18,8 @@ from crevnet.networks.convolution import convolution
 from crevnet.networks.crevnet.autoencoder import Latent
 from crevnet.networks.crevnet.cells import CELLS, CellState
 
+Tensors = tuple[Tensor, ...]
+
 
 class PredictorState(NamedTuple):
     """The predictor's state, which one time step passes to the next.
@@ -67,12 +69,12 @@ class ReversiblePredictiveModule(revflow.RecurrentCell):
         self.attention = _attention(attention, channels, clip)
 
     def update(
-        self, streams: Latent, state: tuple[Tensor, ...], memory: tuple[Tensor, ...], context: dict[str, Any]
-    ) -> tuple[CellState, tuple[Tensor, ...]]:
+        self, streams: Tensors, state: Tensors, memory: Tensors, context: dict[str, Any]
+    ) -> tuple[CellState, Tensors]:
         new, left = self.cell(streams[0], CellState(*state), memory[0] if memory else None)
         return new, () if left is None else (left,)
 
-    def mix(self, streams: Latent, state: tuple[Tensor, ...], context: dict[str, Any]) -> Latent:
+    def mix(self, streams: Tensors, state: Tensors, context: dict[str, Any]) -> Latent:
         x1, x2 = streams
         h = state[0]
         mixed = revflow.GatedCoupling.combine(x2, self.attention(h), h)
@@ -154,13 +156,18 @@ class Predictor(nn.Module):
         memories = tuple((m,) for m in state.memories) or ((),) * len(self.stack)
         outputs, (cells, left) = self.stack.step(latent, revflow.RecurrentState(state.cells, memories))
         residuals = tuple(self._residuals(latent, cells)) if keep_residuals else ()
-        return outputs, PredictorState(
+        y1, y2 = outputs
+        return (y1, y2), PredictorState(
             tuple(CellState(*c) for c in cells), tuple(m for ms in left for m in ms), residuals
         )
 
-    def _residuals(self, latent: Latent, cells: Iterable[CellState]) -> Iterator[revflow.Residual]:
+    @property
+    def _predictive_modules(self) -> list[ReversiblePredictiveModule]:
+        return [module for module in self.stack if isinstance(module, ReversiblePredictiveModule)]
+
+    def _residuals(self, latent: Latent, cells: Iterable[Tensors]) -> Iterator[revflow.Residual]:
         """The residual of each module, from its new state."""
-        for module, (h, c) in zip(self.stack, cells, strict=True):
+        for module, (h, c) in zip(self._predictive_modules, cells, strict=True):
             outputs = module.mix(latent, (h, c), {})
             yield module.residual(latent, outputs, h)
             latent = outputs
@@ -179,6 +186,8 @@ class Predictor(nn.Module):
         if self.has_memory:
             entering = (before.memories[-1], *after.memories[:-1])
         residuals = after.residuals or (None,) * len(self.stack)
-        for module, *given in reversed(list(zip(self.stack, before.cells, entering, residuals, strict=True))):
-            latent = module.inverse(latent, *given)
+        for module, state, memory, residual in reversed(
+            list(zip(self._predictive_modules, before.cells, entering, residuals, strict=True))
+        ):
+            latent = module.inverse(latent, state, memory, residual)
         return latent

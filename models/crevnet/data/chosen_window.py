@@ -20,14 +20,10 @@ def choose_window(
     date: str | None = None,
     slot: int | None = None,
 ) -> tuple[DayFile, int]:
-    """A day and the first slot to predict in it. DataError if there is no such window.
+    """A day and the first slot to predict in it. DataError if the half-open range `slots` has no such window.
 
-    Args:
-        days: the validation days.
-        slots: the half-open range that must contain the window, or None for the whole day.
-        model: determines the window's number of past and future frames.
-        city, date: select a day. The default is the first day that is long enough.
-        slot: the first slot to predict. The default is 08:00 if the range allows it, else the middle of the range.
+    The default `city` and `date` are those of the first day that is long enough. The default `slot` is 08:00 if the range allows
+    it, else the middle of the range.
     """
     dates = [day.date for day in days] if date is None else [date, date.replace("-", "")]
     found = [day for day in days if city in (None, day.city) and day.date in dates]

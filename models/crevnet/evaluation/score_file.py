@@ -21,7 +21,7 @@ def check_score_file(path: Path | None) -> None:
             f"--json {path} is a folder, expected a file: name a file in it, such as {path / 'scores.json'}"
         )
     if not path.parent.is_dir():
-        raise SettingsError(f"--json {path}: the folder {path.parent} does not exist: create it, or choose another")
+        raise SettingsError(f"--json {path}: the folder {path.parent} does not exist: create it, or name another one")
 
 
 def write_score_file(path: Path | None, scores: Mapping[str, Any]) -> None:

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from revflow._base.bytes import MemoryBudget, free_memory, parse, size
+from revflow._base.free_memory import free_memory
+from revflow._base.memory_size import MemoryBudget, parse, size
 
 _log = logging.getLogger(__name__)
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
-from revflow._base.streams import Streams
-
-Tensors = tuple[Tensor, ...]
+from revflow._base.streams import Streams, Tensors
 
 
 class RecurrentState(NamedTuple):

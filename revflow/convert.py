@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revflow._base.bytes import MemoryBudget
+from revflow._base.memory_size import MemoryBudget
 from revflow._guard.policy import Mode
 from revflow.budget import Plan
 from revflow.coupling import AdditiveCoupling

@@ -7,17 +7,16 @@ from types import MethodType
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from revflow._base.streams import Streams
 from revflow._base.torch_private import allow_recompilations
 from revflow._guard.policy import Guard, Mode
-from revflow._replay.mode import engine_applies, refuse_replica
+from revflow._replay.mode import engine_applies
+from revflow._replay.refusals import refuse_replica
 from revflow._through_time.functions import run
 from revflow._through_time.states import States, keeping
 from revflow.cell import RecurrentCell, RecurrentState
-
-Tensors = tuple[Tensor, ...]
 
 
 class ReversibleRecurrence(nn.ModuleList):

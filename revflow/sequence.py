@@ -10,16 +10,17 @@ from typing import Any, Literal, Self, overload
 import torch
 from torch import Tensor, nn
 
-from revflow._base.bytes import MemoryBudget
+from revflow._base.memory_size import MemoryBudget
 from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Streams
 from revflow._base.table import number_of_parameters, table
 from revflow._base.torch_private import allow_recompilations
-from revflow._guard.chains import witness_of
 from revflow._guard.policy import Guard, Mode
+from revflow._guard.sequences import witness_of
 from revflow._replay.arguments import Arguments
-from revflow._replay.mode import engine_applies, refuse_replica
+from revflow._replay.mode import engine_applies
 from revflow._replay.random_states import Draws
+from revflow._replay.refusals import refuse_replica
 from revflow._replay.undisturbed import undisturbed
 from revflow._rewind.chain import ChainCall, streams_of, values_are_hidden
 from revflow._rewind.passage import Passage

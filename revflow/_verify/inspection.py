@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Context, Streams
 from revflow._guard.tolerance import Tolerance
-from revflow._replay.attributes import STATE_IN_CONTEXT, Reachable
 from revflow._replay.holders import contents, copied, refill
+from revflow._replay.reachable import STATE_IN_CONTEXT, Reachable
 from revflow.exact import Grid
 from revflow.sequence import ReversibleSequence
 

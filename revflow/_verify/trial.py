@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from revflow._base.stepwise import Stepwise
 from revflow._base.torch_private import is_any_autocast, pytree
 from revflow._guard.policy import Guard, ReconstructionWarning
-from revflow._guard.tolerance import LOW_PRECISION, TOLERANCES, Tolerance, tf32
+from revflow._guard.precision import tf32
+from revflow._guard.tolerance import LOW_PRECISION, TOLERANCES, Tolerance
 from revflow._replay.holders import copied
 from revflow._replay.mode import ordinary_autograd
 from revflow._replay.undisturbed import undisturbed

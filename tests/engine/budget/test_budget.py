@@ -23,7 +23,7 @@ from engine.nets import (
     stacks,
     weighted,
 )
-from revflow._base.bytes import parse
+from revflow._base.memory_size import parse
 from revflow.budget import Budget, Cost, Table
 
 HUGE = 2**40

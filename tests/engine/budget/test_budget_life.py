@@ -12,7 +12,7 @@ from torch import nn
 
 import revflow
 from engine.nets import Conditioner, additive, assert_same_gradients, conditioners, evaluations, image
-from revflow._base.bytes import size
+from revflow._base.memory_size import size
 from revflow._rewind.chain import ChainCall
 
 HUGE = 2**40

@@ -231,7 +231,7 @@ faults = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def failure(guard, position=2):
     return pytest.raises(
         revflow.ReconstructionError,
-        match=rf"^block {position} \(\w+\): its input was not rebuilt to the last bit.*revflow\.verify\(net, x\) tells",
+        match=rf"^block {position} \(\w+\): its input was not recomputed to the last bit.*revflow\.verify\(net, x\) finds",
     )
 
 

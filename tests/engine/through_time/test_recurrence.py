@@ -101,7 +101,7 @@ def test_wrong_values_of_states(states):
 
 
 def test_wrong_values_of_guard():
-    with pytest.raises(ValueError, match='guard has to be "warn", "raise" or "off"; got True'):
+    with pytest.raises(ValueError, match='guard must be "warn", "raise" or "off"; got True'):
         recurrence(guard=True)
 
 

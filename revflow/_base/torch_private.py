@@ -90,7 +90,7 @@ def checkpointed_call() -> object | None:
     """An object that identifies the innermost running call of `torch.utils.checkpoint`; None outside of such a call.
 
     The recomputation of a call yields the same object as the call. PyTorch stores it in a closure of the call's hooks for saved
-    tensors: as `frame` during the forward pass, as the weak reference `target_frame_ref` during the recomputation.
+    tensors. Its name is `frame` during the forward pass. During the recomputation it is `target_frame_ref`, a weak reference.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is None or getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":

@@ -1,7 +1,7 @@
 """Which evaluations the guard follows closely, operation by operation.
 
-Following an evaluation is slow, so that the guard does it rarely: for the first evaluations of a module, and after the module,
-its modes, its hooks or its switches have changed. `escapes` has the modes that follow.
+To follow an evaluation is slow, so that the guard does it rarely. It follows the first evaluations of a module. It does so again
+after a change of the module, its train/eval modes, its hooks or its switches. `escapes` has the recorders that follow.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tensors that leave a conditioner by another way than its result, for example through a forward hook, a closure or a cache.
 
-Under standard autograd, a loss can be computed from such a tensor. With the engine, it would train nothing: tensors of the first
-evaluation have no graph, and those of the second one exist only in the backward pass.
+Under standard autograd, a loss can be computed from such a tensor. With the engine, such a loss would train nothing. The tensors
+of a first evaluation have no graph, and those of a second one exist only in the backward pass.
 
 Two modes of PyTorch's `__torch_function__` record tensors while a conditioner runs: `FirstRecorder` those of first evaluations,
 `SecondRecorder` those of one second evaluation. This is slow, so that the guard does it rarely (`close_looks`).

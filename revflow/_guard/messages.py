@@ -12,12 +12,11 @@ _JUMP = 30.0
 """The factor between the errors of two blocks from which on the second one is a fault. Rounding errors grow by less."""
 
 INEXACT = (
-    "{}: its input was not recomputed to the last bit, in exact arithmetic. Possible causes are (1) a conditioner that gave "
-    "another result the second time (random numbers that are not torch's, state outside of parameters and buffers, or an "
-    "operation that is not deterministic), (2) parameters that changed between the forward and the backward pass, and (3) a "
-    "block of your own whose inverse is not exact. For (1), try torch.use_deterministic_algorithms(True), and on CUDA "
-    "torch.backends.cudnn.benchmark = False. For (3), derive the block from revflow.Coupling, which stores the digits that "
-    "rounding loses. revflow.verify(net, x) finds the cause."
+    "{}: its input was not recomputed to the last bit, in exact arithmetic. Either its conditioner gave another result the "
+    "second time (random numbers that are not torch's, state outside of parameters and buffers, or an operation that is not "
+    "deterministic). Then try torch.use_deterministic_algorithms(True), and on CUDA torch.backends.cudnn.benchmark = False. Or "
+    "its parameters changed between the forward and the backward pass. Or it is a block of your own whose inverse is not exact. "
+    "Then derive it from revflow.Coupling, which stores the digits that rounding loses. revflow.verify(net, x) finds the cause."
 )
 _DRIFT = (
     "Normalise inside the conditioners, make the sequence shorter, or pass streams in float64. (A norm over a nearly constant "
@@ -54,10 +53,10 @@ def inaccurate(
     else:
         comparison = f"The errors of the blocks after it are at most {inherited / largest:.0e}"
     return (
-        f"{found} {comparison}. Possible causes are (1) an inverse that does not invert the forward, (2) a block or conditioner "
-        f"that gave another result the second time (random numbers that are not torch's, state outside of parameters and "
-        f"buffers), (3) parameters that changed between the forward and the backward pass, and (4) a norm over a nearly constant "
-        f"image, which multiplies rounding errors. revflow.verify(net, x) finds the cause. exact=True has no rounding errors."
+        f"{found} {comparison}. Either its inverse does not invert its forward. Or it or its conditioner gave another result the "
+        f"second time (random numbers that are not torch's, state outside of parameters and buffers). Or its parameters changed "
+        f"between the forward and the backward pass. Or a norm over a nearly constant image multiplied rounding errors. "
+        f"revflow.verify(net, x) finds the cause. exact=True has no rounding errors."
     )
 
 

@@ -4,12 +4,12 @@ The forward pass stores a few values of each block's input. The backward pass ta
 are compared once, at the end of the sequence's backward pass: on a GPU, that is one wait instead of one per block. Two cases
 differ:
 
-- A block that stores a stream as an anchor recomputes nothing. Its two outputs are compared instead.
+- A block that stores a stream as an anchor recomputes nothing. Its outputs of both evaluations are compared instead.
 - Of a block that the engine uses only through `forward` and `inverse`, the outputs are compared in addition to the input.
 
 The error of a block is the largest difference, relative to the largest value in any stream of the sequence. If the output is many
 times as large as the input, the input may have lost its digits although that error is small. So the first block's error is also
-compared with the block's own input (`_DWARFED`).
+compared with the values of its own input (`_DWARFED`).
 
 In exact arithmetic, nothing may differ. In addition to the few values, the sum of all bits is stored, and the first block with a
 different bit is an error. This finds a conditioner that is not deterministic, for example on a GPU.
@@ -56,7 +56,6 @@ right only to 1e-7, and not a fault.
 
 _SAMPLES = 64
 """Values stored of each stream that a block changes."""
-
 
 _NOTHING = nullcontext()
 
@@ -139,7 +138,7 @@ class Evidence(NamedTuple):
 
 
 class Witness:
-    """Takes the samples of one forward call, and of its backward passes."""
+    """Takes sample values of the streams in one forward call and in its backward passes, and compares them."""
 
     def __init__(self, guard: Guard) -> None:
         self.guard, self.close_looks = guard, guard.close_looks
@@ -226,7 +225,7 @@ class Witness:
                 if severe or (message and self.guard.mode == "raise"):
                     break
             behind.append(worst)
-        else:
+        else:  # No error is severe. `of_input` now has those of the sequence's first block, which was inverted last.
             worst = _largest(of_input)
             if worst > own * _of_streams(blocks[-1]).error:
                 limit = own * max([tolerance, *map(_tolerance, unsure)]).error
@@ -238,6 +237,7 @@ class Witness:
             self.guard.report(message, severe)
 
     def _places(self, stream: Tensor) -> Tensor:
+        """The positions of the values that are stored of a stream of this size."""
         count = stream.numel()
         key = (count, stream.device)
         places = self._positions.get(key)

@@ -28,9 +28,9 @@ def autocast_state(device: torch.device) -> AutocastState:
 def autocast(state: AutocastState, device: torch.device) -> Iterator[None]:
     """Autocast as in `state`, on the CPU and this device, with the cache of cast weights off.
 
-    In releases of PyTorch before 2.13 the cache would break training: standard autograd, later in the same context, would take
-    from it a weight that was cast without a graph. That weight would get no gradient. In addition, the casts of a second
-    evaluation would stay in the cache without being used again.
+    The first evaluation would cache weights that were cast without a graph. Standard autograd, later in the same context, would
+    take these weights from the cache, and they would get no gradient. That is so in older releases of PyTorch, but not in 2.13.
+    In addition, the casts of a second evaluation would stay in the cache without being used again.
     """
     with ExitStack() as stack:
         # An empty state means that autocast was off. It is then switched off here, since the backward pass may run within it.

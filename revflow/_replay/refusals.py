@@ -81,7 +81,7 @@ def refuse_compiled_autograd() -> None:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _refuse_compiled_autograd() -> None:
     raise RuntimeError(
-        "compiled autograd runs a backward pass outside of the autograd engine, on which a sequence or recurrence depends: "
-        "leave it off (torch._dynamo.config.compiled_autograd = False), or run the network within "
+        "compiled autograd is on. It runs a backward pass outside of the autograd engine, on which a sequence or recurrence "
+        "depends: leave it off (torch._dynamo.config.compiled_autograd = False), or run the network within "
         "`with revflow.ordinary_autograd():`"
     )

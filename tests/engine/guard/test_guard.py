@@ -76,7 +76,7 @@ class NotANumber(Scale):
         return tuple(s * torch.nan for s in streams)
 
 
-VERIFY = r"inverse that does not invert the forward.*revflow\.verify"
+VERIFY = r"inverse does not invert its forward.*revflow\.verify"
 
 
 @modes
@@ -290,7 +290,7 @@ def test_optimizer_step_between_forward_and_backward(make, mode):
         for p in net.parameters():
             p.data.add_(0.3)
 
-    with found_at(2, remedy="parameters that changed between the forward and the backward"):
+    with found_at(2, remedy="parameters changed between the forward and the backward"):
         step(net, frames(), mode, write)
 
 

@@ -65,8 +65,8 @@ class Attributes:
         for place, tensor, version in self._versions:
             if tensor._version != version:
                 raise RuntimeError(
-                    f"it changes its own tensor {place} in place, which is not a buffer. The second evaluation would start "
-                    f"from other values. Make it a buffer, by register_buffer"
+                    f"the module changes its own tensor {place} in place, which is not a buffer. The second evaluation would "
+                    f"start from other values. Make it a buffer, by register_buffer"
                 )
         self._changed = [
             Changed(place, holder, before)

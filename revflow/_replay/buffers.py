@@ -18,7 +18,7 @@ The CPU would wait for the comparison. Of a larger buffer, only the version coun
 class Buffer:
     """A buffer in a module's slot.
 
-    The first evaluation runs between `take` and `keep_if_changed`, each further one between `lend` and `give_back`.
+    The first evaluation runs between `take` and `drop_if_unchanged`, each further one between `lend` and `give_back`.
     """
 
     __slots__ = ("_buffers", "_identity", "_name", "_own", "_version", "before")
@@ -36,7 +36,7 @@ class Buffer:
         if self._own is not None:
             self._version, self.before, self._identity = self._own._version, self._own.clone(), id(self._own)
 
-    def keep_if_changed(self) -> None:
+    def drop_if_unchanged(self) -> None:
         """Drop the copy if the first evaluation left the buffer unchanged."""
         now = self._buffers[self._name]
         if now is None or (now is self._own and not self._is_changed(now)):

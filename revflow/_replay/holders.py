@@ -29,7 +29,7 @@ Contents = dict[Any, Any]
 INTERNAL = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 ABSENT = object()
-"""The place of a value that a holder does not have, since None is a value."""
+"""Marks a name that a holder does not have. None would be ambiguous, since it is a possible value."""
 
 _CONTAINERS = (dict, list, deque, set)
 _WITH_PLACES = (*_CONTAINERS, tuple)

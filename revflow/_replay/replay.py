@@ -178,7 +178,7 @@ class Replay(Drawing):
             with self._evaluation_context(self._settings):
                 result = self._under_autocast(function, *arguments)
             for buffer in self.buffers:
-                buffer.keep_if_changed()
+                buffer.drop_if_unchanged()
             attributes.keep_changes()
             refuse_moved(frozen)
             self._hooked = [p for p, before in zip(self.parameters, hooks, strict=True) if _hooks_of(p) > before]

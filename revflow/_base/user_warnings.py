@@ -28,7 +28,7 @@ def warn(message: str, category: type[Warning]) -> None:
 def _frames() -> Iterator[FrameType]:
     """The frames of this thread, then those of threads that wait for a backward pass, each from the innermost one outwards.
 
-    On a GPU, autograd runs a backward pass in a thread of its own. Its stack does not lead to the line that began the pass.
+    On a GPU, autograd runs a backward pass in a thread of its own, whose stack does not lead to the line that began the pass.
     """
     waiting = [f for f in sys._current_frames().values() if f.f_code.co_name == "_engine_run_backward"]
     for frame in (inspect.currentframe(), *waiting):

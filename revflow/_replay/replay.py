@@ -78,7 +78,8 @@ class Replay(Drawing):
     _settings: ProcessSettings | None = None
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.autocast: AutocastState = autocast_state(device)
+        # Autocast is off for most blocks. This test then spares them the call.
+        self.autocast: AutocastState = autocast_state(device) if is_any_autocast() else []
         self.parameters: list[Tensor] = []
         """The distinct parameters in the module's slots, including those that functional_call inserted."""
         self._device = device

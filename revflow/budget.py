@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from revflow._base.bytes import MemoryBudget, free_memory, parse, size
+from revflow._base.torch_private import hooks_saved_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -201,7 +202,7 @@ class Budget:
 
     def run(self, chain: ChainCall) -> Result:
         """What the chain returns, with as many blocks kept as fit beside what earlier calls still hold."""
-        if _is_packed():
+        if hooks_saved_tensors():
             # Nobody knows where it is kept then, and torch.utils.checkpoint wants the same in both of its runs.
             return chain.run()
         kind, lifetime = chain.kind, torch.empty(0)
@@ -271,13 +272,3 @@ class Budget:
     def _release(self, size: int) -> None:
         self._in_use -= size
         self._pending -= 1
-
-
-def _is_packed() -> bool:
-    """Whether hooks see what is saved for a backward pass: those of torch.utils.checkpoint, or of save_on_cpu."""
-    node: Any = torch.empty(0, requires_grad=True).exp().grad_fn
-    try:
-        node._raw_saved_result.register_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    except RuntimeError:  # it has some. PyTorch 2.6 has no other way to tell
-        return True
-    return False

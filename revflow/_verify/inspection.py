@@ -205,7 +205,11 @@ def named_blocks(net: nn.Module) -> Iterator[tuple[str, nn.Module, Grid | None]]
     for name, sequence in net.named_modules():
         if isinstance(sequence, ReversibleSequence):
             for index, block in enumerate(sequence):
-                yield f"block {name + '.' if name else ''}{index} ({type(block).__name__})", block, sequence._grid
+                yield (
+                    f"block {name + '.' if name else ''}{index} ({type(block).__name__})",
+                    block,
+                    sequence.exact or None,
+                )
 
 
 @contextmanager

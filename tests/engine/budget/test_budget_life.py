@@ -313,7 +313,7 @@ def test_a_sequence_among_the_blocks():
     net = revflow.ReversibleSequence([sequence("none"), *sequence("none")], memory_budget=HUGE).double()
     train(net, x)
     assert [n for block in evaluations(net, lambda: train(net, x)) for n in block] == [1] * 8
-    with pytest.raises(RuntimeError, match="block 0 is a ReversibleSequence with memory_budget=10 in one with"):
+    with pytest.raises(RuntimeError, match="block 0 is a ReversibleSequence with memory_budget=10 inside one with"):
         revflow.ReversibleSequence([sequence(10)], memory_budget=HUGE)(x)
     with pytest.raises(RuntimeError, match="chunks=2"):
         revflow.ReversibleSequence([sequence("none", chunks=2)])(x)

@@ -1,7 +1,7 @@
 """The prose keeps the field's words and a technical writer's syntax: mechanical rules, each a pattern and its remedy.
 
-Pages are read as sentences, without code and the targets of links. Of Python files, comments, docstrings and messages are read,
-without the code of examples. A page or folder that is not clean yet is listed in EXCEPTIONS, and a clean one must leave the list.
+Pages are read as sentences, without code and the targets of links; Python files by their comments, docstrings and messages,
+without the code of examples. A page or folder that is not clean yet is listed in EXCEPTIONS, and a clean one must leave it.
 """
 
 import ast

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from revflow._base.bytes import MemoryBudget
-from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Streams
 from revflow._base.table import number_of_parameters, table
 from revflow._base.torch_private import allow_recompilations, compile_call, not_compiled
@@ -20,7 +19,7 @@ from revflow._replay.arguments import Arguments
 from revflow._replay.mode import engine_applies, refuse_replica
 from revflow._replay.random_states import Draws
 from revflow._replay.undisturbed import undisturbed
-from revflow._rewind.block_list import BlockList, flattened, refuse_ignored
+from revflow._rewind.block_list import BlockList, conditioners_in, flattened, refuse_ignored
 from revflow._rewind.chain import ChainCall, streams_of, values_are_hidden
 from revflow._rewind.passage import Passage
 from revflow._rewind.tape import Tape
@@ -153,7 +152,7 @@ class ReversibleSequence(BlockList):
 
     def plain(self, x: Tensor | Streams, **context: Any) -> Any:
         """`forward` under standard autograd, which stores every activation: the same function of the same parameters."""
-        return self._call(x, context).run()[0]
+        return self._chain(x, context).run()[0]
 
     def forward_with_residuals(self, x: Tensor | Streams, **context: Any) -> tuple[Any, list[Residual]]:
         """The output of `plain(x)`, and the residuals with which `inverse_with_residuals` recovers x to the last bit.
@@ -162,14 +161,14 @@ class ReversibleSequence(BlockList):
         it is exact if all couplings add, and approximate otherwise. RuntimeError unless the sequence is exact.
         """
         residuals: list[Residual] = []
-        y, _ = self._call(x, context, residuals=self._checked_exact(residuals)).run()
+        y, _ = self._chain(x, context, residuals=self._checked_exact(residuals)).run()
         return y, residuals
 
     @torch.no_grad()
     def inverse_with_residuals(self, y: Tensor | Streams, residuals: Sequence[Residual], **context: Any) -> Any:
         """The input of `forward_with_residuals`, rounded to the grid, from its output `y` and `residuals`; without a graph."""
         left = self._checked_exact(list(residuals))
-        x, _ = self._call(y, context, inverse=True, residuals=left).run()
+        x, _ = self._chain(y, context, inverse=True, residuals=left).run()
         if left:
             raise ValueError(
                 f"{len(residuals)} residuals were given, and {len(left)} not used: they are of another sequence. Pass those that "
@@ -190,10 +189,10 @@ class ReversibleSequence(BlockList):
         """
         device = streams_of(x, self.split_dim)[0].device
         with torch.enable_grad(), undisturbed(self, device):
-            call = self._call(x, context, tape=Tape(None))
-            limit, table, first_kept = self._budget.schedule(call)
+            chain = self._chain(x, context, tape=Tape(None))
+            limit, table, first_kept = self._budget.schedule(chain)
         with torch.no_grad(), undisturbed(self, device):
-            _, *runs = [self._call(x, context).seconds() for _ in range(4)]  # The first one warms up.
+            _, *runs = [self._chain(x, context).seconds() for _ in range(4)]  # The first one warms up.
         seconds = tuple(median(of_block) for of_block in zip(*runs, strict=True))
         return Plan(limit, table.costs, first_kept, table.peaks[first_kept], seconds)
 
@@ -204,14 +203,7 @@ class ReversibleSequence(BlockList):
         must be compiled, or neither: otherwise dropout draws another mask in the second. At its limit of recompilations (8 per
         function), dynamo runs a function uncompiled. Therefore this raises the limit to the number that the sequence may need.
         """
-        conditioners = {
-            conditioner
-            for block in self.modules()
-            if isinstance(block, Stepwise)
-            for conditioner in block.children()
-            # A sequence inside a conditioner has conditioners of its own, which are compiled instead.
-            if not any(isinstance(m, ReversibleSequence) for m in conditioner.modules())
-        }
+        conditioners = conditioners_in(self)
         # For each shape of streams, dynamo compiles a conditioner with and without gradients, in train and in eval mode.
         allow_recompilations(4 * len(conditioners) + 8)
         for conditioner in conditioners:
@@ -270,15 +262,15 @@ class ReversibleSequence(BlockList):
         if engine_applies() and not self._budget.keeps_all:
             refuse_replica(self)
             return self._on_a_tape(x, context, inverse, log_det)
-        return self._call(x, context, inverse, log_det).run()
+        return self._chain(x, context, inverse, log_det).run()
 
     # A compiled forward pass would draw other dropout masks than the recomputation.
     @not_compiled(_NOT_COMPILED)
     def _on_a_tape(self, x: Tensor | Streams, context: dict[str, Any], inverse: bool, log_det: bool) -> tuple[Any, Any]:
-        call = self._call(x, context, inverse, log_det, Tape(witness_of(self._guard)))
-        return self._budget.run(call) if self._budget.is_limited else call.run()
+        chain = self._chain(x, context, inverse, log_det, Tape(witness_of(self._guard)))
+        return self._budget.run(chain) if self._budget.is_limited else chain.run()
 
-    def _call(
+    def _chain(
         self,
         x: Tensor | Streams,
         context: dict[str, Any],

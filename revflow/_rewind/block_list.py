@@ -45,6 +45,17 @@ def flattened(blocks: BlockList) -> Iterator[tuple[str, nn.Module]]:
             yield name, block
 
 
+def conditioners_in(blocks: BlockList) -> set[nn.Module]:
+    """The conditioners of all couplings. One that contains a list of blocks is left out: the conditioners of that list count."""
+    return {
+        conditioner
+        for block in blocks.modules()
+        if isinstance(block, Stepwise)
+        for conditioner in block.children()
+        if not any(isinstance(m, BlockList) for m in conditioner.modules())
+    }
+
+
 def refuse_ignored(blocks: BlockList, forward: Callable[..., Any]) -> None:
     """Refuse a nested sequence whose hooks, options, or `forward` other than the given one, would have no effect."""
     for name, block in blocks._modules.items():

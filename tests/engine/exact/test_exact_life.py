@@ -91,7 +91,7 @@ def test_log_det(stack):
     (y, found), (expected_y, expected) = net.forward_with_log_det(x), by_hand(net, x)
     assert_equal([y], [expected_y])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-    plain = lambda x: net._call(x, {}, log_det=True).run()  # noqa: E731
+    plain = lambda x: net._chain(x, {}, log_det=True).run()  # noqa: E731
     with torch.no_grad():
         assert_equal(net.forward_with_log_det(x), plain(x))
     assert_equal(run(net, net.forward_with_log_det, [x]), run(net, plain, [x]))

@@ -275,9 +275,9 @@ class Budget:
         if not self._warned:
             self._warned = True
             warn(
-                f"memory_budget={self.given!r} is less than the least memory of a training step on such inputs, "
-                f"{size(table.peaks[lowest] + reserved)}: the step will exceed the budget. Reduce the batch, or set chunks=n. "
-                f"(Shown once per sequence.)",
+                f"memory_budget={self.given!r} is too small: a training step on such inputs needs at least "
+                f"{size(table.peaks[lowest] + reserved)}, and exceeds the budget. Reduce the batch size, or set chunks=n. (Shown "
+                f"once per sequence.)",
                 UserWarning,
             )
         return lowest

@@ -65,12 +65,13 @@ def refuse_ignored(blocks: BlockList, forward: Callable[..., Any]) -> None:
                     f"block {name} is a ReversibleSequence with hooks or its own forward. Inside another sequence only its "
                     f"blocks run, and the rest would be skipped: move the hooks or the code to its blocks"
                 )
+            # A nested sequence may leave options unset. For exact no value counts as unset: False would contradict an outer grid.
             for option, unset in (("exact", None), ("memory_budget", "none"), ("chunks", 1)):
                 inner, outer = getattr(block, option), getattr(blocks, option)
                 if inner not in (outer, unset):
                     raise RuntimeError(
                         f"block {name} is a ReversibleSequence with {option}={inner!r} inside one with {option}={outer!r}. Only "
-                        f"the outer value has an effect: set it there, and the same or none here"
+                        f"the outer value has an effect: set both to the same value"
                     )
             refuse_ignored(block, forward)
 

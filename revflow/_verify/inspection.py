@@ -32,7 +32,7 @@ class Inspection:
         self._device, self._tolerance = device, tolerance
         self.problems: list[str] = []
         self.notes: list[str] = []
-        self._with_buffers: list[str] = []
+        self._stateful: list[str] = []
         """Descriptions of blocks that change their own state."""
 
     def check(self, net: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Worst:
@@ -59,8 +59,8 @@ class Inspection:
                     if isinstance(block, Stepwise):
                         self._check_log_derivative(name, block, *call)
             self._note_depth(net, first_streams)
-        if self._with_buffers:
-            first, others = self._with_buffers[0], len(self._with_buffers) - 1
+        if self._stateful:
+            first, others = self._stateful[0], len(self._stateful) - 1
             and_others = f", as do{'es' * (others == 1)} {others} other block{'s' * (others > 1)}" if others else ""
             self.notes.append(f"{first}{and_others}; the engine applies this change once per step")
         return max(found, default=Worst(0.0, "no block was compared"))
@@ -106,9 +106,9 @@ class Inspection:
             for key, b in block.named_buffers():
                 b.copy_(buffers[key])
         if changed:
-            self._with_buffers.append(f"{name} changes its buffers ({', '.join(changed)})")
+            self._stateful.append(f"{name} changes its buffers ({', '.join(changed)})")
         if rebound:
-            self._with_buffers.append(f"{name} changes its own {', '.join(rebound)}")
+            self._stateful.append(f"{name} changes its own {', '.join(rebound)}")
         if not all(torch.isfinite(s).all() for s in results[0]):
             self.problems.append(f"{name} returns values that are not finite")
             return False
@@ -149,9 +149,8 @@ class Inspection:
         """The largest permitted error of the block's inverse."""
         if grid is not None:
             return 0.0
-        if (
-            isinstance(block, Stepwise) and block.ill_conditioned
-        ):  # The engine stores the stream and does not use this inverse.
+        # Of an ill-conditioned coupling the engine stores the stream, so that this inverse is not used in training.
+        if isinstance(block, Stepwise) and block.ill_conditioned:
             return self._tolerance.error
         return self._tolerance.warn
 

@@ -278,8 +278,8 @@ def _loss(output: object) -> Tensor:
             total = total.to(tensor.device) + (tensor * weights.to(tensor.dtype)).sum()
     if not total.requires_grad:
         raise ValueError(
-            "no output of the network depends on a tensor that requires a gradient: give net a parameter or an input with "
-            "requires_grad=True"
+            "net returns no tensor that depends on a parameter or on a floating-point input, so that there is no gradient to "
+            "compare: let it return one"
         )
     return total
 

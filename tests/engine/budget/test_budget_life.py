@@ -236,7 +236,7 @@ def test_accumulated_gradients():
 def test_one_warning_where_even_rebuilding_takes_more():
     net, x = sequence(budget=100), image()
     train(net, x)
-    with pytest.warns(UserWarning, match=r"memory_budget=100 is less than the least memory of .* chunks=n") as found:
+    with pytest.warns(UserWarning, match=r"memory_budget=100 is too small: .* chunks=n") as found:
         train(net, x)
     assert {warning.filename for warning in found} == {__file__}  # the user's line, not the engine's
     with warnings.catch_warnings():

@@ -41,12 +41,12 @@ class ReversibleSequence(BlockList):
 
     Args:
         blocks: Couplings, bijections, or any modules with `forward(*streams, **context)` and `inverse(*streams, **context)`;
-            a dictionary names them. A ReversibleSequence among them counts as its blocks.
+            a dictionary gives them names. A ReversibleSequence among them counts as its blocks.
         split_dim: Dimension along which a single tensor is split into halves.
         guard: Reaction to recomputed values that differ from those of the forward pass; a few values per block are compared.
             "warn" warns once per sequence above a first tolerance: 1e-4 of the largest stream in float32, 2e-2 under autocast.
-            It raises `ReconstructionError` above a second one: 1e-2, or 1e-1. "raise" raises above the first, "off" compares
-            nothing. With `exact`, any bit that differs is an error.
+            It raises `ReconstructionError` above a second one: 1e-2, or 1e-1 under autocast. "raise" raises above the first,
+            "off" compares nothing. With `exact`, any bit that differs is an error.
         exact: True for streams on a grid of 16 bits, or another `Grid`. Recomputed values and all gradients then equal those of
             stored activations to the last bit. (Gradients of a tensor that is used several times within a block and also in
             other blocks are summed in another order.) The input, and everything that a conditioner adds, is rounded to the
@@ -56,7 +56,7 @@ class ReversibleSequence(BlockList):
             (of the memory that is free at first use), "all" or "none". The last blocks are stored, as many as fit, and the
             others recompute. The first step with a new kind of input (shapes, dtypes, autocast, mode) recomputes everything
             and measures; `plan` predicts the result. All calls that wait for their backward pass share the budget; the first
-            step with so many calls counts them. The budget covers the streams' gradients, but neither the input nor the
+            step with so many calls shows their number. The budget covers the streams' gradients, but neither the input nor the
             parameters' gradients. A warning reports a budget that even full recomputation exceeds. Within
             `torch.utils.checkpoint` and `save_on_cpu` all blocks recompute.
         chunks: Number of micro-batches per recomputed conditioner, along dimension 0; the conditioner's activations take the

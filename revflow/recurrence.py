@@ -24,7 +24,7 @@ class ReversibleRecurrence(nn.ModuleList):
     """A stack of recurrent cells, trained through time.
 
     In training, each time step stores its input streams and the new states and memories, which the next one needs anyway. The
-    backward pass recomputes everything else, cell by cell. In total it evaluates every `update` twice, and every `mix` three
+    backward pass recomputes everything else, cell by cell. In total, every `update` is evaluated twice and every `mix` three
     times. Gradients equal those of standard autograd. The gradient of a state or a stream that a time step returned sums up the
     contributions of all operations after that time step.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.autograd import forward_ad
@@ -24,6 +24,8 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointFunction
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 BatchNorm = batchnorm._BatchNorm
 pytree = _pytree
@@ -62,6 +64,40 @@ def has_global_hook() -> bool:
     return bool(
         _global_backward_pre_hooks or _global_backward_hooks or _global_forward_pre_hooks or _global_forward_hooks
     )
+
+
+def has_own_hook(module: nn.Module) -> bool:
+    """Whether a call of this module would run a hook that was registered on it."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def compile_call(module: nn.Module, **options: Any) -> None:
+    """Compile the module's call, in place, hooks included.
+
+    `nn.Module.compile` compiles nothing of an `nn.Sequential`, because dynamo starts at no frame of torch's own. It starts
+    at this one.
+    """
+
+    def call(*inputs: Any, **context: Any) -> Any:
+        return module._call_impl(*inputs, **context)
+
+    module._compiled_call_impl = torch.compile(call, **options)
+
+
+def not_compiled(reason: str) -> Callable[[F], F]:
+    """`torch.compiler.disable`. Whole-graph capture shows the reason from PyTorch 2.7 on."""
+    known = "reason" in inspect.signature(torch.compiler.disable).parameters
+    return torch.compiler.disable(**({"reason": reason} if known else {}))  # type: ignore[no-any-return]
+
+
+def hooks_saved_tensors() -> bool:
+    """Whether hooks replace tensors that are saved now: those of `torch.utils.checkpoint` or `save_on_cpu`, for example."""
+    node: Any = torch.empty(0, requires_grad=True).exp().grad_fn
+    try:
+        node._raw_saved_result.register_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    except RuntimeError:  # It has hooks already. PyTorch 2.6 offers no other test.
+        return True
+    return False
 
 
 def allow_recompilations(count: int) -> None:

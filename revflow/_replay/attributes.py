@@ -49,7 +49,9 @@ class Attributes:
         roots = [m for m in modules if len(m.__dict__) > len(INTERNAL)]
         self._bare = [m for m in modules if len(m.__dict__) <= len(INTERNAL)]
         """Modules without attributes of their own, whose contents are not copied."""
-        self._held = [(place, h, contents(h)) for place, h in holders_in(roots) if not isinstance(h, tuple)]
+        # Many modules have only submodules, and need no walk.
+        holders = holders_in(roots) if roots else ()
+        self._held = [(place, h, contents(h)) for place, h in holders if not isinstance(h, tuple)]
         self._versions = [
             (f"{place}{suffix(holder, name)}", value, value._version)
             for place, holder, held in self._held

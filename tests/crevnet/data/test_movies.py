@@ -86,7 +86,7 @@ def test_frames_too_small_for_ssim(small, crevnet, tmp_path):
     once = ("--model.channels=2", "--training.epochs=1", "--training.batches=1")
     crevnet("fit", *small, "--protocol=movies", "--data.root", tmp_path / "movies", "--out", tmp_path / "run", *once)
     said = crevnet("evaluate", tmp_path / "run", "--json", tmp_path / "scores.json")
-    assert said.count("nan: SSIM is of frames of at least 6 x 6 pixels") == 1 and "on roads" not in said
+    assert said.count("nan: SSIM requires frames of at least 6 x 6 pixels") == 1 and "on roads" not in said
 
     def refused(constant):
         raise ValueError(f"{constant} is no JSON")

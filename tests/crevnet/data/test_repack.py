@@ -213,7 +213,7 @@ def test_without_the_plugin(source, tmp_path, monkeypatch):
     """Reading, in a program of its own: what is loaded here stays loaded."""
     repack(source, tmp_path / "packed")
     path = tmp_path / "packed" / "BERLIN" / "training" / "2019-01-01_BERLIN_8ch.h5"
-    read = "import sys; from pathlib import Path; from crevnet.data import open_day; open_day(Path(sys.argv[1]))"
+    read = "import sys; from pathlib import Path; from crevnet.data.files.days import open_day; open_day(Path(sys.argv[1]))"
     status, said = run(f"import sys; sys.modules['hdf5plugin'] = None; {read}", path)
     last = said.splitlines()[-1]
     assert status == 1 and f"DataError: {path} is compressed with" in last and "pip install hdf5plugin" in last

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from pages import RESULTS, ROOT, prose, stored, table
+from documents import RESULTS, ROOT, prose, stored, table
 
 import revflow
 from crevnet import MODELS, make_network
@@ -41,19 +41,19 @@ QUOTED = [
         "docs/crevnet.md",
         "47.5 MiB at 495 x 436",
         "memory-steps.md",
-        ["layers, reversible: a time step more keeps 47.5 MiB"],
+        ["layers, reversible: an additional time step stores 47.5 MiB"],
     ),
     (
         "docs/crevnet.md",
         "Standard autograd stores 527 MiB",
         "memory-steps.md",
-        ["plain: a time step more keeps 527 MiB"],
+        ["plain: an additional time step stores 527 MiB"],
     ),
     (
         "docs/crevnet.md",
         "checkpointing of every block 98 MiB",
         "memory-steps.md",
-        ["checkpoint: a time step more keeps 98.3 MiB"],
+        ["checkpoint: an additional time step stores 98.3 MiB"],
     ),
     (
         "docs/crevnet.md",

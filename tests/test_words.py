@@ -57,7 +57,6 @@ EXCEPTIONS = {  # shrinks only
     "docs/training.md",
     "revflow",
     "models",
-    "bench",
 }
 
 

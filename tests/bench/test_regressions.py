@@ -14,7 +14,7 @@ import regressions
 import test_hot_paths
 from regressions import Ratio
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture

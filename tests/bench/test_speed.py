@@ -7,11 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-import methods
-import networks
 import speed
-import trials
 from crevnet import CrevNet
+from kit import libraries, networks, trials
 
 CPU = torch.device("cpu")
 # Of a conditioner, where the last of so many groups is not checkpointed and every other conditioner runs again.
@@ -39,7 +37,7 @@ SMALL = ["--batch", "2", "--rounds", "2", "--image", "4", "--tokens", "4", "--he
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """Small networks, and no libraries: what they compute is looked at in test_bench_trials.py."""
-    for peer in methods.PEERS:
+    for peer in libraries.PEERS:
         monkeypatch.setitem(sys.modules, peer, None)
     for name, size in (("tiny", {"blocks": 4}), ("convolutions", {"blocks": 4}), ("transformer", {"layers": 2})):
         monkeypatch.setattr(networks, name, partial(getattr(networks, name), **size))
@@ -72,7 +70,7 @@ def test_rows(run, tmp_path):
             assert (row["precision"], row["compiled"], row["throughput"]) == ("32-true", False, None)
             assert f"| {row['method']} | {row['setting']} | {row['time_ratio']:.2f} | ± {row['error']:.2f}" in page
         missing = [row for row in found if row["note"]]
-        assert [row["method"] for row in missing] == list(methods.PEERS)
+        assert [row["method"] for row in missing] == list(libraries.PEERS)
         assert all(row["time_ratio"] is None and row["note"] in text and row["note"] in page for row in missing)
     peaks = {(row["network"], label(row)): row["peak"] for row in rows}
     assert peaks["transformer", "checkpoint every 1"] < peaks["transformer", "plain"]
@@ -82,7 +80,7 @@ def test_rows(run, tmp_path):
 
 def test_crevnet_alone(run):
     rows, text = run("--only", "crevnet", "--steps", "1", "--schedule", "reversible", "--precision", "bf16-mixed")
-    assert [row["method"] for row in rows] == ["plain", "reversible", *methods.PEERS]
+    assert [row["method"] for row in rows] == ["plain", "reversible", *libraries.PEERS]
     assert {row["precision"] for row in rows} == {"bf16-mixed"} and "bf16-mixed" in text
 
 
@@ -101,7 +99,7 @@ def test_parts_of_a_step_of_crevnet(monkeypatch):
 @pytest.mark.parametrize("method", speed.METHODS, ids=lambda m: f"{m.name} {m.setting}")
 def test_every_evaluation_is_under_autocast_and_compiled(monkeypatch, method):
     """The reruns of libraries too, which leave autocast behind in their backward pass."""
-    if method.name in methods.PEERS:
+    if method.name in libraries.PEERS:
         pytest.importorskip(method.name)
     compiled, dtypes = [], set()
 
@@ -144,7 +142,7 @@ def test_crevnet_in_the_layout_of_tensor_cores(run):
 
 def test_useful_operations():
     """Of eight layers of a multiplication and an addition for each of 8 x 8 weights and 2 rows; backward twice as many."""
-    assert speed.operations(networks.tiny(2, blocks=4)) == 3 * 8 * 2 * 8 * 8 * 2
+    assert speed.operations_of(lambda: networks.tiny(2, blocks=4)) == 3 * 8 * 2 * 8 * 8 * 2
     timed, absent = trials.Row("net", "", "plain", seconds=2.0), trials.Row("net", "", "memcnn")
     assert [row.throughput for row in speed.shares([timed, absent], useful=6.0, rate=12.0)] == [0.25, None]
 

@@ -1,10 +1,10 @@
-"""How large each model of an experiment is, how long it trains and how fast it learns, found once and kept in plan.yaml.
+"""The size, the number of steps and the learning rate of each model of an experiment, found once and stored in plan.yaml.
 
-1. Memory: CrevNet's size is given. Each other model is as wide as its training step's predicted peak, parameters, gradients and
-   Adam's state included, allows without being above CrevNet's; batches are the same.
-2. Time: every model takes as many steps as fit into the same minutes, at the pace that its steps had in turns with the others',
-   on one thread, in the process's own time. Reading data and validation, alike for all, are not counted.
-3. Learning rates: each model tries the same ones for a tenth of its steps, and keeps the one with the best validation score.
+1. Memory: CrevNet's size is given. Each other model is as wide as possible without a predicted peak above CrevNet's. A peak is
+a training step's, with parameters, gradients and Adam's state; batches are the same. 2. Time: every model takes as many steps
+as fit into the same minutes. Its pace is measured in turns with the others, on one thread, in the process's own time. Reading
+data and validation, alike for all, are not counted. 3. Learning rates: each model tries the same ones for a tenth of its steps,
+and uses the one with the best validation score.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from crevnet.training import FusedAdam
 
 CREVNET = "crevnet"
 WIDTHS = {"convlstm": "hidden", "predrnn": "hidden", "unet": "width"}
-"""The models that CrevNet is compared with, and what their size is called."""
+"""The models that CrevNet is compared with, and the options for their size."""
 WIDEST = 512
 RATES = (3e-4, 1e-3, 3e-3)
 TRIAL = 10
-"""A learning rate is tried for one in so many of a model's steps."""
+"""A learning rate is tried for this fraction of a model's steps: one in ten."""
 TUNING = 16
-"""An epoch of fine-tuning has one in so many of them."""
+"""An epoch of fine-tuning has one in sixteen of them."""
 PACES = 7
 
 
@@ -86,22 +86,25 @@ class Plan:
 
 
 def load_plan(folder: Path, base: RunSettings, minutes: float) -> Plan:
-    """The plan in a folder, made now where there is none. ValueError where it is for other minutes."""
+    """The plan in a folder, made now if there is none. ValueError if it is for other minutes."""
     path = folder / "plan.yaml"
     if not path.is_file():
         save_yaml(path, asdict(_make_plan(folder / "rates", base, minutes)))
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
     if found["minutes"] != minutes:
-        raise ValueError(f"{path} was made for {found['minutes']} minutes a model, not {minutes}: choose another --out")
+        raise ValueError(
+            f"{path} was made for {found['minutes']} minutes per model, not {minutes}: choose another --out"
+        )
     return Plan(minutes, found["epochs"], {name: Planned(**values) for name, values in found["models"].items()})
 
 
 def settings_of(name: str, width: int | None, base: RunSettings) -> RunSettings:
-    """The base's settings, for the model of that name and width; for CrevNet as they are."""
+    """The base's settings, for the model of that name and width. CrevNet's are not changed."""
     if name == CREVNET:
         return base
     frames = {field: getattr(base.model, field) for field in ("channels", "static", "past", "horizon")}
-    model = MODELS[name].config(**frames, **{WIDTHS[name]: width})
+    size: dict[str, Any] = {WIDTHS[name]: width}
+    model = MODELS[name].config(name, **frames, **size)
     steps = base.training.sampling_steps if model.feeds_back else None
     return replace(base, model=model, training=replace(base.training, sampling_steps=steps))
 
@@ -118,12 +121,13 @@ def _make_plan(folder: Path, base: RunSettings, minutes: float) -> Plan:
 
 
 def _sizes(path: Path, base: RunSettings) -> dict[str, dict[str, Any]]:
-    """Each model's width, parameters, peak and seconds, kept in a file: measured again they would come out otherwise."""
+    """Each model's width, parameters, peak and seconds, stored in a file: another measurement would differ."""
     if not path.is_file():
         height, width = CityData(base.data, base.model).training_days[0].shape[1:3]
-        steps, widths = {CREVNET: TrainingStep(base, height, width)}, {CREVNET: None}
+        steps = {CREVNET: TrainingStep(base, height, width)}
+        widths: dict[str, int | None] = {CREVNET: None}
         for name in WIDTHS:
-            print(f"{name}: how wide it may be", flush=True)
+            print(f"{name}: find its width", flush=True)
             widths[name] = _widest(name, steps[CREVNET].peak(), base, height, width)
             steps[name] = TrainingStep(settings_of(name, widths[name], base), height, width)
         paces = _paces(steps)
@@ -137,7 +141,7 @@ def _sizes(path: Path, base: RunSettings) -> dict[str, dict[str, Any]]:
 
 
 def _widest(name: str, peak: int, base: RunSettings, height: int, width: int) -> int:
-    """The largest whose step takes at most `peak` bytes; 1 where none does."""
+    """The largest whose step takes at most `peak` bytes; 1 if none does."""
 
     def fits(wide: int) -> bool:
         return TrainingStep(settings_of(name, wide, base), height, width).peak() <= peak
@@ -151,7 +155,7 @@ def _widest(name: str, peak: int, base: RunSettings, height: int, width: int) ->
 
 def _paces(steps: Mapping[str, TrainingStep]) -> dict[str, float]:
     """Seconds of each model's step: the median of several, in turns."""
-    print("the pace of each", flush=True)
+    print("measure the pace of each model", flush=True)
     running = {name: step.run() for name, step in steps.items()}
     for step in running.values():
         next(step)
@@ -165,7 +169,7 @@ def _paces(steps: Mapping[str, TrainingStep]) -> dict[str, float]:
 
 
 def _rate_scores(name: str, settings: RunSettings, folder: Path, batches: int) -> Iterator[tuple[float, float]]:
-    """Each learning rate that is tried, and its validation score."""
+    """Each learning rate to try, and its validation score."""
     for rate in RATES:
         training = replace(settings.training, epochs=1, batches=batches, learning_rate=rate)
         step = Step(f"{name}, learning rate {rate}", folder / name / str(rate), replace(settings, training=training))
@@ -178,7 +182,7 @@ def _rate_scores(name: str, settings: RunSettings, folder: Path, batches: int) -
 
 
 class TrainingStep:
-    """A model's training step on random frames, to be measured."""
+    """A model's training step on random frames, to measure."""
 
     def __init__(self, settings: RunSettings, height: int, width: int) -> None:
         self._settings, self._size = settings, (height, width)
@@ -187,7 +191,7 @@ class TrainingStep:
         return sum(p.numel() for p in make_network(self._settings.model).parameters())
 
     def peak(self) -> int:
-        """Bytes that a step takes, parameters, gradients and Adam's state included, predicted."""
+        """The predicted peak of a step in bytes, with parameters, gradients and Adam's state."""
 
         def two() -> None:
             steps = self.run()

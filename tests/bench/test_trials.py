@@ -1,4 +1,4 @@
-"""bench/trials.py and bench/methods.py: every method's gradients and evaluations; what is timed, by a clock of our own."""
+"""bench/kit/trials.py and methods.py: gradients and evaluations of every method, and times by a clock of the test."""
 
 import shutil
 import sys
@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-import methods
-import networks
 import revflow
-import trials
+from kit import libraries, methods, networks, trials
 
 CPU = torch.device("cpu")
 NETWORKS = {
@@ -26,7 +24,7 @@ METHODS = [
     methods.plain(),
     *map(methods.checkpointed, (1, 2, 4, None)),
     methods.selective(),
-    *methods.libraries(),
+    *libraries.libraries(),
     methods.reversible("none"),
     methods.reversible("guard off", guard="off"),
     methods.reversible("2 chunks", chunks=2),
@@ -69,7 +67,7 @@ def twin(name):
 @pytest.mark.parametrize("method", METHODS, ids=label)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_method_computes_the_same(name, method):
-    if method.name in methods.PEERS:
+    if method.name in libraries.PEERS:
         pytest.importorskip(method.name)
     network, plain = twin(name)
     assert all(e.abs().max() > 0 for e in plain.results)
@@ -94,7 +92,7 @@ def attempt(method, blocks=4):
     return trials.attempt(method, network, other, trials.proof(METHODS[0].of(other), other).results, CPU)
 
 
-@pytest.mark.parametrize("peer", methods.PEERS)
+@pytest.mark.parametrize("peer", libraries.PEERS)
 def test_a_missing_peer_is_a_row(monkeypatch, peer):
     monkeypatch.setitem(sys.modules, peer, None)
     found = attempt(named(peer))
@@ -137,12 +135,12 @@ def test_a_wrong_inverse_is_an_error():
 def test_a_network_that_does_not_fit_is_a_row():
     assert "standard autograd" in attempt(methods.checkpointed(4)).note
     pytest.importorskip("revtorch")
-    assert attempt(named("revtorch"), blocks=3).note == "its blocks take two conditioners, and 3 stand together"
+    assert attempt(named("revtorch"), blocks=3).note == "its blocks take two conditioners, and this stage has 3"
 
 
 @pytest.mark.parametrize("name", ["memcnn", "revtorch", "revlib", "revflow"])
 def test_reversible_networks_hold_the_same_at_any_depth(name):
-    if name in methods.PEERS:
+    if name in libraries.PEERS:
         pytest.importorskip(name)
     shallow, deep = (peak(named(name), networks.convolutions(size=16, blocks=n)) for n in (4, 12))
     stream = 64 * 16 * 16 * 4

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import memory
-import memory_figures
-from crevnet import PRESETS
-from memory_row import Row, beyond_model, label, lines_over
-from schedules import MODELS, PATCHED, SCHEDULES, Training
+from crevnet import MODELS, PRESETS
+from kit.memory_row import Row, beyond_model, label, lines_over
+from kit.schedules import PATCHED, SCHEDULES, Training
+from pages import memory_figure
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 24, 20
@@ -120,7 +120,7 @@ def test_slopes_are_printed(monkeypatch, capsys):
     options = ["--only", "crevnet", "--preset", "tiny", "--schedule", "reversible", "--steps", 2, "--how", "tracked"]
     main(monkeypatch, *options, "--batch", 1, 2, "--blocks", 1, 2)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines if "more keeps" in line] == [
+    assert [line.split(":")[0] for line in lines if " stores " in line] == [
         *["crevnet, tiny, reversible"] * 2,  # over layers, of 1 and of 2 sequences
         "crevnet, tiny, 6 layers, reversible",  # over the batch
         "crevnet, tiny, 12 layers, reversible",
@@ -163,7 +163,8 @@ def test_remarks_compare_papers_patches_with_plain_crevnet():
     ]
     checkpointed = row(model="predrnnpp", patch=4, peak=gib, schedule="checkpoint")
     assert [*memory.remarks_on([crevnet, paper, patch_1, *others, checkpointed, row(schedule="reversible")])] == [
-        f"{model} at its paper's patch takes {than} plain CrevNet (paper), 2.00: it works at a 16th of the pixels"
+        f"{model} at its paper's patch takes {than} CrevNet (paper) under standard autograd, 2.00: "
+        "it works at a 16th of the pixels"
         for model, than in (("predrnn", "3.00 GiB, more than"), ("convlstm", "1.00 GiB, no more than"))
     ]
     assert not [*memory.remarks_on([paper, *others])]
@@ -176,10 +177,10 @@ def test_labels_and_sizes():
 
 
 def test_rows_that_vary_in_one_thing_are_drawn_as_lines():
-    figure = memory_figures.draw(
+    figure = memory_figure.draw(
         [row(), row(steps=7), row(steps=9, peak=None), row(preset="tiny"), row(preset="tiny", steps=5)]
     )
-    assert [panel.get_title() for panel in figure.axes] == ["CrevNet paper", "CrevNet tiny"]
+    assert [panel.get_title(loc="left") for panel in figure.axes] == ["CrevNet paper", "CrevNet tiny"]
     (line,) = figure.axes[0].lines
     assert [*line.get_xdata()] == [2, 7] and [*line.get_ydata()] == [5 / 2**30] * 2
 

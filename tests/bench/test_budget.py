@@ -7,12 +7,11 @@ from functools import partial
 import pytest
 
 import budget
-import methods
-import networks
+from kit import libraries, networks
 
 
 def test_rows(monkeypatch, tmp_path, capsys):
-    for peer in methods.PEERS:
+    for peer in libraries.PEERS:
         monkeypatch.setitem(sys.modules, peer, None)
     files = {
         kind: tmp_path / f"out.{suffix}" for kind, suffix in (("json", "json"), ("markdown", "md"), ("figure", "png"))
@@ -23,7 +22,7 @@ def test_rows(monkeypatch, tmp_path, capsys):
     budget.main()
     rows = json.loads(files["json"].read_text())
     assert all(row["network"] == "convolutions" and "10 blocks" in row["size"] for row in rows)
-    assert {row["method"] for row in rows if row["note"]} == set(methods.PEERS)
+    assert {row["method"] for row in rows if row["note"]} == set(libraries.PEERS)
     assert {row["how"] for row in rows if not row["note"]} == {"tracked"}
     peaks = {f"{row['method']} {row['setting']}".strip(): row["peak"] for row in rows}
     assert rows[0]["method"] == "plain"
@@ -43,7 +42,14 @@ def row(method, setting, peak, time):
     if peak is None:
         return budget.Row("net", "small", method, setting, note="not installed")
     error = 0.03 if method == "revflow" else 0.04
-    return budget.Row("net", "small", method, setting, peak=peak, time_ratio=time, quartiles=(time, time), error=error)
+    times = {
+        "time_ratio": time,
+        "quartiles": (time, time),
+        "forward": 0.4 * time,
+        "backward": 0.6 * time,
+        "seconds": 1.0,
+    }
+    return budget.Row("net", "small", method, setting, peak=peak, error=error, **times)
 
 
 ROWS = [

@@ -1,13 +1,13 @@
-"""A training step of each model under each schedule: what its forward pass keeps, and what its backward pass computes again.
+"""Training steps of each model under each schedule, which selects the activations to store and those to recompute.
 
-- plain: every activation is kept.
-- checkpoint: PyTorch's activation checkpointing of every block, or cell of a recurrent model.
+- plain: standard autograd, which stores every activation.
+- checkpoint: PyTorch's activation checkpointing of every block, or of every cell of a recurrent model.
 
-CrevNet alone:
+Only for CrevNet:
 
-- reversible-autoencoder: revflow for encoder and decoder; the predictor's activations are kept.
-- reversible: revflow, through time too. The predictor's states are kept as they are; `-bfloat16`, `-offloaded` and `-every-3`
-  keep them as ReversibleRecurrence's `states` say.
+- reversible-autoencoder: revflow for encoder and decoder. The predictor's activations are stored.
+- reversible: revflow also through time. The predictor's states are stored in float32. `-bfloat16`, `-offloaded` and `-every-3`
+  store them by those settings of ReversibleRecurrence's `states`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import revflow
-from crevnet import MODELS, PRESETS, CrevNetConfig, VideoModel, make_network
+from crevnet import MODELS, PRESETS, CrevNet, CrevNetConfig, ModelConfig, VideoModel, make_network
 from crevnet.baselines import StackedConfig, convlstm, prednet, predrnn, predrnnpp, unet, vpn
 from revflow import States
 
@@ -52,7 +52,7 @@ SCHEDULES = {
     "reversible-every-3": Schedule(3),
 }
 
-# What is checkpointed of each, and by which method: its outputs are kept, and all else computed again.
+# The methods of each module to checkpoint: their outputs are stored, and all else is recomputed.
 CHECKPOINTED: dict[type[nn.Module], tuple[str, ...]] = {
     revflow.RecurrentCell: ("update", "mix"),
     convlstm.ConvLSTMCell: ("forward",),
@@ -68,9 +68,9 @@ CHECKPOINTED: dict[type[nn.Module], tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Training:
-    """A model to be trained, and on what; everything is made by its methods, so that they can be measured.
+    """A model, and the size of its input. Its methods make everything, so that a measurement can include that.
 
-    Every model sees the data's three channels and the road map.
+    Every model's input is the data's three channels and the road map.
     """
 
     preset: str
@@ -79,13 +79,13 @@ class Training:
     precision: Precision
     batch: int
     steps: int
-    """Time steps: frames that are predicted from the frame before."""
+    """Time steps: frames that are predicted from the previous frame."""
     height: int
     width: int
     device: torch.device
     model: str = "crevnet"
     patch: int = 1
-    """Of the baselines: they see so many times so many pixels as one."""
+    """Of the baselines: edge of the square of pixels that they take as one."""
     blocks: int | None = None
     """CrevNet's reversible blocks in each stage; the preset's if not given."""
 
@@ -109,10 +109,11 @@ class Training:
 
     def loss(self, network: VideoModel[Any], inputs: list[Tensor]) -> Tensor:
         with SCHEDULES[self.schedule].context(), self._autocast():
-            return network.loss(*inputs)
+            frames, static = inputs
+            return network.loss(frames, static)
 
     def train(self, watch: Callable[[Callable[[], Tensor]], Tensor] = lambda forward: forward()) -> Iterator[None]:
-        """Training steps, with fused Adam, whose state is there before the first; `watch` is to call each forward pass."""
+        """Training steps with fused Adam, whose state exists before the first. `watch` must call each forward pass."""
         network, inputs = self.trainee()
         optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, fused=True)
         for parameter in network.parameters():
@@ -125,19 +126,20 @@ class Training:
             yield
 
     def network(self) -> VideoModel[Any]:
-        """A new one, on torch's default device."""
-        if self.model == "crevnet":
-            network = make_network(self.config)
-            network.predictor.forward = _within(SCHEDULES[self.schedule].predictor, network.predictor.forward)
-        else:
-            # The windows of `paper`: 3 frames are to be predicted.
-            horizon = min(3, self.steps)
-            patch = {"patch": self.patch} if self.model in PATCHED else {}
-            past = self.steps + 1 - horizon
-            network = make_network(MODELS[self.model].config(past=past, horizon=horizon, **patch))
+        """A new network, on torch's default device."""
+        network = make_network(self.config if self.model == "crevnet" else self._baseline())
+        if isinstance(network, CrevNet):
+            predictor, context = network.predictor, SCHEDULES[self.schedule].predictor
+            predictor.forward = _within(context, predictor.forward)  # type: ignore[method-assign]
         if SCHEDULES[self.schedule].checkpoints:
             _checkpoint_blocks(network)
         return network
+
+    def _baseline(self) -> ModelConfig:
+        """With the windows of `paper`, which predict 3 frames."""
+        horizon = min(3, self.steps)
+        config = MODELS[self.model].config(self.model, past=self.steps + 1 - horizon, horizon=horizon)
+        return replace(config, patch=self.patch) if isinstance(config, StackedConfig) else config
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.float16) if self.precision == "16-mixed" else nullcontext()
@@ -172,6 +174,7 @@ def _checkpoint(module: nn.Module, method: str) -> None:
     function = getattr(module, method)
 
     def checkpointed(*arguments: Any) -> Any:
-        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # nothing draws
+        # No module draws random numbers.
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     setattr(module, method, checkpointed)

@@ -1,4 +1,4 @@
-"""A CUDA device's memory: a cap for this process, a fresh start for each measurement, and what tells that memory ran out."""
+"""Memory of a CUDA device: a cap for this process, a fresh start for each measurement, and the errors of running out."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import gc
 import torch
 
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
-"""Parts of messages. cuDNN skips engines whose workspace it cannot get; if none is left, it raises the last of these."""
+"""Parts of messages. cuDNN skips engines whose workspace it cannot get. If none is left, it raises the last of these."""
 
 
 def free() -> None:
-    """Give back what earlier steps have left: networks whose methods were replaced are cycles, which only gc finds."""
+    """Free the memory of earlier steps. Networks whose methods were replaced are cycles, which only gc finds."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def cap(device: torch.device, limit: float) -> None:
-    """Let this process have so many bytes of the device."""
+    """Limit this process to `limit` bytes of the device."""
     free()
     total = torch.cuda.get_device_properties(device).total_memory
     index = torch.cuda.current_device() if device.index is None else device.index  # "cuda" by itself is refused
@@ -25,7 +25,7 @@ def cap(device: torch.device, limit: float) -> None:
 
 
 def ran_out(error: BaseException | None) -> bool:
-    """Whether the error is one of memory, or follows from one."""
+    """Whether the error, or one that it follows from, is a lack of memory."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
             return True

@@ -1,4 +1,4 @@
-"""The tables of an experiment: means over seeds, with the range that they span."""
+"""The tables of an experiment: means over seeds, with half their range."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from crevnet.models import MODELS as CREVNETS_MODELS
 from crevnet.recipe.paper import FINAL
 from crevnet.recipe.paper import STAGES as OF_RECIPE
-from experiment_plan import Plan
-from report import machine, markdown, markdown_table, show
+from kit.experiment_plan import Plan
+from pages.report import machine, markdown
+from pages.tables import markdown_table, show
 
 STAGES, MODELS, UNTRAINED = "stages", "models", "untrained"
 TRAINED_ON = "single model, trained on for as long"
-"""The recipe's, on all cities: what fine-tuning has to be better than."""
+"""The recipe's, on all cities: fine-tuning must score better than this."""
 COLUMNS = (OF_RECIPE[0], TRAINED_ON, *OF_RECIPE[1:], FINAL)
 """Of the table of stages."""
 
@@ -26,7 +27,7 @@ class Row:
     """The validation score of one forecast, with one seed: MSE of values in [0, 1], mean over the cities."""
 
     table: str
-    """stages: of the recipe, and the single model trained on; models, which train as long; untrained: forecasts."""
+    """stages (of the recipe, and the single model trained on), models (which train as long) or untrained (forecasts)."""
     name: str
     seed: int
     mse: float
@@ -42,7 +43,7 @@ def page(name: str, rows: Sequence[Row], plan: Plan) -> str:
     """A page of results."""
     seeds = len({row.seed for row in rows})
     about = (
-        f"hardware: CPU alone; {machine(torch.device('cpu'))}\n- {seeds} seed{'s' * (seeds > 1)}; each model trained for "
+        f"hardware: CPU only; {machine(torch.device('cpu'))}\n- {seeds} seed{'s' * (seeds > 1)}; each model trained for "
         f"{plan.minutes:g} minutes on one core"
     )
     tables = [
@@ -53,8 +54,7 @@ def page(name: str, rows: Sequence[Row], plan: Plan) -> str:
 
 
 ABOUT = """MSE of values in [0, 1], forecasts clipped, mean over pixels, channels, horizons and cities, on the validation windows.
-Of several seeds, the mean and half the range that they span. The same windows have chosen the checkpoints, of every model
-alike."""
+Of several seeds, the mean and half their range. The same windows have chosen the checkpoints of every model."""
 
 
 def _tables(rows: Sequence[Row], plan: Plan) -> Iterator[tuple[str, list[str], list[list[str]]]]:
@@ -65,11 +65,11 @@ def _tables(rows: Sequence[Row], plan: Plan) -> Iterator[tuple[str, list[str], l
     columns = [_scores(by_name[name]) for name in stages]
     lines = [list(line) for line in zip(["MSE", *leads], *columns, strict=True)]
     yield "The recipe, as in the paper's table 1", ["CrevNet", *stages], lines
-    headings = ["model", "width", "parameters", "peak, MiB", "s a step", "steps", "learning rate", "MSE", *leads]
+    headings = ["model", "width", "parameters", "peak, MiB", "s per step", "steps", "learning rate", "MSE", *leads]
     models = [[*_sizes(name, plan), *_scores(found)] for name, found in _by_name(rows, MODELS).items()]
     yield "Models at equal memory and equal time of training", headings, models
     untrained = [[name, *_scores(found)] for name, found in _by_name(rows, UNTRAINED).items()]
-    yield "Forecasts that need no training", ["forecast", "MSE", *leads], untrained
+    yield "Naive baselines", ["forecast", "MSE", *leads], untrained
 
 
 def _by_name(rows: Iterable[Row], table: str) -> dict[str, list[Row]]:

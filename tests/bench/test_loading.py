@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import sys
 from itertools import count
 from pathlib import Path
@@ -14,14 +13,14 @@ import pytest
 import torch
 import yaml
 
-import capacity
 import loading
 from crevnet import PRESETS
 from crevnet.data import open_days
+from kit import day_layouts, rates
+from kit.schedules import Training
 from loading import Demand, Row
-from schedules import Training
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TOY = ["--preset", "tiny", "--windows", "5", "--batch", "2", "--rounds", "1"]
 
 
@@ -120,39 +119,15 @@ def test_without_dropping_there_are_no_cold_rows(city, monkeypatch):
     assert any("no cold epochs" in line for line in loading.verdict(rows, Demand(1.0, "")))
 
 
-def test_files_are_dropped_from_the_cache(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(bytes(100_000))
-    if not loading.drop_from_cache(path):
-        pytest.skip("this system does not drop files from its cache")
-    assert residency(path) == 0
-    path.read_bytes()
-    assert residency(path) > 0
-
-
-def residency(path):
-    with path.open("rb") as file, loading.mmap.mmap(file.fileno(), 0, prot=loading.mmap.PROT_READ) as pages:
-        return sum(loading.in_memory(pages))
-
-
-def test_files_that_stay_in_the_cache_are_said_to(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    path.write_bytes(bytes(100_000))
-    monkeypatch.setattr(os, "posix_fadvise", lambda *_: None, raising=False)
-    assert not loading.drop_from_cache(path)
-    monkeypatch.delattr(os, "posix_fadvise")
-    assert not loading.drop_from_cache(path)
-
-
 def test_demand_is_the_peak_over_the_operations():
     step = Training("tiny", "reversible", "16-mixed", 4, 2, 24, 20, torch.device("cpu"))
-    operations = capacity.operations(step)
+    operations = rates.operations_per_sequence(step)
     assert loading.demand(step, None).windows_a_second == pytest.approx(125e12 / operations)
     assert loading.demand(step, 3).windows_a_second == pytest.approx(3e12 / operations)
 
 
 def test_demand_is_measured_on_cuda(monkeypatch):
-    monkeypatch.setattr(capacity, "sequences_a_second", lambda step: 4.0)
+    monkeypatch.setattr(rates, "sequences_per_second", lambda step: 4.0)
     step = Training("tiny", "reversible", "16-mixed", 4, 2, 24, 20, torch.device("cuda"))
     assert loading.demand(step, None).windows_a_second == 4
 
@@ -160,20 +135,20 @@ def test_demand_is_measured_on_cuda(monkeypatch):
 def test_the_verdict_takes_the_slower_of_cold_and_warm():
     rows = [row("a", 1, "cold", 3.0), row("a", 1, "warm", 9.0), row("b", 1, "cold", 9.0), row("b", 1, "warm", 9.0)]
     told, a, b = loading.verdict(rows, Demand(4.0, "as said"))
-    assert told == "training consumes 4 windows a second: as said"
-    assert a == "a: 1 worker is not enough, with 3 a second; 2 might be"
-    assert b == "b: 1 worker is enough, with 9 a second"
+    assert told == "training consumes 4 windows per second: as said"
+    assert a == "a: 1 worker is not enough, with 3 per second; 2 might be"
+    assert b == "b: 1 worker is enough, with 9 per second"
 
 
 @pytest.mark.parametrize(
     ("rates", "expected"),
     [
         ({0: 8.0}, ["without workers loading adds 50% to a step"]),
-        ({4: 5.0, 1: 2.0, 2: 4.0}, ["2 workers are enough, with 4 a second"]),
-        ({2: 1.5, 1: 1.0}, ["2 workers are not enough, with 1.5 a second; 6 might be"]),
+        ({4: 5.0, 1: 2.0, 2: 4.0}, ["2 workers are enough, with 4 per second"]),
+        ({2: 1.5, 1: 1.0}, ["2 workers are not enough, with 1.5 per second; 6 might be"]),
         (
             {0: 40.0, 1: 1.0},
-            ["without workers loading adds 10% to a step", "1 worker is not enough, with 1 a second; 4 might be"],
+            ["without workers loading adds 10% to a step", "1 worker is not enough, with 1 per second; 4 might be"],
         ),
     ],
 )
@@ -191,11 +166,11 @@ def test_layouts_hold_the_same_days(tmp_path):
             found[layout] = file["array"].chunks, file["array"].compression, file["array"][:]
     frame = (1, 40, 32, 3)
     expected = {
-        "a frame a chunk": [frame, "gzip"],
+        "a frame per chunk": [frame, "gzip"],
         "h5py's chunks": [h5py._hl.filters.guess_chunk((288, 40, 32, 3), None, 1), "gzip"],
         "uncompressed": [None, None],
     }
-    if loading.hdf5plugin is not None:
+    if day_layouts.hdf5plugin is not None:
         expected |= {layout: [frame, "unknown"] for layout in ("LZ4", "Blosc2 LZ4", "Blosc2 Zstd", "repacked")}
     assert {layout: how for layout, (*how, _) in found.items()} == expected
     first, *others = [frames for *_, frames in found.values()]
@@ -203,7 +178,7 @@ def test_layouts_hold_the_same_days(tmp_path):
 
 
 def test_without_hdf5plugin_the_other_layouts_are_measured(monkeypatch, run):
-    monkeypatch.setattr(loading, "hdf5plugin", None)
+    monkeypatch.setattr(day_layouts, "hdf5plugin", None)
     text = run(*TOY, "--height", 32, "--width", 32, "--workers", 0)
     assert "h5py's chunks: without workers" in text and "hdf5plugin is not installed" in text and "LZ4" not in text
 
@@ -219,7 +194,7 @@ def test_given_days_are_read_as_they_are_and_left_alone(city, clock, run, tmp_pa
     files = ["--json", out[".json"], "--csv", out[".csv"], "--markdown", out[".md"]]
     text = run(*TOY, "--data", city, "--days", 1, "--workers", 0, 1, *files)
     rows = json.loads(out[".json"].read_text())
-    assert {(r["layout"], r["workers"]) for r in rows} == {("as it is", 0), ("as it is", 1)}
+    assert {(r["layout"], r["workers"]) for r in rows} == {("as given", 0), ("as given", 1)}
     assert all(r["windows_a_second"] == 5 and r["frames_a_second"] == 45 for r in rows)  # each epoch takes one tick
     assert rows[0]["bytes_a_frame"] == open_days(city)[0].path.stat().st_size / 288
     with out[".csv"].open() as file:

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: their options' types, what ran on what, and tables for the terminal and for files."""
+"""Results in files: the options for them, rows as JSON and CSV, pages with their command, and the machine."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import json
 import platform
 import shlex
 import sys
+from ast import literal_eval
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from matplotlib.figure import Figure
+
+    R = TypeVar("R", bound=DataclassInstance)
 
 
 def positive(text: str) -> int:
@@ -49,33 +50,46 @@ def output(*suffixes: str) -> Callable[[str], Path]:
 
 
 def add_outputs(parser: argparse.ArgumentParser, figure: bool = True) -> None:
-    """The options that `write` follows."""
-    parser.add_argument("--json", type=output(".json"), help="write the rows to this file")
-    parser.add_argument("--csv", type=output(".csv"), help="write the rows to this file")
-    parser.add_argument("--markdown", type=output(".md"), help="write the tables to this file")
+    """The options of `write`."""
+    parser.add_argument("--json", type=output(".json"), help="JSON file to write the rows to")
+    parser.add_argument("--csv", type=output(".csv"), help="CSV file to write the rows to")
+    parser.add_argument("--markdown", type=output(".md"), help="Markdown file to write the tables to")
     if figure:
-        parser.add_argument("--figure", type=output(".png", ".pdf", ".svg"), help="draw the rows")
+        parser.add_argument("--figure", type=output(".png", ".pdf", ".svg"), help="picture to draw, .png, .pdf or .svg")
 
 
-def write(
-    a: argparse.Namespace, rows: Sequence[Any], page: str, draw: Callable[[Sequence[Any]], Figure] | None = None
-) -> None:
-    """The rows, dataclasses of one kind, to those files that were asked for."""
-    fields = [asdict(row) for row in rows]
+def write(a: argparse.Namespace, rows: Sequence[R], page: str, draw: Callable[[list[R]], Figure] | None = None) -> None:
+    """Write the rows, dataclasses of one kind, to the files that the options name."""
+    entries = [asdict(row) for row in rows]
     if a.json:
-        a.json.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+        a.json.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     if a.csv:
         with a.csv.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(fields[0]))
+            writer = csv.DictWriter(file, fieldnames=list(entries[0]))
             writer.writeheader()
-            writer.writerows(fields)
+            writer.writerows(entries)
     if a.markdown:
         a.markdown.write_text(page, encoding="utf-8")
     if draw and a.figure:
-        figure = draw(rows)
-        with plt.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):  # text stays text
-            figure.savefig(a.figure, dpi=160)
-        plt.close(figure)
+        from pages.style import save
+
+        save(draw([*rows]), a.figure)
+
+
+def read(path: Path, kind: type[R]) -> list[R]:
+    """The rows that `write` has stored as CSV. Fields that an older file lacks have their defaults."""
+    types = {field.name: str(field.type) for field in fields(kind)}
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = [*csv.DictReader(file)]
+    return [kind(**{name: _value(text, types[name]) for name, text in line.items()}) for line in lines]
+
+
+def _value(text: str, kind: str) -> Any:
+    if kind == "str":
+        return text
+    if not text:
+        return None
+    return text if kind == "str | None" else literal_eval(text)
 
 
 def device_here() -> torch.device:
@@ -97,27 +111,8 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str]) -> None:
-    """Print a table, at its full width; the columns named in `left` are aligned to the left."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    for name in headings:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    needed = Console(width=1000).measure(table).maximum
-    Console(width=max(Console().width, needed)).print(table)
-
-
-def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str]) -> str:
-    rules = [":--" if name in left else "--:" for name in headings]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [headings, rules, *rows])
-
-
 def markdown(title: str, about: str, sections: Iterable[str]) -> str:
-    """A page of results, with the date and the command; the sections stand apart."""
+    """A page of results, with the date and the command, and an empty line between sections."""
     script, *arguments = sys.argv
     command = shlex.join(["python", f"bench/{Path(script).name}", *arguments])
     head = f"# {title}\n\n- date: {date.today()}\n- command: `{command}`\n- {about}\n"

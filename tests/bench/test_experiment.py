@@ -12,9 +12,9 @@ from crevnet.checkpoints import load_checkpoint
 from crevnet.data import SyntheticCity, write_city
 from crevnet.recipe.paper import FINAL, STAGES
 from crevnet.settings import load_settings
-from experiment_plan import CREVNET, RATES, TUNING, Plan, Planned, TrainingStep, settings_of
-from experiment_tables import MODELS, TRAINED_ON, UNTRAINED, Row, page
-from experiment_tables import STAGES as STAGES_TABLE
+from kit.experiment_plan import CREVNET, RATES, TUNING, Plan, Planned, TrainingStep, settings_of
+from pages.experiment_tables import MODELS, TRAINED_ON, UNTRAINED, Row, page
+from pages.experiment_tables import STAGES as STAGES_TABLE
 
 BASELINES = ["convlstm", "predrnn", "unet"]
 
@@ -103,7 +103,7 @@ def test_the_same_command_trains_what_is_missing_alone(data, done, monkeypatch):
 
 
 def test_another_time_of_training_needs_another_folder(data, done):
-    with pytest.raises(ValueError, match=r"0\.001 minutes a model, not 1: choose another --out"):
+    with pytest.raises(ValueError, match=r"0\.001 minutes per model, not 1: choose another --out"):
         experiment.experiment(data, done[0], 1, range(1))
 
 

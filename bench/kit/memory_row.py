@@ -1,4 +1,4 @@
-"""A row of bench/memory.py, and rows that differ in one thing only."""
+"""A row of bench/memory.py, and rows that differ in one setting only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Row:
-    """One training step; sizes in pixels, memory in bytes."""
+    """One training step. Sizes are in pixels, memory in bytes."""
 
     model: str
     preset: str
@@ -31,16 +31,16 @@ class Row:
     transient: int | None = None
     peak: int | None = None
     one_more: int | None = None
-    """By what the peak grows with another sequence in the batch; of predicted rows."""
+    """Growth of the peak per additional sequence in the batch; of predicted rows."""
     largest_16: int | None = None
     """The largest batch in 16 GiB; of predicted rows (bench/capacity.py tries batches on a GPU)."""
     largest_32: int | None = None
     reserved: int | None = None
-    """What the allocator holds; of CUDA's rows, as are the next two."""
+    """Memory that the allocator holds; of CUDA's rows, as are the next two."""
     allocated: int | None = None
     """The peak of the blocks that the allocator has handed out, which are rounded up."""
     first: int | None = None
-    """The first step's peak, with what is done once."""
+    """The first step's peak, which includes one-time work."""
     note: str = ""
 
     @property
@@ -48,28 +48,35 @@ class Row:
         """Of a frame."""
         return self.height * self.width
 
+    @property
+    def measured_peak(self) -> int:
+        """The peak of a row that has one."""
+        if self.peak is None:
+            raise ValueError(f"{label(self)} has no peak: {self.note}")
+        return self.peak
+
 
 AXES = {"steps": "time step", "layers": "layer", "batch": "sequence", "pixels": "pixel"}
-"""What rows may be compared along, and its unit."""
+"""Settings along which rows may be compared, and their units."""
 
 SETTING = ("model", "preset", "schedule", "precision", "patch", "layers", "batch", "steps", "pixels", "how")
 
 
 def label(row: Row, axis: str = "") -> str:
-    """What is measured, but for what the axis shows."""
+    """Names of the row's settings, except the one on the axis."""
     layers = f"{row.layers} layers" if row.layers and axis != "layers" else ""
     patch = "" if row.preset else f"patch {row.patch}"
     return ", ".join(part for part in (row.model, row.preset, layers, patch, row.schedule) if part)
 
 
 def beyond_model(row: Row) -> int:
-    """What the peak holds beyond parameters, gradients and Adam's state."""
+    """The peak without parameters, gradients and Adam's state."""
     assert row.activations is not None and row.transient is not None
     return row.activations + row.transient
 
 
 def lines_over(axis: str, rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Rows that differ along the axis alone, in its order; only where there are two at least, and figures."""
+    """Measured rows that differ only along the axis, in its order, two or more per line."""
     families: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         if row.peak is not None:

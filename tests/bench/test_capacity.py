@@ -10,7 +10,8 @@ import torch
 import capacity
 import memory
 from crevnet import PRESETS
-from schedules import Training
+from kit import rates
+from kit.schedules import Training
 
 CPU = torch.device("cpu")
 STEPS, HEIGHT, WIDTH = 2, 24, 20
@@ -54,7 +55,7 @@ def test_the_largest_batch_is_trained_where_its_time_is_asked_for(rows, monkeypa
         batches.append(len(inputs[0]))
         return loss(self, network, inputs)
 
-    monkeypatch.setattr(capacity, "seconds", seconds)
+    monkeypatch.setattr(rates, "seconds", seconds)
     monkeypatch.setattr(Training, "loss", seen)
     limit = peak("reversible", 3) + 1
     (row,), text = rows("--schedule", "reversible", "--capacity", str(limit / 2**30), "--time", "--rounds", "3")
@@ -110,7 +111,7 @@ def test_operations_are_those_of_the_convolutions():
     n, cells = config.widths[-1], pixels // 4
     module = 2 * cells * (9 * 3 * n * 3 * n * 2 + 9 * 4 * n * n + 2 * n * n + n * n + 9 * n * n + n * n)
     # Each step encodes, predicts and decodes; decoding runs the same residual functions.
-    assert capacity.operations(training()) == 3 * STEPS * (2 * (first + second) + config.modules * module)
+    assert rates.operations_per_sequence(training()) == 3 * STEPS * (2 * (first + second) + config.modules * module)
 
 
 @pytest.mark.parametrize(

@@ -18,16 +18,16 @@ import pytest
 import torch
 
 import capacity
-import device_memory
 import gpu
 import memory
 from crevnet.failures import TrainingError
 from gpu_stages import cuda_tests, loaders, peaks, training_run
 from gpu_stages.stage import STAGES, Setup, Stage
-from memory_row import Row
-from schedules import Training
+from kit import device_memory, rates
+from kit.memory_row import Row
+from kit.schedules import Training
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HIDDEN = ("rich", "jsonargparse", "hdf5plugin")
 HIDE = f"""
@@ -92,7 +92,7 @@ def faults(tmp_path_factory):
     """The folder, and the outcomes by the stages' names."""
     out = tmp_path_factory.mktemp("faults")
     names = ["stays", "raises", "runs_out", "finds_no_engine", "dies", "skips", "leaves_nothing", "job_fails", "works"]
-    stages = [Stage(name, f"Stage {name}", 600, f"gpu_faults:{name}") for name in names]
+    stages = [Stage(name, f"Stage {name}", 600, f"bench.gpu_faults:{name}") for name in names]
     stages[0] = replace(stages[0], limit=15)
     stages.insert(-1, Stage("is_missing", "A module that is missing", 600, "no_such_module:rows"))
     minutes = sum(stage.limit for stage in stages) / 60
@@ -160,7 +160,7 @@ def test_exit_status(monkeypatch, tmp_path, faults, names, status):
 
 
 def test_a_stage_without_time_is_out_of_time(tmp_path):
-    (outcome,) = gpu.run_all([Stage("works", "", 1, "gpu_faults:works")], tmp_path, -1.0, "cpu", toy=True)
+    (outcome,) = gpu.run_all([Stage("works", "", 1, "bench.gpu_faults:works")], tmp_path, -1.0, "cpu", toy=True)
     assert (outcome.status, outcome.error) == ("out of time", "no time was left")
 
 
@@ -224,13 +224,13 @@ def test_a_second_step_that_runs_out_of_memory_lowers_the_batch(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return 7.0
 
-    monkeypatch.setattr(capacity, "sequences_a_second", pace)
+    monkeypatch.setattr(rates, "sequences_per_second", pace)
     training = Training("tiny", "plain", "32-true", 5, 2, 24, 20, CPU)
     row = capacity.Row("crevnet", "tiny", "plain", "32-true", 1, 2, 24, 20, 16, "cuda", 5, 10**9)
     found = capacity.trained(row, training, 2)
     assert (found.batch, found.sequences_a_second) == (3, 7.0)
     assert found.peak == memory.tracked(replace(training, batch=3)).peak
-    monkeypatch.setattr(capacity, "sequences_a_second", lambda *_: 1 / 0)
+    monkeypatch.setattr(rates, "sequences_per_second", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         capacity.trained(row, training, 2)
 

@@ -1,4 +1,4 @@
-"""Two chains' training steps, timed in pairs: what `bench/guard.py` and `bench/exact.py` have in common."""
+"""Training steps of two module stacks, timed in pairs: for bench/guard.py and bench/exact.py."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 
 def options(description: str | None) -> argparse.Namespace:
-    """The chain's size and the number of rounds; sets one thread, and prints what is measured, on what."""
+    """The stack's size and the number of rounds. Sets one thread, and prints the sizes and the machine."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--channels", type=int, default=64, help="of each of the two streams, a multiple of 8")
-    parser.add_argument("--size", type=int, default=32, help="height and width")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--blocks", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=40, help="2 at least")
+    parser.add_argument("--channels", type=int, default=64, help="channels per stream, a multiple of 8 (64)")
+    parser.add_argument("--size", type=int, default=32, help="height and width of the streams, pixels (32)")
+    parser.add_argument("--batch", type=int, default=1, help="batch size, samples (1)")
+    parser.add_argument("--blocks", type=int, default=12, help="number of blocks (12)")
+    parser.add_argument("--rounds", type=int, default=40, help="number of timed pairs of steps, at least 2 (40)")
     a = parser.parse_args()
     if min(a.size, a.batch, a.blocks) < 1 or a.rounds < 2 or a.channels < 8 or a.channels % 8:
         parser.error("sizes must be at least 1, --rounds 2, and --channels a multiple of 8")
@@ -31,9 +31,9 @@ def options(description: str | None) -> argparse.Namespace:
 
 
 def compare(base: nn.Module, other: nn.Module, x: Tensor, rounds: int) -> str:
-    """By how much a step of `other` takes longer: the median of the rounds' ratios, its error, and the quartiles.
+    """The additional time of a step of `other`: the median of the rounds' ratios, its standard error, and the quartiles.
 
-    Both run once a round, in random order. Times are the process's own: what other processes use does not count.
+    Both run once per round, in random order. Times are the process's own: other processes do not count.
     """
     for net in (base, other) * 2:
         _seconds(net, x)
@@ -43,18 +43,8 @@ def compare(base: nn.Module, other: nn.Module, x: Tensor, rounds: int) -> str:
         times = {name: _seconds(net, x) for name, net in order.sample([("base", base), ("other", other)], 2)}
         ratios.append(times["other"] / times["base"])
     low, middle, high = (100 * (q - 1) for q in statistics.quantiles(ratios, n=4))
-    error = 125.33 * statistics.stdev(ratios) / rounds**0.5  # of a median of values that scatter normally
+    error = 125.33 * statistics.stdev(ratios) / rounds**0.5  # of a median of normally distributed values
     return f"{middle:+.2f} % +- {error:.2f} (quartiles {low:+.2f}, {high:+.2f})"
-
-
-def conditioner(channels: int, outputs: int = 1) -> nn.Sequential:
-    """conv3x3, GroupNorm, SiLU, conv3x3."""
-    return nn.Sequential(
-        nn.Conv2d(channels, channels, 3, padding=1),
-        nn.GroupNorm(8, channels),
-        nn.SiLU(),
-        nn.Conv2d(channels, outputs * channels, 3, padding=1),
-    )
 
 
 def _seconds(net: nn.Module, x: Tensor) -> float:

@@ -21,22 +21,22 @@ the rate of matrix products in the same precision.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-import revflow
-from crevnet import PRESETS, CrevNet
+from crevnet import PRESETS
 from kit import networks, rates, trials
+from kit.crevnet_trials import Prepared, of_crevnet, operations_of_crevnet
 from kit.libraries import PEERS, libraries
 from kit.methods import Method, checkpointed, plain, reversible
 from kit.networks import Network
-from kit.schedules import SCHEDULES, Training
-from kit.trials import Row, Step, Trial, nothing
+from kit.precisions import PRECISIONS, prepared, set_precision
+from kit.schedules import SCHEDULES
+from kit.trials import Row
 from pages import report
 from pages.speed_figure import draw
 from pages.tables import markdown_table, show
@@ -55,9 +55,6 @@ NETWORKS = {
     "transformer": Extent(4, 15),
     "crevnet": Extent(2, 7),
 }
-
-PRECISIONS = {"32-true": None, "tf32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-"""The precisions of conditioners under autocast."""
 
 METHODS = [
     checkpointed(1),
@@ -89,12 +86,6 @@ def main() -> None:
         rows += found
         sections.append(f"## {title}\n\n{markdown_table(headings, lines, LEFT)}\n")
     report.write(a, rows, report.markdown("Time of a training step", about, sections), draw)
-
-
-def set_precision(name: str) -> None:
-    """The arithmetic of float32 products and convolutions on CUDA: TF32, or float32."""
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = name == "tf32"
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -168,20 +159,6 @@ def maker(name: str, a: argparse.Namespace) -> Callable[..., Network]:
     return networks.tiny
 
 
-def prepared(network: Network, precision: str, compiled: bool, device: torch.device) -> None:
-    """Make the conditioners run under autocast, and compiled."""
-    if PRECISIONS[precision] is not None:
-        for conditioner in network.conditioners:
-            conditioner.forward = autocast(precision, device)(conditioner.forward)
-    if compiled:
-        revflow.ReversibleSequence(network.blocks).compile_conditioners()  # in place, so for all methods
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    dtype = PRECISIONS[precision]
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-
-
 def shares(rows: Sequence[Row], useful: float, rate: float) -> list[Row]:
     """With their throughput, from a step's useful operations and the rate of matrix products."""
     return [row if row.seconds is None else replace(row, throughput=useful / row.seconds / rate) for row in rows]
@@ -191,80 +168,6 @@ def operations_of(make: Callable[[], Network]) -> float:
     """Useful floating-point operations of a step."""
     network = make()
     return rates.operations(partial(plain().of(network).forward, network.leaf))
-
-
-def operations_of_crevnet(training: Prepared) -> float:
-    return training.batch * rates.operations_per_sequence(replace(training, compiled=False))
-
-
-@dataclass(frozen=True)
-class Prepared(Training):
-    """Of a network that is compiled, or whose convolutions are in the layout of tensor cores."""
-
-    compiled: bool = False
-    channels_last: bool = False
-
-    def trainee(self) -> tuple[CrevNet, list[Tensor]]:
-        network, inputs = super().trainee()
-        assert isinstance(network, CrevNet)
-        if self.channels_last:
-            network.to(memory_format=network.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-        if self.compiled:
-            network.compile_parts()
-        return network, inputs
-
-
-def of_crevnet(base: Prepared, schedules: Sequence[str], precision: str) -> Iterator[Trial]:
-    """Standard autograd, and the schedules."""
-    names = f"crevnet-{base.preset}", f"batch {base.batch}, {base.steps} steps of {base.height} x {base.width}"
-    for schedule in dict.fromkeys(["plain", *schedules]):
-        training = replace(base, schedule=schedule)
-        if base.compiled and SCHEDULES[schedule].checkpoints:
-            yield Trial(*names, schedule, note="compiling its parts would disable their checkpoints")
-            continue
-        start = partial(training_step, training, precision)
-        memory = revflow.measure_memory(lambda: start()(nothing), device=base.device)  # noqa: B023
-        step = start()
-        step(nothing)
-        yield Trial(
-            *names, schedule, step=step, memory=memory, evaluations=evaluations(replace(training, compiled=False))
-        )
-    for peer in PEERS:
-        yield Trial(*names, peer, note="only for module stacks: CrevNet's predictor is recurrent")
-
-
-def training_step(training: Training, precision: str) -> Step:
-    """A network's forward pass; then the backward pass and Adam."""
-    between = nothing
-
-    def watch(forward: Callable[[], Tensor]) -> Tensor:
-        with autocast(precision, training.device):
-            loss = forward()
-        between()
-        return loss
-
-    steps = training.train(watch)
-
-    def step(given: Callable[[], None]) -> None:
-        nonlocal between
-        between = given
-        next(steps)
-
-    return step
-
-
-def evaluations(training: Training) -> float:
-    """Evaluations of a recurrent cell per time step of a training step."""
-    network, inputs = training.trainee()
-    assert isinstance(network, CrevNet)
-    cells = cells_of(network)
-    with trials.counted(cells) as samples:
-        training.loss(network, inputs).backward()
-    return sum(samples) / (len(cells) * training.steps * training.batch)
-
-
-def cells_of(network: CrevNet) -> list[nn.Module]:
-    return [module.cell for module in network.predictor.stack]  # type: ignore[misc]
 
 
 def described(row: Row) -> str:

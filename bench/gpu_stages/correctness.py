@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import revflow
-import speed
 from crevnet import PRESETS, CrevNet
 from gpu_stages.cuda_tests import rows as of_cuda_tests
 from gpu_stages.jobs import Job, each
 from gpu_stages.stage import Row, Rows, Setup
 from kit.couplings import Halves, conditioner
+from kit.precisions import set_precision
 
 PRECISIONS = ("32-true", "tf32", "bf16-mixed")
 TOLERANCE = 1e-9
@@ -55,7 +55,7 @@ def bit_for_bit(names: Row, device: torch.device) -> Iterable[Row]:
     They must be equal if standard autograd repeats itself, which it does not with atomic additions.
     """
     set_cudnn(names["cudnn_benchmark"], names["cudnn_deterministic"])
-    speed.set_precision(names["precision"])
+    set_precision(names["precision"])
     make = exact_couplings if names["what"] == "couplings" else exact_crevnet
     reversible, standard = make(device, names["precision"])
     expected, again, found = standard(), standard(), reversible()
@@ -124,7 +124,7 @@ def same_bits(found: list[Tensor], expected: list[Tensor]) -> bool:
 def dropout(device: torch.device) -> Iterable[Row]:
     """Masks are drawn again in the backward pass: gradients against standard autograd's of the same seed."""
     set_cudnn(benchmark=False, deterministic=True)
-    speed.set_precision("32-true")
+    set_precision("32-true")
     torch.manual_seed(0)
     blocks = [revflow.AdditiveCoupling(nn.Sequential(conditioner(32), nn.Dropout(0.3))) for _ in range(6)]
     net = revflow.ReversibleSequence(blocks).to(device).double()

@@ -13,6 +13,7 @@ from gpu_stages.jobs import Job, each
 from gpu_stages.stage import Row, Rows, Setup
 from kit.libraries import PEERS
 from kit.methods import checkpointed, reversible
+from kit.precisions import set_precision
 
 METHODS = [checkpointed(1), reversible("none"), reversible("all", "all")]
 
@@ -55,7 +56,7 @@ def job(name: str, setup: Setup, extent: speed.Extent, arguments: Sequence[objec
 
 def compare(name: str, extent: speed.Extent, options: Namespace, device: torch.device) -> Iterable[Row]:
     torch.manual_seed(0)
-    speed.set_precision(options.precision)
+    set_precision(options.precision)
     for row in speed.compare(name, extent, options, device, METHODS):
         if row.method not in PEERS:  # which do not apply to CrevNet
             yield {

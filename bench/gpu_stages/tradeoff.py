@@ -8,18 +8,18 @@ from functools import partial
 import torch
 
 import budget
-import speed
 from gpu_stages.jobs import Job, each
 from gpu_stages.stage import Row, Rows, Setup
 from kit import networks, trials
 from kit.methods import checkpointed, compiled, offloaded
 from kit.networks import Network
+from kit.precisions import set_precision
 
 
 def rows(setup: Setup) -> Rows:
     device, rounds = torch.device(setup.device), 2 if setup.toy else 5
     torch.manual_seed(0)
-    speed.set_precision("tf32")
+    set_precision("tf32")
     made = sizes(setup, device)
     jobs = [Job({"network": name}, partial(of_budgets, make, rounds, device)) for name, make in made.items()]
     if not setup.toy:  # compilers take minutes on a CPU

@@ -200,7 +200,7 @@ def test_given_days_are_read_as_they_are_and_left_alone(city, clock, run, tmp_pa
     with out[".csv"].open() as file:
         assert [line["cache"] for line in csv.DictReader(file)] == [r["cache"] for r in rows]
     for told in (text, out[".md"].read_text()):
-        assert "as it is: without workers" in told and "training consumes" in told
+        assert "as given: without workers" in told and "training consumes" in told
         assert "Batches of 2 windows of 9 frames of 32 x 32" in told
     assert sorted(city.rglob("*")) == before
 

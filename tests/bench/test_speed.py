@@ -9,7 +9,7 @@ import torch
 
 import speed
 from crevnet import CrevNet
-from kit import libraries, networks, trials
+from kit import crevnet_trials, libraries, networks, precisions, trials
 
 CPU = torch.device("cpu")
 # Of a conditioner, where the last of so many groups is not checkpointed and every other conditioner runs again.
@@ -36,7 +36,7 @@ SMALL = ["--batch", "2", "--rounds", "2", "--image", "4", "--tokens", "4", "--he
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """Small networks, and no libraries: what they compute is looked at in test_bench_trials.py."""
+    """Small networks, and no libraries: what they compute is looked at in test_trials.py."""
     for peer in libraries.PEERS:
         monkeypatch.setitem(sys.modules, peer, None)
     for name, size in (("tiny", {"blocks": 4}), ("convolutions", {"blocks": 4}), ("transformer", {"layers": 2})):
@@ -85,12 +85,12 @@ def test_crevnet_alone(run):
 
 
 def test_parts_of_a_step_of_crevnet(monkeypatch):
-    training = speed.Training("tiny", "plain", "32-true", 1, 1, 16, 12, CPU)
+    training = crevnet_trials.Training("tiny", "plain", "32-true", 1, 1, 16, 12, CPU)
     network, inputs = training.trainee()
     loss, seen = network.loss, []
     network.loss = lambda *given: (seen.append(torch.is_autocast_enabled("cpu")), loss(*given))[1]
-    monkeypatch.setattr(speed.Training, "trainee", lambda _: (network, inputs))
-    speed.training_step(training, "bf16-mixed")(
+    monkeypatch.setattr(crevnet_trials.Training, "trainee", lambda _: (network, inputs))
+    crevnet_trials.training_step(training, "bf16-mixed")(
         lambda: seen.append([p for p in network.parameters() if p.grad is not None])
     )
     assert seen == [True, []] and all(p.grad is not None for p in network.parameters())
@@ -112,7 +112,7 @@ def test_every_evaluation_is_under_autocast_and_compiled(monkeypatch, method):
 
     monkeypatch.setattr(torch, "compile", stand_in)
     network, twin = (networks.tiny(2, blocks=4).to(dtype) for dtype in (torch.float32, torch.float64))
-    speed.prepared(network, "bf16-mixed", True, CPU)
+    precisions.prepared(network, "bf16-mixed", True, CPU)
     for conditioner in network.conditioners:
         conditioner[2].register_forward_hook(lambda _, inputs, output: dtypes.add(output.dtype))
     network.step(method.of(network).forward)
@@ -132,7 +132,7 @@ def test_compiled_crevnet(monkeypatch, run):
 
 
 def test_crevnet_in_the_layout_of_tensor_cores(run):
-    size = speed.Prepared("tiny", "plain", "32-true", 1, 1, 32, 32, CPU, channels_last=True)
+    size = crevnet_trials.Prepared("tiny", "plain", "32-true", 1, 1, 32, 32, CPU, channels_last=True)
     network, _ = size.trainee()
     weights = [p for p in network.parameters() if p.dim() == 4 and p.shape[2] > 1 and p.shape[1] > 1]
     assert weights and all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)

@@ -123,14 +123,14 @@ def main() -> None:
     step = Training(a.preset, "reversible", a.precision, a.batch, window - 1, height, width, device)
     title = f"Batches of {a.batch} windows of {window} frames of {height} x {width}, {a.rounds} rounds"
     about = f"{os.cpu_count()} CPU cores, {report.machine(device, torch.get_num_threads(), ['h5py', 'numpy'])}"
-    verdicts = "\n".join(verdict(rows, demand(step, a.peak)))
+    verdicts = [*verdict(rows, demand(step, a.peak))]
     print(about)
     show(title, HEADINGS, map(cells, rows), LEFT)
-    print(verdicts)
+    print("\n".join(verdicts))
     if not a.data and "repacked" not in {row.layout for row in rows}:
         print("hdf5plugin is not installed, so no repacked files were read")
-    table = markdown_table(HEADINGS, map(cells, rows), LEFT)
-    report.write(a, rows, report.markdown("Loading day files", about, [f"{title}:", table, verdicts]))
+    table, listed = markdown_table(HEADINGS, map(cells, rows), LEFT), "\n".join(f"- {line}" for line in verdicts)
+    report.write(a, rows, report.markdown("Loading day files", about, [f"{title}:", table, listed]))
 
 
 def options() -> argparse.ArgumentParser:

@@ -95,7 +95,7 @@ QUOTED = [
         ["the gap is 0.01 to 0.03"],
     ),
     ("docs/which-when.md", "up to 0.03 of a step faster", "budget-cpu.md", ["the gap is 0.01 to 0.03"]),
-    ("docs/coming-from.md", "0.1 of a step more with", "budget-cpu.md", ["1.38 for convolutions beside 1.28"]),
+    ("docs/coming-from.md", "0.1 of a step more with", "budget-cpu.md", ["1.38 for convolutions compared with 1.28"]),
     (
         "docs/experiment.md",
         "it takes 830 steps in the minutes in which the U-Net takes 7,145",
@@ -114,7 +114,7 @@ QUOTED = [
         "experiment-air-traffic.md",
         ["each model trained for 8 minutes on one core"],
     ),
-    ("docs/moving-mnist.md", "after 72 steps on a CPU", "moving-mnist-cpu.md", ["and 72 steps"]),
+    ("docs/moving-mnist.md", "after 72 steps on a CPU", "moving-mnist-cpu.md", ["72 steps with batches of 2"]),
 ]
 
 

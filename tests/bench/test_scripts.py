@@ -1,12 +1,15 @@
-"""The small scripts of bench/, at toy size: that they run, and what of their figures is no time."""
+"""The scripts of bench/: the help of each, and the figures of the small ones at toy size, except for times."""
 
+import argparse
 import importlib
 import re
 import shutil
 import sys
 
 import pytest
+from documents import ROOT
 
+SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if not path.stem.startswith("test_"))
 CHAIN = ["--channels", "8", "--size", "8", "--blocks", "2", "--rounds", "2"]
 
 
@@ -18,6 +21,27 @@ def printed(monkeypatch, capsys):
         return capsys.readouterr().out
 
     return call
+
+
+class Parsed(Exception):  # noqa: N818
+    """Carries a script's parser out of its `main`."""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script, monkeypatch):
+    """It begins with the script's command, and has a line for each option."""
+
+    def parse(parser, *_):
+        raise Parsed(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    with pytest.raises(Parsed) as parsed:
+        importlib.import_module(script).main()
+    (parser,) = parsed.value.args
+    assert re.search(rf"^    .*(python bench/{script}\.py|make {script})", parser.description, re.MULTILINE)
+    without = [action.dest for action in parser._actions if not action.help]
+    assert not without
 
 
 def test_drift(printed, tmp_path):
@@ -48,17 +72,15 @@ def test_guard(printed):
 
 def test_overhead(printed):
     text = printed("overhead", "--blocks", "2", "--rows", "2", "3", "--rounds", "2")
-    assert [int(rows) for rows in re.findall(r"batch +(\d+): [\d.]+ times plain with the guard off, [\d.]+", text)] == [
-        2,
-        3,
-    ]
+    found = re.findall(r"batch +(\d+): [\d.]+× standard autograd with the guard off, [\d.]+×", text)
+    assert found == ["2", "3"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 def test_compiled(printed):
     text = printed("compiled", "--blocks", "1", "--rounds", "2")
-    assert re.findall(r"(\w+): compiled [\d.]+ times", text) == ["tokens", "images"]
+    assert re.findall(r"(\w+): compiled [\d.]+×", text) == ["tokens", "images"]
 
 
 def test_rounding(printed, tmp_path):

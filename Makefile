@@ -47,7 +47,7 @@ test-all: .venv/.ready docs
 # A different seed each time. The tests use the seeds from 0 on.
 SEED ?= $(shell date +%s)
 fuzz: .venv/.ready
-	CREVNET_FUZZ=20000 CREVNET_FUZZ_SEED=$(SEED) $(BIN)/pytest -q -s tests/crevnet/test_fuzz.py
+	CREVNET_FUZZ=20000 CREVNET_FUZZ_SEED=$(SEED) $(BIN)/pytest -q -s tests/crevnet/data/test_fuzz.py
 
 docs: .venv/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

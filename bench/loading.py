@@ -37,9 +37,11 @@ from typing import get_args
 import torch
 
 from crevnet import PRESETS
-from crevnet.data import DataError, SyntheticCity, open_days
 from crevnet.data.city_data import CityData
-from crevnet.settings import DataSettings
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import open_days
+from crevnet.data.made.synthetic import SyntheticCity
+from crevnet.data.settings import DataSettings
 from kit import rates
 from kit.day_layouts import linked, written
 from kit.page_cache import drop_from_cache

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import revflow
 from crevnet import CrevNet, make_network
-from crevnet.config import PRESETS, CrevNetConfig
+from crevnet.networks.config import PRESETS, CrevNetConfig
 from pages.report import machine, markdown, output, positive
 from pages.tables import markdown_table, show
 

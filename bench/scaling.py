@@ -22,7 +22,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from crevnet import CrevNet, CrevNetConfig
-from crevnet.training import FusedAdam
+from crevnet.training.trainer import FusedAdam
 from pages.report import machine, markdown, output
 from pages.tables import markdown_table
 

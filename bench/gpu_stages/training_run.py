@@ -20,8 +20,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crevnet import PRESETS, CrevNetConfig
-from crevnet.settings import DataSettings, RunSettings, TrainingSettings
-from crevnet.training import train
+from crevnet.data.settings import DataSettings
+from crevnet.training.settings import RunSettings, TrainingSettings
+from crevnet.training.trainer import train
 from gpu_stages.days import city
 from gpu_stages.jobs import Job, each
 from gpu_stages.stage import Row, Rows, Setup

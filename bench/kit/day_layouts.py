@@ -7,7 +7,9 @@ from typing import Any
 
 import h5py
 
-from crevnet.data import DayFile, DayReader, SyntheticCity, open_days, repack, write_city
+from crevnet.data.files.days import DayFile, DayReader, open_days
+from crevnet.data.made.repack import repack
+from crevnet.data.made.synthetic import SyntheticCity, write_city
 
 try:
     import hdf5plugin

@@ -20,7 +20,7 @@ import torch
 import capacity
 import gpu
 import memory
-from crevnet.failures import TrainingError
+from crevnet.training.failures import TrainingError
 from gpu_stages import cuda_tests, loaders, peaks, training_run
 from gpu_stages.stage import STAGES, Setup, Stage
 from kit import device_memory, rates

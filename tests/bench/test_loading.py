@@ -15,7 +15,7 @@ import yaml
 
 import loading
 from crevnet import PRESETS
-from crevnet.data import open_days
+from crevnet.data.files.days import open_days
 from kit import day_layouts, rates
 from kit.schedules import Training
 from loading import Demand, Row

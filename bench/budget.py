@@ -82,7 +82,11 @@ def options() -> argparse.Namespace:
         help="height and width of the autoencoder's frames, pixels, a multiple of 8 (96)",
     )
     parser.add_argument(
-        "--more", nargs="+", choices=MORE, default=[], help="further checkpointing to measure; compiling takes minutes"
+        "--more",
+        nargs="+",
+        choices=MORE,
+        default=[],
+        help="additional kinds of checkpointing; compiling takes minutes (none)",
     )
     report.add_outputs(parser)
     a = parser.parse_args()

@@ -35,7 +35,7 @@ from pages.tables import markdown_table, show
 
 @dataclass(frozen=True)
 class Row:
-    """A schedule within a capacity."""
+    """The result of a schedule within a capacity."""
 
     model: str
     preset: str
@@ -157,7 +157,7 @@ def trained(row: Row, training: Training, rounds: int) -> Row:
 
 
 def peak_of(training: Training) -> int:
-    """Bytes, of a first step."""
+    """The peak of a first step, in bytes."""
     return revflow.measure_memory(lambda: next(training.train()), device=training.device).peak
 
 
@@ -170,7 +170,7 @@ def predicted(training: Training, capacities: list[float]) -> Iterator[tuple[flo
 
 
 def tried(training: Training, capacities: list[float]) -> Iterator[tuple[float, int, int | None]]:
-    """The same, on a GPU whose memory is capped."""
+    """Each capacity's largest batch, and its peak, on a GPU whose memory is capped."""
     for capacity in capacities:
         peaks: dict[int, int] = {}  # a batch that fits under another cap may not fit under this one
         cap(training.device, capacity * GIB)

@@ -42,12 +42,12 @@ class Errors(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depths", type=int, nargs="+", default=[10, 30, 100, 300, 1000], help="numbers of blocks")
+    parser.add_argument(
+        "--depths", type=int, nargs="+", default=[10, 30, 100, 300, 1000], help="numbers of blocks (10 30 100 300 1000)"
+    )
     parser.add_argument("--channels", type=int, default=8, help="channels per stream (8)")
     parser.add_argument("--size", type=int, default=16, help="height and width, pixels (16)")
-    parser.add_argument(
-        "--networks", type=int, default=3, help="number of networks, of which the largest error counts (3)"
-    )
+    parser.add_argument("--networks", type=int, default=3, help="number of networks; the largest error counts (3)")
     parser.add_argument("--csv", type=output(".csv"), help="CSV file to write the rows to")
     parser.add_argument("--out", type=output(".png", ".pdf", ".svg"), help="picture to draw, .png, .pdf or .svg")
     a = parser.parse_args()
@@ -104,7 +104,7 @@ def errors_of(net: revflow.ReversibleSequence, x: Tensor, autocast: bool) -> Err
 
 
 def gradients(net: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, autocast: bool) -> Tensor:
-    """Those of all parameters, in one vector of float64."""
+    """The gradients of all parameters, in one vector of float64."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
         y = run(x)
     found = torch.autograd.grad(y.square().mean(), list(net.parameters()))

@@ -39,7 +39,7 @@ from pages.report import add_outputs, positive, write
 
 RECIPES = Path(__file__).parents[1] / "configs" / "recipes"
 CITIES = {"Berlin": 1, "Istanbul": 2, "Moscow": 3}
-"""Names and seeds of the synthetic ones."""
+"""Names and seeds of the synthetic cities."""
 TUNED = 10
 """Fine-tuning has a learning rate that is this many times lower."""
 
@@ -59,7 +59,7 @@ class DataSet:
     minutes: float
 
     def settings(self, folder: Path) -> RecipeSettings:
-        """Those of the file, with the data, which are made if necessary."""
+        """The settings of the file. The data are made if necessary."""
         found = read_recipe(self.recipe)
         if self.make is None:
             return found

@@ -143,7 +143,7 @@ def options() -> argparse.ArgumentParser:
     number("--height", default=495, help="height of the synthetic city's frames, pixels (495)")
     number("--width", default=436, help="width of the synthetic city's frames, pixels (436)")
     parser.add_argument(
-        "--density", type=float, default=1.0, help="density of its traffic: 4 is a third of the pixels (1)"
+        "--density", type=float, default=1.0, help="density of its traffic; at 4, a third of the pixels is busy (1)"
     )
     number("--windows", default=56, help="maximum number of windows of a day per epoch (56)")
     parser.add_argument("--workers", type=natural, nargs="+", default=[0, 1, 2], help="numbers of workers (0 1 2)")

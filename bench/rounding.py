@@ -95,7 +95,7 @@ def make(config: CrevNetConfig) -> CrevNet:
 
 
 def gradient(network: CrevNet, frames: Tensor) -> Tensor:
-    """Of the training loss, by all parameters, in float64."""
+    """The gradient of the training loss by all parameters, in float64."""
     found = torch.autograd.grad(network.loss(frames, None), [*network.parameters()])
     return torch.cat([g.double().flatten() for g in found])
 

@@ -101,22 +101,24 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=report.positive, help=f"batch size, samples ({own['batch']})")
     parser.add_argument("--precision", choices=PRECISIONS, default="32-true", help="precision (32-true)")
-    parser.add_argument("--compile", action="store_true", help="compiled conditioners")
+    parser.add_argument("--compile", action="store_true", help="compilation of the conditioners")
     number = partial(parser.add_argument, type=report.positive)
     number("--image", default=16, help="height and width of the convolutions' streams, pixels (16)")
     number("--tokens", default=128, help="length of the transformer's sequences, tokens (128)")
     crevnet = parser.add_argument_group("CrevNet")
     number = partial(crevnet.add_argument, type=report.positive)
     crevnet.add_argument("--preset", choices=PRESETS, default="tiny", help="preset (tiny)")
+    listed = f"schedules, in addition to plain: {', '.join(SCHEDULES)} (all)"
     crevnet.add_argument(
         "--schedule",
         nargs="+",
         choices=SCHEDULES,
         default=list(SCHEDULES),
-        help="schedules, in addition to plain (all)",
+        metavar="SCHEDULE",
+        help=listed,
     )
     number("--steps", default=11, help="number of time steps (11)")
-    crevnet.add_argument("--channels-last", action="store_true", help="layout channels_last of the convolutions")
+    crevnet.add_argument("--channels-last", action="store_true", help="channels_last layout of the convolutions")
     number("--height", default=128, help="height of the frames, pixels (128)")
     number("--width", default=112, help="width of the frames, pixels (112)")
     report.add_outputs(parser)

@@ -19,7 +19,7 @@ QUOTED = [
         "docs/crevnet.md",
         "trained for at most 3.5 minutes",
         "crevnet-tiny-cpu.md",
-        ["stopped by its limit of 3.5 minutes"],
+        ["stopped at its limit of 3.5 minutes"],
     ),
     ("docs/crevnet.md", "scores on two held-out days", "crevnet-tiny-cpu.md", ["Two held-out days"]),
     (

@@ -65,7 +65,7 @@ class Part(NamedTuple):
 
 
 class LostBatch(NamedTuple):
-    """What a worker sends instead of a batch that it could not send."""
+    """Sent by a worker instead of a batch that it could not send; `error` is the reason, in one line."""
 
     error: str
 

@@ -10,12 +10,12 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from revflow._base.errors import NAMED, named
+from revflow._base.errors import BLOCK_ERRORS, with_place
 from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Context, Streams
 from revflow._base.torch_private import FakeTensor, is_transformed
 from revflow._budget.meter import Meter
-from revflow._replay.surroundings import autocast_state
+from revflow._replay.autocast import autocast_state
 from revflow._rewind.blocks import CouplingCall, WholeBlockCall
 from revflow._rewind.functions import applied, end, hold
 from revflow._rewind.hooked import through_observed
@@ -80,8 +80,8 @@ class ChainCall:
                 passage.extent.source = name, block
             try:
                 outputs = _through(passage, name, block, streams, node, context)
-            except NAMED as error:
-                raise named(error, f"block {name}", block, streams) from error
+            except BLOCK_ERRORS as error:
+                raise with_place(error, f"block {name}", block, streams) from error
             if passage.log_det:
                 log_dets.append(outputs[-1])
                 outputs = outputs[:-1]

@@ -17,7 +17,7 @@ from revflow._rewind.passage import Passage, changed, is_built_in, log_det_of, m
 from revflow.exact import Residual
 
 if TYPE_CHECKING:
-    from revflow._guard.chains import Seen
+    from revflow._guard.sequences import Seen
 
 _RETURN = "Let a conditioner return it, as one more coefficient"
 

@@ -32,8 +32,8 @@ from torch import Tensor
 from revflow._base.second_derivative import once
 from revflow._base.streams import Gradients, Streams, versions_of
 from revflow._base.torch_private import is_going_to_run
-from revflow._guard.chains import Evidence
-from revflow._replay.mode import refuse_compiled_autograd
+from revflow._guard.sequences import Evidence
+from revflow._replay.refusals import refuse_compiled_autograd
 from revflow._rewind.blocks import BlockCall
 from revflow._rewind.conditioner import RewindInputs
 from revflow._rewind.graph import alias_of, laid_out

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from revflow._base.streams import Streams
 from revflow._base.torch_private import backward_pass
-from revflow._guard.chains import Evidence, Witness
+from revflow._guard.sequences import Evidence, Witness
 
 
 class Tape:

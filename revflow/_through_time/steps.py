@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from revflow._base.streams import Context, Streams
+from revflow._base.streams import Context, Streams, Tensors
 from revflow._base.torch_private import is_going_to_run
 from revflow._guard.policy import Guard
-from revflow._guard.steps import Watch
+from revflow._guard.recurrences import Watch
 from revflow._replay.arguments import Arguments
 from revflow._replay.random_states import Draws
 from revflow._replay.replay import Replay
@@ -25,8 +25,6 @@ from revflow._rewind.graph import aliases_of
 from revflow._through_time.passes import BackwardPass
 from revflow._through_time.states import Kept, Like
 from revflow.cell import RecurrentCell
-
-Tensors = tuple[Tensor, ...]
 
 
 class Evaluated(NamedTuple):

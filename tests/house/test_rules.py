@@ -1,5 +1,6 @@
 """The house keeps its plan: each rule's exceptions are listed by name in `exceptions.toml`, and the list only shrinks."""
 
+import os
 import re
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def test_imports_go_one_way():
             "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(cache_dir=None))",
         ],
         cwd=rules.ROOT,
+        env={**os.environ, "PYTHONPATH": f"{rules.ROOT}:{rules.ROOT / 'models'}"},
         capture_output=True,
         text=True,
         check=False,
@@ -72,3 +74,11 @@ def test_each_room_of_the_engine_has_a_folder_of_tests():
     rooms = {path.name for path in (rules.ROOT / "revflow").glob("_*/") if (path / "__init__.py").exists()} - {"_base"}
     assert rooms <= {f"_{path.name}" for path in (rules.ROOT / "tests/engine").iterdir() if any(path.glob("test_*.py"))}
     assert not [*(rules.ROOT / "tests/engine").glob("test_*.py")]
+
+
+def test_each_room_of_crevnet_has_a_folder_of_tests():
+    crevnet, tests = rules.ROOT / "models/crevnet", rules.ROOT / "tests/crevnet"
+    rooms = {path.parent.name for path in crevnet.glob("*/__init__.py")}
+    assert rooms == {path.name for path in tests.iterdir() if any(path.glob("test_*.py"))}
+    assert not [*tests.glob("test_*.py")]
+    assert len([*crevnet.glob("*.py")]) <= 6

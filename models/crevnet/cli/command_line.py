@@ -43,9 +43,10 @@ def _run(arguments: list[str]) -> None:
 
 
 def _found(arguments: list[str]) -> tuple[str, list[str]]:
-    """A command's name and the arguments after it; the name of a group, or none, when its help is requested.
+    """A command's name and the arguments after it; the name of a group, or none, if its help is requested.
 
-    Raises SettingsError for a name that does not exist."""
+    Raises SettingsError for a name that does not exist.
+    """
     name = ""
     for number, word in enumerate(arguments):
         if word in _HELP:
@@ -53,9 +54,9 @@ def _found(arguments: list[str]) -> tuple[str, list[str]]:
         longer = f"{name} {word}".strip()
         if not _within(longer):
             near = get_close_matches(word, _next_words(name), 1)
-            suggestion = f"; did you mean {near[0]}?" if near else f": choose {listed(_next_words(name), 'or')}"
-            what = "option before the command" if word.startswith("-") else "command"
-            raise SettingsError(f"there is no {what} {longer}{suggestion} (see {_prog(name)} --help)")
+            choice = f"; did you mean {near[0]}?" if near else f": choose {listed(_next_words(name), 'or')}"
+            fault = f"{word} must follow a command" if word.startswith("-") else f"there is no command {longer}"
+            raise SettingsError(f"{fault}{choice} (see {_prog(name)} --help)")
         name = longer
         if name in COMMANDS:
             return name, arguments[number + 1 :]

@@ -18,7 +18,7 @@ from crevnet.machine.processes import is_first, is_first_to_fail
 
 @contextmanager
 def exit_status() -> Iterator[None]:
-    """End the process with one line for each foreseen error. All others pass, with their tracebacks."""
+    """End the process with one line for a foreseen error. Other errors pass through, with their tracebacks."""
     warnings.showwarning = _show_warning
     try:
         yield
@@ -60,9 +60,12 @@ def _fail(message: str, status: int) -> NoReturn:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    from crevnet.training.failures import warned
+    text = str(message)
+    if type(message).__module__.startswith("revflow."):  # so that PyTorch has been imported
+        from crevnet.training.failures import warned
 
-    _on_stderr(not is_first()).print(f"[yellow]warning:[/] {escape(warned(message))}")
+        text = warned(message)
+    _on_stderr(not is_first()).print(f"[yellow]warning:[/] {escape(text)}")
 
 
 def _on_stderr(quiet: bool) -> Console:

@@ -1,6 +1,7 @@
-"""The text of `--help`, and of `--help-all`, which has every option and its whole description.
+"""The text of `--help` and `--help-all`.
 
-`--help` fits one screen: a command names the options that it lists, and each shows the first sentence of its description.
+`--help` fits one screen: it has the options that a command names for it, each with the first sentence of its description.
+`--help-all` has all options with their whole descriptions.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from crevnet.machine.wording import listed
+
 _COLUMN = 30
 """Where descriptions begin."""
 _WIDEST = 100
+"""Maximum length of a line in a wide terminal."""
 
 
 @dataclass(frozen=True)
@@ -21,23 +25,28 @@ class Entry:
     """An option or an argument.
 
     Attributes:
-        name: as one writes it, with its value's name.
+        name: the option and the name of its value.
         text: the description, one or more sentences.
-        notes: what may be chosen, and the default.
+        choices: the values that may be chosen.
+        note: such as "default: 3".
         section: the heading that it is listed under.
         listed: whether `--help` lists it.
     """
 
     name: str
     text: str
-    notes: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    note: str = ""
     section: str = "Options"
     listed: bool = True
 
     def described(self, everything: bool) -> str:
+        """The description, or only its first sentence, with the choices that it does not have and the note."""
         text = self.text if everything else re.split(r"(?<=[^.]\.)\s", self.text, maxsplit=1)[0]
         text = f"{text[:1].upper()}{text[1:]}".removesuffix(".")
-        return f"{text} ({'; '.join(self.notes)})" if self.notes else text
+        is_complete = set(self.choices) <= set(re.findall(r"[\w-]+", text))
+        notes = [*([] if is_complete else [listed(self.choices, "or")]), *([self.note] if self.note else [])]
+        return f"{text} ({'; '.join(notes)})" if notes else text
 
 
 def command_help(prog: str, usage: str, description: str, entries: Sequence[Entry], everything: bool) -> str:

@@ -65,7 +65,7 @@ class Part(NamedTuple):
 
 
 class LostBatch(NamedTuple):
-    """Sent by a worker instead of a batch that it could not send; `error` is the reason, in one line."""
+    """The error that a worker sends instead of a batch, if it could not send the batch."""
 
     error: str
 

@@ -21,8 +21,8 @@ _UNION = re.compile(r"Does not validate against any of the Union subtypes Subtyp
 _CHOICE = re.compile(r"a typing\.Literal\[(.*?)\]")
 _WORDS = re.compile(r"typing\.Literal\[(.*?)\]")
 _CLASS = re.compile(r"(?:a )?<class '(?:\w+\.)*(\w+)'>")
-_WRONG_VALUE = re.compile(r'Parser key "(.*?)": Expected (.*)\. Got value: (.*)')
-_NO_SECTION = re.compile(r"""Parser key "(.*?)": Unable to load config ['"](.*?)['"].*""")
+_WRONG_VALUE = re.compile(r'Parser key "([^"]*)": Expected (.*)\. Got value: (.*)')
+_UNLOADABLE = re.compile(r"""Parser key "(.*?)": Unable to load config '(.*?)' - (?:Parser key ".*?": )?(.*)""")
 _TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -129,8 +129,14 @@ def _shortened(message: str) -> str:
     message = _WORDS.sub(r"\1", _CHOICE.sub(r"one of \1", message))
     message = message.replace('in "<unicode string>", ', "in ").removeprefix('Parser key "config": ')
     message = _CLASS.sub(r"\1", message).replace("NoneType", "null")
-    message = _NO_SECTION.sub(r"\1 is \2, expected a section with values, or a file of them", message)
-    return _WRONG_VALUE.sub(_wrong_value, message)
+    return _UNLOADABLE.sub(_unloadable, _WRONG_VALUE.sub(_wrong_value, message))
+
+
+def _unloadable(found: re.Match[str]) -> str:
+    option, value, reason = found.groups()
+    if reason.startswith("Unable to load config"):
+        return f"{option} is {value}, expected a section with values, or a file of them"
+    return f"{option} is {value}, which cannot be loaded: {reason}"
 
 
 def _wrong_value(found: re.Match[str]) -> str:

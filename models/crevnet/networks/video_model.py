@@ -116,7 +116,7 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
 
 
 class Model(NamedTuple):
-    """A model's configuration and network. Each model's file has one as `MODEL`."""
+    """A model's configuration class and network class. Each model's file has one as `MODEL`."""
 
     config: type[ModelConfig]
     network: type[VideoModel[Any]]

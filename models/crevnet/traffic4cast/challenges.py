@@ -11,9 +11,9 @@ from crevnet.traffic4cast.settings import ChallengeSettings
 
 
 def challenge(data: DataSettings, settings: ChallengeSettings) -> Challenge:
-    """The challenge of the competition in `data.protocol`. Raises SettingsError for videos."""
-    if data.protocol == "movies":
-        raise SettingsError(f"--data.protocol {data.protocol} is not a competition: use 2019 or 2021")
+    """The challenge of the competition in `data.protocol`. Raises SettingsError for other data."""
     if data.protocol == "2019":
         return Challenge2019(settings.slots)
-    return Challenge2021(settings.task, data.heading_order)
+    if data.protocol == "2021":
+        return Challenge2021(settings.task, data.heading_order)
+    raise SettingsError(f"--data.protocol {data.protocol} is not a competition: use 2019 or 2021")

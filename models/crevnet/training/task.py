@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from crevnet.data.files.layouts import TRAFFIC4CAST_2019, Layout
+from crevnet.data.files.layout_2019 import TRAFFIC4CAST_2019
+from crevnet.data.files.layouts import Layout
 from crevnet.networks.config import ModelConfig
 from crevnet.networks.models import make_network
 from crevnet.training.failures import DivergedError

@@ -73,7 +73,7 @@ def test_the_help_of_a_group_lists_its_commands(crevnet):
         (["recipe"], "crevnet recipe needs a command: choose paper (see crevnet recipe --help)"),
         (["evalute"], "there is no command evalute; did you mean evaluate? (see crevnet --help)"),
         (["data", "holdot"], "there is no command data holdot; did you mean holdout? (see crevnet data --help)"),
-        (["--out", "x", "fit"], "there is no option before the command --out"),
+        (["--out", "x", "fit"], "--out must follow a command: choose fit, evaluate,"),
     ],
 )
 def test_wrong_commands(arguments, line, failing):

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from crevnet import figures
-from crevnet.data.files.layouts import TRAFFIC4CAST_2019
+from crevnet.data.files.layout_2019 import TRAFFIC4CAST_2019
 from crevnet.evaluation.error_sums import ErrorSums, error_sums
 from crevnet.evaluation.run_figures import run_figures
 from crevnet.figures.curves import Curve, learning_curves

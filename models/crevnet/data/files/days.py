@@ -20,7 +20,8 @@ from torch import Tensor
 from crevnet.data.errors import DataError, UndamagedError
 from crevnet.data.files.datasets import name_of, naming, one_line, open_dataset, opened, read_slots
 from crevnet.data.files.dates import DateChoice
-from crevnet.data.files.layouts import TRAFFIC4CAST_2019, Layout, layout_of
+from crevnet.data.files.layout_2019 import TRAFFIC4CAST_2019
+from crevnet.data.files.layouts import Layout, layout_of
 
 _MAX_OPEN_FILES = 32
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 ProtocolName = Literal["2019", "2021"]
 LayoutName = Literal["2019", "2021", "movies"]
+"""Every layout, by the name of its file `layout_NAME.py`. The last one holds any file."""
 HeadingOrder = Literal["ne-se-sw-nw", "ne-nw-se-sw"]
 
 _ISTANBUL_TEST_SLOTS = (57, 114, 174, 222, 258)

@@ -1,13 +1,14 @@
-"""The largest batch that trains within a device's memory, and the sequences a second then: what a user gains.
+"""The largest batch that trains within a device's memory, and the sequences per second at that batch.
 
     python bench/capacity.py --capacity 16 32 --json capacity.json
     python bench/capacity.py --preset tiny --height 128 --width 112 --capacity 0.25 0.5 --time
 
 On a CUDA device ("cuda") the process is capped to each capacity and batches are tried; out of memory is a result. At the
-largest batch training steps are timed, and their useful operations (those of standard autograd, nothing twice) are held
-against the device's measured rate of matrix products. Without one ("predicted") the batch is the largest whose peak, counted
-under fake tensors, is within the capacity: convolutions' workspaces, the allocator's gaps and CUDA's own memory (half a GiB)
-come on top, so ask for a lower capacity than the device has. --time trains that batch on the CPU, in the process's own time.
+largest batch, training steps are timed. Their useful operations (those of standard autograd, without recomputation) are
+compared with the device's measured rate of matrix products. Without a CUDA device ("predicted"), peaks are counted under fake
+tensors, and the batch is the largest whose peak is within the capacity. A device needs more: convolutions' workspaces, the
+allocator's gaps and half a GiB of CUDA's own. Choose a lower capacity than the device has. --time trains that batch on the CPU,
+in the process's own time.
 
 Models and schedules are those of bench/memory.py.
 """
@@ -15,28 +16,26 @@ Models and schedules are those of bench/memory.py.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from itertools import product
 from typing import get_args
 
 import torch
 
-import report
 import revflow
-import throughput
-from crevnet import PRESETS
-from device_memory import cap, free, ran_out
-from memory_row import GIB
-from schedules import MODELS, PATCHED, SCHEDULES, Precision, Training
-from trials import seconds
+from crevnet import MODELS, PRESETS
+from kit import rates
+from kit.device_memory import cap, free, ran_out
+from kit.memory_row import GIB
+from kit.schedules import PATCHED, SCHEDULES, Precision, Training
+from pages import report
+from pages.tables import markdown_table, show
 
 
 @dataclass(frozen=True)
 class Row:
-    """A schedule within a capacity."""
+    """The result of a schedule within a capacity."""
 
     model: str
     preset: str
@@ -56,7 +55,7 @@ class Row:
     sequences_a_second: float | None = None
     """In training, at that batch."""
     throughput: float | None = None
-    """Useful operations a second, as a share of the rate of matrix products in the same precision; on CUDA."""
+    """Useful operations per second, as a share of the rate of matrix products in the same precision; on CUDA."""
 
 
 HEADINGS = (
@@ -66,7 +65,7 @@ HEADINGS = (
     "capacity, GiB",
     "batch",
     "peak, GiB",
-    "sequences a second",
+    "sequences per second",
     "of matrix rate",
 )
 LEFT = ("model", "schedule", "precision")
@@ -88,29 +87,36 @@ def main() -> None:
     lines = [cells(row) for row in rows]
     about = report.machine(device)
     print(about)
-    report.show(title, HEADINGS, lines, LEFT)
-    report.write(a, rows, report.markdown(title, about, [report.markdown_table(HEADINGS, lines, LEFT)]))
+    show(title, HEADINGS, lines, LEFT)
+    report.write(a, rows, report.markdown(title, about, [markdown_table(HEADINGS, lines, LEFT)]))
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     schedules = [*SCHEDULES]
-    parser.add_argument("--only", nargs="+", choices=MODELS, default=["crevnet"], help="models")
-    parser.add_argument("--preset", choices=PRESETS, default="paper", help="of CrevNet")
-    parser.add_argument("--patch", type=report.positive, default=4, help="of ConvLSTM, PredRNN and PredRNN++")
-    parser.add_argument("--schedule", nargs="+", choices=schedules, default=schedules, metavar="SCHEDULE")
-    parser.add_argument("--precision", nargs="+", choices=get_args(Precision), default=["32-true"])
-    parser.add_argument("--capacity", nargs="+", type=gibibytes, default=[16.0, 32.0], help="GiB")
-    parser.add_argument("--steps", type=report.positive, default=11, help="time steps")
-    parser.add_argument("--height", type=report.positive, default=495)
-    parser.add_argument("--width", type=report.positive, default=436)
-    parser.add_argument("--time", action="store_true", help="train that batch on the CPU; on a GPU it always is")
-    parser.add_argument("--rounds", type=report.positive, default=5, help="steps that are timed, after a first one")
+    listed = f"schedules to train: {', '.join(schedules)} (all)"
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=["crevnet"], help="models to train (crevnet)")
+    parser.add_argument("--preset", choices=PRESETS, default="paper", help="preset of CrevNet (paper)")
+    parser.add_argument(
+        "--patch", type=report.positive, default=4, help="patch of ConvLSTM, PredRNN and PredRNN++, pixels (4)"
+    )
+    parser.add_argument("--schedule", nargs="+", choices=schedules, default=schedules, metavar="SCHEDULE", help=listed)
+    parser.add_argument(
+        "--precision", nargs="+", choices=get_args(Precision), default=["32-true"], help="precisions (32-true)"
+    )
+    parser.add_argument("--capacity", nargs="+", type=gibibytes, default=[16.0, 32.0], help="capacities, GiB (16 32)")
+    parser.add_argument("--steps", type=report.positive, default=11, help="number of time steps (11)")
+    parser.add_argument("--height", type=report.positive, default=495, help="height of the frames, pixels (495)")
+    parser.add_argument("--width", type=report.positive, default=436, help="width of the frames, pixels (436)")
+    parser.add_argument("--time", action="store_true", help="timing of that batch on the CPU; a GPU always times it")
+    parser.add_argument(
+        "--rounds", type=report.positive, default=5, help="number of timed steps, after a first one (5)"
+    )
     report.add_outputs(parser, figure=False)
     a = parser.parse_args()
     if set(a.only) != {"crevnet"} and not {"plain", "checkpoint"} & {*a.schedule}:
         parser.error(
-            f"--schedule {' '.join(a.schedule)}: of these only CrevNet has any; the others are plain or checkpoint"
+            f"--schedule {' '.join(a.schedule)}: only CrevNet has these; choose plain or checkpoint for other models"
         )
     return a
 
@@ -135,19 +141,23 @@ def measure(training: Training, capacities: list[float], timed: bool, rounds: in
 
 def trained(row: Row, training: Training, rounds: int) -> Row:
     """With the pace at the row's batch, or at the largest below it: a second step may run out of memory after a first one."""
-    rates: list[float] = []
-    while runs_out(lambda its=training: rates.append(sequences_a_second(its, rounds))):
+    pace: list[float] = []
+
+    def step() -> None:
+        pace.append(rates.sequences_per_second(training, rounds))
+
+    while runs_out(step):
         training = replace(training, batch=training.batch - 1)
         if not training.batch:
             return replace(row, batch=0, peak=None)
     if training.batch < row.batch:
         row = replace(row, batch=training.batch, peak=peak_of(training))
     free()
-    return replace(row, sequences_a_second=rates[0], throughput=share_of_matrix_rate(training, rates[0]))
+    return replace(row, sequences_a_second=pace[0], throughput=rates.share_of_matrix_rate(training, pace[0]))
 
 
 def peak_of(training: Training) -> int:
-    """Bytes, of a first step."""
+    """The peak of a first step, in bytes."""
     return revflow.measure_memory(lambda: next(training.train()), device=training.device).peak
 
 
@@ -160,9 +170,9 @@ def predicted(training: Training, capacities: list[float]) -> Iterator[tuple[flo
 
 
 def tried(training: Training, capacities: list[float]) -> Iterator[tuple[float, int, int | None]]:
-    """The same, on a GPU whose memory is capped."""
+    """Each capacity's largest batch, and its peak, on a GPU whose memory is capped."""
     for capacity in capacities:
-        peaks: dict[int, int] = {}  # what ran under another cap may not run under this one
+        peaks: dict[int, int] = {}  # a batch that fits under another cap may not fit under this one
         cap(training.device, capacity * GIB)
 
         def fits(batch: int, peaks: dict[int, int] = peaks) -> bool:
@@ -177,7 +187,7 @@ def tried(training: Training, capacities: list[float]) -> Iterator[tuple[float, 
 
 
 def largest(fits: Callable[[int], bool], guess: Callable[[], int]) -> int:
-    """The largest batch that fits, found from a guess; 0 if none does. `guess` is asked if batches of 1 and 2 fit."""
+    """The largest batch that fits, found from a guess; 0 if none does. `guess` is called if batches of 1 and 2 fit."""
     if not fits(1):
         return 0
     if not fits(2):
@@ -199,38 +209,6 @@ def runs_out(step: Callable[[], object]) -> bool:
             return True
         raise
     return False
-
-
-def sequences_a_second(training: Training, rounds: int = 5) -> float:
-    """In training; the median of so many steps."""
-    steps = training.train()
-
-    def step(between: Callable[[], None]) -> None:
-        next(steps)
-        between()
-
-    _, *times = (sum(seconds(step, training.device)) for _ in range(rounds + 1))  # what is done once is in the first
-    return training.batch / statistics.median(times)
-
-
-def share_of_matrix_rate(training: Training, rate: float) -> float | None:
-    """What so many sequences a second are of the device's rate of matrix products, on CUDA."""
-    if training.device.type != "cuda":
-        return None
-    dtype = torch.float16 if training.precision == "16-mixed" else torch.float32
-    return operations(training) * rate / throughput.matrix_rate(training.device, dtype)
-
-
-def operations(training: Training) -> float:
-    """Floating-point operations of a training step on one sequence."""
-    return _operations(replace(training, schedule="plain", batch=1, device=torch.device("meta"), precision="32-true"))
-
-
-@cache
-def _operations(one: Training) -> float:
-    with torch.device("meta"):
-        network, inputs = one.trainee()
-        return throughput.operations(partial(one.loss, network, inputs))
 
 
 def cells(r: Row) -> tuple[str, ...]:

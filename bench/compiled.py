@@ -1,8 +1,8 @@
-"""What `compile_conditioners` gains: a training step with compiled conditioners against the same one without.
+"""Time of a training step with `compile_conditioners`, relative to the same step without.
 
     python bench/compiled.py
 
-Needs a C++ compiler on the CPU. Steps alternate; the figure is the median of the ratios within a round.
+Needs a C++ compiler on the CPU. Steps alternate, and the figure is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import revflow
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--blocks", type=int, default=8, help="number of blocks (8)")
+    parser.add_argument("--rounds", type=int, default=20, help="number of timed pairs of steps (20)")
+    parser.add_argument("--device", default="cpu", help="PyTorch device (cpu)")
     options = parser.parse_args()
     device = torch.device(options.device)
     print(f"torch {torch.__version__}, {options.blocks} blocks, {device}, {torch.get_num_threads()} threads")
@@ -33,9 +33,7 @@ def main() -> None:
         x = torch.randn(shape, device=device)
         times = [[seconds(net, x) for net in (eager, compiled)] for _ in range(options.rounds + 3)][3:]
         ratio = statistics.median(b / a for a, b in times)
-        print(
-            f"{name}: compiled {ratio:.2f} times the eager step of {1e3 * statistics.median(a for a, _ in times):.0f} ms"
-        )
+        print(f"{name}: compiled {ratio:.2f}× the eager step of {1e3 * statistics.median(a for a, _ in times):.0f} ms")
 
 
 def tokens() -> nn.Module:
@@ -49,7 +47,7 @@ def images() -> nn.Module:
 
 
 class GELU(nn.Module):
-    """GPT-2's, written out: nine elementwise kernels, which a compiler makes one."""
+    """GPT-2's, written out: nine elementwise kernels, which a compiler fuses into one."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 0.5 * x * (1.0 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3)))

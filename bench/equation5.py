@@ -1,4 +1,4 @@
-"""How well eq. 5 of the paper recovers a trained CrevNet's input frame from the frame that it predicted.
+"""Errors of the input frame that eq. 5 of the paper recovers from a trained CrevNet's predicted frame.
 
     python bench/equation5.py demo/run
 
@@ -21,10 +21,12 @@ from crevnet.training.settings import RunSettings, load_settings
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the folder that `crevnet fit` wrote")
+    parser.add_argument("run", type=Path, help="folder that `crevnet fit` wrote")
     run = parser.parse_args().run
     settings = load_settings(run)
     network = load_network(run, settings.model, "best")
+    if not isinstance(network, CrevNet):
+        parser.error(f"{run} is a run of {settings.model.title}: only CrevNet has eq. 5")
     for dtype in (torch.float32, torch.float64):
         error, rest = recovery_error(network.to(dtype), settings)
         print(f"{dtype}: largest error {error:.1e}, smallest 1 - g {rest:.4f}")
@@ -32,7 +34,7 @@ def main() -> None:
 
 @torch.no_grad()
 def recovery_error(network: CrevNet, settings: RunSettings) -> tuple[float, float]:
-    """The largest error of a recovered frame, and the smallest 1 - g met on the way."""
+    """The largest error of a recovered frame, and the smallest 1 - g of its inverse."""
     batch = next(iter(CityData(settings.data, settings.model).validation_batches()))
     frames = network.padded(batch["frames"], batch["static"] if settings.model.static else None)
     frames = frames.to(next(network.parameters()).dtype)

@@ -1,13 +1,16 @@
-"""The paper's experiment, at a size that two CPU cores train: its recipe stage by stage, as in its table 1, and CrevNet beside
-ConvLSTM, PredRNN and U-Net at equal memory and equal time of training.
+"""The paper's experiment, at a size that two CPU cores train.
 
     python bench/experiment.py cities          # three synthetic cities
     python bench/experiment.py air-traffic     # real movement, in full frames
 
-Stopped at any point, the same command goes on; `--seeds 3` adds the seeds that are missing. The models' sizes, steps and learning
-rates are found once (bench/experiment_plan.py); each seed then trains the recipe, the other models, and, for comparison with
-fine-tuning, the recipe's single model once more for as long. Everything is scored on the same validation windows, by which the
-checkpoints have been chosen, too, of every model alike. One thread is used: two data sets run side by side on two cores.
+It trains the recipe stage by stage, as in the paper's table 1. It also compares CrevNet with ConvLSTM, PredRNN and U-Net, at
+equal memory and equal time of training.
+
+The same command continues after a stop at any point. `--seeds 3` adds the seeds that are missing. The models' sizes, steps and
+learning rates are found once (bench/kit/experiment_plan.py). Each seed then trains the recipe and the other models. For
+comparison with fine-tuning, it also trains the recipe's single model for as long again. All scores are on the same validation
+windows, which have also chosen the checkpoints of every model. One thread is used, so two data sets can run in parallel on two
+cores.
 """
 
 from __future__ import annotations
@@ -30,24 +33,24 @@ from crevnet.machine.files import replace_file
 from crevnet.traffic4cast.recipe.paper import Recipe, Step
 from crevnet.traffic4cast.recipe.settings import RecipeSettings, read_recipe
 from crevnet.training.failures import StoppedError, TrainingError
-from experiment_plan import CREVNET, Plan, load_plan
-from experiment_tables import COLUMNS, MODELS, STAGES, TRAINED_ON, UNTRAINED, Row, page, print_tables
-from report import add_outputs, positive, write
+from kit.experiment_plan import CREVNET, Plan, load_plan
+from pages.experiment_tables import COLUMNS, MODELS, STAGES, TRAINED_ON, UNTRAINED, Row, page, print_tables
+from pages.report import add_outputs, positive, write
 
 RECIPES = Path(__file__).parents[1] / "configs" / "recipes"
 CITIES = {"Berlin": 1, "Istanbul": 2, "Moscow": 3}
-"""Names and seeds of the synthetic ones."""
+"""Names and seeds of the synthetic cities."""
 TUNED = 10
-"""Fine-tuning goes at so many times a lower rate."""
+"""Fine-tuning has a learning rate that is this many times lower."""
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """What an experiment is made on.
+    """The data of an experiment.
 
     Attributes:
         recipe: its settings, in configs/recipes/.
-        make: writes the data to a folder, where they are not there as files.
+        make: writes the data to a folder, if they do not exist as files.
         minutes: of training for each model, on one core.
     """
 
@@ -56,7 +59,7 @@ class DataSet:
     minutes: float
 
     def settings(self, folder: Path) -> RecipeSettings:
-        """Those of the file, and the data, made if they are to be."""
+        """The settings of the file. The data are made if necessary."""
         found = read_recipe(self.recipe)
         if self.make is None:
             return found
@@ -78,12 +81,13 @@ DATA = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", choices=DATA)
-    parser.add_argument("--seeds", type=positive, default=1, help="how many: 0, 1, ...")
+    parser.add_argument("data", choices=DATA, help="data set")
+    parser.add_argument("--seeds", type=positive, default=1, help="number of seeds, from 0 on (1)")
+    minutes = ", ".join(f"{name}: {data.minutes}" for name, data in DATA.items())
     parser.add_argument(
-        "--minutes", type=float, help="minutes of training per model on one core, without the fine-tuning"
+        "--minutes", type=float, help=f"training time per model on one core without fine-tuning, minutes ({minutes})"
     )
-    parser.add_argument("--out", type=Path, help="the experiment's folder; runs/experiment/DATA if not given")
+    parser.add_argument("--out", type=Path, help="folder of the experiment (runs/experiment/DATA)")
     add_outputs(parser, figure=False)
     a = parser.parse_args()
     folder = a.out or Path("runs/experiment") / a.data
@@ -91,7 +95,7 @@ def main() -> None:
     try:
         rows, plan = experiment(DATA[a.data], folder, a.minutes or DATA[a.data].minutes, range(a.seeds))
     except StoppedError as error:
-        print(f"experiment: {error}, or, better, give this command again", file=sys.stderr)
+        print(f"experiment: {error}, or, better, run this command again", file=sys.stderr)
         sys.exit(error.exit_status)
     except (DataError, SettingsError, TrainingError, OSError, ValueError) as error:
         parser.error(str(error))
@@ -100,7 +104,7 @@ def main() -> None:
 
 
 def experiment(data: DataSet, folder: Path, minutes: float, seeds: range) -> tuple[list[Row], Plan]:
-    """Train and score whatever has not been yet. Returns every seed's rows."""
+    """Train and score everything that is missing. Returns every seed's rows."""
     settings = data.settings(folder)
     plan = load_plan(folder, settings.base, minutes)
     rows = []
@@ -108,14 +112,18 @@ def experiment(data: DataSet, folder: Path, minutes: float, seeds: range) -> tup
         place = folder / f"seed-{seed}"
         path = place / "scores.json"
         if not path.is_file():
-            text = json.dumps([asdict(row) for row in Seed(settings, plan, place, seed).rows()], indent=1)
-            replace_file(path, lambda file, text=text: file.write(text.encode()))
+            store(path, [*Seed(settings, plan, place, seed).rows()])
         rows += [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
     return rows, plan
 
 
+def store(path: Path, rows: list[Row]) -> None:
+    text = json.dumps([asdict(row) for row in rows], indent=1)
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
 class Seed:
-    """All that is trained with one seed, in a folder of its own."""
+    """All training with one seed, in a folder of its own."""
 
     def __init__(self, settings: RecipeSettings, plan: Plan, folder: Path, seed: int) -> None:
         self._plan, self._folder, self._name = plan, folder, seed
@@ -137,7 +145,7 @@ class Seed:
         }
 
     def rows(self) -> Iterator[Row]:
-        """Train whatever has not been, and score everything on the same windows."""
+        """Train everything that is missing, and score all on the same windows."""
         steps = [*self._recipe.steps(), *list(self._compared.values())[1:]]
         for number, step in enumerate(steps, 1):
             if step.score is None:

@@ -1,4 +1,4 @@
-"""Everything that takes a CUDA GPU, in one command: memory, largest batches, exactness, times, a training run and its loader.
+"""All measurements that need a CUDA GPU: memory, largest batches, exactness, times, a training run and its loader.
 
     make gpu                                          # all stages, at most nine minutes
     python bench/gpu.py --stages memory correctness   # some of them
@@ -6,8 +6,8 @@
 
 Each stage is a process of its own with a time limit. When it ends, it leaves NAME.json, NAME.md and NAME.log in the folder of
 results: its status (ok, failed, out of memory, out of time, skipped), its seconds and its rows. A stage that is stopped keeps
-the rows that it has. Whatever becomes of a stage, the next one starts. summary.json and summary.md have a row per stage. The
-exit status is 0 if each stage is ok or skipped, else 1.
+the rows that it has. The next stage starts in any case. summary.json and summary.md have a row per stage. The exit status is 0
+if each stage is ok or skipped, else 1.
 
 The command installs nothing: it needs PyTorch, Lightning, h5py, matplotlib, pytest and TensorBoard, and generates its data.
 """
@@ -47,11 +47,12 @@ def options() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--stages", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
-    parser.add_argument("--minutes", type=positive, default=9.0, help="time limit of all stages together (9)")
+    listed = f"stages to run: {', '.join(names)} (all)"
+    parser.add_argument("--stages", nargs="+", choices=names, default=names, metavar="STAGE", help=listed)
+    parser.add_argument("--minutes", type=positive, default=9.0, help="time limit of all stages together, minutes (9)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results (bench/results/gpu)")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--toy", action="store_true", help="toy sizes, which show that the stages run")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="device (cuda)")
+    parser.add_argument("--toy", action="store_true", help="toy sizes, to test that the stages run")
     a = parser.parse_args()
     if a.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here: choose --device cpu --toy to try the stages without one")
@@ -72,9 +73,9 @@ def positive(text: str) -> float:
 
 
 def run_all(stages: Sequence[Stage], out: Path, minutes: float, device: str, toy: bool) -> Iterator[Outcome]:
-    """Run one stage after the other, and write what each leaves as soon as it has ended.
+    """Run one stage after the other, and write the results of each as soon as it has ended.
 
-    The stages share the minutes in proportion to their limits, and time that a stage leaves is the next ones'.
+    The stages share the minutes in proportion to their limits. Time that a stage does not use passes to the next ones.
     """
     began, shares = time.monotonic(), [*accumulate(stage.limit for stage in stages)]
     outcomes: list[Outcome] = []

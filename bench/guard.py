@@ -1,8 +1,8 @@
-"""What the guard costs: a training step with guard="warn" over the same step with guard="off".
+"""Time of a training step with guard="warn", relative to the same step with guard="off".
 
     OMP_NUM_THREADS=1 python bench/guard.py --channels 64 --size 32 --blocks 12 --rounds 40
 
-A chain of additive blocks with conditioners conv3x3, GroupNorm, SiLU, conv3x3, on the CPU, in one thread (`bench/paired.py`).
+Additive blocks with conditioners conv3x3, GroupNorm, SiLU, conv3x3, on the CPU, in one thread (`bench/kit/paired.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import copy
 import torch
 
 import revflow
-from paired import compare, conditioner, options
+from kit.couplings import conditioner
+from kit.paired import compare, options
 
 
 def main() -> None:

@@ -1,29 +1,27 @@
-"""Frames a second that CrevNet's training loader reads from day files, against those that its training step consumes.
+"""Frames per second that CrevNet's training loader reads from day files, compared with those that a training step consumes.
 
     python bench/loading.py --json loading.json
 
-Epochs of the loader of `crevnet fit` are measured, by wall time: workers are processes of their own. Every round makes new
-loaders, in random order. The first epoch of each is cold: its workers are to be started and its files to be opened, which
-the system's page cache does not hold (that of a virtual machine's host may). The second is warm.
+The benchmark measures epochs of the loader of `crevnet fit` by wall time, as workers are processes of their own. Every round
+makes new loaders, in random order. The first epoch of each is cold: it must start its workers and open its files, which are not
+in the system's page cache (that of a virtual machine's host may have them). The second is warm.
 
-The days are a synthetic city's, written in several ways. The competition's organisers handed out a function for files to be
-handed in, which leaves chunks to h5py; the training days are taken to be such files. A chunk is then (18, 62, 55, 1): a window
-of 12 slots decompresses 18 or 36, and its bytes are gathered one by one. `crevnet data synth` makes a chunk of each frame.
-Uncompressed files show what remains: conversion, collation, and the way from the workers. `crevnet data repack` makes a chunk of
-each frame as well, by Zstandard of hdf5plugin; beside it stand other codecs of hdf5plugin, where that is installed. Or take your
-own: --data FOLDER.
+The days are a synthetic city's, written in several layouts (bench/kit/day_layouts.py). The competition's organisers distributed
+a function for files to submit, which leaves the choice of chunks to h5py. The training days are assumed to be such files. A
+chunk is then (18, 62, 55, 1): a window of 12 time steps decompresses 18 or 36, and gathers its bytes one by one. `crevnet data
+synth` writes one frame per chunk. Uncompressed files show the rest of the cost: conversion, collation, and the transfer from
+the workers. `crevnet data repack` also writes one frame per chunk, by Zstandard of hdf5plugin. If hdf5plugin is installed, its
+other codecs are measured too. --data FOLDER reads your own files.
 
-The training step's rate, which has to be kept up with, is measured where there is CUDA. Elsewhere it is a bound that no step
-reaches: its floating-point operations, those of standard autograd, at the peak rate of a V100. The batch and the precision are
-those of configs/traffic4cast-v100-16g.yaml.
+The pace of the training step is measured on CUDA. Elsewhere it is a bound that no step reaches: its floating-point operations,
+those of standard autograd, at the peak rate of a V100. The batch and the precision are those of
+configs/traffic4cast-v100-16g.yaml.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import math
-import mmap
 import os
 import random
 import statistics
@@ -31,34 +29,28 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, product
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-import h5py
-import numpy as np
 import torch
 
-import capacity
-import report
 from crevnet import PRESETS
 from crevnet.data.city_data import CityData
 from crevnet.data.errors import DataError
-from crevnet.data.files.days import DayFile, DayReader, open_days
-from crevnet.data.made.repack import repack
-from crevnet.data.made.synthetic import SyntheticCity, write_city
+from crevnet.data.files.days import open_days
+from crevnet.data.made.synthetic import SyntheticCity
 from crevnet.data.settings import DataSettings
-from schedules import Precision, Training
-
-try:
-    import hdf5plugin
-except ImportError:
-    hdf5plugin = None
-
-AS_DISTRIBUTED = "h5py's chunks"
+from kit import rates
+from kit.day_layouts import linked, written
+from kit.page_cache import drop_from_cache
+from kit.schedules import Precision, Training
+from pages import report
+from pages.tables import markdown_table, show
 
 V100_PEAK = {"32-true": 15.7, "16-mixed": 125.0}
-"""TFLOP/s by NVIDIA's data sheet: of ordinary float32 arithmetic, and of tensor cores in float16."""
+"""TFLOP/s by NVIDIA's data sheet: of float32 arithmetic, and of tensor cores in float16."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +66,7 @@ class Loader:
         return [day.path for day in self.data.training_days]
 
     def epochs(self) -> Iterator[float]:
-        """Windows a second, epoch after epoch."""
+        """Windows per second of one epoch after the other."""
         batches = self.data.training_batches()
         while True:
             began = time.perf_counter()
@@ -103,32 +95,19 @@ class Row:
     slowest: float
     fastest: float
     frames_a_second: float
-    """The median once more."""
+    """The same median, in frames."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a training step consumes."""
+    """Consumption of a training step."""
 
     windows_a_second: float
     source: str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="day files as for crevnet fit; a synthetic city's if not given")
-    parser.add_argument("--days", type=report.positive, default=1, help="read so many training days")
-    parser.add_argument("--height", type=report.positive, default=495, help="of the synthetic city's frames")
-    parser.add_argument("--width", type=report.positive, default=436)
-    parser.add_argument("--density", type=float, default=1.0, help="of its traffic: 4 makes a third of the pixels busy")
-    parser.add_argument("--windows", type=report.positive, default=56, help="windows of a day in an epoch, at most")
-    parser.add_argument("--workers", type=natural, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--batch", type=report.positive, default=14)
-    parser.add_argument("--rounds", type=report.positive, default=5)
-    parser.add_argument("--preset", choices=PRESETS, default="paper", help="the model that is trained")
-    parser.add_argument("--precision", choices=get_args(Precision), default="16-mixed", help="in which it is trained")
-    parser.add_argument("--peak", type=report.positive, help="TFLOP/s of the device on which; a V100's if not given")
-    report.add_outputs(parser, figure=False)
+    parser = options()
     a = parser.parse_args()
     window = PRESETS[a.preset].window
     with tempfile.TemporaryDirectory() as folder:
@@ -146,14 +125,37 @@ def main() -> None:
     step = Training(a.preset, "reversible", a.precision, a.batch, window - 1, height, width, device)
     title = f"Batches of {a.batch} windows of {window} frames of {height} x {width}, {a.rounds} rounds"
     about = f"{os.cpu_count()} CPU cores, {report.machine(device, torch.get_num_threads(), ['h5py', 'numpy'])}"
-    verdicts = "\n".join(verdict(rows, demand(step, a.peak)))
+    verdicts = [*verdict(rows, demand(step, a.peak))]
     print(about)
-    report.show(title, HEADINGS, map(cells, rows), LEFT)
-    print(verdicts)
-    if hdf5plugin is None:
+    show(title, HEADINGS, map(cells, rows), LEFT)
+    print("\n".join(verdicts))
+    if not a.data and "repacked" not in {row.layout for row in rows}:
         print("hdf5plugin is not installed, so no repacked files were read")
-    table = report.markdown_table(HEADINGS, map(cells, rows), LEFT)
-    report.write(a, rows, report.markdown("Loading day files", about, [f"{title}:", table, verdicts]))
+    table, listed = markdown_table(HEADINGS, map(cells, rows), LEFT), "\n".join(f"- {line}" for line in verdicts)
+    report.write(a, rows, report.markdown("Loading day files", about, [f"{title}:", table, listed]))
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    number = partial(parser.add_argument, type=report.positive)
+    parser.add_argument("--data", type=Path, help="folder of day files as for crevnet fit (a synthetic city's)")
+    number("--days", default=1, help="number of training days to read (1)")
+    number("--height", default=495, help="height of the synthetic city's frames, pixels (495)")
+    number("--width", default=436, help="width of the synthetic city's frames, pixels (436)")
+    parser.add_argument(
+        "--density", type=float, default=1.0, help="density of its traffic; at 4, a third of the pixels is busy (1)"
+    )
+    number("--windows", default=56, help="maximum number of windows of a day per epoch (56)")
+    parser.add_argument("--workers", type=natural, nargs="+", default=[0, 1, 2], help="numbers of workers (0 1 2)")
+    number("--batch", default=14, help="batch size, windows (14)")
+    number("--rounds", default=5, help="number of rounds (5)")
+    parser.add_argument("--preset", choices=PRESETS, default="paper", help="preset of the model in training (paper)")
+    parser.add_argument(
+        "--precision", choices=get_args(Precision), default="16-mixed", help="precision of that training (16-mixed)"
+    )
+    number("--peak", help="peak rate of the device of that training, TFLOP/s (a V100's)")
+    report.add_outputs(parser, figure=False)
+    return parser
 
 
 def natural(text: str) -> int:
@@ -164,139 +166,84 @@ def natural(text: str) -> int:
     return value
 
 
-def day_folders(options: argparse.Namespace, temporary: Path) -> dict[str, Path]:
-    """For each layout a folder with training days, in the temporary one."""
-    a = options
+def day_folders(a: argparse.Namespace, temporary: Path) -> dict[str, Path]:
+    """A folder with training days for each layout, in the temporary one."""
     if a.data:
-        for day in open_days(a.data)[: a.days]:
-            place(day, temporary / "given").symlink_to(day.path.resolve())
-        return {"as it is": temporary / "given"}
+        return linked(a.data, a.days, temporary / "given")
     city = SyntheticCity(height=a.height, width=a.width, training_days=a.days, validation_days=0, density=a.density)
-    write_city(city, temporary / "city")
-    folders = {"a frame a chunk": temporary / "city"}
-    for day in open_days(temporary / "city"):
-        for layout, options_of_h5py in layouts(day).items():
-            folders[layout] = temporary / layout
-            rewrite(day, place(day, folders[layout]), **options_of_h5py)
-    if hdf5plugin is not None:
-        folders["repacked"] = temporary / "repacked"
-        repack(temporary / AS_DISTRIBUTED, folders["repacked"])
-    return folders
-
-
-def layouts(day: DayFile) -> dict[str, dict[str, Any]]:
-    """Options of h5py's `create_dataset` for a day."""
-    found: dict[str, dict[str, Any]] = {AS_DISTRIBUTED: {"compression": "gzip"}, "uncompressed": {}}
-    if hdf5plugin is not None:
-        frame = {"chunks": (1, *day.shape[1:])}
-        found["LZ4"] = {**frame, **hdf5plugin.LZ4()}
-        found["Blosc2 LZ4"] = {**frame, **hdf5plugin.Blosc2(cname="lz4")}
-        found["Blosc2 Zstd"] = {**frame, **hdf5plugin.Blosc2(cname="zstd")}
-    return found
-
-
-def place(day: DayFile, root: Path) -> Path:
-    """Where `root` holds a training day."""
-    folder = root / day.city / f"{day.city}_training"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / day.path.name
-
-
-def rewrite(day: DayFile, path: Path, **options: Any) -> None:
-    with h5py.File(path, "w") as file:
-        file.create_dataset("array", data=DayReader().read(day, 0, day.shape[0]), **options)
+    return written(city, temporary)
 
 
 def city_data(root: Path, preset: str, windows: int, batch: int, workers: int) -> CityData:
-    """What `crevnet fit` loads, from the middle of the days: windows that follow each other begin anywhere in a chunk."""
+    """The data of `crevnet fit`, from the middle of the days: consecutive windows begin anywhere in a chunk."""
     model = PRESETS[preset]
     slots = min(day.shape[0] for day in open_days(root))
-    held = min(windows + model.window - 1, slots)
-    first = (slots - held) // 2
+    count = min(windows + model.window - 1, slots)
+    first = (slots - count) // 2
     settings = DataSettings(
-        root, training_slots=(first, first + held), validation_split="training", batch_size=batch, workers=workers
+        root, training_slots=(first, first + count), validation_split="training", batch_size=batch, workers=workers
     )
     return CityData(settings, model)
 
 
 def measure(loaders: list[Loader], rounds: int, window: int) -> list[Row]:
-    """Cold and warm epochs of every loader; warm ones alone where the system does not drop the files from its cache."""
-    rates: list[dict[str, list[float]]] = [{"cold": [], "warm": []} for _ in loaders]
+    """Cold and warm epochs of every loader. Only warm ones if the system does not drop the files from its cache."""
+    pace: list[dict[str, list[float]]] = [{"cold": [], "warm": []} for _ in loaders]
     order = random.Random(0)
     for _ in range(rounds):
         for number in order.sample(range(len(loaders)), len(loaders)):
             dropped = all([drop_from_cache(path) for path in loaders[number].paths])
             first, second = islice(loaders[number].epochs(), 2)
             if dropped:
-                rates[number]["cold"].append(first)
-            rates[number]["warm"].append(second)
+                pace[number]["cold"].append(first)
+            pace[number]["warm"].append(second)
     return [
         loader.row(cache, found, window)
-        for loader, by_cache in zip(loaders, rates, strict=True)
+        for loader, by_cache in zip(loaders, pace, strict=True)
         for cache, found in by_cache.items()
         if found
     ]
 
 
-def drop_from_cache(path: Path) -> bool:
-    """Drop a file from the system's page cache. False where that has not worked: not on Linux, say, or with a file in memory."""
-    if not hasattr(os, "posix_fadvise"):
-        return False
-    with path.open("rb") as file:
-        os.fsync(file.fileno())  # what is not on the disk yet stays
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
-            return not any(in_memory(pages))
-
-
-def in_memory(pages: mmap.mmap) -> bytes:
-    """A byte for each page of a mapped file: 1 if the page cache holds it."""
-    found = (ctypes.c_ubyte * math.ceil(len(pages) / mmap.PAGESIZE))()
-    address = np.frombuffer(pages, np.uint8).ctypes.data
-    if ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(pages)), found):
-        raise OSError("mincore failed")
-    return bytes(found)
-
-
 def demand(step: Training, peak: int | None) -> Demand:
-    """Windows a second of a training step: measured on CUDA, and elsewhere what `peak` TFLOP/s would allow."""
+    """Windows per second of a training step: measured on CUDA, and elsewhere the bound of `peak` TFLOP/s."""
     if step.device.type == "cuda":
-        return Demand(capacity.sequences_a_second(step), "measured here")
-    teraflops = capacity.operations(step) / 1e12
+        return Demand(rates.sequences_per_second(step), "measured here")
+    teraflops = rates.operations_per_sequence(step) / 1e12
     rate = peak or V100_PEAK[step.precision]
-    return Demand(rate / teraflops, f"{teraflops:.1f} TFLOP a window at {rate:g} TFLOP/s, which no step reaches")
+    return Demand(rate / teraflops, f"{teraflops:.1f} TFLOP per window at {rate:g} TFLOP/s, which no step reaches")
 
 
 def verdict(rows: list[Row], needed: Demand) -> Iterator[str]:
-    """What training consumes, and for each layout the number of workers that keep up with it, cold and warm."""
-    yield f"training consumes {needed.windows_a_second:.3g} windows a second: {needed.source}"
+    """The consumption of training, and for each layout the number of workers that keep up with it, cold and warm."""
+    yield f"training consumes {needed.windows_a_second:.3g} windows per second: {needed.source}"
     if not any(row.cache == "cold" for row in rows):
         yield "no cold epochs: the system did not drop the files from its cache"
     for layout in dict.fromkeys(row.layout for row in rows):
-        rates: dict[int, float] = {}
+        slowest: dict[int, float] = {}
         for row in rows:
             if row.layout == layout:
-                rates[row.workers] = min(row.windows_a_second, rates.get(row.workers, math.inf))
-        yield f"{layout}: {'; '.join(enough(rates, needed.windows_a_second))}"
+                slowest[row.workers] = min(row.windows_a_second, slowest.get(row.workers, math.inf))
+        yield f"{layout}: {'; '.join(enough(slowest, needed.windows_a_second))}"
 
 
-def enough(rates: dict[int, float], needed: float) -> Iterator[str]:
-    """What windows a second by the number of workers mean for training that consumes `needed`."""
-    if 0 in rates:
-        yield f"without workers loading adds {needed / rates[0]:.0%} to a step"
-    counts = sorted(workers for workers in rates if workers)
+def enough(found: dict[int, float], needed: float) -> Iterator[str]:
+    """Whether windows per second, by the number of workers, suffice for training that consumes `needed`."""
+    if 0 in found:
+        yield f"without workers loading adds {needed / found[0]:.0%} to a step"
+    counts = sorted(workers for workers in found if workers)
     for workers in counts:
-        if rates[workers] >= needed:
-            yield f"{workers} {'worker is' if workers == 1 else 'workers are'} enough, with {rates[workers]:.3g} a second"
+        if found[workers] >= needed:
+            yield f"{workers} {'worker is' if workers == 1 else 'workers are'} enough, with {found[workers]:.3g} per second"
             return
     if counts:
         most = counts[-1]
-        workers = "1 worker is" if most == 1 else f"{most} workers are"
-        estimate = math.ceil(needed * most / rates[most])
-        yield f"{workers} not enough, with {rates[most]:.3g} a second; {estimate} might be"
+        count = "1 worker is" if most == 1 else f"{most} workers are"
+        estimate = math.ceil(needed * most / found[most])
+        yield f"{count} not enough, with {found[most]:.3g} per second; {estimate} might be"
 
 
-HEADINGS = ("layout", "KiB a frame", "workers", "cache", "frames/s", "windows/s", "slowest to fastest")
+HEADINGS = ("layout", "KiB per frame", "workers", "cache", "frames/s", "windows/s", "slowest to fastest")
 LEFT = ("layout", "cache")
 
 

@@ -1,24 +1,24 @@
-"""What a training step takes in memory: CrevNet under each schedule, and the models that it is compared with.
+"""Memory of a training step: CrevNet under each schedule, and the models that it is compared with.
 
     python bench/memory.py                                     # every model at 495 x 436
     python bench/memory.py --only crevnet --preset paper --schedule plain reversible --steps 3 7 11 --json memory.json
 
-A step is forward, backward and fused Adam, with Adam's state there before it (bench/schedules.py). Every model sees frames of
-three channels and a road map. Rows say how they were measured, and one table never mixes ways:
+A step is forward, backward and fused Adam, whose state exists before it (bench/kit/schedules.py). Every model gets frames of
+three channels and a road map. Each row names its way of measuring, and one table never mixes ways:
 
-- "cuda": the allocator's own peak of the second step, and what it has reserved. A model that does not fit is a row.
+- "cuda": the allocator's own peak of the second step, and its reserved bytes. A model that does not fit is a row.
 - "tracked": the live tensors of a real step on the CPU; for small sizes.
-- "predicted": the same count under fake tensors, which have shapes and no data: any size, nothing allocated. Equal to the
-  tracked bytes. A device needs some more: for workspaces, the gaps of its allocator and, with CUDA, half a GiB of its own.
+- "predicted": the same count under fake tensors, which have shapes and no data: any size, nothing allocated. It equals the
+  tracked bytes. A device needs more: for workspaces, the gaps of its allocator and, with CUDA, half a GiB of its own.
 
 Without a GPU figures are predicted, unless --how selects another way.
 
-Activations are what the forward pass keeps, beside the window of frames; gradients are counted as one more set of
-parameters, Adam's state as two; transient is what the peak holds beyond all of these. States that are offloaded are not on
-the device, and not counted. "One more" is what the peak grows by with another sequence in the batch.
+Activations are the tensors that the forward pass stores, without the window of frames. Gradients count as one more set of
+parameters, and Adam's state as two. The transient is the rest of the peak. Offloaded states are not on the device, and not
+counted. "One more" is the growth of the peak per additional sequence in the batch.
 
-Baselines are in their papers' settings, but for the patch: it is theirs at 4, with which they work at a sixteenth of the
-pixels. VPN, PredNet and U-Net have none.
+Baselines have their papers' settings, except for the patch. The papers' patch is 4, with which the models work at a sixteenth
+of the pixels. VPN, PredNet and U-Net have none.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-import report
 import revflow
-from crevnet import PRESETS
-from device_memory import free, ran_out
-from memory_figures import draw
-from memory_row import AXES, GIB, Row, beyond_model, label, lines_over
-from schedules import MODELS, PATCHED, SCHEDULES, Precision, Training
+from crevnet import MODELS, PRESETS
+from kit.device_memory import free, ran_out
+from kit.memory_row import AXES, GIB, Row, beyond_model, label, lines_over
+from kit.schedules import PATCHED, SCHEDULES, Precision, Training
+from pages import report
+from pages.memory_figure import draw
+from pages.tables import markdown_table, show
 
 CAPACITIES = (16, 32)
 PAPERS_PATCH = 4
@@ -59,15 +60,15 @@ def main() -> None:
     rows = [row for found in progress for row in found]
     about = report.machine(device)
     lines = [cells(row) for row in rows]
-    report.show(f"A training step, {a.how}: GiB", HEADINGS, lines, LEFT)
+    show(f"A training step, {a.how}: GiB", HEADINGS, lines, LEFT)
     remarks = [*remarks_on(rows), *slopes_of(rows)]
     print("\n".join([about, *remarks]))
-    sections = [report.markdown_table(HEADINGS, lines, LEFT), "\n".join(f"- {remark}" for remark in remarks)]
+    sections = [markdown_table(HEADINGS, lines, LEFT), "\n".join(f"- {remark}" for remark in remarks)]
     report.write(a, rows, report.markdown(title(a), about, sections), draw)
 
 
 def title(a: argparse.Namespace) -> str:
-    """Of the page, with what varies in it beside models and schedules."""
+    """Of the page, with the sizes that vary in it."""
     sizes = {"time steps": a.steps, "layers": a.blocks, "batches": a.batch, "frame sizes": a.height}
     varied = " and ".join(name for name, values in sizes.items() if len(values) > 1)
     return f"Memory of a training step{varied and f' over {varied}'}, {a.how}: GiB"
@@ -78,17 +79,26 @@ def options() -> argparse.Namespace:
     schedules = ["plain", "checkpoint", "reversible-autoencoder", "reversible"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     many = partial(parser.add_argument, nargs="+")
-    many("--only", choices=MODELS, default=list(MODELS), metavar="MODEL", help=", ".join(MODELS))
-    many("--preset", choices=PRESETS, default=["paper", "authors"], help="of CrevNet")
-    many("--schedule", choices=SCHEDULES, default=schedules, metavar="SCHEDULE", help=", ".join(SCHEDULES))
-    many("--patch", type=report.positive, default=[1, 2, 4], help="of ConvLSTM, PredRNN and PredRNN++")
-    many("--blocks", type=report.positive, default=[None], help="CrevNet's in each stage, instead of the preset's")
-    many("--steps", type=report.positive, default=[11], help="time steps")
-    many("--batch", type=report.positive, default=[1])
-    many("--height", type=report.positive, default=[495], help="one, or as many as --width")
-    many("--width", type=report.positive, default=[436])
-    parser.add_argument("--precision", choices=get_args(Precision), default="32-true")
-    parser.add_argument("--how", choices=["cuda", "tracked", "predicted"], default="cuda" if gpu else "predicted")
+    many("--only", choices=MODELS, default=list(MODELS), metavar="MODEL", help=f"models: {', '.join(MODELS)} (all)")
+    many("--preset", choices=PRESETS, default=["paper", "authors"], help="presets of CrevNet (paper authors)")
+    listed = f"schedules: {', '.join(SCHEDULES)} ({' '.join(schedules)})"
+    many("--schedule", choices=SCHEDULES, default=schedules, metavar="SCHEDULE", help=listed)
+    many(
+        "--patch",
+        type=report.positive,
+        default=[1, 2, 4],
+        help="patches of ConvLSTM, PredRNN and PredRNN++, pixels (1 2 4)",
+    )
+    many("--blocks", type=report.positive, default=[None], help="numbers of blocks per stage of CrevNet (the preset's)")
+    many("--steps", type=report.positive, default=[11], help="numbers of time steps (11)")
+    many("--batch", type=report.positive, default=[1], help="batch sizes, sequences (1)")
+    many("--height", type=report.positive, default=[495], help="heights of the frames, pixels, one per width (495)")
+    many("--width", type=report.positive, default=[436], help="widths of the frames, pixels (436)")
+    parser.add_argument("--precision", choices=get_args(Precision), default="32-true", help="precision (32-true)")
+    ways = ["cuda", "tracked", "predicted"]
+    parser.add_argument(
+        "--how", choices=ways, default="cuda" if gpu else "predicted", help="way of measuring (cuda if there is a GPU)"
+    )
     report.add_outputs(parser)
     a = parser.parse_args()
     if a.how == "cuda" and not gpu:
@@ -99,7 +109,7 @@ def options() -> argparse.Namespace:
 
 
 def all_of(a: argparse.Namespace, device: torch.device) -> Iterator[Training]:
-    """Each model in its settings, CrevNet first, and each of these at each size."""
+    """Each model in its settings and sizes, CrevNet first."""
     for steps, (height, width) in product(a.steps, zip(a.height, a.width, strict=True)):
         size = {
             "precision": a.precision,
@@ -119,7 +129,7 @@ def all_of(a: argparse.Namespace, device: torch.device) -> Iterator[Training]:
 
 
 def measured(trainings: list[Training], how: str, batches: list[int]) -> Iterator[list[Row]]:
-    """The rows of each training. Predictions take a core each."""
+    """The rows of each training. Predictions use one core each."""
     work = partial(measure, how=how, batches=batches)
     if how != "predicted" or len(trainings) == 1:
         yield from map(work, trainings)
@@ -136,48 +146,51 @@ def measure(training: Training, how: str, batches: list[int]) -> list[Row]:
 
 
 def predicted(training: Training, batches: list[int]) -> list[Row]:
-    kept = []
+    stored: list[tuple[int, int]] = []
 
     def step(batch: int) -> None:
         def watch(forward: Callable[[], Tensor]) -> Tensor:
-            loss, bytes_kept = keeping(forward, training.device)
-            kept.append(divmod(bytes_kept, batch))  # of a sequence, and fixed
+            loss, activations = storing(forward, training.device)
+            stored.append(divmod(activations, batch))  # per sequence, and fixed
             return loss
 
         next(replace(training, batch=batch).train(watch))
 
     memory = revflow.predict_memory(step)
-    ((sequence, fixed),) = kept
-    largest = {f"largest_{capacity}": memory.largest_batch(capacity * GIB) for capacity in CAPACITIES}
+    ((sequence, fixed),) = stored
+    largest_16, largest_32 = (memory.largest_batch(capacity * GIB) for capacity in CAPACITIES)
     return [
         replace(
             row(replace(training, batch=batch), "predicted", fixed + sequence * batch, memory.peak(batch)),
             one_more=memory.peak(batch + 1) - memory.peak(batch),
-            **largest,
+            largest_16=largest_16,
+            largest_32=largest_32,
         )
         for batch in batches
     ]
 
 
 def tracked(training: Training) -> Row:
-    kept = []
+    stored: list[int] = []
 
     def watch(forward: Callable[[], Tensor]) -> Tensor:
-        loss, bytes_kept = keeping(forward, training.device)
-        kept.append(bytes_kept)
+        loss, activations = storing(forward, training.device)
+        stored.append(activations)
         return loss
 
     peak = revflow.measure_memory(lambda: next(training.train(watch)), device=training.device).peak
-    return row(training, "tracked", kept[0], peak)
+    return row(training, "tracked", stored[0], peak)
 
 
 def on_cuda(training: Training) -> Row:
-    """The second step's; what cuDNN and the allocator do once is in the first."""
-    device, kept, trained = training.device, [], []
+    """The second step's. The first includes the one-time work of cuDNN and the allocator."""
+    device = training.device
+    stored: list[int] = []
+    trained: list[Iterator[None]] = []
 
     def watch(forward: Callable[[], Tensor]) -> Tensor:
-        loss, bytes_kept = keeping(forward, device)
-        kept.append(bytes_kept)
+        loss, activations = storing(forward, device)
+        stored.append(activations)
         return loss
 
     def warm_up() -> Iterator[None]:
@@ -192,7 +205,7 @@ def on_cuda(training: Training) -> Row:
         torch.cuda.reset_peak_memory_stats(device)
         peak = first.kept + revflow.measure_memory(lambda: next(trained[0]), device=device).peak
         return replace(
-            row(training, "cuda", kept[-1], peak),
+            row(training, "cuda", stored[-1], peak),
             reserved=torch.cuda.max_memory_reserved(device) - cached,
             allocated=torch.cuda.max_memory_allocated(device) - blocks,
             first=first.peak,
@@ -203,11 +216,11 @@ def on_cuda(training: Training) -> Row:
         return replace(row(training, "cuda"), note="out of memory")
 
 
-def keeping(forward: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, int]:
-    """The loss, and the bytes that its graph keeps."""
+def storing(forward: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, int]:
+    """The loss, and the bytes that its graph stores."""
     losses: list[Tensor] = []
-    kept = revflow.measure_memory(lambda: losses.append(forward()), device=device).kept
-    return losses[0], kept
+    memory = revflow.measure_memory(lambda: losses.append(forward()), device=device)
+    return losses[0], memory.kept
 
 
 def row(t: Training, how: str, activations: int | None = None, peak: int | None = None) -> Row:
@@ -230,7 +243,7 @@ LEFT = ("model", "setting", "schedule", "frame", "how")
 
 
 def cells(r: Row) -> tuple[str, ...]:
-    """The row below `HEADINGS`; under the largest batches CUDA's rows have what is reserved, and a note."""
+    """The row below `HEADINGS`. CUDA's rows have their reserved bytes and a note below the largest batches."""
     patch = f"patch {r.patch}" + ", as published" * (r.patch == PAPERS_PATCH)
     setting = f"{r.preset}, {r.layers} layers" if r.layers else patch if r.model in PATCHED else "as published"
     sizes = (r.parameters, r.gradients, r.optimizer, r.activations, r.transient, r.peak, r.one_more)
@@ -249,23 +262,27 @@ def remarks_on(rows: Iterable[Row]) -> Iterator[str]:
         for r in plain:
             same = all(getattr(r, name) == getattr(crevnet, name) for name in size)
             if same and r.model in PATCHED and r.patch == PAPERS_PATCH:
-                less = "no more than" if r.peak <= crevnet.peak else "more than"
+                peak, crevnets = r.measured_peak / GIB, crevnet.measured_peak / GIB
+                less = "no more than" if peak <= crevnets else "more than"
                 yield (
-                    f"{r.model} at its paper's patch takes {r.peak / GIB:.2f} GiB, {less} plain CrevNet "
-                    f"({crevnet.preset}), {crevnet.peak / GIB:.2f}: it works at a {r.patch**2}th of the pixels"
+                    f"{r.model} at its paper's patch takes {peak:.2f} GiB, {less} CrevNet ({crevnet.preset}) under "
+                    f"standard autograd, {crevnets:.2f}: it works at a {r.patch**2}th of the pixels"
                 )
 
 
 def slopes_of(rows: Iterable[Row]) -> Iterator[str]:
-    """What one more time step, layer or sequence takes, where rows differ in nothing else."""
+    """Memory per additional time step, layer, sequence or pixel, of rows that differ in nothing else."""
     for axis, unit in AXES.items():
         for line in lines_over(axis, rows):
             first, last = line[0], line[-1]
             count = getattr(last, axis) - getattr(first, axis)
-            kept, beyond = (
-                (size(last) - size(first)) / count / 2**20 for size in (lambda r: r.activations, beyond_model)
+            stored, beyond = (
+                (size(last) - size(first)) / count / 2**20 for size in (lambda r: r.activations or 0, beyond_model)
             )
-            yield f"{label(first, axis)}: a {unit} more keeps {kept:,.3g} MiB; the peak beyond the model grows by {beyond:,.3g}"
+            yield (
+                f"{label(first, axis)}: an additional {unit} stores {stored:,.3g} MiB; "
+                f"the peak beyond the model grows by {beyond:,.3g}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Whether a hot path of the engine has become slower: `make bench`. Where it was meant to: `make bench-store`.
+"""Compare the engine's hot paths with stored ratios (`make bench`), or store new ratios instead (`make bench-store`).
 
     python bench/regressions.py run-1.json run-2.json run-3.json
 
-The files are those that bench/test_hot_paths.py makes pytest-benchmark write, one of each run. A path's ratio is the engine's
-time over standard autograd's: a run's is the median of its rounds, and the one that counts is the median of the runs, as two
-processes differ by more than the rounds of one do. A path fails where its ratio exceeds the stored one by more than the margin,
-or where it is stored and has not been run. Exit status: 1 if a path fails, 2 if a file cannot be used.
+pytest-benchmark writes one file per run of bench/test_hot_paths.py. A path's ratio is the engine's time over standard
+autograd's. A run's ratio is the median of its rounds. The median of the runs counts, because two processes differ by more than
+the rounds of one. A path fails if its ratio exceeds the stored one by more than the margin, or if it is stored and was not run.
+Exit status: 1 if a path fails, 2 if a file cannot be used.
 
-The margin is above the noise: of four runs on two cores with a load of five, one path's ratios were 9 % apart, the others' less.
+The margin is above the noise: of four runs on two cores with a load of five, one path's ratios were 9 % apart, the others'
+less.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any
 
 import torch
 
-import report
+from pages import report
+from pages.tables import show
 
 STORED = Path(__file__).parent / "results" / "hot-paths.json"
 
@@ -43,15 +45,17 @@ class Ratio:
 
 
 class UnusableError(Exception):
-    """A file that cannot be used: one line that names it and says what to do."""
+    """A file that cannot be used: one line with its name and the remedy."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="files of pytest-benchmark")
-    parser.add_argument("--stored", type=Path, default=STORED, help="ratios to compare with (default: %(default)s)")
-    parser.add_argument("--store", action="store_true", help="write the ratios to that file, instead")
-    parser.add_argument("--margin", type=report.positive, default=10, help="per cent (default: %(default)s)")
+    parser.add_argument("--stored", type=Path, default=STORED, help="file of ratios to compare with (%(default)s)")
+    parser.add_argument(
+        "--store", action="store_true", help="storage of the ratios in that file, instead of a comparison"
+    )
+    parser.add_argument("--margin", type=report.positive, default=10, help="margin, per cent (%(default)s)")
     a = parser.parse_args()
     try:
         now = ratios(a.runs)
@@ -67,7 +71,7 @@ def main() -> None:
         (path, str(stored.get(path, "")), str(now.get(path, "")), change(stored.get(path), now.get(path)), verdict)
         for path, verdict in verdicts.items()
     ]
-    report.show("Time, standard autograd = 1: median of runs, lowest to highest", HEADINGS, rows, LEFT)
+    show("Time, standard autograd = 1: median of runs, lowest to highest", HEADINGS, rows, LEFT)
     print(f"stored: {about}\nnow: {date.today()}, {here()}\nmargin: {a.margin} %")
     failed = [path for path, verdict in verdicts.items() if verdict in (SLOWER, MISSING)]
     if failed:
@@ -80,7 +84,7 @@ SLOWER, FASTER, SAME, NEW, MISSING = "SLOWER", "faster", "", "not stored yet", "
 
 
 def compare(stored: dict[str, Ratio], now: dict[str, Ratio], margin: float) -> dict[str, str]:
-    """What has become of every path."""
+    """A verdict for each path."""
     verdicts = {}
     for path in dict.fromkeys([*stored, *now]):
         if path not in now:
@@ -128,7 +132,7 @@ def store(found: dict[str, Ratio], path: Path) -> None:
 
 
 def load(path: Path) -> tuple[str, dict[str, Ratio]]:
-    """When and where the ratios were stored, and they."""
+    """The date and machine of the stored ratios, and the ratios."""
     if not path.exists():
         raise UnusableError(f"{path} does not exist: write it first, with --store")
     content = read(path)

@@ -1,12 +1,11 @@
-"""What rounding does to the gradients of a CrevNet that rebuilds its activations in float32.
+"""Rounding errors in the gradients of a CrevNet that recomputes its activations in float32.
 
     python bench/rounding.py --markdown bench/results/rounding-cpu.md
 
-Windows of the air-traffic days, cut to a square, which are mostly dark; a bright square that moves in the dark; and uniform
-noise. For each: the relative error of the gradient of all
-parameters, against standard autograd in float64, of standard autograd in float32 and of the engine in float32; and in exact
-arithmetic the engine's difference from standard autograd, which computes on the same grid. The network is untrained, so no
-frame's gradients are small.
+The inputs are windows of the air-traffic days, cut to a square, which are mostly dark, a bright square that moves in the dark,
+and uniform noise. For each, the benchmark compares the gradient of all parameters with standard autograd's in float64. It
+reports the relative errors of standard autograd and of the engine, both in float32. In exact arithmetic it reports the engine's
+difference from standard autograd on the same grid. The network is untrained, so no frame's gradients are small.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ from torch import Tensor
 import revflow
 from crevnet import CrevNet, make_network
 from crevnet.networks.config import PRESETS, CrevNetConfig
-from report import machine, markdown, markdown_table, output, positive, show
+from pages.report import machine, markdown, output, positive
+from pages.tables import markdown_table, show
 
 DAY = "Switzerland/Switzerland_training/20180801_100m_bins.h5"
 STARTS = (100, 150, 180)
@@ -33,16 +33,20 @@ STARTS = (100, 150, 180)
 ABOUT = """\
 Relative errors of the gradient of all parameters: of float32 against standard autograd in float64; in exact mode against
 standard autograd on the same grid."""
-HEADINGS = ("frames", "not dark", "standard autograd", "rebuilt", "the guard", "rebuilt, exact mode")
+HEADINGS = ("frames", "not dark", "standard autograd", "recomputed", "the guard", "recomputed, exact mode")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="paper")
-    parser.add_argument("--data", type=Path, default=Path("tests/data/air-traffic"))
-    parser.add_argument("--size", type=positive, default=32, help="height and width of the frames, in pixels")
-    parser.add_argument("--windows", type=positive, default=len(STARTS), help="of the day, at most 3")
-    parser.add_argument("--markdown", type=output(".md"), help="write the table to this file")
+    parser.add_argument("--preset", choices=PRESETS, default="paper", help="preset of CrevNet (paper)")
+    parser.add_argument(
+        "--data", type=Path, default=Path("tests/data/air-traffic"), help="folder of the air-traffic days (%(default)s)"
+    )
+    parser.add_argument("--size", type=positive, default=32, help="height and width of the frames, pixels (32)")
+    parser.add_argument(
+        "--windows", type=positive, default=len(STARTS), help="number of windows of the day, at most 3 (3)"
+    )
+    parser.add_argument("--markdown", type=output(".md"), help="Markdown file to write the table to")
     a = parser.parse_args()
     torch.set_num_threads(1)
     config = replace(PRESETS[a.preset], static=())
@@ -76,11 +80,11 @@ def compare(config: CrevNetConfig, frames: Tensor) -> tuple[str, ...]:
     """The cells of a row."""
     network, exact = (make(replace(config, exact_bits=bits)) for bits in (None, 16))
     truth = plain(copy.deepcopy(network).double(), frames.double())
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", revflow.ReconstructionWarning)
-        rebuilt = gradient(network, frames)
-    warned = "warns" if said else "silent"
-    errors = relative(plain(network, frames), truth), relative(rebuilt, truth)
+        recomputed = gradient(network, frames)
+    warned = "warns" if caught else "silent"
+    errors = relative(plain(network, frames), truth), relative(recomputed, truth)
     difference = relative(gradient(exact, frames), plain(exact, frames))
     return *(f"{error:.1e}" for error in errors), warned, f"{difference:.1e}"
 
@@ -91,7 +95,7 @@ def make(config: CrevNetConfig) -> CrevNet:
 
 
 def gradient(network: CrevNet, frames: Tensor) -> Tensor:
-    """Of the training loss, by all parameters, in float64."""
+    """The gradient of the training loss by all parameters, in float64."""
     found = torch.autograd.grad(network.loss(frames, None), [*network.parameters()])
     return torch.cat([g.double().flatten() for g in found])
 
@@ -102,7 +106,7 @@ def plain(network: CrevNet, frames: Tensor) -> Tensor:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+    return float((found - expected).norm() / expected.norm())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What a process holds at its peak in training steps of CrevNet on several processes, by strategy, in copies of the parameters.
+"""Peak memory per process in training steps of CrevNet on several processes, by strategy, in copies of the parameters.
 
     python bench/scaling.py --markdown bench/results/scaling-memory-cpu.md
 
-Processes talk over gloo on this machine. The network has wide predictive modules and small frames, so that what is measured
-is parameters, gradients, Adam's state and what is sent. The peak is the process's resident memory (ru_maxrss), less what it
-is before the network is made. Linux.
+Processes communicate over gloo on this machine. The network has wide predictive modules and small frames, so that parameters,
+gradients, Adam's state and buffers for communication dominate. The peak is the process's resident memory (ru_maxrss), without
+that from before the network is made. Linux only.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from crevnet import CrevNet, CrevNetConfig
 from crevnet.training.task import FusedAdam
-from report import machine, markdown, markdown_table, output
+from pages.report import machine, markdown, output
+from pages.tables import markdown_table
 
 STRATEGIES = ("alone", "ddp", "fsdp")
 HEADINGS = ("strategy", "processes", "peak, copies of the parameters")
 
 
 class _Loss(torch.nn.Module):
-    """A network whose forward is its loss, as DDP wants it."""
+    """A network whose forward is its loss, as DDP requires."""
 
     def __init__(self, network: CrevNet) -> None:
         super().__init__()
@@ -42,9 +43,9 @@ class _Loss(torch.nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--stages", type=int, default=3, help="downsamplings: each makes four times as many channels")
-    parser.add_argument("--markdown", type=output(".md"), help="write the table here too")
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="numbers of processes (2 4)")
+    parser.add_argument("--stages", type=int, default=3, help="number of downsamplings, each with 4× the channels (3)")
+    parser.add_argument("--markdown", type=output(".md"), help="Markdown file to write the table to")
     arguments = parser.parse_args()
     config = CrevNetConfig(
         blocks=(1,) * arguments.stages,
@@ -69,7 +70,7 @@ def main() -> None:
 def peak(strategy: str, processes: int, config: CrevNetConfig) -> float:
     """The largest of the processes, in copies of the parameters."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_train, (strategy, processes, config, Path(folder)), nprocs=processes)
+        spawn(_train, (strategy, processes, config, Path(folder)), nprocs=processes)
         return max(float(path.read_text()) for path in Path(folder).glob("peak-*"))
 
 

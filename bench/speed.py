@@ -2,49 +2,48 @@
 
     python bench/speed.py --json speed.json --figure speed.png
 
-Networks are tiny blocks, convolutions of 64 channels, a transformer (bench/networks.py), and the whole of CrevNet under the
-schedules of bench/schedules.py. How methods are compared is told in bench/trials.py: every step runs once a round, in random
-order, next to one of standard autograd, and times are medians of ratios to that one. The row "plain" is standard autograd
-against itself, and shows the machine's noise.
+Networks are tiny blocks, convolutions of 64 channels, a transformer (bench/kit/networks.py), and all of CrevNet under the
+schedules of bench/kit/schedules.py. bench/kit/trials.py compares the methods. Every step runs once per round, in random order,
+next to one of standard autograd, and a time is the median ratio to that one. The row "plain" is standard autograd against
+itself, and shows the machine's noise.
 
-Forward and backward pass (that is the rewind, where activations are rebuilt) are also told apart, and the inverse, which makes
-the input of the output without a graph. On CrevNet the optimizer's step counts with the backward pass, and the peak has the
-parameters, their gradients and Adam's state in it; elsewhere it is what a step takes beyond parameters and gradients.
-Evaluations are those of a conditioner in a step; on CrevNet of a recurrent cell, for a time step.
+The table also has the times of the forward pass, of the backward pass, which includes recomputation, and of the inverse, which
+computes the input from the output without a graph. On CrevNet the optimizer's step counts with the backward pass, and the peak
+includes the parameters, their gradients and Adam's state. On the other networks the peak does not include parameters and
+gradients. Evaluations are those of a conditioner per step; on CrevNet of a recurrent cell, per time step.
 
-Under `--precision bf16-mixed` and `16-mixed` each conditioner is under autocast by itself, as the other libraries would rerun it
-in float32. With `--compile` conditioners are compiled, for every method; peaks on the CPU are those without. On a GPU
-(--image 56 --batch 32 --only convolutions, and so on) the table has the useful operations in a second too, as a share of the
-rate of matrix products in the same precision.
+Under `--precision bf16-mixed` and `16-mixed` each conditioner is under autocast by itself, as the other libraries would
+recompute it in float32. With `--compile` conditioners are compiled, for every method; peaks on the CPU are those without. On a
+GPU (--image 56 --batch 32 --only convolutions, and so on) the table also has the useful operations per second, as a share of
+the rate of matrix products in the same precision.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-import capacity
-import networks
-import report
-import revflow
-import throughput
-import trials
-from crevnet import PRESETS, CrevNet
-from methods import PEERS, Method, checkpointed, libraries, plain, reversible
-from networks import Network
-from schedules import SCHEDULES, Training
-from speed_figures import draw
-from trials import Row, Step, Trial
+from crevnet import PRESETS
+from kit import networks, rates, trials
+from kit.crevnet_trials import Prepared, of_crevnet, operations_of_crevnet
+from kit.libraries import PEERS, libraries
+from kit.methods import Method, checkpointed, plain, reversible
+from kit.networks import Network
+from kit.precisions import PRECISIONS, prepared, set_precision
+from kit.schedules import SCHEDULES
+from kit.trials import Row
+from pages import report
+from pages.speed_figure import draw
+from pages.tables import markdown_table, show
 
 
 class Extent(NamedTuple):
-    """How large a network is, and how often it runs, unless options say otherwise."""
+    """A network's default batch size and number of rounds."""
 
     batch: int
     rounds: int
@@ -56,9 +55,6 @@ NETWORKS = {
     "transformer": Extent(4, 15),
     "crevnet": Extent(2, 7),
 }
-
-PRECISIONS = {"32-true": None, "tf32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-"""What conditioners compute in under autocast."""
 
 METHODS = [
     checkpointed(1),
@@ -86,16 +82,10 @@ def main() -> None:
         title = f"{found[0].network}: {found[0].size}, {described(found[0])}, {extent.rounds} rounds"
         headings = HEADINGS if device.type == "cuda" else HEADINGS[:-1]
         lines = [cells(row)[: len(headings)] for row in found]
-        report.show(f"A training step of {title}", headings, lines, LEFT)
+        show(f"A training step of {title}", headings, lines, LEFT)
         rows += found
-        sections.append(f"## {title}\n\n{report.markdown_table(headings, lines, LEFT)}\n")
+        sections.append(f"## {title}\n\n{markdown_table(headings, lines, LEFT)}\n")
     report.write(a, rows, report.markdown("Time of a training step", about, sections), draw)
-
-
-def set_precision(name: str) -> None:
-    """The arithmetic of float32 products and convolutions on CUDA: TF32, or float32."""
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = name == "tf32"
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -104,22 +94,33 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         field: ", ".join(f"{getattr(e, field)} ({name})" for name, e in NETWORKS.items()) for field in Extent._fields
     }
     names = [*NETWORKS]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NETWORK", help=", ".join(names))
-    parser.add_argument("--rounds", type=report.positive, help=f"2 at least; each network's own: {own['rounds']}")
-    parser.add_argument("--batch", type=report.positive, help=f"each network's own: {own['batch']}")
-    parser.add_argument("--precision", choices=PRECISIONS, default="32-true")
-    parser.add_argument("--compile", action="store_true", help="compile conditioners")
+    listed = f"networks to train: {', '.join(names)} (all)"
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NETWORK", help=listed)
     parser.add_argument(
-        "--image", type=report.positive, default=16, help="height and width of the convolutions' streams"
+        "--rounds", type=report.positive, help=f"number of timed steps per method, at least 2 ({own['rounds']})"
     )
-    parser.add_argument("--tokens", type=report.positive, default=128, help="of the transformer's sequences")
+    parser.add_argument("--batch", type=report.positive, help=f"batch size, samples ({own['batch']})")
+    parser.add_argument("--precision", choices=PRECISIONS, default="32-true", help="precision (32-true)")
+    parser.add_argument("--compile", action="store_true", help="compilation of the conditioners")
+    number = partial(parser.add_argument, type=report.positive)
+    number("--image", default=16, help="height and width of the convolutions' streams, pixels (16)")
+    number("--tokens", default=128, help="length of the transformer's sequences, tokens (128)")
     crevnet = parser.add_argument_group("CrevNet")
-    crevnet.add_argument("--preset", choices=PRESETS, default="tiny")
-    crevnet.add_argument("--schedule", nargs="+", choices=SCHEDULES, default=list(SCHEDULES), help="beside plain")
-    crevnet.add_argument("--steps", type=report.positive, default=11, help="time steps")
-    crevnet.add_argument("--channels-last", action="store_true", help="convolutions in the layout of tensor cores")
-    crevnet.add_argument("--height", type=report.positive, default=128)
-    crevnet.add_argument("--width", type=report.positive, default=112)
+    number = partial(crevnet.add_argument, type=report.positive)
+    crevnet.add_argument("--preset", choices=PRESETS, default="tiny", help="preset (tiny)")
+    listed = f"schedules, in addition to plain: {', '.join(SCHEDULES)} (all)"
+    crevnet.add_argument(
+        "--schedule",
+        nargs="+",
+        choices=SCHEDULES,
+        default=list(SCHEDULES),
+        metavar="SCHEDULE",
+        help=listed,
+    )
+    number("--steps", default=11, help="number of time steps (11)")
+    crevnet.add_argument("--channels-last", action="store_true", help="channels_last layout of the convolutions")
+    number("--height", default=128, help="height of the frames, pixels (128)")
+    number("--width", default=112, help="width of the frames, pixels (112)")
     report.add_outputs(parser)
     a = parser.parse_args(arguments)
     if a.rounds == 1:
@@ -139,18 +140,15 @@ def compare(
             a.preset, "plain", "32-true", *size, device, compiled=a.compile, channels_last=a.channels_last
         )
         tried = [*of_crevnet(training, a.schedule, a.precision)]
+        useful = partial(operations_of_crevnet, training)
     else:
         make = partial(maker(name, a), extent.batch, device=device)
         prepare = partial(prepared, precision=a.precision, compiled=a.compile, device=device)
         tried = [*trials.attempt_all(methods, make, device, prepare)]
+        useful = partial(operations_of, make)
     rows = trials.compare(tried, extent.rounds, device)
     if device.type == "cuda":
-        useful = (
-            extent.batch * capacity.operations(replace(training, compiled=False))
-            if name == "crevnet"
-            else operations(make())
-        )
-        rows = shares(rows, useful, throughput.matrix_rate(device, PRECISIONS[a.precision] or torch.float32))
+        rows = shares(rows, useful(), rates.matrix_rate(device, PRECISIONS[a.precision] or torch.float32))
     layout = a.channels_last and name == "crevnet"
     return [replace(row, precision=a.precision, compiled=a.compile, channels_last=layout) for row in rows]
 
@@ -163,100 +161,15 @@ def maker(name: str, a: argparse.Namespace) -> Callable[..., Network]:
     return networks.tiny
 
 
-def prepared(network: Network, precision: str, compiled: bool, device: torch.device) -> None:
-    """Has the conditioners run under autocast, and compiled."""
-    if PRECISIONS[precision] is not None:
-        for conditioner in network.conditioners:
-            conditioner.forward = autocast(precision, device)(conditioner.forward)
-    if compiled:
-        revflow.ReversibleSequence(network.blocks).compile_conditioners()  # in place, so for all methods
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    dtype = PRECISIONS[precision]
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-
-
 def shares(rows: Sequence[Row], useful: float, rate: float) -> list[Row]:
     """With their throughput, from a step's useful operations and the rate of matrix products."""
     return [row if row.seconds is None else replace(row, throughput=useful / row.seconds / rate) for row in rows]
 
 
-def operations(network: Network) -> float:
+def operations_of(make: Callable[[], Network]) -> float:
     """Useful floating-point operations of a step."""
-    return throughput.operations(partial(plain().of(network).forward, network.leaf))
-
-
-@dataclass(frozen=True)
-class Prepared(Training):
-    """Of a network that is compiled, or whose convolutions are in the layout of tensor cores."""
-
-    compiled: bool = False
-    channels_last: bool = False
-
-    def trainee(self) -> tuple[CrevNet, list[Tensor]]:
-        network, inputs = super().trainee()
-        if self.channels_last:
-            network.to(memory_format=network.channels_last)
-        if self.compiled:
-            network.compile_parts()
-        return network, inputs
-
-
-def of_crevnet(base: Prepared, schedules: Sequence[str], precision: str) -> Iterator[Trial]:
-    """Standard autograd, and the schedules."""
-    names = f"crevnet-{base.preset}", f"batch {base.batch}, {base.steps} steps of {base.height} x {base.width}"
-    for schedule in dict.fromkeys(["plain", *schedules]):
-        training = replace(base, schedule=schedule)
-        if base.compiled and SCHEDULES[schedule].checkpoints:
-            yield Trial(*names, schedule, note="compiling its parts would disable their checkpoints")
-            continue
-        start = partial(training_step, training, precision)
-        memory = revflow.measure_memory(lambda: start()(nothing), device=base.device)  # noqa: B023
-        step = start()
-        step(nothing)
-        yield Trial(
-            *names, schedule, step=step, memory=memory, evaluations=evaluations(replace(training, compiled=False))
-        )
-    for peer in PEERS:
-        yield Trial(*names, peer, note="only for module stacks: CrevNet's predictor is recurrent")
-
-
-def nothing() -> None:
-    """Between the parts of a step that is not timed."""
-
-
-def training_step(training: Training, precision: str) -> Step:
-    """A network's forward pass; then the backward pass and Adam."""
-    between = nothing
-
-    def watch(forward: Callable[[], Tensor]) -> Tensor:
-        with autocast(precision, training.device):
-            loss = forward()
-        between()
-        return loss
-
-    steps = training.train(watch)
-
-    def step(given: Callable[[], None]) -> None:
-        nonlocal between
-        between = given
-        next(steps)
-
-    return step
-
-
-def evaluations(training: Training) -> float:
-    """How often a recurrent cell runs for a time step of a training step."""
-    network, inputs = training.trainee()
-    cells = cells_of(network)
-    with trials.counted(cells) as samples:
-        training.loss(network, inputs).backward()
-    return sum(samples) / (len(cells) * training.steps * training.batch)
-
-
-def cells_of(network: CrevNet) -> list[nn.Module]:
-    return [module.cell for module in network.predictor.stack]  # type: ignore[misc]
+    network = make()
+    return rates.operations(partial(plain().of(network).forward, network.leaf))
 
 
 def described(row: Row) -> str:
@@ -265,27 +178,28 @@ def described(row: Row) -> str:
 
 HEADINGS = (
     "method", "setting", "time, plain = 1", "standard error, quartiles", "forward", "backward", "inverse", "evaluations",
-    "ms a step", "peak, MiB", "of matrix rate",
+    "ms per step", "peak, MiB", "of matrix rate",
 )  # fmt: skip
 LEFT = ("method", "setting", "standard error, quartiles")
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """The row below `HEADINGS`; where it has no figures its note stands among them."""
-    if row.time_ratio is None:
+    """The row below `HEADINGS`. If it has no figures, its note takes a cell of theirs."""
+    figures = row.figures
+    if figures is None:
         return row.method, row.setting, "", row.note, *[""] * (len(HEADINGS) - 4)
-    low, high = row.quartiles
+    low, high = figures.quartiles
     return (
         row.method,
         row.setting,
-        f"{row.time_ratio:.2f}",
-        f"± {row.error:.2f}, {low:.2f} to {high:.2f}",
-        f"{row.forward:.2f}",
-        f"{row.backward:.2f}",
+        f"{figures.time_ratio:.2f}",
+        f"± {figures.error:.2f}, {low:.2f} to {high:.2f}",
+        f"{figures.forward:.2f}",
+        f"{figures.backward:.2f}",
         "" if row.inverse is None else f"{row.inverse:.2f}",
         "" if row.evaluations is None else f"{row.evaluations:.2f}",
-        f"{1e3 * row.seconds:,.1f}",
-        f"{row.peak / 2**20:,.2f}",
+        f"{1e3 * figures.seconds:,.1f}",
+        f"{figures.peak / 2**20:,.2f}",
         "" if row.throughput is None else f"{row.throughput:.0%}",
     )
 

@@ -3,16 +3,16 @@
     OMP_NUM_THREADS=1 pytest bench/test_hot_paths.py --benchmark-enable --benchmark-json hot-paths.json
     python bench/regressions.py hot-paths.json
 
-What pytest-benchmark times is the engine. Before each of its rounds the same is done without the engine, and timed too: the two
-alternate, so that whatever slows the machine slows both. The ratios of the rounds go into the JSON, for bench/regressions.py.
-Times are the process's own, of one thread.
+pytest-benchmark times the engine. Before each of its rounds, the same work is done and timed without the engine. The two
+alternate, so a slower machine slows both. The ratios of the rounds go into the JSON file, for bench/regressions.py. Times are
+the process's own, of one thread.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ import revflow
 from crevnet import PRESETS
 from crevnet.networks.crevnet.autoencoder import Latent
 from crevnet.networks.crevnet.predictor import Predictor
-from exact import additive, gated
+from kit.couplings import additive, gated
 
 ROUNDS, WARM_UP = 100, 5
 
@@ -34,8 +34,10 @@ class HotPath(NamedTuple):
     plain: Callable[[], object]
 
 
-def training(blocks: list[nn.Module], x: Tensor, guard: str = "off", exact: bool = False) -> HotPath:
-    """A training step of a chain."""
+def training(
+    blocks: list[nn.Module], x: Tensor, guard: Literal["warn", "raise", "off"] = "off", exact: bool = False
+) -> HotPath:
+    """A training step of a module stack."""
     net = revflow.ReversibleSequence(blocks, guard=guard, exact=exact)
 
     def step(forward: Callable[[Tensor], Tensor]) -> None:
@@ -46,7 +48,7 @@ def training(blocks: list[nn.Module], x: Tensor, guard: str = "off", exact: bool
 
 
 def tiny(*drawing: nn.Module) -> list[nn.Module]:
-    """Conditioners that take so little time that the engine's own shows."""
+    """Conditioners that take almost no time, so the engine's own time dominates."""
     return [
         revflow.AdditiveCoupling(nn.Sequential(nn.Linear(8, 8), nn.SiLU(), *drawing, nn.Linear(8, 8)))
         for _ in range(16)
@@ -62,8 +64,8 @@ def images() -> Tensor:
 
 
 def inverse() -> HotPath:
-    """Without a graph; ordinary modules know no inverse, but the forward pass is as much work. A longer chain, which takes as
-    long as the others' training steps."""
+    """Without a graph. Standard modules have no inverse, but the forward pass is as much work. The stack is longer, so that it
+    takes as long as the others' training steps."""
     net = revflow.ReversibleSequence([block for _ in range(4) for block in tiny()])
     x = rows()
 
@@ -108,7 +110,7 @@ HOT_PATHS: dict[str, Callable[[], HotPath]] = {
 
 @pytest.mark.benchmark(timer=time.process_time, disable_gc=True)
 @pytest.mark.parametrize("name", HOT_PATHS)
-def test_hot_path(name: str, benchmark) -> None:
+def test_hot_path(name: str, benchmark: Any) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     path = HOT_PATHS[name]()

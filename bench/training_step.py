@@ -2,8 +2,8 @@
 
     python bench/training_step.py --preset paper --data tests/data/air-traffic --city Switzerland --start 60
 
-Prints a Markdown report; `--out FILE` writes it. On the CPU the peak counts every live tensor, parameters, gradients and
-optimizer state included; beside it stands the process's peak resident memory.
+Prints a Markdown report; `--out FILE` writes it. On the CPU the peak counts every live tensor, with parameters, gradients and
+optimizer state. The report also has the process's peak resident memory.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from crevnet.data.windows import Windows
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="paper")
-    parser.add_argument("--data", type=Path, required=True, help="a folder in Traffic4cast's layout")
-    parser.add_argument("--city", required=True, help="the window is of this city's first training day")
-    parser.add_argument("--start", type=int, default=60, help="first slot of the window")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the report here too")
+    parser.add_argument("--preset", choices=PRESETS, default="paper", help="preset of CrevNet (paper)")
+    parser.add_argument("--data", type=Path, required=True, help="folder in Traffic4cast's layout")
+    parser.add_argument("--city", required=True, help="city, whose first training day has the window")
+    parser.add_argument("--start", type=int, default=60, help="first time step of the window (60)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
+    parser.add_argument("--out", type=Path, help="Markdown file to write the report to")
     arguments = parser.parse_args()
     report = run(arguments.preset, arguments.data, arguments.city, arguments.start, arguments.seed)
     print(report)

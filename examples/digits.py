@@ -7,6 +7,7 @@ repository). The package contains them: nothing is downloaded.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -103,3 +105,40 @@ def draw(rows: dict[str, Tensor], path: Path) -> None:
             axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=80, bbox_inches="tight")
     plt.close(figure)
+
+
+class Curve(NamedTuple):
+    """How one of two networks is drawn: in the colours of the benchmarks."""
+
+    name: str
+    colour: str
+
+
+STANDARD, REVERSIBLE = Curve("standard autograd", "#222222"), Curve("revflow", "#2a6fb8")
+
+
+def draw_twins(
+    curves: dict[str, Curve],
+    losses: dict[str, list[float]],
+    peaks: dict[str, list[int]],
+    depths: dict[str, Sequence[int]],
+) -> Figure:
+    """Losses of two networks by the step, and peaks of a training step by the depth, which has one name."""
+    ((unit, places),) = depths.items()
+    figure = Figure((8.4, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for key, curve in curves.items():
+        left.plot(losses[key], color=curve.colour, linewidth=0.9)
+        sizes = [peak / 2**20 for peak in peaks[key]]
+        right.plot(places, sizes, "o-", color=curve.colour, markersize=4)
+        right.annotate(
+            f"{curve.name}\n{sizes[-1]:.1f}", (places[-1], sizes[-1]), (6, 0), textcoords="offset points", va="center",
+            color=curve.colour, annotation_clip=False,
+        )  # fmt: skip
+    left.set(xlabel="step", ylabel="training loss", ylim=0)
+    right.set(xlabel=unit, ylabel="peak of a training step, MiB", xticks=places, ylim=0)
+    for axes in (left, right):
+        axes.grid(color="#e4e4e4", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure

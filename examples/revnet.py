@@ -23,12 +23,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
 import revflow
-from digits import CLASSES, Labelled, accuracy, coloured, digits, options, train
+from digits import CLASSES, REVERSIBLE, STANDARD, Labelled, accuracy, coloured, digits, draw_twins, options, train
 
 WAYS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "RevNet": nullcontext,
@@ -83,15 +82,8 @@ def peak(blocks: int, way: AbstractContextManager[None], batch: Labelled) -> int
 
 
 def show(losses: dict[str, list[float]], peaks: dict[str, list[int]], path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for (name, values), line in zip(losses.items(), ("-", ":"), strict=True):
-        left.plot(values, line, label=name)
-        right.plot(DEPTHS, [p / 2**20 for p in peaks[name]], f"o{line}", label=name)
-    left.set(xlabel="step", ylabel="training loss")
-    right.set(xlabel="blocks per stage", ylabel="peak of a training step (MiB)", ylim=0)
-    left.legend()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    curves = dict(zip(WAYS, (REVERSIBLE, STANDARD), strict=True))
+    draw_twins(curves, losses, peaks, {"blocks per stage": DEPTHS}).savefig(path, dpi=120)
 
 
 def main() -> None:

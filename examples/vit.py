@@ -18,13 +18,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import revflow
-from digits import LEVELS, Labelled, digits
+from digits import LEVELS, REVERSIBLE, STANDARD, Labelled, digits, draw_twins
 
 Digits = tuple[Tensor, Tensor]
 """Images (N, 1, 8, 8) in [0, 1], labels (N)."""
@@ -136,15 +135,8 @@ def peak(layers: int, width: int, batch: int, reversible: bool) -> int:
 
 
 def draw(losses: dict[str, list[float]], peaks: dict[str, list[int]], path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    for name, values in losses.items():
-        left.plot(values, label=name, linewidth=0.8)
-        right.plot(DEPTHS, [p / 2**20 for p in peaks[name]], "o-", label=name)
-    left.set(xlabel="step", ylabel="loss")
-    right.set(xlabel="layers", ylabel="peak of a training step, MiB", xticks=DEPTHS, ylim=0)
-    left.legend()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    curves = {"plain": STANDARD, "reversible": REVERSIBLE}
+    draw_twins(curves, losses, peaks, {"layers": DEPTHS}).savefig(path, dpi=120)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

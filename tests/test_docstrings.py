@@ -12,8 +12,10 @@ import revflow
 NAMES = [
     (package, name)
     for package in (revflow, crevnet)
-    for name, public in vars(package).items()
-    if not name.startswith("_") and (inspect.isclass(public) or inspect.isfunction(public))
+    for name in dir(package)  # crevnet's names are imported on first use, so vars() lacks them
+    if not name.startswith("_")
+    and (inspect.isclass(public := getattr(package, name)) or inspect.isfunction(public))
+    and public.__module__.startswith(package.__name__)
 ]
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from pages import RESULTS, ROOT, prose, stored, table
+from documents import RESULTS, ROOT, prose, stored, table
 
 import revflow
 from crevnet import MODELS, make_network
@@ -19,7 +19,7 @@ QUOTED = [
         "docs/crevnet.md",
         "trained for at most 3.5 minutes",
         "crevnet-tiny-cpu.md",
-        ["stopped by its limit of 3.5 minutes"],
+        ["stopped at its limit of 3.5 minutes"],
     ),
     ("docs/crevnet.md", "scores on two held-out days", "crevnet-tiny-cpu.md", ["Two held-out days"]),
     (
@@ -41,19 +41,19 @@ QUOTED = [
         "docs/crevnet.md",
         "47.5 MiB at 495 x 436",
         "memory-steps.md",
-        ["layers, reversible: a time step more keeps 47.5 MiB"],
+        ["layers, reversible: an additional time step stores 47.5 MiB"],
     ),
     (
         "docs/crevnet.md",
         "Standard autograd stores 527 MiB",
         "memory-steps.md",
-        ["plain: a time step more keeps 527 MiB"],
+        ["plain: an additional time step stores 527 MiB"],
     ),
     (
         "docs/crevnet.md",
         "checkpointing of every block 98 MiB",
         "memory-steps.md",
-        ["checkpoint: a time step more keeps 98.3 MiB"],
+        ["checkpoint: an additional time step stores 98.3 MiB"],
     ),
     (
         "docs/crevnet.md",
@@ -95,7 +95,7 @@ QUOTED = [
         ["the gap is 0.01 to 0.03"],
     ),
     ("docs/which-when.md", "up to 0.03 of a step faster", "budget-cpu.md", ["the gap is 0.01 to 0.03"]),
-    ("docs/coming-from.md", "0.1 of a step more with", "budget-cpu.md", ["1.38 for convolutions beside 1.28"]),
+    ("docs/coming-from.md", "0.1 of a step more with", "budget-cpu.md", ["1.38 for convolutions compared with 1.28"]),
     (
         "docs/experiment.md",
         "it takes 830 steps in the minutes in which the U-Net takes 7,145",
@@ -114,7 +114,7 @@ QUOTED = [
         "experiment-air-traffic.md",
         ["each model trained for 8 minutes on one core"],
     ),
-    ("docs/moving-mnist.md", "after 72 steps on a CPU", "moving-mnist-cpu.md", ["and 72 steps"]),
+    ("docs/moving-mnist.md", "after 72 steps on a CPU", "moving-mnist-cpu.md", ["72 steps with batches of 2"]),
 ]
 
 

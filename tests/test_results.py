@@ -3,12 +3,12 @@
 import re
 
 import pytest
-from pages import RESULTS, ROOT, prose, stored, table
+from documents import RESULTS, ROOT, prose, stored, table
 
-from experiment_plan import CREVNET, WIDTHS
-from experiment_tables import COLUMNS, over_seeds
-from memory_figures import name_of
-from memory_row import GIB, Row
+from kit.experiment_plan import CREVNET, WIDTHS
+from kit.memory_row import GIB, Row
+from pages.experiment_tables import COLUMNS, over_seeds
+from pages.memory_figure import name_of
 
 
 def test_memory_of_crevnet():

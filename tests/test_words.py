@@ -53,7 +53,6 @@ PAGES += [f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ["revflow", "models", "bench", "examples"]
 EXCEPTIONS = {  # shrinks only
     "revflow",
-    "bench",
 }
 
 

@@ -8,18 +8,18 @@ from itertools import product
 import torch
 
 import capacity
-import speed
 from gpu_stages.stage import Rows, Setup
-from schedules import Training
+from kit.precisions import set_precision
+from kit.schedules import Training
 
 SCHEDULES = ("reversible", "plain", "checkpoint")
 NAMES = {"capacity": "capacity_GiB", "peak": "peak_bytes", "sequences_a_second": "sequences_per_second"}
 
 
 def rows(setup: Setup) -> Rows:
-    """In the default arithmetic of convolutions on CUDA, TF32; the matrix rate is in TF32, too."""
+    """In TF32, the default arithmetic of convolutions on CUDA, also for the matrix rate."""
     height, width = setup.frame
-    speed.set_precision("tf32")
+    set_precision("tf32")
     device = torch.device(setup.device)
     for gibibytes, schedule in product((0.012, 0.015) if setup.toy else (16.0, 32.0), SCHEDULES):
         training = Training(setup.preset, schedule, "32-true", 1, 3 if setup.toy else 11, height, width, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import revflow
-import speed
 from crevnet import PRESETS, CrevNet
-from exact import Halves
 from gpu_stages.cuda_tests import rows as of_cuda_tests
 from gpu_stages.jobs import Job, each
 from gpu_stages.stage import Row, Rows, Setup
-from paired import conditioner
+from kit.couplings import Halves, conditioner
+from kit.precisions import set_precision
 
 PRECISIONS = ("32-true", "tf32", "bf16-mixed")
 TOLERANCE = 1e-9
@@ -35,7 +34,7 @@ def rows(setup: Setup) -> Rows:
 def of_exact(device: torch.device) -> Iterable[Job]:
     for deterministic, precision, benchmark in product((True, False), PRECISIONS, (False, True)):
         for what in ("couplings", "crevnet"):
-            names = {"what": what, "precision": precision}
+            names: Row = {"what": what, "precision": precision}
             names |= {"cudnn_benchmark": benchmark, "cudnn_deterministic": deterministic}
             yield Job(names, partial(bit_for_bit, names, device))
 
@@ -53,11 +52,11 @@ def set_cudnn(benchmark: bool, deterministic: bool) -> None:
 def bit_for_bit(names: Row, device: torch.device) -> Iterable[Row]:
     """Outputs and gradients of the exact mode against standard autograd's, through the same arithmetic.
 
-    They have to be equal if standard autograd is equal to itself, which it is not with atomic additions.
+    They must be equal if standard autograd repeats itself, which it does not with atomic additions.
     """
     set_cudnn(names["cudnn_benchmark"], names["cudnn_deterministic"])
-    speed.set_precision(names["precision"])
-    make = exact_chain if names["what"] == "couplings" else exact_crevnet
+    set_precision(names["precision"])
+    make = exact_couplings if names["what"] == "couplings" else exact_crevnet
     reversible, standard = make(device, names["precision"])
     expected, again, found = standard(), standard(), reversible()
     repeats, equal = same_bits(again, expected), same_bits(found, expected)
@@ -66,21 +65,27 @@ def bit_for_bit(names: Row, device: torch.device) -> Iterable[Row]:
         raise AssertionError("exact mode differs from standard autograd")
 
 
-def exact_chain(device: torch.device, precision: str) -> list:
-    net = chain(device, exact=True)
+Step = Callable[[], list[Tensor]]
+"""Returns outputs and gradients."""
+
+
+def exact_couplings(device: torch.device, precision: str) -> tuple[Step, Step]:
+    net = couplings(device, exact=True)
     x = torch.randn(4, 64, 32, 32, device=device)
-    return [partial(gradients, net, function, x, precision) for function in (net, net.plain)]
+    return partial(gradients, net, net, x, precision), partial(gradients, net, net.plain, x, precision)
 
 
-def chain(device: torch.device, seed: int = 0, **options: object) -> revflow.ReversibleSequence:
+def couplings(device: torch.device, seed: int = 0, exact: bool = False) -> revflow.ReversibleSequence:
     torch.manual_seed(seed)
     of_two = [revflow.AffineCoupling, revflow.GatedCoupling] * 2
-    blocks = [kind(nn.Sequential(conditioner(32, 2), Halves())) for kind in of_two]
+    blocks: list[nn.Module] = [kind(nn.Sequential(conditioner(32, 2), Halves())) for kind in of_two]
     blocks += [revflow.AdditiveCoupling(conditioner(32)) for _ in range(4)]
-    return revflow.ReversibleSequence(blocks, **options).to(device)
+    return revflow.ReversibleSequence(blocks, exact=exact).to(device)
 
 
-def gradients(net: nn.Module, function: object, x: Tensor, precision: str = "32-true") -> list[Tensor]:
+def gradients(
+    net: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, precision: str = "32-true"
+) -> list[Tensor]:
     """The output, and the gradients of the input and the parameters."""
     torch.manual_seed(7)
     leaf = x.clone().requires_grad_()
@@ -94,7 +99,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed", cache_enabled=False)
 
 
-def exact_crevnet(device: torch.device, precision: str) -> list:
+def exact_crevnet(device: torch.device, precision: str) -> tuple[Step, Step]:
     torch.manual_seed(0)
     net = CrevNet(replace(PRESETS["tiny"], exact_bits=16)).to(device)
     frames, roads = torch.rand(2, 5, 3, 32, 24, device=device), torch.rand(2, 1, 32, 24, device=device)
@@ -108,7 +113,7 @@ def exact_crevnet(device: torch.device, precision: str) -> list:
         with revflow.ordinary_autograd():
             return step()
 
-    return [step, standard]
+    return step, standard
 
 
 def same_bits(found: list[Tensor], expected: list[Tensor]) -> bool:
@@ -119,7 +124,7 @@ def same_bits(found: list[Tensor], expected: list[Tensor]) -> bool:
 def dropout(device: torch.device) -> Iterable[Row]:
     """Masks are drawn again in the backward pass: gradients against standard autograd's of the same seed."""
     set_cudnn(benchmark=False, deterministic=True)
-    speed.set_precision("32-true")
+    set_precision("32-true")
     torch.manual_seed(0)
     blocks = [revflow.AdditiveCoupling(nn.Sequential(conditioner(32), nn.Dropout(0.3))) for _ in range(6)]
     net = revflow.ReversibleSequence(blocks).to(device).double()
@@ -132,14 +137,14 @@ def dropout(device: torch.device) -> Iterable[Row]:
 
 
 def two_streams(device: torch.device) -> Iterable[Row]:
-    """Two networks train at the same time, each in a stream of its own: gradients against those of each by itself."""
+    """Two networks train at the same time, each in a CUDA stream of its own: gradients against those of each by itself."""
     set_cudnn(benchmark=False, deterministic=True)
-    nets = [chain(device, seed) for seed in (0, 1)]
+    nets: list[nn.Module] = [couplings(device, seed) for seed in (0, 1)]
     inputs = [torch.randn(4, 64, 32, 32, device=device) for _ in nets]
-    alone, again = ([gradients(net, net, x) for net, x in zip(nets, inputs, strict=True)] for _ in range(2))
+    single, again = ([gradients(net, net, x) for net, x in zip(nets, inputs, strict=True)] for _ in range(2))
     together = [concurrently(nets, inputs) for _ in range(5)]
-    repeats = all(map(same_bits, again, alone))
-    equal = [all(map(same_bits, found, alone)) for found in together]
+    repeats = all(map(same_bits, again, single))
+    equal = [all(map(same_bits, found, single)) for found in together]
     yield {"what": "two streams", "rounds": len(equal), "single_repeats": repeats, "equal_rounds": sum(equal)}
     if repeats and not all(equal):
         raise AssertionError("gradients differ from those of each network by itself")

@@ -6,23 +6,23 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from device_memory import free, ran_out
 from gpu_stages.stage import Row, Rows
+from kit.device_memory import free, ran_out
 
 
 @dataclass(frozen=True)
 class Job:
     names: Row
-    """Of what is measured: the row with a note if it fails begins with them."""
+    """Names of the measurement, with which its row begins if it fails."""
     work: Callable[[], Iterable[Row]]
     may_fail: bool = False
-    """Whether it needs what may be missing: a compiler, say."""
+    """Whether it needs a compiler or another part that may be missing."""
 
 
 def each(jobs: Iterable[Job]) -> Rows:
     """The rows of every job. One that fails leaves a row with a note; after the last, RuntimeError names the first failure.
 
-    A job that runs out of memory is a result and no failure.
+    A job that runs out of memory is a result and not a failure.
     """
     failures: list[str] = []
     for job in jobs:

@@ -15,7 +15,8 @@ from crevnet.data.files.days import open_days
 from gpu_stages.days import city
 from gpu_stages.jobs import Job, each
 from gpu_stages.stage import Row, Rows, Setup
-from schedules import Training
+from kit.day_layouts import AS_DISTRIBUTED, FRAME_PER_CHUNK, place, rewrite
+from kit.schedules import Training
 
 
 def rows(setup: Setup) -> Rows:
@@ -23,16 +24,14 @@ def rows(setup: Setup) -> Rows:
     made = city(setup)
     repeated = setup.work / "h5py"
     jobs = [
-        Job({"layout": "a frame per chunk"}, partial(measured, made, setup, needed, source)),
-        Job(
-            {"layout": loading.AS_DISTRIBUTED}, lambda: measured(as_distributed(made, repeated), setup, needed, source)
-        ),
+        Job({"layout": FRAME_PER_CHUNK}, partial(measured, made, setup, needed, source)),
+        Job({"layout": AS_DISTRIBUTED}, lambda: measured(as_distributed(made, repeated), setup, needed, source)),
     ]
     return each(jobs)
 
 
 def pace(setup: Setup) -> tuple[float, str]:
-    """Windows per second that training consumes, and where that is from."""
+    """Windows per second that training consumes, and the source of that figure."""
     path = setup.out / "training.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if (found.get("device"), found.get("toy")) == (setup.device, setup.toy):
@@ -47,14 +46,14 @@ def pace(setup: Setup) -> tuple[float, str]:
 
 
 def as_distributed(made: Path, root: Path) -> Path:
-    """The same days in h5py's own chunks, as the competition's files are taken to be."""
+    """The same days in h5py's own chunks, which are assumed of the competition's files."""
     for day in open_days(made):
-        loading.rewrite(day, loading.place(day, root), compression="gzip")
+        rewrite(day, place(day, root), compression="gzip")
     return root
 
 
 def measured(root: Path, setup: Setup, needed: float, source: str) -> Iterable[Row]:
-    layout = loading.AS_DISTRIBUTED if root.name == "h5py" else "a frame per chunk"
+    layout = AS_DISTRIBUTED if root.name == "h5py" else FRAME_PER_CHUNK
     windows, counts = (4, (0, 1)) if setup.toy else (32, (0, 1, 2, 4, 8))
     loaders = [
         loading.Loader(layout, loading.city_data(root, setup.preset, windows, 2, workers), workers)

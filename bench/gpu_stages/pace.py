@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -10,7 +11,9 @@ import torch
 import speed
 from gpu_stages.jobs import Job, each
 from gpu_stages.stage import Row, Rows, Setup
-from methods import PEERS, checkpointed, reversible
+from kit.libraries import PEERS
+from kit.methods import checkpointed, reversible
+from kit.precisions import set_precision
 
 METHODS = [checkpointed(1), reversible("none"), reversible("all", "all")]
 
@@ -43,7 +46,7 @@ def precision(name: str = "32-true", *others: str) -> list[str]:
     return ["--precision", name, *others]
 
 
-def job(name: str, setup: Setup, extent: speed.Extent, arguments: list[object]) -> Job:
+def job(name: str, setup: Setup, extent: speed.Extent, arguments: Sequence[object]) -> Job:
     options = speed.options([*map(str, arguments)])
     names = {"network": name, "precision": options.precision, "compiled": options.compile}
     names["channels_last"] = options.channels_last
@@ -51,11 +54,11 @@ def job(name: str, setup: Setup, extent: speed.Extent, arguments: list[object]) 
     return Job(names, work, may_fail=options.compile)
 
 
-def compare(name: str, extent: speed.Extent, options: object, device: torch.device) -> Iterable[Row]:
+def compare(name: str, extent: speed.Extent, options: Namespace, device: torch.device) -> Iterable[Row]:
     torch.manual_seed(0)
-    speed.set_precision(options.precision)
+    set_precision(options.precision)
     for row in speed.compare(name, extent, options, device, METHODS):
-        if row.method not in PEERS:  # which CrevNet has no use for
+        if row.method not in PEERS:  # which do not apply to CrevNet
             yield {
                 "network": row.network,
                 "precision": row.precision,

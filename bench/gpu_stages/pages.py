@@ -11,9 +11,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import report
 from gpu_stages.process import Outcome
 from gpu_stages.stage import Row, Setup
+from pages import report
+from pages.tables import markdown_table
 
 
 def write_stage(outcome: Outcome, setup: Setup) -> None:
@@ -47,7 +48,7 @@ def tables(rows: Iterable[Row]) -> list[str]:
 def _table(names: Sequence[str], rows: Sequence[Row]) -> str:
     headings = [_heading(name) for name in names]
     left = [h for h, name in zip(headings, names, strict=True) if any(isinstance(row[name], str) for row in rows)]
-    return report.markdown_table(headings, ([_cell(name, row[name]) for name in names] for row in rows), left)
+    return markdown_table(headings, ([_cell(name, row[name]) for name in names] for row in rows), left)
 
 
 def _heading(name: str) -> str:
@@ -79,7 +80,7 @@ def _about(outcome: Outcome, setup: Setup) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Readers find the file whole or not at all."""
+    """Replace the file at once, so that no reader gets a part of it."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)

@@ -3,7 +3,7 @@
 The difference of a CrevNet row is the sum of its parts:
 
 - operators: live tensors at their peak in a real step on the device, less the predicted ones: an operator's own tensors there.
-- workspace: the requested bytes at their peak, less live tensors: what cuDNN and cuBLAS take beside tensors.
+- workspace: the requested bytes at their peak, less live tensors: the memory of cuDNN and cuBLAS outside of tensors.
 - rounding: the allocator's blocks, less the requested bytes.
 - cached: reserved memory, less blocks: gaps between blocks, and freed blocks that await their next use.
 """
@@ -19,11 +19,12 @@ from multiprocessing import get_context
 import torch
 
 import memory
-import memory_row
 import revflow
-from device_memory import free
+from crevnet import MODELS
 from gpu_stages.stage import Row, Rows, Setup
-from schedules import MODELS, PATCHED, Training
+from kit import memory_row
+from kit.device_memory import free
+from kit.schedules import PATCHED, Training
 
 CREVNET = ("plain", "checkpoint", "reversible", "reversible-bfloat16", "reversible-every-3")
 PREDICTING = 8
@@ -44,7 +45,7 @@ def rows(setup: Setup) -> Rows:
 
 
 def trainings(setup: Setup) -> Iterator[Training]:
-    """CrevNet first, then the papers' patches; last what takes longest or does not fit."""
+    """CrevNet first, then the papers' patches, and last those that take longest or do not fit."""
     height, width = setup.frame
     few, longest = ((1, 3), 2) if setup.toy else ((3, 7), 11)
     base = Training(setup.preset, "plain", "32-true", 1, longest, height, width, torch.device(setup.device))
@@ -106,6 +107,6 @@ def live_tensors(training: Training, notes: list[str]) -> int | None:
 
 
 def _warm_up(device: torch.device) -> None:
-    """cuBLAS keeps a workspace from its first product on, which is not the first row's."""
+    """Make cuBLAS allocate its workspace, which stays from the first product on, before the first row."""
     x = torch.ones(64, 64, device=device, requires_grad=True)
     torch.nn.functional.linear(x, x, x[0]).sum().backward()

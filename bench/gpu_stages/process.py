@@ -1,7 +1,7 @@
-"""Runs a stage in a process of its own, stops it with all of its children at its limit, and reads what it has left.
+"""Runs a stage in a process of its own, stops it with all of its children at its limit, and reads its rows.
 
-The process appends each row to a journal the moment that it has one, a line of JSON per row. So a stage that is stopped,
-killed or crashes keeps its rows.
+The process appends each row to a journal as soon as it has one, a line of JSON per row. The rows of a stage that is stopped, is
+killed or crashes are therefore not lost.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from typing import Any
 from gpu_stages.stage import Row, Setup, SkipError, Stage
 
 LINES = 15
-"""Of a traceback and of a log that are kept."""
+"""Number of lines of a traceback or a log that an outcome stores."""
 WIDTH = 300
-"""Characters of such a line."""
+"""Number of characters of such a line."""
 
 
 @dataclass
 class Outcome:
-    """What has become of a stage."""
+    """The results of a stage."""
 
     stage: str
     title: str
@@ -148,7 +148,7 @@ def _print_to(log: Path) -> None:
 def _about(setup: Setup) -> str:
     import torch
 
-    import report
+    from pages import report
 
     device = torch.device(setup.device)
     packages = "lightning", "h5py", "numpy", "triton", "memcnn", "revtorch", "revlib"
@@ -163,7 +163,7 @@ def _about(setup: Setup) -> str:
 def _end_of(error: Exception) -> dict[str, Any]:
     if isinstance(error, SkipError):
         return {"status": "skipped", "error": str(error)}
-    from device_memory import ran_out
+    from kit.device_memory import ran_out
 
     status = "out of memory" if ran_out(error) else "failed"
     first = f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -1,4 +1,4 @@
-"""What a stage of bench/gpu.py is, and the list of them, the most valuable first."""
+"""The stages of bench/gpu.py, the most valuable first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Rows = Iterator[Row]
 
 
 class SkipError(Exception):
-    """Why a stage does not apply here."""
+    """The reason why a stage does not apply here."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Stage:
     name: str
     title: str
     limit: float
-    """Seconds of nine minutes; of other --minutes, and among fewer stages, its share."""
+    """Seconds out of nine minutes. With other --minutes or fewer stages, the stage gets the same share."""
     function: str
     """module:name of a function of a `Setup` that yields rows. A string, so that only the stage's own process imports it."""
 
@@ -40,7 +40,7 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Setup:
-    """What a stage is run with."""
+    """The arguments of a stage."""
 
     device: str
     """cuda or cpu."""
@@ -51,7 +51,7 @@ class Setup:
     work: Path
     """Folder for data and checkpoints, removed after the last stage."""
     end: float
-    """When the stage is stopped, by time.monotonic()."""
+    """The time at which the stage is stopped, by time.monotonic()."""
 
     @property
     def seconds_left(self) -> float:

@@ -1,4 +1,4 @@
-"""Stage tradeoff: memory against time of the networks of bench/budget.py. What is compiled comes last, as it takes longest."""
+"""Stage tradeoff: memory against time of the networks of bench/budget.py. Compiled methods run last, as they take longest."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from functools import partial
 import torch
 
 import budget
-import networks
-import speed
-import trials
 from gpu_stages.jobs import Job, each
 from gpu_stages.stage import Row, Rows, Setup
-from methods import checkpointed, compiled, offloaded
-from networks import Network
+from kit import networks, trials
+from kit.methods import checkpointed, compiled, offloaded
+from kit.networks import Network
+from kit.precisions import set_precision
 
 
 def rows(setup: Setup) -> Rows:
     device, rounds = torch.device(setup.device), 2 if setup.toy else 5
     torch.manual_seed(0)
-    speed.set_precision("tf32")
+    set_precision("tf32")
     made = sizes(setup, device)
     jobs = [Job({"network": name}, partial(of_budgets, make, rounds, device)) for name, make in made.items()]
     if not setup.toy:  # compilers take minutes on a CPU
@@ -55,15 +54,16 @@ def of_compiled(make: Callable[[], Network], rounds: int, device: torch.device) 
 
 
 def flat(found: list[trials.Row]) -> Iterable[Row]:
-    plain = found[0]
+    plain = found[0].figures
     for row in found:
+        figures = row.figures
         yield {
             "network": row.network,
             "size": row.size,
             "method": row.method,
             "setting": row.setting,
             "peak_bytes": row.peak,
-            "peak_over_plain": None if row.peak is None else row.peak / plain.peak,
+            "peak_over_plain": figures.peak / plain.peak if figures and plain else None,
             "time_over_plain": row.time_ratio,
             "standard_error": row.error,
             "seconds_per_step": row.seconds,

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -22,16 +23,16 @@ from crevnet import PRESETS, CrevNetConfig
 from crevnet.data.settings import DataSettings
 from crevnet.training.settings import RunSettings, TrainingSettings
 from crevnet.training.trainer import train
-from device_memory import cap, free, ran_out
 from gpu_stages.days import city
 from gpu_stages.jobs import Job, each
 from gpu_stages.stage import Row, Rows, Setup
+from kit.device_memory import cap, free, ran_out
 
 CONFIG = Path(__file__).parents[2] / "configs" / "traffic4cast-v100-16g.yaml"
 GIB = 2**30
 CAPACITY = 16
 SMALLER = 3
-"""By so many windows a batch is lowered that does not fit."""
+"""Number of windows by which a batch that does not fit is reduced."""
 
 
 def rows(setup: Setup) -> Rows:
@@ -49,7 +50,7 @@ def rows(setup: Setup) -> Rows:
 
 
 def settings(setup: Setup) -> RunSettings:
-    """Those of the configuration file, for the synthetic city: a few windows of the day are for validation."""
+    """Those of the configuration file, for the synthetic city. A few windows of the day are for validation."""
     found = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     model = PRESETS["tiny"] if setup.toy else CrevNetConfig(**found.get("model", {}))
     data = DataSettings(
@@ -96,7 +97,7 @@ def folder_of(base: RunSettings, setup: Setup) -> Path:
 
 
 def run(base: RunSettings, folder: Path, seconds: float, resume: bool = False) -> Row:
-    """Train until so many seconds have passed, those before a resumption included."""
+    """Train until this many seconds have passed, with those before a resumption."""
     before = len(losses(folder))
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
@@ -127,10 +128,10 @@ def empty(base: RunSettings) -> Row:
     return row | {"reserved_bytes": None, "wall_seconds": None, "note": ""}
 
 
-def losses(folder: Path) -> list:
+def losses(folder: Path) -> list[Any]:
     """TensorBoard's events of the training loss, one per step."""
     if not (folder / "tensorboard").is_dir():
         return []
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    return events.Scalars("train/loss") if "train/loss" in events.Tags()["scalars"] else []
+    return [*events.Scalars("train/loss")] if "train/loss" in events.Tags()["scalars"] else []

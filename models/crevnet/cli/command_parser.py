@@ -11,7 +11,7 @@ from typing import Any, Protocol, get_type_hints
 from jsonargparse import Namespace
 
 from crevnet.cli.help import Entry, command_help
-from crevnet.cli.value_names import choices_note, value_name, written
+from crevnet.cli.value_names import choices_of, value_name, written
 from crevnet.machine.errors import SettingsError
 from crevnet.machine.parser import Parser
 
@@ -113,18 +113,18 @@ class CommandParser(Parser):
         return command_help(self.prog, " ".join(usage), self.description or "", entries, everything)
 
     def _entry(self, action: Action) -> Entry:
-        section, text, notes = self._section(action), " ".join((action.help or "").split()), []
+        text = " ".join((action.help or "").split())
         if not action.option_strings:
             return Entry(_of_arguments(action), text, section="Arguments")
-        choices = choices_note(action.option_strings[0], self._types.get(action.dest))
-        if choices and action.dest not in self._named:
-            notes.append(choices)
+        section, named = self._section(action), action.dest in self._named
+        choices = () if named else choices_of(action.option_strings[0], self._types.get(action.dest))
+        note = ""
         if action.required:
-            notes.append("required")
+            note = "required"
         elif action.nargs != 0 and action.default is not SUPPRESS and written(action.default):
-            notes.append(f"default: {written(action.default)}")
+            note = f"default: {written(action.default)}"
         listed = section == "Options" or action.dest in self._common
-        return Entry(self._name(action), text, tuple(notes), section, listed)
+        return Entry(self._name(action), text, choices, note, section, listed)
 
     def _name(self, action: Action) -> str:
         option = action.option_strings[0]

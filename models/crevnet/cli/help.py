@@ -12,6 +12,8 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from crevnet.machine.wording import listed
+
 _COLUMN = 30
 """Where descriptions begin."""
 _WIDEST = 100
@@ -25,22 +27,26 @@ class Entry:
     Attributes:
         name: the option and the name of its value.
         text: the description, one or more sentences.
-        notes: the choices and the default.
+        choices: the values that may be chosen.
+        note: such as "default: 3".
         section: the heading that it is listed under.
         listed: whether `--help` lists it.
     """
 
     name: str
     text: str
-    notes: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    note: str = ""
     section: str = "Options"
     listed: bool = True
 
     def described(self, everything: bool) -> str:
-        """The description and the notes; of the description the first sentence, or `everything`."""
+        """The description, or only its first sentence, with the choices that it does not have and the note."""
         text = self.text if everything else re.split(r"(?<=[^.]\.)\s", self.text, maxsplit=1)[0]
         text = f"{text[:1].upper()}{text[1:]}".removesuffix(".")
-        return f"{text} ({'; '.join(self.notes)})" if self.notes else text
+        is_complete = set(self.choices) <= set(re.findall(r"[\w-]+", text))
+        notes = [*([] if is_complete else [listed(self.choices, "or")]), *([self.note] if self.note else [])]
+        return f"{text} ({'; '.join(notes)})" if notes else text
 
 
 def command_help(prog: str, usage: str, description: str, entries: Sequence[Entry], everything: bool) -> str:

@@ -42,10 +42,16 @@ _LONGEST_NAME = 40
 def score_tables(
     scores: Mapping[str, Scores], channels: int, horizons: Sequence[int], layout: Layout, width: int
 ) -> Iterator[Table]:
-    """The tables, with a row per forecast and no wider than `width`. Each measure's best value is bold."""
-    yield from fitting_tables("", [*scores], {"": _overview(scores, layout)}, width, _bests(scores), _without(scores))
+    """The tables, with a row per forecast and no wider than `width`.
+
+    Each measure's best value is bold. A measure without values has no table of its own.
+    """
+    bests = _bests(scores)
+    yield from fitting_tables("", [*scores], {"": _overview(scores, layout)}, width, bests, _without(scores))
     names = [layout.channel_name(c) for c in range(channels)], [layout.lead(horizon) for horizon in horizons]
     for name, measure in MEASURES.items():
+        if measure.title not in bests:
+            continue
         kinds = zip(("channel", "horizon"), names, strict=True)
         groups = {kind: _parts(scores, f"{name}_by_{kind}", measure, titles) for kind, titles in kinds}
         yield from fitting_tables(measure.title, [*scores], groups, width)

@@ -27,7 +27,7 @@ def add_run_options(parser: CommandParser, ignored: tuple[str, ...] = ()) -> Non
         "--feedback",
         type=Feedback | None,
         default=None,
-        help="Feedback of predicted frames in CrevNet: their latents, as by default, or the decoded frames",
+        help="Input of CrevNet's next step: the predicted frame's latent, as by default, or the decoded frame",
     )
     parser.add_class_arguments(DataSettings, "data", default=_data_of_runs(parser, _LOADING + ignored))
     parser.list_in_help("data.root", "data.cities", "data.batch_size", "data.workers")

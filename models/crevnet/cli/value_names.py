@@ -6,8 +6,6 @@ import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from crevnet.machine.wording import listed
-
 _NAMES: dict[Any, str] = {int: "N", float: "X", str: "NAME", Path: "PATH", bool: "true|false"}
 _ROOM = 26
 """Maximum length of an option that is followed by its choices."""
@@ -15,22 +13,18 @@ _ROOM = 26
 
 def value_name(option: str, hint: Any) -> str:
     """The name of an option's value: `N` for a whole number, `[NAME,...]` for a list of names, or a few short choices."""
-    choices, kinds = _choices(hint), [_kind(kind) for kind in _alternatives(hint) if get_origin(kind) is not Literal]
-    written = "|".join([*choices, *kinds])
+    choices = _choices(hint)
+    others = [_kind(option, kind) for kind in _alternatives(hint) if get_origin(kind) is not Literal]
+    written = "|".join([*choices, *others])
     return written if len(f"{option} {written}") <= _ROOM or not choices else "NAME"
 
 
-def choices_note(option: str, hint: Any) -> str | None:
-    """The choices, unless they are the value's name."""
-    choices = _choices(hint)
-    if not choices:
-        for kind in _alternatives(hint):
-            choices = choices or [choice for item in get_args(kind) for choice in _choices(item)]
-        return listed(choices, "and") if choices else None
-    if value_name(option, hint) != "NAME":
-        return None
-    kinds = [_kind(kind) for kind in _alternatives(hint) if get_origin(kind) is not Literal]
-    return listed([*choices, *kinds], "or")
+def choices_of(option: str, hint: Any) -> tuple[str, ...]:
+    """The choices for a value or for a list's values; none if they are the value's name."""
+    choices = _choices(hint) or [
+        choice for kind in _alternatives(hint) for item in get_args(kind) for choice in _choices(item)
+    ]
+    return () if "|" in value_name(option, hint) else tuple(choices)
 
 
 def written(value: Any) -> str:
@@ -53,10 +47,10 @@ def _choices(hint: Any) -> list[str]:
     return [str(choice) for kind in _alternatives(hint) if get_origin(kind) is Literal for choice in get_args(kind)]
 
 
-def _kind(kind: Any) -> str:
+def _kind(option: str, kind: Any) -> str:
     if get_origin(kind) not in (list, tuple):
-        return _NAMES.get(kind, "NAME")
+        return "DATE" if kind is str and "date" in option else _NAMES.get(kind, "NAME")
     items = get_args(kind)
     if get_origin(kind) is tuple and Ellipsis not in items:
-        return f"[{','.join(map(_kind, items))}]"
-    return f"[{_kind(items[0])},...]"
+        return f"[{','.join(_kind(option, item) for item in items)}]"
+    return f"[{_kind(option, items[0])},...]"

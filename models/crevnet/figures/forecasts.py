@@ -17,30 +17,48 @@ from crevnet.figures.canvas import ERRORS, VALUES, Frames, brightest, draw_frame
 from crevnet.machine.files import replace_file
 
 _SHEET_PIXELS = 160
+_BASELINE = "mean of last three"
+"""The naive baseline in pictures, which needs only the input frames."""
+
+
+def _baseline(past: Frames, horizon: int) -> Frames:
+    return np.repeat(past[-3:].mean(0, keepdims=True), horizon, 0)
+
+
+def _scored(lead: str, forecast: NDArray[np.floating], truth: NDArray[np.floating]) -> str:
+    return f"{lead}, MSE {np.square(forecast - truth).mean():.2e}"
 
 
 def forecast_figure(
     past: Frames, truth: Frames, forecast: Frames, title: str, layout: Layout, channel: int = 1
 ) -> Figure:
-    """One column per predicted frame, for one channel. The rows are the last inputs, truth, prediction and error."""
-    horizon = len(truth)
-    rows = [
-        ("input", past[-horizon:, channel]),
-        ("truth", truth[:, channel]),
-        ("prediction", forecast[:, channel]),
-        ("error", forecast[:, channel] - truth[:, channel]),
-    ]
-    highest = brightest(truth[:, channel])
+    """One column per predicted frame, for one channel.
+
+    The rows are the last inputs, truth, prediction, a naive baseline and the prediction's error. Predictions have their scores.
+    """
+    horizon, true = len(truth), truth[:, channel]
+    rows = {
+        "input": past[-horizon:, channel],
+        "truth": true,
+        "prediction": forecast[:, channel],
+        _BASELINE: _baseline(past, horizon)[:, channel],
+        "error of the prediction": forecast[:, channel] - true,
+    }
+    scored = ("prediction", _BASELINE)
+    highest = brightest(true)
     figure, axes = frame_grid(len(rows), horizon, *truth.shape[-2:])
-    for row, (name, images) in zip(axes, rows, strict=True):
-        lowest = -highest if name == "error" else 0
+    for row, (name, images) in zip(axes, rows.items(), strict=True):
+        lowest = -highest if name.startswith("error") else 0
         for column, (axis, image) in enumerate(zip(row[-len(images) :], images, strict=True)):
             steps = column + 1 - (len(images) if name == "input" else 0)
-            shown = draw_frame(axis, image, lowest, highest, layout.lead(steps) if steps else "now")
+            lead = layout.lead(steps) if steps else "now"
+            lead = _scored(lead, image, true[column]) if name in scored else lead
+            shown = draw_frame(axis, image, lowest, highest, lead)
         row[-len(images)].set_ylabel(name, fontsize=11)
         for axis in row[: -len(images)]:  # the model has fewer input frames than predicted ones
             axis.set_axis_off()
-        figure.colorbar(shown, ax=row.tolist(), fraction=0.04)
+        unit = "error" if lowest else f"{layout.channel_name(channel)}, in [0, 1]"
+        figure.colorbar(shown, ax=row.tolist(), fraction=0.04, label=unit)
     figure.suptitle(f"{title}: {layout.channel_name(channel)}", fontsize=11)
     return figure
 
@@ -48,28 +66,31 @@ def forecast_figure(
 def forecast_animation(
     past: Frames, truth: Frames, forecast: Frames, path: Path, layout: Layout, channel: int = 1
 ) -> None:
-    """Write a GIF with truth and prediction side by side: first the past frames, then the predicted ones."""
-    left, right = np.concatenate((past, truth))[:, channel], np.concatenate((past, forecast))[:, channel]
-    highest = brightest(left)
-    figure, axes = plt.subplots(1, 2, figsize=(7, 4), layout="constrained")
+    """Write a GIF with truth, prediction and a naive baseline side by side: first the past frames, then the predicted ones."""
+    shown = {"truth": truth, "prediction": forecast, _BASELINE: _baseline(past, len(truth))}
+    videos = {name: np.concatenate((past, frames))[:, channel] for name, frames in shown.items()}
+    true = videos["truth"]
+    highest = brightest(true)
+    figure, axes = plt.subplots(1, len(videos), figsize=(9.6, 4.1), layout="constrained")
     images = [
         axis.imshow(frames[0], vmin=0, vmax=highest, cmap=VALUES)
-        for axis, frames in zip(axes, (left, right), strict=True)
+        for axis, frames in zip(axes, videos.values(), strict=True)
     ]
-    for axis, name in zip(axes, ("truth", "prediction"), strict=True):
+    figure.colorbar(images[-1], ax=axes.tolist(), fraction=0.03, label=f"{layout.channel_name(channel)}, in [0, 1]")
+    for axis in axes:
         axis.set_axis_off()
-        axis.set_title(name)
 
     def draw(t: int) -> None:
-        for image, frames in zip(images, (left, right), strict=True):
+        is_input = t < len(past)
+        for axis, image, (name, frames) in zip(axes, images, videos.items(), strict=True):
             image.set_data(frames[t])
-        lead, kind = layout.lead(t + 1 - len(past)), "input" if t < len(past) else "predicted"
-        figure.suptitle(f"{lead}, {kind}: {layout.channel_name(channel)}")
+            axis.set_title(name if is_input or name == "truth" else _scored(name, frames[t], true[t]), fontsize=11)
+        figure.suptitle(f"{layout.lead(t + 1 - len(past))}, {'input' if is_input else 'predicted'}")
 
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     pictures = []
-    for t in range(len(left)):
+    for t in range(len(true)):
         draw(t)
         canvas.draw()
         pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))

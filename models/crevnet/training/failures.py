@@ -59,7 +59,7 @@ def explained(error: BaseException, settings: RunSettings, last: Path) -> Traini
     if last.is_file():
         diverging = isinstance(error, NUMERICAL) and last.with_name("best.ckpt").is_file()
         other = ", optionally after copying best.ckpt over it," if diverging else ""
-        way_on = f"; {last} is valid: resume from it{other} with {_command(error, last.parent.parent)}"
+        way_on = f"; the last checkpoint is {last}: resume from it{other} with {_command(error, last.parent.parent)}"
     if isinstance(error, SystemExit):  # Lightning's; only its SIGTERMException has no exit status
         number = signal.SIGINT if error.code else signal.SIGTERM
         return StoppedError(f"stopped by {number.name}{way_on}", number)

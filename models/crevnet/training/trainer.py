@@ -163,9 +163,8 @@ def _trainer(
         accumulate_grad_batches=training.accumulate,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        logger=TensorBoardLogger(
-            folder, name=None, version="tensorboard", purge_step=steps
-        ),  # later steps are logged again
+        # a resumed run logs the steps from `purge_step` on again
+        logger=TensorBoardLogger(folder, name=None, version="tensorboard", purge_step=steps),
         callbacks=[*callbacks, _ProgressBar()],
         plugins=[AtomicCheckpointIO()],
         enable_model_summary=False,

@@ -138,7 +138,7 @@ def test_options_that_cannot_be(failing, tmp_path):
 def test_train_and_evaluate(digits, crevnet, tmp_path):
     """The preset, as small as it gets: from the movies to the papers' figure, which is computed directly."""
     root, run, scores = tmp_path / "movies", tmp_path / "run", tmp_path / "scores.json"
-    assert "wrote 5 movies" in crevnet("data", "moving-mnist", root, "--movies.training=3", "--movies.validation=2")
+    assert "wrote 5 videos" in crevnet("data", "moving-mnist", root, "--movies.training=3", "--movies.validation=2")
     small = ("--model.blocks=[1,1,1]", "--model.modules=1", "--model.bottleneck=8", "--training.accelerator=cpu")
     start = ("--preset=moving-mnist", "--protocol=movies", "--data.root", root)
     crevnet("fit", *start, *small, "--out", run, "--training.epochs=1", "--training.batches=1")

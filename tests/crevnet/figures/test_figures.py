@@ -263,3 +263,16 @@ def test_forecast_of_more_frames_than_are_seen():
     figure = figures.forecast_figure(past, future, future, "t", TRAFFIC4CAST_2019, 1)
     assert [axis.get_title() for axis in figure.axes[:3]] == ["", "", "now"]
     assert np.array_equal(figure.axes[2].get_images()[0].get_array(), past[0, 1])
+
+
+def test_predictions_have_their_scores_next_to_a_naive_baseline():
+    past, future = np.random.default_rng(0).random((5, 2, 4, 6)), np.random.default_rng(1).random((2, 2, 4, 6))
+    figure = figures.forecast_figure(past, future, future + 0.1, "t", TRAFFIC4CAST_2019, 1)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles[4:6] == ["+5 min, MSE 1.00e-02", "+10 min, MSE 1.00e-02"]
+    errors = ((past[-3:, 1].mean(0) - future[:, 1]) ** 2).mean((1, 2))
+    assert titles[6:8] == [
+        f"{lead}, MSE {error:.2e}" for lead, error in zip(("+5 min", "+10 min"), errors, strict=True)
+    ]
+    assert [axis.get_ylabel() for axis in figure.axes[:10:2]][3] == "mean of last three"
+    assert [axis.get_ylabel() for axis in figure.axes[10:]] == ["speed, in [0, 1]"] * 4 + ["error"]

@@ -90,7 +90,7 @@ def test_data_damaged_or_gone_within_an_epoch(
     line = failing(*options, f"--data.workers={workers}", "--out", run)
     slots = "" if what == "everything" else r", slots \d+ to \d+,"
     assert re.search(rf"Here/Here_\w+/201801\d\d_100m_bins\.h5{slots} cannot be read", line)
-    assert f"{run / 'checkpoints' / 'last.ckpt'} is valid" in line and f"--resume {run}" in line
+    assert f"the last checkpoint is {run / 'checkpoints' / 'last.ckpt'}" in line and f"--resume {run}" in line
     if what == "validation":
         assert checkpoint(run)["global_step"] == BATCHES
     shutil.copytree(spare, own_cities, dirs_exist_ok=True)
@@ -111,7 +111,7 @@ def test_checkpoint_that_finds_no_room(options, whole, tmp_path, crevnet):
     assert end(process) == 1
     *_, line = (tmp_path / "said").read_text().splitlines()
     assert re.match(rf"crevnet: {run}/checkpoints/(best|last)\.ckpt could not be written \(File too large\)", line)
-    assert f"{last} is valid" in line and f"--resume {run}" in line
+    assert f"the last checkpoint is {last}" in line and f"--resume {run}" in line
     assert last.read_bytes() == before
     assert not list(run.rglob("*.unfinished"))
     crevnet("fit", "--resume", run, "--training.epochs=2")
@@ -198,7 +198,11 @@ def test_loss_that_is_no_number(options, crevnet, failing, monkeypatch, tmp_path
         patch.setattr(CrevNet, "loss", watched)
         line = failing("fit", "--resume", run, "--training.epochs=2")
     assert f"the loss is nan in step {BATCHES + 3}: lower --training.learning_rate (it is 0.001)" in line
-    assert f"{run / 'checkpoints' / 'last.ckpt'} is valid" in line and "best.ckpt" in line and f"--resume {run}" in line
+    assert (
+        f"the last checkpoint is {run / 'checkpoints' / 'last.ckpt'}" in line
+        and "best.ckpt" in line
+        and f"--resume {run}" in line
+    )
     assert len(steps) == 3
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
     crevnet("fit", "--resume", run, "--training.epochs=2", "--training.learning_rate=1e-4")

@@ -231,8 +231,8 @@ def test_stopped_by_a_signal(what, accumulate, child, short, whole, tmp_path):
     assert end(child(*rarely, before=partial(sent, 5, what))) == 128 + what
     said = [line for line in (tmp_path / "said").read_text().splitlines() if line.startswith("crevnet: ")]
     assert said == [
-        f"crevnet: stopped by {what.name}; {run / 'checkpoints' / 'last.ckpt'} is valid: resume from it with crevnet fit "
-        f"--resume {run}"
+        f"crevnet: stopped by {what.name}; the last checkpoint is {run / 'checkpoints' / 'last.ckpt'}: resume from "
+        f"it with crevnet fit --resume {run}"
     ]
     finished = 4 if what == signal.SIGINT else 5  # the step in which it came is finished where it can be
     assert checkpoint(run)["global_step"] == (finished if accumulate == 1 else 1)
@@ -279,7 +279,9 @@ def go_on_until_done(settings, folder, monkeypatch, failures):
     for number, (name, call) in enumerate(failures):
         with monkeypatch.context() as patch:
             interrupt(patch, name, call)
-            with pytest.raises(TrainingError, match=r"a file is damaged; .*last\.ckpt is valid.*--resume"):
+            with pytest.raises(
+                TrainingError, match=r"a file is damaged; .*the last checkpoint is .*last\.ckpt.*--resume"
+            ):
                 train(settings, folder, resume=number > 0)
         steps.append(checkpoint(folder)["global_step"])
     train(settings, folder, resume=True)

@@ -25,7 +25,7 @@ def seal(dataset: h5py.Dataset) -> None:
 def check_seal(dataset: h5py.Dataset) -> None:
     """ValueError if the chunks differ from those at the time of sealing. A dataset without a seal passes.
 
-    Other programs copy attributes when they rewrite a file. A seal for other chunks, or for fewer chunks, is ignored.
+    Other programs copy attributes when they rewrite a file. A seal for another chunk shape, or for fewer chunks, is ignored.
     """
     if _SEAL not in dataset.attrs or dataset.chunks is None:
         return

@@ -41,8 +41,8 @@ def slot_means(days: Sequence[DayFile], slots: tuple[int, int] | None = None) ->
     """City -> each pixel's mean over the city's days and over the slots up to AROUND before and after.
 
     Only the half-open range `slots` (None: whole days) is used, so validation slots do not leak into the means. The first call
-    reads all of it and stores the means in `slot_means` of the cache folder: 0.4 GB for each city of Traffic4cast 2019. Without
-    a cache they are held in memory. Raises DataError for slots that a day does not contain, and for damaged days.
+    reads the whole range and stores the means in `slot_means` of the cache folder: 0.4 GB for each city of Traffic4cast 2019.
+    Without a cache they are held in memory. Raises DataError for slots that a day does not contain, and for damaged days.
     """
     by_city: dict[str, list[DayFile]] = {}
     for day in days:

@@ -49,7 +49,7 @@ class TwoWayAutoencoder(nn.Module):
         self._channels_last = channels_last(config.clip)
 
     def encode(self, frames: Tensor) -> Latent:
-        """E of the paper's eq. 1."""
+        """E of the paper's eq. 1: the latent of frames (B, C, H, W), or of clips (B, K, C, H, W)."""
         # In the memory format of the weights, which streams, latents and states inherit.
         by_rows = next(self.parameters()).is_contiguous()
         layout = torch.contiguous_format if by_rows else self._channels_last

@@ -42,6 +42,7 @@ class ConvLSTMCell(nn.Module):
         nn.Module.register_load_state_dict_pre_hook(self, partial(_join, {"gates": "ifgo"}))
 
     def forward(self, x: Tensor, state: CellState, memory: Tensor | None) -> tuple[CellState, Tensor | None]:
+        """One time step: the new state, and `memory` without change."""
         i, f, g, o = self.gates(torch.cat((x, state.h), 1)).chunk(4, 1)
         c = torch.sigmoid(f) * state.c + torch.sigmoid(i) * torch.tanh(g)
         return CellState(torch.sigmoid(o) * torch.tanh(c), c), memory
@@ -72,6 +73,7 @@ class STLSTMCell(nn.Module):
         nn.Module.register_load_state_dict_pre_hook(self, partial(_join, {"temporal": "ifg", "spatial": "ifg"}))
 
     def forward(self, x: Tensor, state: CellState, memory: Tensor | None) -> tuple[CellState, Tensor | None]:
+        """One time step: the new state and the new memory m."""
         assert memory is not None
         c = _gated(self.temporal(torch.cat((x, state.h, state.c), 1)), state.c)
         m = _gated(self.spatial(torch.cat((x, memory, c), 1)), memory)

@@ -43,7 +43,7 @@ class PredictorState(NamedTuple):
 class ReversiblePredictiveModule(revflow.RecurrentCell):
     """(x1, x2) -> ((1 - g) x2 + g h, x1), with h = ConvRNN(x1) and g = sigmoid(attention(h)).
 
-    The state is (h, c). The memory is m for an ST-LSTM, and empty for a ConvLSTM. Gates are computed in float32, and 1 - g as the
+    The state is (h, c). The memory is m for an ST-LSTM, and empty for a ConvLSTM. g is computed in float32, and 1 - g as the
     sigmoid of the negated logit. With a grid, the sum is rounded to the grid.
 
     Examples:
@@ -71,10 +71,12 @@ class ReversiblePredictiveModule(revflow.RecurrentCell):
     def update(
         self, streams: Tensors, state: Tensors, memory: Tensors, context: dict[str, Any]
     ) -> tuple[CellState, Tensors]:
+        """The new state and memory, from stream x1 and the previous ones."""
         new, left = self.cell(streams[0], CellState(*state), memory[0] if memory else None)
         return new, () if left is None else (left,)
 
     def mix(self, streams: Tensors, state: Tensors, context: dict[str, Any]) -> Latent:
+        """The output streams, from the input streams and the new state."""
         x1, x2 = streams
         h = state[0]
         mixed = revflow.GatedCoupling.combine(x2, self.attention(h), h)

@@ -18,29 +18,21 @@ from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Gradients, Streams, rotate, versions_of
 from revflow._replay.replay import Replay
 from revflow._rewind.conditioner import ConditionerStep, RewindInputs
+from revflow._rewind.direction import opposite
 from revflow._rewind.graph import aliases_of, edges, gradients, leaf, not_leaves, plus
-from revflow._rewind.passage import Passage, is_built_in, run_whole, total
+from revflow._rewind.laws import Law
+from revflow._rewind.passage import Passage, is_built_in
+from revflow._rewind.plain import call_whole, settled, total
 from revflow._rewind.slices import SlicedStep
+from revflow._rewind.tape import Tape
 
 
 class BlockCall(ABC):
     """The block at a chain's `position` (its name in the chain), passed once."""
 
-    __slots__ = (
-        "_moving",
-        "before",
-        "block_type",
-        "checked",
-        "foreign",
-        "parameters",
-        "passage",
-        "position",
-        "replays",
-        "samples",
-    )
-
     def __init__(self, passage: Passage, position: str, block: object, before: Any, replays: Sequence[Replay]) -> None:
         self.passage, self.position, self.block_type = passage, position, type(block).__name__
+        self.tape: Tape = passage.tape  # type: ignore[assignment]
         self.before = before
         """The autograd node of the block before this one."""
         self.replays = replays
@@ -91,53 +83,50 @@ class BlockCall(ABC):
 class CouplingCall(BlockCall):
     """A stepwise block: each conditioner runs once in `first` and once in `rewind`."""
 
-    __slots__ = ("_rotations", "_steps")
-
     def __init__(self, passage: Passage, position: str, block: Stepwise, before: Any, streams: Streams) -> None:
-        inverse = passage.inverse
-        self._rotations = (-block.rotation, 0) if inverse else (0, block.rotation)
+        law, tape, device = Law(block, passage), passage.tape, streams[0].device
+        assert tape is not None
+        self._rotations = law.rotations
+        conditioners = block.conditioners(streams)[:: passage.direction.sign]
         self._steps: list[ConditionerStep] = [
-            ConditionerStep(block, passage, k, conditioner, streams[0].device)
-            if passage.chunks == 1
-            else SlicedStep(block, passage, f"{position}/{k}/slices", k, conditioner, streams)
-            for k, conditioner in block.conditioners(streams)
+            ConditionerStep(law, tape, k, conditioner, device)
+            if tape.chunks == 1
+            else SlicedStep(law, tape, k, conditioner, streams, f"{position}/{k}/slices")
+            for k, conditioner in conditioners
         ]
-        if inverse:
-            self._steps.reverse()
         super().__init__(passage, position, block, before, self._steps)
 
     def first(self, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
         now = rotate([*streams], self._rotations[0])
-        kept: Streams = ()
+        stored: Streams = ()
         log_dets: list[Tensor] = []
         for step in self._steps:
-            its_kept, log_det = step.run(self.passage, now, leaves)
-            kept += its_kept
+            its_stored, log_det = step.run(now, leaves)
+            stored += its_stored
             if log_det is not None:
                 log_dets.append(log_det)
         now = rotate(now, self._rotations[1])
-        return (*now, total(log_dets)) if log_dets else tuple(now), kept
+        return (*now, total(log_dets)) if log_dets else tuple(now), stored
 
     def rebuilt(self, streams: Streams) -> Streams:
         now = rotate([*streams], self._rotations[0])
-        return tuple([now[step.target] for step in self._steps if not step.keeps_target])
+        return tuple([now[step.target] for step in self._steps if not step.law.stores_target])
 
     def rewind(self, now: list[Tensor], given: RewindInputs) -> Gradients:
         before, after = self._rotations
         count = len(now)  # the log-determinant is no part of what is rebuilt
         now[:], grads = rotate(now, -after), rotate([*given.grads[:count]], -after)
-        own_end, kept_end, leaves = len(given.own), len(given.kept), len(given.leaves)
+        own_end, stored_end, leaves = len(given.own), len(given.stored), len(given.leaves)
         found: Gradients = ()
         for step in reversed(self._steps):
             # Later steps see what earlier ones changed: whether that wants a gradient is not worth finding out.
             wants = rotate(given.needs[:count], before) if step is self._steps[0] else (True,) * count
-            own, kept = own_end - len(step.parameters), kept_end - step.keeps
-            its = RewindInputs(
-                given.grads[count:], wants, given.leaves, given.own[own:own_end], given.kept[kept:kept_end], given.seen
-            )
-            more = step.undo(self.passage, now, grads, its)
+            own, stored = own_end - len(step.parameters), stored_end - step.stores
+            its_own, its_stored = given.own[own:own_end], given.stored[stored:stored_end]
+            its = RewindInputs(given.grads[count:], wants, given.leaves, its_own, its_stored, given.seen)
+            more = step.undo(now, grads, its)
             found = [*map(plus, found[:leaves], more), *more[leaves:], *found[leaves:]] if found else more
-            own_end, kept_end = own, kept
+            own_end, stored_end = own, stored
         now[:] = rotate(now, -before)
         return [*rotate(grads, -before), *found]
 
@@ -155,15 +144,18 @@ class WholeBlockCall(BlockCall):
 
     def first(self, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
         given = streams if self._replay.is_known or is_built_in(self._block) else tuple(aliases_of(streams))
-        context, versions = self.passage.arguments.filled(aliases_of(leaves)), versions_of(streams)
-        reachable = self.passage.arguments.watch(context)
-        outputs = self._replay.first(self.passage.draws, run_whole, self._block, self.passage, given, context)
+        passage, arguments = self.passage, self.tape.arguments
+        context, versions = arguments.filled(aliases_of(leaves)), versions_of(streams)
+        reachable = arguments.watch(context)
+        outputs = self._replay.first(
+            self.tape.draws, call_whole, self._block, passage.direction, passage.log_det, given, context
+        )
         outputs = tuple([next((s for s, g in zip(streams, given, strict=True) if g is o), o) for o in outputs])
         if reachable is not None:
             reachable.refuse_changes(self._block)
         if versions_of(streams) != versions:
-            raise RuntimeError(f"{'inverse' if self.passage.inverse else 'forward'} {_IN_PLACE}")
-        return outputs, ()
+            raise RuntimeError(f"{passage.direction.name} {_IN_PLACE}")
+        return settled(passage, outputs), ()
 
     def rebuilt(self, streams: Streams) -> Streams:
         return streams
@@ -192,38 +184,32 @@ class WholeBlockCall(BlockCall):
 
     def _undone(self, outputs: Streams, given: RewindInputs) -> Streams:
         """The block's input."""
-        passage = self.passage
-        backwards = passage._replace(inverse=not passage.inverse, log_det=False, extent=None)
-        context, versions = passage.arguments.filled(given.leaves), versions_of(outputs)
-        with self._replay.refusing_changes_of_parameters(f"the {self._undoing} of block {self.position}"):
-            streams = self._replay.values(given.own, run_whole, self._block, backwards, outputs, context)
+        back, context = opposite(self.passage.direction), self.tape.arguments.filled(given.leaves)
+        versions, place = versions_of(outputs), f"block {self.position}"
+        with self._replay.refusing_changes_of_parameters(f"the {back.name} of {place}"):
+            streams = self._replay.values(given.own, call_whole, self._block, back, False, outputs, context)
         if versions_of(outputs) != versions:
-            raise RuntimeError(f"block {self.position} ({self.block_type}): {self._undoing} {_IN_PLACE}")
+            raise RuntimeError(f"{place} ({self.block_type}): {back.name} {_IN_PLACE}")
         if [s.shape for s in streams] != self._shapes:
             raise RuntimeError(
-                f"block {self.position} ({self.block_type}): {self._undoing} returned streams of shapes {_shapes(streams)}, to "
+                f"{place} ({self.block_type}): {back.name} returned streams of shapes {_shapes(streams)}, to "
                 f"undo a pass that was given {_shapes(self._shapes)}"
             )
-        return streams
+        return tuple(map(self.passage.arithmetic.round, streams))
 
     def _evaluated(self, inputs: Streams, leaves: list[Tensor], own: list[Tensor]) -> Streams:
         """The block's output, with a graph; off the grid, since rounding has a derivative of 1."""
-        passage = self.passage._replace(grid=None)
-        return self._replay.again(own, run_whole, self._block, passage, inputs, passage.arguments.filled(leaves))
+        direction, log_det = self.passage.direction, self.passage.log_det
+        context = self.tape.arguments.filled(leaves)
+        return self._replay.again(own, call_whole, self._block, direction, log_det, inputs, context)
 
     def _show(self, again: Streams, wanted: Streams, given: RewindInputs) -> None:
         """To the guard: the output, and what it depends on."""
         if given.seen is not None:
-            passage = self.passage
             if not is_built_in(self._block):
-                given.seen.graph("it", again, wanted, self._block, passage.arguments)
-            made = again[: len(again) - passage.log_det]
-            given.seen.outputs_again(made if passage.grid is None else tuple([passage.grid.round(s) for s in made]))
-
-    @property
-    def _undoing(self) -> str:
-        """The name of the method that undoes this pass."""
-        return "forward" if self.passage.inverse else "inverse"
+                given.seen.graph("it", again, wanted, self._block, self.tape.arguments)
+            made = again[: len(again) - self.passage.log_det]
+            given.seen.outputs_again(tuple(map(self.passage.arithmetic.round, made)))
 
 
 _IN_PLACE = "changed its input in place, which is still needed: let it return new tensors"

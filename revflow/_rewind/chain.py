@@ -19,9 +19,10 @@ from revflow._replay.surroundings import autocast_state
 from revflow._rewind.blocks import CouplingCall, WholeBlockCall
 from revflow._rewind.functions import applied, end, hold
 from revflow._rewind.hooked import through_observed
-from revflow._rewind.passage import Passage, is_bound, run_plainly, run_whole
+from revflow._rewind.passage import Passage, is_bound
+from revflow._rewind.plain import run_plainly, run_whole
 from revflow.budget import Result, Table
-from revflow.exact import Extent, Grid
+from revflow.exact import Extent
 
 
 class ChainCall:
@@ -44,14 +45,13 @@ class ChainCall:
     @property
     def kind(self) -> Hashable:
         """What decides how much memory the call takes."""
-        passage = self._passage
-        device = self._streams[0].device
+        direction, _, log_det, tape = self._passage
+        assert tape is not None
+        given = (*self._streams, *tape.arguments.tensors)
         return (
-            (passage.inverse, passage.log_det, passage.chunks, tuple(autocast_state(device)), self._join is None),
-            tuple(
-                [(t.shape, t.dtype, t.device, t.requires_grad) for t in (*self._streams, *passage.arguments.tensors)]
-            ),
-            passage.arguments.switches,
+            (direction, log_det, tape.chunks, tuple(autocast_state(self.device)), self._join is None),
+            tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in given]),
+            tape.arguments.switches,
             tuple([ref(block) for _, block in self._blocks]),  # an id may come to be another block's
             tuple([module.training for _, block in self._blocks for module in block.modules()]),
             tuple([p.requires_grad for _, block in self._blocks for p in block.parameters()]),
@@ -69,15 +69,14 @@ class ChainCall:
         if is_bound(passage):
             # A dense copy: both runs of a conditioner shall see the same strides (clone keeps channels_last).
             streams = tuple([s if s.is_contiguous() else s.clone() for s in streams])
-        if passage.grid is not None:
-            streams = _on(passage.grid, streams, passage.extent)
+        streams, extent = passage.arithmetic.entered(streams), passage.arithmetic.extent
         log_dets: list[Tensor] = []
         node = None
         for k, (name, block) in enumerate(self._blocks):
             if k == first_kept and passage.tape is not None:
                 passage, streams, log_dets = _kept_from_here(passage, streams, log_dets)
-            if passage.extent is not None:
-                passage.extent.source = name, block
+            if extent is not None:
+                extent.source = name, block
             try:
                 outputs = _through(passage, name, block, streams, node, context)
             except NAMED as error:
@@ -89,9 +88,10 @@ class ChainCall:
             if self._shapes is not None:
                 self._shapes[name] = [s.shape for s in streams]
             node = None if passage.tape is None else streams[0].grad_fn
-        passage.draws.end()
-        if passage.extent is not None:
-            _refuse_overflow(passage.extent)
+        if passage.tape is not None:
+            passage.tape.draws.end()
+        if extent is not None:
+            _refuse_overflow(extent)
         total = _sum_of(log_dets, streams[0]) if passage.log_det else None
         streams, total = end(passage.tape, streams, self._join, total)
         if lifetime is not None:
@@ -105,9 +105,10 @@ class ChainCall:
     def measured(self, lifetime: Tensor | None = None) -> tuple[Result, Table]:
         """What `run(None, lifetime)` returns, which rebuilds every block; and the peak of each schedule of such a call."""
         of_blocks = [t for _, block in self._blocks for t in (*block.parameters(), *block.buffers())]
-        meter = Meter([*of_blocks, *self._passage.arguments.tensors])
-        self._passage = self._passage._replace(meter=meter)
-        return self.run(None, lifetime), Table(meter.costs, self._join is not None, self._passage.grid is not None)
+        tape, is_exact = self._passage.tape, self._passage.arithmetic.is_exact
+        assert tape is not None
+        meter = tape.meter = Meter([*of_blocks, *tape.arguments.tensors])
+        return self.run(None, lifetime), Table(meter.costs, self._join is not None, is_exact)
 
     def seconds(self) -> list[float]:
         """The time of each block's forward pass, without a tape."""
@@ -142,20 +143,11 @@ def _kept_from_here(
     passage: Passage, streams: Streams, log_dets: list[Tensor]
 ) -> tuple[Passage, Streams, list[Tensor]]:
     """End the part of the chain that is on the tape."""
-    passage.draws.end()
+    assert passage.tape is not None
+    passage.tape.draws.end()
     total = _sum_of(log_dets, streams[0]) if log_dets else None
     streams, total = end(passage.tape, streams, None, total, kept_follow=True)
     return passage._replace(tape=None), streams, [] if total is None else [total]
-
-
-def _on(grid: Grid, streams: Streams, extent: Extent | None) -> Streams:
-    """The streams, rounded to the grid."""
-    for stream in streams:
-        if not stream.is_floating_point():
-            raise TypeError(f"exact arithmetic takes streams of floating-point numbers, not of {stream.dtype}")
-        if extent is not None:
-            extent.see(stream)
-    return tuple([grid.round(s) for s in streams])
 
 
 def _refuse_overflow(extent: Extent) -> None:

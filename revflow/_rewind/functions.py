@@ -72,7 +72,7 @@ def end(
 
 
 def applied(call: BlockCall, streams: Streams) -> Streams:
-    return _apply_rewind(call, *streams, *call.passage.arguments.tensors, *call.parameters)  # type: ignore[no-any-return, no-untyped-call]
+    return _apply_rewind(call, *streams, *call.tape.arguments.tensors, *call.parameters)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Rewind(torch.autograd.Function):
@@ -80,16 +80,15 @@ class _Rewind(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: BlockCall, *tensors: Tensor) -> Streams:
-        passage = call.passage
-        leaves = passage.arguments.tensors
+        tape, leaves = call.tape, call.tape.arguments.tensors
         streams = tensors[: len(tensors) - len(leaves) - len(call.parameters)]
-        witness = passage.tape.witness  # type: ignore[union-attr]
-        first = call.first if passage.meter is None else partial(passage.meter.first, call)
+        witness = tape.witness
+        first = call.first if tape.meter is None else partial(tape.meter.first, call)
         if witness is None or not call.foreign:
-            outputs, kept = first(streams, leaves)
+            outputs, stored = first(streams, leaves)
         else:
             with witness.remember(call):
-                outputs, kept = first(streams, leaves)
+                outputs, stored = first(streams, leaves)
         ctx.call = call
         samples: Streams = ()
         if witness is not None and any(ctx.needs_input_grad):
@@ -97,8 +96,8 @@ class _Rewind(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # All that differs from run to run: where torch.utils.checkpoint runs a chain again, of the same run as the output.
         moved = call.moved()
-        ctx.counts = len(kept), len(moved)
-        ctx.save_for_backward(*leaves, *call.checked, *kept, *moved, *samples)
+        ctx.counts = len(stored), len(moved)
+        ctx.save_for_backward(*leaves, *call.checked, *stored, *moved, *samples)
         return outputs
 
     @staticmethod
@@ -114,22 +113,22 @@ _apply_rewind = super(torch.autograd.Function, _Rewind).apply
 
 def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     call: BlockCall = ctx.call
-    tape: Tape = call.passage.tape  # type: ignore[assignment]
+    tape = call.tape
     now, evidence, _output = tape.pop() or _begin_here(ctx, tape)
     saved: Streams = ctx.saved_tensors
-    begin = len(call.passage.arguments.tensors)
+    begin = len(tape.arguments.tensors)
     end = begin + len(call.parameters)
     # An alias a place: a tensor may stand in the context twice, or be a parameter too.
     leaves = [*map(alias_of, saved[:begin])]
     own = own_of(call.parameters)
-    kept, moved = ctx.counts
-    kept_end, moved_end = end + kept, end + kept + moved
+    stored, moved = ctx.counts
+    stored_end, moved_end = end + stored, end + stored + moved
     if moved:
-        call.recall(saved[kept_end:moved_end])
+        call.recall(saved[stored_end:moved_end])
     call.samples = saved[moved_end:]
     needs = ctx.needs_input_grad[1:]
     seen = None if evidence is None else tape.witness.watch(evidence, call)  # type: ignore[union-attr]
-    found = call.rewind(now, RewindInputs(grads, needs, leaves, own, saved[end:kept_end], seen))
+    found = call.rewind(now, RewindInputs(grads, needs, leaves, own, saved[end:stored_end], seen))
     if seen is not None:
         seen.inputs(call.rebuilt(tuple(now)))
     if call.before is not None and is_going_to_run(call.before):  # rule 4

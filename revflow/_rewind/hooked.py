@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable
 from typing import Any
 from weakref import ref
 
@@ -12,11 +11,11 @@ from torch import Tensor
 
 from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Context, Streams, as_streams, versions_of
-from revflow._replay.arguments import Arguments
-from revflow._replay.random_states import Draws
 from revflow._rewind.blocks import CouplingCall
+from revflow._rewind.direction import Direction
 from revflow._rewind.functions import applied
-from revflow._rewind.passage import Passage, is_bound, run_plainly
+from revflow._rewind.passage import Passage, is_bound
+from revflow._rewind.plain import run_plainly
 
 
 class _Offer:
@@ -38,8 +37,7 @@ def through_observed(
     its own forward, so that its hooks see an ordinary module."""
     offer = _thread.offer = _Offer(passage, position, block, streams, before)
     try:
-        call: Callable[..., object] = block.inverse if passage.inverse else block  # type: ignore[assignment, attr-defined]
-        outputs = as_streams(call(*streams, **context))
+        outputs = as_streams(passage.direction.method(block)(*streams, **context))
     finally:
         _thread.offer = None
     if passage.tape is not None:
@@ -61,11 +59,11 @@ def _remember(results: Streams, outputs: Streams) -> None:
         node.outputs, node.versions = [ref(o) for o in outputs], versions_of(outputs)
 
 
-def run_stepwise(block: Stepwise, inverse: bool, streams: Streams, context: Context) -> Streams:
+def run_stepwise(block: Stepwise, direction: Direction, streams: Streams, context: Context) -> Streams:
     """A stepwise block's forward or inverse: as a chain that has just called it wishes, else under ordinary autograd."""
     offer: _Offer | None = getattr(_thread, "offer", None)
     if offer is None or offer.block is not block:
-        return run_plainly(block, Passage(inverse, False, Arguments({}), Draws()), streams, context)
+        return run_plainly(block, Passage(direction), streams, context)
     _thread.offer = None  # whatever the block's conditioners call is no part of this chain
     passage = offer.passage
     if is_bound(passage) and not _same(streams, offer.streams, offer.versions):

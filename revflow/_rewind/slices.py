@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Gradients, Streams
 from revflow._base.torch_private import BatchNorm, FakeTensor
 from revflow._replay.attributes import Attributes
@@ -19,7 +18,8 @@ from revflow._replay.random_states import random_states
 from revflow._replay.replay import Replay
 from revflow._rewind.conditioner import ConditionerStep, RewindInputs
 from revflow._rewind.graph import is_ours, plus
-from revflow._rewind.passage import Passage
+from revflow._rewind.laws import Law
+from revflow._rewind.tape import Tape
 
 _MIXING = 1e-3
 """What one sample may tell of another, relative to the largest value: rounding, and no more."""
@@ -28,24 +28,22 @@ _MIXING = 1e-3
 class SlicedStep(ConditionerStep):
     """As its base class, in slices."""
 
-    def __init__(
-        self, block: Stepwise, passage: Passage, key: str, target: int, conditioner: nn.Module, streams: Streams
-    ) -> None:
+    def __init__(self, law: Law, tape: Tape, target: int, conditioner: nn.Module, streams: Streams, key: str) -> None:
         device = streams[0].device
-        super().__init__(block, passage, target, conditioner, device)
+        super().__init__(law, tape, target, conditioner, device)
         for module in self.modules:
             if isinstance(module, BatchNorm) and (module.training or module.running_mean is None):
                 which = "in train mode" if module.training else "without running statistics"
-                raise ValueError(f"chunks={passage.chunks}: a {type(module).__name__} {which} {_MIXES}")
+                raise ValueError(f"chunks={tape.chunks}: a {type(module).__name__} {which} {_MIXES}")
         self._key = key
         self._size = _batch_size(streams)
-        length = max(1, -(-self._size // passage.chunks))
+        length = max(1, -(-self._size // tape.chunks))
         self._slices = [
-            (slice(begin, begin + length), ConditionerStep(block, passage, target, conditioner, device))
+            (slice(begin, begin + length), ConditionerStep(law, tape, target, conditioner, device))
             for begin in range(0, max(1, self._size), length)
         ]
-        if not self.keeps_target:
-            self.keeps *= len(self._slices)
+        if not law.stores_target:
+            self.stores *= len(self._slices)
 
     def moved(self) -> list[Tensor]:
         return [value for _, step in self._slices for value in step.moved()]
@@ -55,29 +53,29 @@ class SlicedStep(ConditionerStep):
             moved = step.recall(moved)
         return moved
 
-    def run(self, passage: Passage, now: list[Tensor], leaves: Sequence[Tensor]) -> tuple[Streams, Tensor | None]:
-        self._refuse_mixing(passage, now, leaves)
+    def run(self, now: list[Tensor], leaves: Sequence[Tensor]) -> tuple[Streams, Tensor | None]:
+        self._refuse_mixing(now, leaves)
         x = now[self.target]
-        kept: Streams = ()
+        stored: Streams = ()
         targets: list[Tensor] = []
         log_dets: list[Tensor] = []
         for part, step in self._slices:
             piece = [s[part] for s in now]
-            if passage.meter is None:  # slices of a Function's inputs would seem to need a gradient
+            if self._tape.meter is None:  # slices of a Function's inputs would seem to need a gradient
                 piece = [s.detach() for s in piece]
-            its_kept, log_det = step.run(passage, piece, self._cut(leaves, part))
-            kept += its_kept
+            its_stored, log_det = step.run(piece, self._cut(leaves, part))
+            stored += its_stored
             targets.append(piece[self.target])
             if log_det is not None:
                 log_dets.append(log_det)
         now[self.target] = torch.cat(targets)
-        return (x,) if self.keeps_target else kept, torch.cat(log_dets) if log_dets else None
+        return (x,) if self.law.stores_target else stored, torch.cat(log_dets) if log_dets else None
 
-    def undo(self, passage: Passage, now: list[Tensor], grads: list[Tensor | None], given: RewindInputs) -> Gradients:
+    def undo(self, now: list[Tensor], grads: list[Tensor | None], given: RewindInputs) -> Gradients:
         k, y = self.target, now[self.target]
-        x = _Gathered(self._size, given.kept[0].detach() if self.keeps_target else y if is_ours(y) else None)
+        x = _Gathered(self._size, given.stored[0].detach() if self.law.stores_target else y if is_ours(y) else None)
         # A step that adds leaves the gradient of its target as it is.
-        changed = [j for j in range(len(now)) if j != k or not self._block.translates]
+        changed = [j for j in range(len(now)) if j != k or not self.law.translates]
         stream_grads = [_Gathered(self._size) for _ in changed]
         leaf_grads = [_Gathered(self._size) if self._is_cut(leaf) else _Sum() for leaf in given.leaves]
         own_grads = [_Sum() for _ in given.own]
@@ -85,8 +83,8 @@ class SlicedStep(ConditionerStep):
             piece = [s[part] for s in now]
             its_grads = [None if g is None else g[part] for g in grads]
             step.place, step.is_followed = self.place, self.is_followed
-            found = step.undo(passage, piece, its_grads, self._given(given, i))
-            if not self.keeps_target:
+            found = step.undo(piece, its_grads, self._given(given, i))
+            if not self.law.stores_target:
                 x.put(part, piece[k])
             for j, gathered in zip(changed, stream_grads, strict=True):
                 gathered.put(part, its_grads[j])
@@ -101,9 +99,10 @@ class SlicedStep(ConditionerStep):
     def _given(self, given: RewindInputs, i: int) -> RewindInputs:
         """What the i-th slice is given of it."""
         part, step = self._slices[i]
-        kept = tuple([given.kept[0][part]]) if self.keeps_target else given.kept[i * step.keeps : (i + 1) * step.keeps]
+        count = step.stores
+        stored = (given.stored[0][part],) if self.law.stores_target else given.stored[i * count : (i + 1) * count]
         grads = [None if g is None else g[part] for g in given.grads]
-        return given._replace(grads=grads, leaves=self._cut(given.leaves, part), kept=kept)
+        return given._replace(grads=grads, leaves=self._cut(given.leaves, part), stored=stored)
 
     def _cut(self, leaves: Sequence[Tensor], part: slice) -> list[Tensor]:
         """The context's tensors for a slice, as leaves of their own."""
@@ -122,13 +121,13 @@ class SlicedStep(ConditionerStep):
         )
 
     @torch.no_grad()  # on where the pass is measured
-    def _refuse_mixing(self, passage: Passage, now: list[Tensor], leaves: Sequence[Tensor]) -> None:
+    def _refuse_mixing(self, now: list[Tensor], leaves: Sequence[Tensor]) -> None:
         """Refuse, the first time, a conditioner in which the samples of a batch see each other.
 
         What it makes of a first sample must not change with the second one. Where it makes zeros of it, as before training,
         that says nothing yet: the next pass looks again.
         """
-        witness = None if passage.tape is None else passage.tape.witness
+        witness = self._tape.witness
         if witness is None or self._size < 2 or _is_hidden(now) or not witness.guard.looks(self._key, self, 1):
             return
         k, two = self.target, slice(0, 2)
@@ -141,10 +140,10 @@ class SlicedStep(ConditionerStep):
         ]
         replay = Replay(self._conditioner, target.device)
         replay.random = random_states(target.device)
-        parameters, evaluate = replay.parameters, self._block.evaluate
+        parameters, evaluate = replay.parameters, self.law.block.evaluate
 
         def evaluate_with(streams: list[Tensor], tensors: Sequence[Tensor]) -> Streams:
-            filled = passage.arguments.filled(tensors)
+            filled = self._tape.arguments.filled(tensors)
             with witness.guard.remember():  # the slices may find what a cache keeps of this look
                 return replay.values(parameters, evaluate, self._conditioner, target, streams, filled)
 
@@ -156,7 +155,7 @@ class SlicedStep(ConditionerStep):
         for a, b in zip(before, after, strict=True):
             if _largest(a[0] - b[0]) > _MIXING * _largest(a[0]):
                 raise ValueError(
-                    f"chunks={passage.chunks}: the conditioner {type(self._conditioner).__name__} {_MIXES}"
+                    f"chunks={self._tape.chunks}: the conditioner {type(self._conditioner).__name__} {_MIXES}"
                 )
         if any(_largest(a[0]) > 0 for a in before):
             witness.guard.has_looked(self._key, self)

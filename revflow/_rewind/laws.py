@@ -1,0 +1,96 @@
+"""A coupling law: the elementwise map by which a coupling changes one stream (the term is that of NICE, Dinh et al. 2014).
+
+A `Law` is that map in the direction and the arithmetic of one call. Both are resolved when it is made, so that the passes
+through a block have no cases to distinguish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from revflow._base.stepwise import Stepwise
+from revflow._base.streams import Streams, described
+from revflow._rewind.passage import Passage
+from revflow.exact import Residual
+
+
+class Law:
+    """A coupling's `combine` forward, its `separate` inverse."""
+
+    apply: Callable[..., Tensor]
+    """(x, *t) -> y: the stream x after the change with coefficients t."""
+    undo: Callable[..., Tensor]
+    """(y, *t) -> x; an estimate of it, if the arithmetic is exact and the law does more than add."""
+    undo_: Callable[..., Tensor]
+    """The same in the place of y; only of a law that adds."""
+    stores_target = False
+    """Whether x is stored, since `undo` would lose digits."""
+    stores = 0
+    """The number of tensors that each change stores."""
+
+    def __init__(self, block: Stepwise, passage: Passage) -> None:
+        self.block = block
+        self.direction, self.arithmetic, self.computes_log_det, tape = passage
+        is_forward, is_exact = self.direction.sign > 0, self.arithmetic.is_exact
+        self.rotations = (0, block.rotation) if is_forward else (-block.rotation, 0)
+        """By how many places the streams are rotated before the conditioners run, and after them."""
+        self.translates = block.translates
+        if self.translates:
+            numbers = self.arithmetic
+            self.apply, self.undo, self.undo_ = numbers.addition if is_forward else numbers.subtraction
+            return
+        self._detects_changes = tape is not None
+        self.apply, self.undo = self._apply, self._undo
+        self.stores_target = block.ill_conditioned and is_forward and not is_exact
+        self.stores = len(Residual._fields) if is_exact else int(self.stores_target)
+
+    def _apply(self, x: Tensor, *t: Tensor) -> Tensor:
+        return self.arithmetic.round(self.mapped(self.direction.apply, x, t))
+
+    def _undo(self, y: Tensor, *t: Tensor) -> Tensor:
+        return self.arithmetic.round(self.mapped(self.direction.undo, y, t))
+
+    def mapped(self, name: str, x: Tensor, t: Streams) -> Tensor:
+        """`combine` or `separate`, not rounded, checked to return a new tensor of the stream's shape and dtype."""
+        version = x._version if self._detects_changes else 0
+        y: object = getattr(self.block, name)(x, *t)
+        if not (isinstance(y, Tensor) and y.shape == x.shape and y.dtype == x.dtype):
+            found = f"a tensor of shape {tuple(y.shape)}, {y.dtype}" if isinstance(y, Tensor) else described(y)
+            raise ValueError(
+                f"{name} must return a tensor of the shape and dtype of the stream that it changes, "
+                f"{tuple(x.shape)}, {x.dtype}; it returned {found}"
+            )
+        if self._detects_changes and x._version != version:
+            raise RuntimeError(
+                f"{type(self.block).__name__}.{name} changed its arguments in place, which are still needed: let it return a "
+                f"new tensor"
+            )
+        return y
+
+    def applied_with_residual(self, x: Tensor, t: Streams, residuals: list[Residual]) -> Tensor:
+        """As `apply`, under standard autograd: appends a residual forward, and uses the last one inverse."""
+        y = self.apply(x, *t)
+        if self.translates:
+            return y
+        if self.direction.sign > 0:
+            with torch.no_grad():
+                residuals.append(Residual(*self.arithmetic.residual(x, self.undo(y, *t))))
+            return y
+        if not residuals:
+            raise ValueError("there is no residual left for this block: they are of another sequence")
+        return self.arithmetic.restored(y, residuals.pop())
+
+    def log_det(self, x: Tensor, y: Tensor, t: Streams) -> Tensor:
+        """One value per sample."""
+        changed = x if self.direction.sign > 0 else y  # the stream of which `combine` makes the other
+        log_derivative: object = self.block.log_derivative(changed, *t)
+        if not (isinstance(log_derivative, Tensor) and log_derivative.shape == changed.shape):
+            raise ValueError(
+                f"log_derivative must return a tensor of the shape of the stream that combine changes, "
+                f"{tuple(changed.shape)}; it returned {described(log_derivative)}"
+            )
+        log_derivative = log_derivative.flatten(1).sum(1)
+        return log_derivative if changed is x else -log_derivative

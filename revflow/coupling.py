@@ -19,6 +19,7 @@ from revflow._base.stepwise import Stepwise
 from revflow._base.torch_private import has_global_hook
 from revflow._rewind.direction import FORWARD, INVERSE
 from revflow._rewind.hooked import run_stepwise
+from revflow._rewind.laws import Law
 from revflow._rewind.passage import Passage
 from revflow._rewind.plain import run_plainly
 from revflow.bijection import Bijection, Streams
@@ -115,7 +116,7 @@ class Coupling(Bijection, Stepwise):
 
     def log_det(self, *streams: Tensor, **context: Any) -> Tensor:
         """log |det d forward / d streams|, one value a sample."""
-        return run_plainly(self, Passage(FORWARD, log_det=True), streams, context)[-1]
+        return run_plainly(Law(self, Passage(FORWARD, log_det=True)), streams, context)[-1]
 
     @property
     def translates(self) -> bool:

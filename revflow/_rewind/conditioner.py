@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,31 +17,13 @@ from revflow._base.streams import Gradients, Streams, versions_of
 from revflow._replay.replay import Replay
 from revflow._rewind.graph import aliases_of, edges, gradients, is_ours, laid_out, leaf, not_leaves
 from revflow._rewind.laws import Law
-from revflow._rewind.passage import is_built_in
+from revflow._rewind.passage import RewindInputs, is_built_in
 from revflow._rewind.tape import Tape
 
 if TYPE_CHECKING:
-    from revflow._guard.chains import Seen
     from revflow._guard.escapes import Made
 
 _RETURN = "Let a conditioner return it, as one more coefficient"
-
-
-class RewindInputs(NamedTuple):
-    """What an inversion is given, besides the block's output."""
-
-    grads: Gradients
-    """Of the output's streams, and of the log-determinant if there is one."""
-    needs: tuple[bool, ...]
-    """Which of the input's streams require a gradient."""
-    leaves: list[Tensor]
-    """Stand-ins for the tensors among the keyword arguments."""
-    own: list[Tensor]
-    """The parameters."""
-    stored: Streams
-    """The streams or residuals that the forward pass stored."""
-    seen: Seen | None
-    """The guard's record of this block; None if the guard is off."""
 
 
 class ConditionerStep(Replay):
@@ -49,7 +31,7 @@ class ConditionerStep(Replay):
 
     def __init__(self, law: Law, tape: Tape, target: int, conditioner: nn.Module, device: torch.device) -> None:
         super().__init__(conditioner, device)
-        self.target, self.law = target, law
+        self.target, self.law, self.is_foreign = target, law, not self.is_known
         self.stores = law.stores
         """The number of tensors that `run` stores."""
         self._tape, self._conditioner = tape, conditioner
@@ -71,8 +53,8 @@ class ConditionerStep(Replay):
             reachable.refuse_changes(self._conditioner)
         if versions_of(taken) != versions:
             raise RuntimeError(
-                f"the conditioner {type(self._conditioner).__name__} changed its input in place (by a first layer with "
-                f"inplace=True, say), which cannot be undone; let it work on a copy (inplace=False)"
+                f"the conditioner {type(self._conditioner).__name__} changed its input in place (for example by a first "
+                f"layer with inplace=True), which cannot be inverted; let it work on a copy (inplace=False)"
             )
         now[k] = y = law.apply(x, *t)
         self._strides = [s.stride() for s in (*others, y)]
@@ -132,10 +114,10 @@ class ConditionerStep(Replay):
 
         Also returns the conditioner's inputs, and the guard's record of the tensors that it made.
         """
-        others, seen = not_leaves(inputs), given.seen
+        others, leaves, seen = not_leaves(inputs), not_leaves(given.leaves), given.seen
         followed = None if seen is None else seen.follow(self)
         with followed or nullcontext():
-            t = self._evaluated(target, others, not_leaves(given.leaves), given.own)
+            t = self._evaluated(target, others, leaves, given.own)
         if seen is not None:
             wanted = (*inputs, *given.leaves, *given.own)
             seen.graph("a conditioner", t, wanted, self._conditioner, self._tape.arguments)
@@ -146,8 +128,7 @@ class ConditionerStep(Replay):
     ) -> tuple[Streams, Streams, tuple[Tensor | None, ...]]:
         """Invert the change in `now`. The gradient passes to the target as it is, and to the coefficient up to its sign.
 
-        Returns the leaf that stands for the target (here there is none), the outputs from which a backward pass begins, and
-        their gradients.
+        Returns the leaf of the target (here there is none), the outputs from which a backward pass begins, and their gradients.
         """
         k, law, y = self.target, self.law, now[self.target]
         in_place = type(y) is type(t[0]) and is_ours(y)  # in place, the result of a subclass would be of another type

@@ -20,12 +20,8 @@ from revflow.exact import Residual
 class Law:
     """A coupling's `combine` forward, its `separate` inverse."""
 
-    apply: Callable[..., Tensor]
-    """(x, *t) -> y: the stream x after the change with coefficients t."""
-    undo: Callable[..., Tensor]
-    """(y, *t) -> x; an estimate of it, if the arithmetic is exact and the law does more than add."""
     undo_: Callable[..., Tensor]
-    """The same in the place of y; only of a law that adds."""
+    """As `undo`, in the place of y; only of a law that adds."""
     stores_target = False
     """Whether x is stored, since `undo` would lose digits."""
     stores = 0
@@ -34,28 +30,35 @@ class Law:
     def __init__(self, block: Stepwise, passage: Passage) -> None:
         self.block = block
         self.direction, self.arithmetic, self.computes_log_det, tape = passage
-        is_forward, is_exact = self.direction.sign > 0, self.arithmetic.is_exact
+        is_forward, self._is_exact, self._is_on_tape = (
+            self.direction.sign > 0,
+            self.arithmetic.is_exact,
+            tape is not None,
+        )
         self.rotations = (0, block.rotation) if is_forward else (-block.rotation, 0)
         """By how many places the streams are rotated before the conditioners run, and after them."""
         self.translates = block.translates
-        if self.translates:
-            numbers = self.arithmetic
-            self.apply, self.undo, self.undo_ = numbers.addition if is_forward else numbers.subtraction
-            return
-        self._detects_changes = tape is not None
-        self.apply, self.undo = self._apply, self._undo
-        self.stores_target = block.ill_conditioned and is_forward and not is_exact
-        self.stores = len(Residual._fields) if is_exact else int(self.stores_target)
+        if self.translates:  # sums need none of the checks in the methods that they replace
+            sums = self.arithmetic.addition if is_forward else self.arithmetic.subtraction
+            self.apply, self.undo, self.undo_ = sums  # type: ignore[method-assign]
+        elif self._is_exact:
+            self.stores = len(Residual._fields)
+        elif block.ill_conditioned and is_forward:
+            self.stores_target, self.stores = True, 1
 
-    def _apply(self, x: Tensor, *t: Tensor) -> Tensor:
-        return self.arithmetic.round(self.mapped(self.direction.apply, x, t))
+    def apply(self, x: Tensor, *t: Tensor) -> Tensor:
+        """The stream x after the change with coefficients t."""
+        y = self.mapped(self.direction.apply, x, t)
+        return self.arithmetic.round(y) if self._is_exact else y
 
-    def _undo(self, y: Tensor, *t: Tensor) -> Tensor:
-        return self.arithmetic.round(self.mapped(self.direction.undo, y, t))
+    def undo(self, y: Tensor, *t: Tensor) -> Tensor:
+        """The x of which `apply` made y; an estimate of it, if the arithmetic is exact and the law does more than add."""
+        x = self.mapped(self.direction.undo, y, t)
+        return self.arithmetic.round(x) if self._is_exact else x
 
     def mapped(self, name: str, x: Tensor, t: Streams) -> Tensor:
         """`combine` or `separate`, not rounded, checked to return a new tensor of the stream's shape and dtype."""
-        version = x._version if self._detects_changes else 0
+        version = x._version if self._is_on_tape else 0
         y: object = getattr(self.block, name)(x, *t)
         if not (isinstance(y, Tensor) and y.shape == x.shape and y.dtype == x.dtype):
             found = f"a tensor of shape {tuple(y.shape)}, {y.dtype}" if isinstance(y, Tensor) else described(y)
@@ -63,7 +66,7 @@ class Law:
                 f"{name} must return a tensor of the shape and dtype of the stream that it changes, "
                 f"{tuple(x.shape)}, {x.dtype}; it returned {found}"
             )
-        if self._detects_changes and x._version != version:
+        if self._is_on_tape and x._version != version:
             raise RuntimeError(
                 f"{type(self.block).__name__}.{name} changed its arguments in place, which are still needed: let it return a "
                 f"new tensor"

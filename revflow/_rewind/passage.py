@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from torch import Tensor
+
+from revflow._base.streams import Gradients, Streams
 from revflow._rewind.arithmetic import FLOATING, Floating
 from revflow._rewind.direction import Direction
 from revflow._rewind.tape import Tape
+
+if TYPE_CHECKING:
+    from revflow._guard.chains import Seen
 
 
 class Passage(NamedTuple):
@@ -18,6 +24,23 @@ class Passage(NamedTuple):
     """Whether each block returns its log-determinant, one value per sample, after its streams."""
     tape: Tape | None = None
     """None under standard autograd."""
+
+
+class RewindInputs(NamedTuple):
+    """The inputs of an inversion, besides the block's output."""
+
+    grads: Gradients
+    """Of the output's streams, and of the log-determinant if there is one."""
+    needs: tuple[bool, ...]
+    """Which of the input's streams require a gradient."""
+    leaves: list[Tensor]
+    """Stand-ins for the tensors among the keyword arguments."""
+    own: list[Tensor]
+    """The parameters."""
+    stored: Streams
+    """The streams or residuals that the forward pass stored."""
+    seen: Seen | None
+    """The guard's record of this block; None if the guard is off."""
 
 
 def is_bound(passage: Passage) -> bool:

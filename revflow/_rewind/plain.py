@@ -4,31 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
-from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Context, Streams, as_streams, rotate
 from revflow._rewind.direction import Direction
 from revflow._rewind.laws import Law
 from revflow._rewind.passage import Passage
 
 
-def run_plainly(block: Stepwise, passage: Passage, streams: Streams, context: Context) -> Streams:
+def run_plainly(law: Law, streams: Streams, context: Context) -> Streams:
     """A coupling's output."""
-    law, log_dets = Law(block, passage), []
-    extent, residuals = passage.arithmetic.extent, passage.arithmetic.residuals
+    block, log_dets = law.block, []
+    extent, residuals = law.arithmetic.extent, law.arithmetic.residuals
     now = rotate([*streams], law.rotations[0])
-    for k, conditioner in block.conditioners(streams)[:: passage.direction.sign]:
+    for k, conditioner in block.conditioners(streams)[:: law.direction.sign]:
         x = now[k]
         t = block.evaluate(conditioner, x, now[:k] + now[k + 1 :], context)
         now[k] = law.apply(x, *t) if residuals is None else law.applied_with_residual(x, t, residuals)
         if extent is not None:
             extent.see(now[k])
-        if passage.log_det:
+        if law.computes_log_det:
             log_dets.append(law.log_det(x, now[k], t))
     now = rotate(now, law.rotations[1])
-    return (*now, total(log_dets)) if log_dets else tuple(now)
+    return (*now, total(log_dets, now[0])) if log_dets else tuple(now)
 
 
 def run_whole(block: nn.Module, passage: Passage, streams: Streams, context: Context) -> Streams:
@@ -65,5 +63,6 @@ def call_whole(block: nn.Module, direction: Direction, log_det: bool, streams: S
     return (*outputs, value)
 
 
-def total(log_dets: list[Tensor]) -> Tensor:
-    return log_dets[0] if len(log_dets) == 1 else torch.stack(log_dets).sum(0)
+def total(log_dets: list[Tensor], stream: Tensor) -> Tensor:
+    """Their sum; zeros, one per sample of the stream, if there are none."""
+    return sum(log_dets[1:], log_dets[0]) if log_dets else stream.new_zeros(len(stream))

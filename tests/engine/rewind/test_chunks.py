@@ -298,5 +298,5 @@ def test_streams_have_one_batch():
         ValueError, match=r"block 0 .*first dimension.*batch of every stream; got \(3, 4, 6, 4\), \(2, 4"
     ):
         net((image(3, 4, 6, 4).requires_grad_(), image(2, 4, 6, 4)))
-    with pytest.raises(ValueError, match=r"block 0 .*first dimension, which has to be the batch"):
+    with pytest.raises(ValueError, match=r"block 0 .*first dimension, which must be the batch"):
         net((torch.zeros((), requires_grad=True), image(2, 4, 6, 4)))

@@ -42,6 +42,12 @@ is_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 has_internal_overlap: Callable[[Tensor], int] = torch._debug_has_internal_overlap
 is_traced: Callable[[], bool] = torch._C._is_tracing
 
+
+def node_type(function: type[torch.autograd.Function]) -> type:
+    """The type of the nodes that an autograd Function leaves in a graph."""
+    return function._backward_cls
+
+
 _count_holders = getattr(torch._C, "_storage_Use_Count", None)
 
 

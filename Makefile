@@ -1,4 +1,4 @@
-# Every target but `gpu` sets itself up: a virtual environment in .venv, made once.
+# Every target except `gpu` creates the virtual environment .venv, if it does not exist yet.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
@@ -6,22 +6,22 @@ DEMO := demo
 .PHONY: help demo test test-all fuzz docs release bench bench-store gpu experiment clean
 
 help:
-	@echo "make demo      train CrevNet on a synthetic city, score it, draw its predictions (minutes, on two CPU cores)"
-	@echo "make test      ruff, mypy, the documentation's site and the tests"
-	@echo "make test-all  the same, with the slow tests"
-	@echo "make fuzz      read 20,000 mutated files of every sort, from seed SEED on (minutes)"
-	@echo "make docs      build the documentation's site: open site/index.html"
-	@echo "make release   build the sdist and the wheel into dist/, install each elsewhere and use it there (minutes)"
-	@echo "make bench     time the engine's hot paths against ordinary autograd, and fail if one is slower than was stored"
-	@echo "make bench-store  the same, and store the ratios instead"
-	@echo "make gpu       measure memory, batches, exactness and times on a CUDA GPU (nine minutes; PYTHON as it is, OUT=folder)"
-	@echo "make experiment   train CrevNet by the paper's recipe, and other models beside it (two hours on two cores; goes on where it stopped)"
-	@echo "make clean     remove .venv, dist/, the site and the demo's folder"
+	@echo "make demo         train CrevNet on a synthetic city, score it and draw its predictions (minutes on two CPU cores)"
+	@echo "make test         run ruff and mypy, build the documentation site, and run the tests except the slow ones"
+	@echo "make test-all     the same, with the slow tests"
+	@echo "make fuzz         read 20,000 mutated files of every kind, starting at seed SEED (minutes)"
+	@echo "make docs         build the documentation site: open site/index.html"
+	@echo "make release      build the sdist and the wheel into dist/, and test each in an environment of its own (minutes)"
+	@echo "make bench        time the engine's hot paths relative to standard autograd; fail if one is slower than its stored ratio"
+	@echo "make bench-store  time the same paths and store the ratios"
+	@echo "make gpu          measure memory, batches, exactness and times on a CUDA GPU (nine minutes; uses PYTHON without .venv; OUT=folder)"
+	@echo "make experiment   train CrevNet by the paper's recipe, and other models (two hours on two cores; resumes if stopped)"
+	@echo "make clean        remove .venv, dist/, the site and the demo's folder"
 
 .venv/.ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[crevnet,bench,examples,dev,docs]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps memcnn==1.5.2  # it asks for torchvision, and needs it not
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps memcnn==1.5.2  # declares torchvision but does not use it
 	@touch $@
 
 demo: .venv/.ready
@@ -30,7 +30,7 @@ demo: .venv/.ready
 	$(BIN)/crevnet fit --config configs/demo.yaml --data.root $(DEMO)/data --out $(DEMO)/run
 	$(BIN)/crevnet evaluate $(DEMO)/run --json $(DEMO)/scores.json
 	$(BIN)/crevnet predict $(DEMO)/run --out $(DEMO)
-	@echo "The scores are in $(DEMO)/scores.json; the pictures, predictions beside the truth, are above: open the PNG and the GIF."
+	@echo "Scores: $(DEMO)/scores.json. Predictions next to the truth: the PNG and the GIF named above."
 
 test: .venv/.ready docs
 	$(BIN)/ruff check .
@@ -44,10 +44,10 @@ test-all: .venv/.ready docs
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-# From another seed each time: the tests read those from 0 on.
+# A different seed each time. The tests use the seeds from 0 on.
 SEED ?= $(shell date +%s)
 fuzz: .venv/.ready
-	CREVNET_FUZZ=20000 CREVNET_FUZZ_SEED=$(SEED) $(BIN)/pytest -q -s tests/crevnet/test_fuzz.py
+	CREVNET_FUZZ=20000 CREVNET_FUZZ_SEED=$(SEED) $(BIN)/pytest -q -s tests/crevnet/data/test_fuzz.py
 
 docs: .venv/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -55,7 +55,7 @@ docs: .venv/.ready
 release: .venv/.ready
 	$(BIN)/pytest tests/release
 
-# Three processes, since they differ by more than the rounds within one.
+# Three processes, because times vary more between processes than between the rounds of one.
 bench bench-store: .venv/.ready
 	@mkdir -p .benchmarks
 	@for run in 1 2 3; do \
@@ -64,12 +64,12 @@ bench bench-store: .venv/.ready
 	done
 	@$(BIN)/python bench/regressions.py .benchmarks/hot-paths-[123].json $(if $(filter bench-store,$@),--store)
 
-# In no environment of its own: a GPU machine has a PyTorch that fits its driver.
+# Without .venv: the PyTorch of a GPU machine matches its driver.
 OUT ?= bench/results/gpu
 gpu:
 	PYTHONPATH=.:models $(PYTHON) bench/gpu.py --out "$(OUT)"
 
-# One thread each, so that two cores train side by side; stopped at any point, it goes on. SEEDS=3 trains with three.
+# One thread per process, so that two cores train in parallel. A stopped experiment resumes. SEEDS=3 trains with three seeds.
 SEEDS ?= 1
 experiment: .venv/.ready
 	@$(MAKE) --jobs 2 experiment-cities experiment-air-traffic

@@ -1,14 +1,36 @@
 """Packages: the engine `revflow`, and CrevNet, which lives in models/ and is imported as `crevnet`."""
 
+import re
+import tomllib
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["publication"]["repository"]
+
+
+def readme() -> str:
+    """README.md with links into the repository: the package index does not serve its files."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    if not REPOSITORY:
+        return text
+    text = re.sub(r"(!\[[^\]]*\]\()(?!http)", rf"\1{REPOSITORY}/raw/main/", text)
+    return re.sub(r"((?<!!)\[[^\]]*\]\()(?!http)", rf"\1{REPOSITORY}/blob/main/", text)
+
+
+def project_urls() -> dict[str, str]:
+    """Links of the package's page, none before publication."""
+    pages = {"Source": "", "Changelog": "/blob/main/CHANGELOG.md", "Issues": "/issues"}
+    return {name: REPOSITORY + path for name, path in pages.items()} if REPOSITORY else {}
+
+
 setup(
     name="revflow",
     description="Reversible backpropagation for PyTorch: train deep networks without storing activations",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=readme(),
     long_description_content_type="text/markdown",
+    project_urls=project_urls(),
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["revflow", "revflow.*"]) + find_packages("models"),

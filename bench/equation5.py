@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from crevnet import CrevNet, ReversiblePredictiveModule
-from crevnet.checkpoints import load_network
 from crevnet.data.city_data import CityData
-from crevnet.settings import RunSettings, load_settings
+from crevnet.training.checkpoints import load_network
+from crevnet.training.settings import RunSettings, load_settings
 
 
 def main() -> None:

@@ -21,14 +21,15 @@ from pathlib import Path
 
 import torch
 
-from crevnet.comparison import compare
-from crevnet.data import DataError, SyntheticCity, write_city
-from crevnet.evaluation import Scores, mean_over_cities
-from crevnet.failures import StoppedError, TrainingError
-from crevnet.files import replace_file
-from crevnet.recipe.paper import Recipe, Step
-from crevnet.recipe.settings import RecipeSettings, read_recipe
-from crevnet.settings_error import SettingsError
+from crevnet.data.errors import DataError
+from crevnet.data.made.synthetic import SyntheticCity, write_city
+from crevnet.evaluation.comparison import compare
+from crevnet.evaluation.scores import Scores, mean_over_cities
+from crevnet.machine.errors import SettingsError
+from crevnet.machine.files import replace_file
+from crevnet.traffic4cast.recipe.paper import Recipe, Step
+from crevnet.traffic4cast.recipe.settings import RecipeSettings, read_recipe
+from crevnet.training.failures import StoppedError, TrainingError
 from experiment_plan import CREVNET, Plan, load_plan
 from experiment_tables import COLUMNS, MODELS, STAGES, TRAINED_ON, UNTRAINED, Row, page, print_tables
 from report import add_outputs, positive, write

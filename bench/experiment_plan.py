@@ -22,12 +22,12 @@ import yaml
 
 import revflow
 from crevnet.data.city_data import CityData
-from crevnet.failures import DivergedError
-from crevnet.models import MODELS, make_network
-from crevnet.recipe.paper import Step
-from crevnet.scheduled_sampling import fed_frames
-from crevnet.settings import RunSettings, save_yaml
-from crevnet.training import FusedAdam
+from crevnet.networks.models import MODELS, make_network
+from crevnet.traffic4cast.recipe.paper import Step
+from crevnet.training.failures import DivergedError
+from crevnet.training.scheduled_sampling import fed_frames
+from crevnet.training.settings import RunSettings, save_yaml
+from crevnet.training.trainer import FusedAdam
 
 CREVNET = "crevnet"
 WIDTHS = {"convlstm": "hidden", "predrnn": "hidden", "unet": "width"}

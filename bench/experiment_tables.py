@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from crevnet.models import MODELS as CREVNETS_MODELS
-from crevnet.recipe.paper import FINAL
-from crevnet.recipe.paper import STAGES as OF_RECIPE
+from crevnet.networks.models import MODELS as CREVNETS_MODELS
+from crevnet.traffic4cast.recipe.paper import FINAL
+from crevnet.traffic4cast.recipe.paper import STAGES as OF_RECIPE
 from experiment_plan import Plan
 from report import machine, markdown, markdown_table, show
 

@@ -42,9 +42,12 @@ import torch
 import capacity
 import report
 from crevnet import PRESETS
-from crevnet.data import DataError, DayFile, DayReader, SyntheticCity, open_days, repack, write_city
 from crevnet.data.city_data import CityData
-from crevnet.settings import DataSettings
+from crevnet.data.errors import DataError
+from crevnet.data.files.days import DayFile, DayReader, open_days
+from crevnet.data.made.repack import repack
+from crevnet.data.made.synthetic import SyntheticCity, write_city
+from crevnet.data.settings import DataSettings
 from schedules import Precision, Training
 
 try:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import revflow
 from crevnet import CrevNetConfig
-from crevnet.autoencoder import TwoWayAutoencoder
+from crevnet.networks.crevnet.autoencoder import TwoWayAutoencoder
 from paired import conditioner
 
 Streams = tuple[Tensor, ...]

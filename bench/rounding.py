@@ -24,7 +24,7 @@ from torch import Tensor
 
 import revflow
 from crevnet import CrevNet, make_network
-from crevnet.config import PRESETS, CrevNetConfig
+from crevnet.networks.config import PRESETS, CrevNetConfig
 from report import machine, markdown, markdown_table, output, positive, show
 
 DAY = "Switzerland/Switzerland_training/20180801_100m_bins.h5"

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from crevnet import CrevNet, CrevNetConfig
-from crevnet.training import FusedAdam
+from crevnet.training.trainer import FusedAdam
 from report import machine, markdown, markdown_table, output
 
 STRATEGIES = ("alone", "ddp", "fsdp")

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import revflow
 from crevnet import MODELS, PRESETS, CrevNetConfig, VideoModel, make_network
-from crevnet.baselines import StackedConfig, convlstm, prednet, predrnn, predrnnpp, unet, vpn
+from crevnet.networks.baselines import StackedConfig, convlstm, prednet, predrnn, predrnnpp, unet, vpn
 from revflow import States
 
 Precision = Literal["32-true", "16-mixed"]

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import revflow
 from crevnet import PRESETS
-from crevnet.autoencoder import Latent
-from crevnet.predictor import Predictor
+from crevnet.networks.crevnet.autoencoder import Latent
+from crevnet.networks.crevnet.predictor import Predictor
 from exact import additive, gated
 
 ROUNDS, WARM_UP = 100, 5

@@ -20,7 +20,9 @@ import torch
 
 import revflow
 from crevnet import PRESETS, CrevNet
-from crevnet.data import Windows, open_days, road_map
+from crevnet.data.files.days import open_days
+from crevnet.data.maps.road_map import road_map
+from crevnet.data.windows import Windows
 
 
 def main() -> None:

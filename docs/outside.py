@@ -13,6 +13,7 @@ import os
 import posixpath
 import re
 import sys
+import tomllib
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
@@ -21,17 +22,21 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-RESULTS = [page.relative_to(ROOT).as_posix() for page in sorted((ROOT / "bench" / "results").glob("*.md"))]
+RESULTS = [
+    page.relative_to(ROOT).as_posix()
+    for page in sorted((ROOT / "bench" / "results").glob("*.md"))
+]
 PROJECT = ["CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
 OUTSIDE = [*RESULTS, *PROJECT]
 
-# The repository's URL. Fill it in on publication: until then, the pages have no badge, URL or install line that depends on it.
-REPOSITORY = ""
+PUBLICATION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
+    "tool"
+]["publication"]
 
 
 def on_config(config: MkDocsConfig) -> None:
-    if REPOSITORY:
-        config.repo_url = REPOSITORY
+    config.repo_url = PUBLICATION["repository"] or None
+    config.site_url = PUBLICATION["site"] or None
     tabs = {name: pages for entry in config.nav for name, pages in entry.items()}
     tabs["Benchmarks"].append({"Raw results": RESULTS})
     tabs["Project"][1:1] = PROJECT
@@ -49,13 +54,17 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     folder = posixpath.dirname(name if name in OUTSIDE else f"docs/{name}")
 
     def in_site(link: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(folder, link[0])).removeprefix("docs/")
+        target = posixpath.normpath(posixpath.join(folder, link[0])).removeprefix(
+            "docs/"
+        )
         return posixpath.relpath(target, posixpath.dirname(name))
 
     def headed(link: re.Match[str]) -> str:
         return f"[{_heading(ROOT / folder / link[1])}]({link[1]}"
 
-    markdown = re.sub(r"<!-- help: (.*?) -->", lambda found: _help(found[1]), markdown)
+    markdown = re.sub(
+        r"<!-- help: (.*?) -->", lambda found: _help(found[1]), markdown
+    )
     markdown = re.sub(r"\[[\w./-]+\.md\]\(([\w./-]+\.md)", headed, markdown)
     return re.sub(r"(?<=\]\()(?:\.\./|docs/)[^)#]+", in_site, markdown)
 

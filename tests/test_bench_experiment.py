@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 import experiment
-from crevnet.checkpoints import load_checkpoint
-from crevnet.data import SyntheticCity, write_city
-from crevnet.recipe.paper import FINAL, STAGES
-from crevnet.settings import load_settings
+from crevnet.data.made.synthetic import SyntheticCity, write_city
+from crevnet.traffic4cast.recipe.paper import FINAL, STAGES
+from crevnet.training.checkpoints import load_checkpoint
+from crevnet.training.settings import load_settings
 from experiment_plan import CREVNET, RATES, TUNING, Plan, Planned, TrainingStep, settings_of
 from experiment_tables import MODELS, TRAINED_ON, UNTRAINED, Row, page
 from experiment_tables import STAGES as STAGES_TABLE

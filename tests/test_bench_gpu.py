@@ -21,7 +21,7 @@ import capacity
 import device_memory
 import gpu
 import memory
-from crevnet.failures import TrainingError
+from crevnet.training.failures import TrainingError
 from gpu_stages import cuda_tests, loaders, peaks, training_run
 from gpu_stages.stage import STAGES, Setup, Stage
 from memory_row import Row

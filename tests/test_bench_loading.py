@@ -17,7 +17,7 @@ import yaml
 import capacity
 import loading
 from crevnet import PRESETS
-from crevnet.data import open_days
+from crevnet.data.files.days import open_days
 from loading import Demand, Row
 from schedules import Training
 

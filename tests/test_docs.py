@@ -164,8 +164,8 @@ def test_named_files_exist(page):
 
 
 def test_what_depends_on_publication_waits_for_it():
-    """No badge, install line or URL of a repository while REPOSITORY is empty; with it, the README has them."""
-    published = bool(runpy.run_path(str(ROOT / "docs" / "outside.py"))["REPOSITORY"])
+    """No badge, install line or URL of a repository before pyproject.toml names it. Then, the README has them."""
+    published = bool(runpy.run_path(str(ROOT / "docs" / "outside.py"))["PUBLICATION"]["repository"])
     readme = re.sub(r"<!--.*?-->", "", PAGES["README.md"])
     assert ("pip install revflow\n" in readme) == published
     assert bool(re.search(r"!\[[^]]*\]\(https?:", readme)) == published  # badges

@@ -9,7 +9,7 @@ from pages import RESULTS, ROOT, prose, stored, table
 
 import revflow
 from crevnet import MODELS, make_network
-from crevnet.config import PRESETS
+from crevnet.networks.config import PRESETS
 
 # A page's sentence, and the same figures as a page of results has them.
 QUOTED = [

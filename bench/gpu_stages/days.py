@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from crevnet.data import SyntheticCity, write_city
+from crevnet.data.made.synthetic import SyntheticCity, write_city
 from gpu_stages.stage import Setup
 
 

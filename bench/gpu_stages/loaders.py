@@ -11,7 +11,7 @@ import torch
 
 import loading
 from crevnet import PRESETS
-from crevnet.data import open_days
+from crevnet.data.files.days import open_days
 from gpu_stages.days import city
 from gpu_stages.jobs import Job, each
 from gpu_stages.stage import Row, Rows, Setup

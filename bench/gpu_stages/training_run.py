@@ -19,8 +19,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crevnet import PRESETS, CrevNetConfig
-from crevnet.settings import DataSettings, RunSettings, TrainingSettings
-from crevnet.training import train
+from crevnet.data.settings import DataSettings
+from crevnet.training.settings import RunSettings, TrainingSettings
+from crevnet.training.trainer import train
 from device_memory import cap, free, ran_out
 from gpu_stages.days import city
 from gpu_stages.jobs import Job, each

@@ -14,8 +14,9 @@ import torch
 
 from crevnet import CrevNetConfig
 from crevnet.cli import main
-from crevnet.settings import DataSettings, RunSettings, TrainingSettings
-from crevnet.training import train
+from crevnet.data.settings import DataSettings
+from crevnet.training.settings import RunSettings, TrainingSettings
+from crevnet.training.trainer import train
 
 SLOTS, HEIGHT, WIDTH = 20, 21, 14
 MODEL = CrevNetConfig(blocks=(1, 1), strides=(1, 2), modules=2, past=3, horizon=2)

@@ -9,17 +9,21 @@ import days_2021
 import h5py
 import numpy as np
 
-from crevnet.checkpoints import load_checkpoint
-from crevnet.competition import Challenge2019, Challenge2021
-from crevnet.competition.checking import Submission, problems
-from crevnet.competition.files import writing_array
-from crevnet.competition.submission import zip_submission
-from crevnet.data import DataError, DayReader, layout_named, open_day, open_days, repack
-from crevnet.data.cache import read_cached, write_cached
-from crevnet.data.dates import read_dates
-from crevnet.data.made_files import making
-from crevnet.data.static import read_static
-from crevnet.settings import load_settings
+from crevnet.data.errors import DataError
+from crevnet.data.files.dates import read_dates
+from crevnet.data.files.days import DayReader, open_day, open_days
+from crevnet.data.files.layouts import layout_named
+from crevnet.data.made.made_files import making
+from crevnet.data.made.repack import repack
+from crevnet.data.maps.cache import read_cached, write_cached
+from crevnet.data.maps.static import read_static
+from crevnet.traffic4cast.challenge2019 import Challenge2019
+from crevnet.traffic4cast.challenge2021 import Challenge2021
+from crevnet.traffic4cast.checking import Submission, problems
+from crevnet.traffic4cast.files import writing_array
+from crevnet.traffic4cast.submission import zip_submission
+from crevnet.training.checkpoints import load_checkpoint
+from crevnet.training.settings import load_settings
 
 SEALED, WHOLE = 0.03, 0.0
 """Files with a checksum of each chunk and of where they are, and files with one of everything."""

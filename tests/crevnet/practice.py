@@ -7,8 +7,9 @@ import h5py
 import numpy as np
 import torch
 
-from crevnet.config import PRESETS, CrevNetConfig
-from crevnet.settings import DataSettings, RunSettings
+from crevnet.data.settings import DataSettings
+from crevnet.networks.config import PRESETS, CrevNetConfig
+from crevnet.training.settings import RunSettings
 
 PAST = 3
 """Frames that the networks see, of the 12 that are given."""
@@ -45,7 +46,7 @@ def fake_runs(folder: Path, monkeypatch, factors: list[float], names: list[str] 
         RunSettings(config, DataSettings()).save(run)
         (run / "checkpoints").mkdir()
         (run / "checkpoints" / "best.ckpt").write_text(run.name)
-    monkeypatch.setattr("crevnet.competition.forecasting.load_network", lambda run, *_: networks[run])
+    monkeypatch.setattr("crevnet.traffic4cast.forecasting.load_network", lambda run, *_: networks[run])
     return runs
 
 

@@ -22,11 +22,11 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from crevnet import CrevNet
 from crevnet.cli import main
-from crevnet.data import DataError
+from crevnet.data.errors import DataError
 
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # of pytest's the server would know nothing, and import nothing
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["crevnet.commands"])
+_context.set_forkserver_preload(["crevnet.training.trainer", "crevnet.evaluation.comparison"])
 
 
 def nothing() -> None:

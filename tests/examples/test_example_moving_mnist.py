@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import moving_mnist
-from crevnet.settings import load_settings
+from crevnet.training.settings import load_settings
 
 
 @pytest.fixture(autouse=True)

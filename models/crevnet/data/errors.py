@@ -1,17 +1,19 @@
-"""The error of everything that reads or writes data."""
+"""The errors of functions that read or write data."""
 
 
 class DataError(Exception):
-    """A file or folder that cannot be used; one line that names it, what it was, what was expected and what to do."""
+    """A file or folder that cannot be used. Its one line states the path, the fault, the expectation and the remedy."""
 
 
 class UndamagedError(DataError):
-    """A file that cannot be read now, but is not damaged: it is never left out as a damaged one is."""
+    """A file that cannot be read now but is not damaged; unlike a damaged file, it is never skipped."""
 
 
 def refuse_undamaged(what: str, error: BaseException) -> None:
-    """UndamagedError, which begins with `what`, if h5py could not read a file because it is locked or the machine lacks
-    something."""
+    """Raise UndamagedError, beginning with `what`, if h5py failed because of a lock, open files or memory.
+
+    Returns for all other errors.
+    """
     text = " ".join(str(error).split())
     for sign, problem, remedy in _UNDAMAGED:
         if sign in text:
@@ -22,7 +24,7 @@ _UNDAMAGED = (
     (
         "unable to lock file",
         "is locked",
-        "wait until the process that writes to it has ended, or, if none does, set HDF5_USE_FILE_LOCKING=FALSE",
+        "wait until the process that writes to it ends, or, if there is none, set HDF5_USE_FILE_LOCKING=FALSE",
     ),
     (
         "Too many open files",
@@ -35,4 +37,4 @@ _UNDAMAGED = (
         "lower --data.batch_size or --data.workers, or increase the available memory",
     ),
 )
-"""What h5py's error holds, the problem and the remedy."""
+"""A substring of h5py's error, the problem and the remedy."""

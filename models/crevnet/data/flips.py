@@ -1,36 +1,35 @@
-"""Mirror images of windows, in which whatever has a direction is mirrored, too."""
+"""Mirror images of windows, with all directions (headings, connectivity) mirrored accordingly."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from crevnet.config import STATIC_CHANNELS, Static
-from crevnet.data.layouts import Layout
-from crevnet.data.static import DIRECTIONS
+from crevnet.data.files.layouts import Layout
+from crevnet.data.maps.static import DIRECTIONS
+from crevnet.data.settings import Flips
 from crevnet.data.windows import Windows
-
-Flips = Literal["none", "horizontal", "vertical", "both"]
+from crevnet.networks.config import STATIC_CHANNELS, Static
 
 
 @dataclass(frozen=True)
 class Flip:
-    """A mirror image: horizontal, east for west; vertical, north for south. Rows are counted southwards, columns eastwards."""
+    """A mirror image: `horizontal` swaps east and west, `vertical` north and south. Rows run southwards, columns eastwards."""
 
     horizontal: bool = False
     vertical: bool = False
 
     def image(self, image: Tensor) -> Tensor:
-        """(..., H, W), mirrored."""
+        """`image` (..., H, W), mirrored."""
         return torch.flip(image, [dim for dim, mirrored in ((-1, self.horizontal), (-2, self.vertical)) if mirrored])
 
     def direction(self, name: str) -> str:
-        """A point of the compass, mirrored: SE is SW after a horizontal flip."""
+        """A compass direction, mirrored: SE becomes SW in a horizontal flip."""
         swapped = {"E": "W", "W": "E"} if self.horizontal else {}
         return name.translate(str.maketrans(swapped | ({"N": "S", "S": "N"} if self.vertical else {})))
 
@@ -49,17 +48,17 @@ FLIPS: dict[Flips, tuple[Flip, ...]] = {
     "vertical": (Flip(), Flip(vertical=True)),
     "both": (Flip(), Flip(horizontal=True), Flip(vertical=True), Flip(horizontal=True, vertical=True)),
 }
-"""What a window may be turned into, all of them equally often; a turn by 180 degrees is both flips."""
+"""The images of a window for each setting, drawn equally often; both flips together rotate by 180 degrees."""
 
 
 class FlippedWindows(Dataset[dict[str, Any]]):
-    """Windows under each of some flips: item `n * len(windows) + i` is window `i` under flip `n`.
+    """Windows under several flips: item `n * len(windows) + i` is window `i` under flip `n`.
 
     Args:
-        windows: what is mirrored.
-        flips: how, in the order of the items.
-        layout: says which values and channels have headings.
-        names: of the windows' static channels.
+        windows: the windows to mirror.
+        flips: the flips, in the order of the items.
+        layout: determines which values and channels are headings.
+        names: names of the windows' static inputs, in order.
     """
 
     def __init__(self, windows: Windows, flips: Sequence[Flip], layout: Layout, names: Sequence[Static]) -> None:

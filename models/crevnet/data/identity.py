@@ -1,4 +1,4 @@
-"""Which files a run was trained on: their names, sizes and dates, by which a resumed run notices others."""
+"""The files that a run was trained on: names, sizes and dates, by which a resumed run detects changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Identity = dict[str, list[int]]
 
 
 def identity(root: Path, paths: Iterable[Path]) -> Identity:
-    """Of these files; DataError if one is gone."""
+    """The identity of these files, which are below `root`; DataError if one is missing."""
     found = {}
     for path in sorted(paths):
         try:
@@ -25,7 +25,7 @@ def identity(root: Path, paths: Iterable[Path]) -> Identity:
 
 
 def difference(before: Mapping[str, list[int]], now: Mapping[str, list[int]]) -> str | None:
-    """How many files differ, and how the first of them does; None if none."""
+    """The first file that differs, how it differs, and the number of such files; None if there are none."""
     names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if not names:
         return None

@@ -1,4 +1,4 @@
-"""Windows of consecutive frames: what a model is trained and scored on."""
+"""Windows of consecutive frames, on which a model is trained and scored."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -8,27 +8,29 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from crevnet.data.days import DayFile, DayReader, check_frame_sizes, unit_interval
 from crevnet.data.errors import DataError
+from crevnet.data.files.days import DayFile, DayReader, check_frame_sizes, unit_interval
 
 
 class Windows(Dataset[dict[str, Any]]):
-    """Windows of consecutive slots of days or movies, read from disk when asked for.
+    """Windows of consecutive slots of days or videos, read from disk on access.
 
     Args:
         days: day files with the same H, W and C, from `open_days`.
         frames: number of slots in a window.
-        slots: half-open range of slots in which the windows must lie wholly; None is the whole day. It is cut at a movie's
-            end, and movies that hold no window in it are passed over.
+        slots: half-open range of slots that must contain each window completely; None is the whole day. It is cut at the end
+            of a video, and videos without a window in it are skipped.
         stride: slots from the start of one window to the start of the next.
         starts: the first slot of each window of a day, instead of one every `stride` slots.
-        road_maps: float32 (1, H, W) for each city; given, each item also holds the one of its city.
-        static: gives the static channels (S, H, W) of a day's window by its first slot; given, each item also holds them.
+        road_maps: city -> float32 (1, H, W). If given, each item also has its city's map.
+        static: returns the static channels (S, H, W) for a day and the first slot of a window. If given, each item also has
+            them.
 
-    An item is {"frames": float32 (frames, C, H, W) in [0, 1], "city": str, "date": str, "start": first slot}, with
-    road maps "road_map": float32 (1, H, W), and with static channels "static": float32 (S, H, W). Raises ValueError for frames,
-    stride or road maps that cannot be used and DataError for days, slots or starts that do not fit each other; reading a
-    damaged window raises DataError.
+    An item is {"frames": float32 (frames, C, H, W) in [0, 1], "city": str, "date": str, "start": first slot}. With road maps it
+    also has "road_map": float32 (1, H, W), and with static channels "static": float32 (S, H, W).
+
+    Raises ValueError for unusable frames, stride or road maps, and DataError for days, slots or starts that do not match.
+    Reading a damaged window raises DataError.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Windows(Dataset[dict[str, Any]]):
         if stride < 1:
             raise ValueError(f"stride is {stride}; expected at least 1")
         if starts is not None and stride != 1:
-            raise ValueError(f"starts and stride={stride} exclude each other; leave one of them out")
+            raise ValueError(f"starts and stride={stride} exclude each other; omit one of them")
         check_frame_sizes(days)
         if road_maps is not None:
             _check_road_maps(road_maps, days)
@@ -68,7 +70,7 @@ class Windows(Dataset[dict[str, Any]]):
         day, starts = self.days[number], self._starts[number]
         start = starts[index - self._ends[number]]  # counts back from the day's end, hence the negative index
         window = torch.from_numpy(self._reader.read(day, start, start + self.frames))
-        stored_TCHW = window.permute(0, 3, 1, 2).contiguous()  # before it has four times as many bytes to move
+        stored_TCHW = window.permute(0, 3, 1, 2).contiguous()  # before the conversion, for fewer bytes to copy
         item: dict[str, Any] = {
             "frames": unit_interval(stored_TCHW),
             "city": day.city,
@@ -90,12 +92,12 @@ def _window_starts(
         for start in starts:
             if not held.start <= start <= held.stop - frames:
                 raise DataError(
-                    f"starts: a window of {frames} frames from slot {start} leaves slots ({held.start}, {held.stop}) "
-                    f"of {day.path}"
+                    f"starts has slot {start}, from which {frames} frames extend beyond slots "
+                    f"({held.start}, {held.stop}) of {day.path}; choose starts within them"
                 )
         return tuple(int(start) for start in starts)
     if slots is not None and day.layout.dated and len(held) < frames:
-        raise DataError(f"slots=({held.start}, {held.stop}) holds no window of frames={frames}")
+        raise DataError(f"slots=({held.start}, {held.stop}) has no window of frames={frames}; widen it or lower frames")
     return range(held.start, held.stop - frames + 1, stride)
 
 
@@ -103,6 +105,8 @@ def _check_road_maps(road_maps: Mapping[str, torch.Tensor], days: Sequence[DayFi
     for day in days:
         expected = (1, *day.shape[1:3])
         if day.city not in road_maps:
-            raise ValueError(f"road_maps has no map of {day.city}, only of {', '.join(road_maps)}")
+            raise ValueError(
+                f"road_maps has no map of {day.city}, only of {', '.join(road_maps)}; expected every city of days"
+            )
         if road_maps[day.city].shape != expected:
             raise ValueError(f"road_maps[{day.city!r}] is {tuple(road_maps[day.city].shape)}, expected {expected}")

@@ -1,4 +1,4 @@
-"""Pictures of forecasts, of data and of a run."""
+"""Figures of forecasts, data and runs."""
 
 from crevnet.figures.canvas import run_name as run_name
 from crevnet.figures.canvas import save as save

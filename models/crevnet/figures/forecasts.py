@@ -1,4 +1,4 @@
-"""Pictures of forecasts."""
+"""Figures, animations and log images of forecasts, and figures of single frames."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from crevnet.data import Layout
+from crevnet.data.files.layouts import Layout
 from crevnet.figures.canvas import ERRORS, VALUES, Frames, brightest, draw_frame, frame_grid
-from crevnet.files import replace_file
+from crevnet.machine.files import replace_file
 
 _SHEET_PIXELS = 160
 
@@ -21,7 +21,7 @@ _SHEET_PIXELS = 160
 def forecast_figure(
     past: Frames, truth: Frames, forecast: Frames, title: str, layout: Layout, channel: int = 1
 ) -> Figure:
-    """A column a predicted frame: the last input, the truth, the forecast and its error, for one channel."""
+    """One column per predicted frame, for one channel. The rows are the last inputs, truth, prediction and error."""
     horizon = len(truth)
     rows = [
         ("input", past[-horizon:, channel]),
@@ -37,7 +37,7 @@ def forecast_figure(
             steps = column + 1 - (len(images) if name == "input" else 0)
             shown = draw_frame(axis, image, lowest, highest, layout.lead(steps) if steps else "now")
         row[-len(images)].set_ylabel(name, fontsize=11)
-        for axis in row[: -len(images)]:  # the model sees fewer frames than it predicts
+        for axis in row[: -len(images)]:  # the model has fewer input frames than predicted ones
             axis.set_axis_off()
         figure.colorbar(shown, ax=row.tolist(), fraction=0.04)
     figure.suptitle(f"{title}: {layout.channel_name(channel)}", fontsize=11)
@@ -47,7 +47,7 @@ def forecast_figure(
 def forecast_animation(
     past: Frames, truth: Frames, forecast: Frames, path: Path, layout: Layout, channel: int = 1
 ) -> None:
-    """A GIF: the past, then truth and prediction side by side."""
+    """Write a GIF with truth and prediction side by side: first the past frames, then the predicted ones."""
     left, right = np.concatenate((past, truth))[:, channel], np.concatenate((past, forecast))[:, channel]
     highest = brightest(left)
     figure, axes = plt.subplots(1, 2, figsize=(7, 4), layout="constrained")
@@ -62,7 +62,7 @@ def forecast_animation(
     def draw(t: int) -> None:
         for image, frames in zip(images, (left, right), strict=True):
             image.set_data(frames[t])
-        lead, kind = layout.lead(t + 1 - len(past)), "seen" if t < len(past) else "predicted"
+        lead, kind = layout.lead(t + 1 - len(past)), "input" if t < len(past) else "predicted"
         figure.suptitle(f"{lead}, {kind}: {layout.channel_name(channel)}")
 
     pictures = []
@@ -76,7 +76,7 @@ def forecast_animation(
 
 
 def day_figure(frame: Frames, road_map: Frames, title: str, layout: Layout) -> Figure:
-    """One frame (C, H, W), a panel a channel, and the road map (H, W) beside them."""
+    """One frame (C, H, W), one panel per channel, and the road map (H, W)."""
     panels = [(layout.channel_name(c), frame[c]) for c in range(len(frame))] + [("road map", road_map)]
     height, width = road_map.shape
     figure, axes = plt.subplots(
@@ -91,9 +91,9 @@ def day_figure(frame: Frames, road_map: Frames, title: str, layout: Layout) -> F
 
 
 def forecast_sheet(truth: Frames, forecast: Frames, channel: int = 1) -> NDArray[np.uint8]:
-    """The same as pixels alone, (height, width, 3), for logs: truth, forecast and error below each other, a column a frame.
+    """A forecast as an image for logs, uint8 (height, width, 3): rows of truth, prediction and error, one column per frame.
 
-    Frames larger than some hundred pixels are shown at every second, third, ... pixel.
+    Larger frames are subsampled to at most 160 pixels per side.
     """
     true, predicted = truth[:, channel], forecast[:, channel]
     highest = brightest(true)

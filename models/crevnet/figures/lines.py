@@ -1,4 +1,4 @@
-"""Curves: of training, and of errors by horizon and by hour."""
+"""Line figures: learning curves, and errors by horizon and by hour."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from crevnet.curves import Curve
-from crevnet.data import Layout
+from crevnet.data.files.layouts import Layout
 from crevnet.figures.canvas import MODEL, OTHERS
+from crevnet.figures.curves import Curve
 
 _MARKERS = "sD^vx"
 
 
 def learning_curves_figure(loss: Curve, score: Curve, score_name: str, title: str) -> Figure:
-    """The training loss and the validation score, against the optimizer's steps; from 100 steps on with the loss's mean over a
-    fiftieth of them."""
+    """The training loss and the validation score against optimizer steps.
+
+    From 100 steps on, the figure also shows the running mean of the loss over a fiftieth of the steps.
+    """
     figure, (above, below) = plt.subplots(2, 1, figsize=(7, 5.6), sharex=True, layout="constrained")
     width = len(loss.values) // 50
     alpha = 0.35 if width > 1 else 1
@@ -40,7 +42,7 @@ def learning_curves_figure(loss: Curve, score: Curve, score_name: str, title: st
         label=f"best, {score.values[best]:.3e}",
     )
     below.set_ylabel(f"validation {score_name}")
-    below.set_xlabel("steps of the optimizer")
+    below.set_xlabel("optimizer step")
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in (above, below):
         axis.set_yscale("log")
@@ -53,20 +55,25 @@ def learning_curves_figure(loss: Curve, score: Curve, score_name: str, title: st
 def error_by_horizon_figure(
     errors: Mapping[str, NDArray[np.float64]], horizons: Sequence[int], title: str, layout: Layout
 ) -> Figure:
-    """Mean squared errors of the frames of these numbers, 1 being the first predicted one, by the forecast's name, first the
-    trained model's."""
+    """Mean squared errors of the predicted frames in `horizons`, 1 being the first.
+
+    `errors` maps a forecast's name to its errors; the trained model comes first.
+    """
     figure, axis = _error_figure(errors, horizons, f"{title}: error by horizon")
     axis.set_xticks(horizons, [layout.lead(horizon) for horizon in horizons], rotation=30)
-    axis.set_xlabel("time after the last frame seen")
+    axis.set_xlabel("time after the last input frame")
     return figure
 
 
 def error_by_hour_figure(errors: Mapping[str, NDArray[np.float64]], title: str) -> Figure:
-    """Mean squared errors (24,) of the frames predicted in each hour of the day, nan where there are none; names as above."""
+    """Mean squared errors (24,) of the frames predicted in each hour of the day; NaN for hours without frames.
+
+    `errors` maps a forecast's name to its errors; the trained model comes first.
+    """
     figure, axis = _error_figure(errors, range(24), f"{title}: error by hour")
     axis.set_xticks(range(0, 24, 3), [f"{hour:02d}:00" for hour in range(0, 24, 3)])
     axis.set_xlim(-0.5, 23.5)
-    axis.set_xlabel("hour of the predicted frame, as the files have it")
+    axis.set_xlabel("hour of the predicted frame, in the files' time zone")
     return figure
 
 

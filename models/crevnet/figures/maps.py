@@ -1,4 +1,4 @@
-"""Errors where they are: of a forecast over a city, and of an input frame that is rebuilt from the prediction."""
+"""Error maps: of a forecast over a city, and of an input frame that is reconstructed from the prediction."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from crevnet.data import Layout
+from crevnet.data.files.layouts import Layout
 from crevnet.figures.canvas import Frames, brightest, draw_frame, frame_grid
 
 _LEAST = 1e-12
-"""A scale of colours is never narrower."""
+"""Smallest range of a colour scale."""
 
 
 def error_maps_figure(maps: Mapping[str, NDArray[np.float64]], title: str, layout: Layout) -> Figure:
-    """Each pixel's mean squared error, of two forecasts, and how they differ.
+    """The mean squared error of each pixel for two forecasts, and their difference. One row per channel.
 
-    maps: (C, H, W) by the forecast's name, first the trained model's. A row is a channel; both share a scale of colours.
+    `maps` maps a forecast's name to its errors (C, H, W); the trained model comes first. Both share a colour scale.
     """
     (name, found), (other, beside) = maps.items()
     figure, axes = frame_grid(len(found), 3, *found.shape[1:])
@@ -39,12 +39,12 @@ def error_maps_figure(maps: Mapping[str, NDArray[np.float64]], title: str, layou
 
 
 def rebuilt_figure(frame: Frames, rebuilt: Frames, title: str, layout: Layout) -> Figure:
-    """An input frame (C, H, W), the one that eq. 5 makes of the prediction, and the difference. A row is a channel."""
+    """An input frame (C, H, W), its reconstruction from the prediction by eq. 5, and the difference. One row per channel."""
     figure, axes = frame_grid(len(frame), 3, *frame.shape[1:])
     for c, row in enumerate(axes):
         difference = rebuilt[c] - frame[c]
         most = float(np.abs(difference).max())
-        for axis, of, values in zip(row[:2], ("input", "rebuilt"), (frame[c], rebuilt[c]), strict=True):
+        for axis, of, values in zip(row[:2], ("input", "reconstructed"), (frame[c], rebuilt[c]), strict=True):
             shown = draw_frame(axis, values, 0, brightest(frame[c]), of)
         figure.colorbar(shown, ax=row[1], fraction=0.05)
         scale = max(most, _LEAST)
@@ -52,6 +52,6 @@ def rebuilt_figure(frame: Frames, rebuilt: Frames, title: str, layout: Layout) -
         figure.colorbar(shown, ax=row[2], fraction=0.05)
         row[0].set_ylabel(layout.channel_name(c), fontsize=10)
     figure.suptitle(
-        f"{title}\ninput rebuilt from the prediction by eq. 5 (values in [0, 1], {frame.dtype})", fontsize=11
+        f"{title}\ninput reconstructed from the prediction by eq. 5 (values in [0, 1], {frame.dtype})", fontsize=11
     )
     return figure

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import revflow
+from engine.budgets import between, sequence, train
 from engine.nets import (
     Conditioner,
     additive,
@@ -20,35 +21,11 @@ from engine.nets import (
     weighted,
 )
 
-HUGE = 2**40
 STREAMS = image().nbytes
-
-
-def of(*blocks, budget=HUGE, **options):
-    torch.manual_seed(0)
-    return revflow.ReversibleSequence(blocks, memory_budget=budget, guard="off", **options).double()
-
-
-def sequence(make=additive, depth=4, **options):
-    return of(*[make() for _ in range(depth)], **options)
-
-
-def train(net, x):
-    net(x).sum().backward()
 
 
 def kept_in(net, x):
     return sum(n == [1] for n in evaluations(net, lambda: train(net, x)))
-
-
-def between(net, x, share):
-    """A budget of which so much is used for blocks that are kept."""
-    net.memory_budget = "all"
-    most = net.plan(x).peak
-    net.memory_budget = "none"
-    least = net.plan(x).peak
-    net.memory_budget = int(least + share * (most - least))
-    return net
 
 
 def peak_of(net, step, *inputs):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
 import revflow
-from engine.budget.test_budget_flow import between, sequence, train
+from engine.budgets import between, sequence, train
 from engine.nets import (
     additive,
     additive_two,

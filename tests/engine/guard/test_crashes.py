@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import revflow
 from engine.against_plain import Body, assert_right, chain, frames, recurrence, squared, through_time
-from engine.replay.test_contexts_that_end import NETS, Own, nets, two
+from engine.kinds import NETS, Own, nets, two
 
 pytestmark = pytest.mark.filterwarnings("ignore:memory_budget", "ignore:The PyTorch API of nested", "ignore:Converting")
 

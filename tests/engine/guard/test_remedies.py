@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import revflow
 from engine.against_plain import Body, assert_right, chain, frames, recurrence, squared, through_time
-from engine.replay.test_contexts_that_end import NETS, Own, nets, two
+from engine.kinds import NETS, Own, nets, two
 
 pytestmark = pytest.mark.filterwarnings("ignore:memory_budget", "ignore:None of the inputs have requires_grad")
 NO_GRADIENTS = r"evaluations runs without gradients: compute what needs them within `with torch\.enable_grad\(\):`"

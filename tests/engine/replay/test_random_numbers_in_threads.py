@@ -11,8 +11,8 @@ from torch import nn
 
 import revflow
 from engine.against_plain import Body, chain, recurrence, through_time
-from engine.replay.test_contexts_that_end import NETS, two
-from engine.replay.test_threads import Slow, gradients_of, in_threads, inputs
+from engine.kinds import NETS, two
+from engine.threads import Slow, gradients_of, in_threads, inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:memory_budget")
 STEPS = 4

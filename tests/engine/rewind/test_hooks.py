@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import revflow
-from engine.nets import assert_close, conditioners, image, network, stacks, weighted
+from engine.nets import Scale, additive, assert_close, conditioners, image, network, stacks, weighted
 
 
 @stacks
@@ -172,3 +172,13 @@ def test_a_hook_on_a_conditioner_may_change_what_it_returns(stack):
         c.last.register_forward_hook(lambda module, args, out: 0.5 * out.sin())
     found, expected = (torch.autograd.grad(weighted(f(x)), [x, *net.parameters()]) for f in (net, net.plain))
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_that_changes_the_streams_of_another_block_is_found_by_the_guard(hook):
+    """The engine inverts such a block as a whole. Only the recomputed values differ."""
+    net = network(lambda: [additive(), Scale(), additive()])
+    getattr(net[1], hook)(lambda module, args, *outputs: tuple(s + 1 for s in (outputs[0] if outputs else args)))
+    y = net(image().requires_grad_())
+    with pytest.raises(revflow.ReconstructionError, match=r"block 1 \(Scale\)"):
+        y.sum().backward()

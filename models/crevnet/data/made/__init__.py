@@ -1,0 +1,1 @@
+"""Data that crevnet writes: synthetic cities, Moving MNIST, and repacked files."""

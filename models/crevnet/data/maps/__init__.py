@@ -1,0 +1,1 @@
+"""What is computed from the days of a city, and cached: road maps, static inputs and mean frames."""

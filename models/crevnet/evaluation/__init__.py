@@ -1,0 +1,1 @@
+"""Evaluation: forecasts, their scores, and the figures of a run."""

@@ -1,0 +1,1 @@
+"""Files, folders, processes and the errors of a command: what every room uses."""

@@ -1,0 +1,1 @@
+"""CrevNet, from its convolutions to the whole network."""

@@ -102,7 +102,9 @@ class BlockCall:
         """
         before, after = self._rotations
         count = len(now)  # the log-determinant is not recomputed
-        now[:], grads = rotate(now, -after), rotate([*given.grads[:count]], -after)
+        grads = [*given.grads[:count]]
+        if after:
+            now[:], grads = rotate(now, -after), rotate(grads, -after)
         own_end, stored_end, leaves = len(given.own), len(given.stored), len(given.leaves)
         found: Gradients = ()
         for step in reversed(self.replays):
@@ -114,8 +116,9 @@ class BlockCall:
             more = step.undo(now, grads, its)
             found = [*map(plus, found[:leaves], more), *more[leaves:], *found[leaves:]] if found else more
             own_end, stored_end = own, stored
-        now[:] = rotate(now, -before)
-        return [*rotate(grads, -before), *found]
+        if before:
+            now[:], grads = rotate(now, -before), rotate(grads, -before)
+        return [*grads, *found]
 
 
 def _steps(

@@ -149,7 +149,7 @@ def _without_tape(passage: Passage, streams: Streams, log_dets: list[Tensor]) ->
     assert passage.tape is not None
     passage.tape.draws.end()
     log_det = total(log_dets, streams[0]) if log_dets else None
-    streams, log_det = end(passage.tape, streams, None, log_det, kept_follow=True)
+    streams, log_det = end(passage.tape, streams, None, log_det, stored_follow=True)
     return passage._replace(tape=None), streams, [] if log_det is None else [log_det]
 
 

@@ -62,14 +62,11 @@ class ConditionerStep(Replay):
             law.arithmetic.extent.see(y)
         if tape.meter is not None:
             tape.meter.step(t, 0 if law.translates else 2 * y.nbytes)
-        stored = self._stored(x, y, t) if self.stores else ()
+        stored: Streams = (x,) if law.stores_target else ()
+        if self.stores and not stored:
+            with torch.no_grad():  # gradients are on while the pass is measured
+                stored = law.arithmetic.residual(x, law.undo(y, *t))
         return stored, law.log_det(x, y, t) if law.computes_log_det else None
-
-    def _stored(self, x: Tensor, y: Tensor, t: Streams) -> Streams:
-        if self.law.stores_target:
-            return (x,)
-        with torch.no_grad():  # gradients are on while the pass is measured
-            return self.law.arithmetic.residual(x, self.law.undo(y, *t))
 
     def undo(self, now: list[Tensor], grads: list[Tensor | None], given: RewindInputs) -> Gradients:
         """Bring the streams in `now`, and their gradients in `grads`, from after the change to before it.
@@ -161,9 +158,8 @@ class ConditionerStep(Replay):
         """The target before the change; gradients are off here."""
         law = self.law
         if law.stores_target:
-            return stored[
-                0
-            ].detach()  # an alias: `is_ours` counts those, and another backward pass may need the stored one
+            # An alias, by which `is_ours` finds that it must not be overwritten: another backward pass may need the stored one.
+            return stored[0].detach()
         if law.stores:
             return law.arithmetic.restored(law.undo(laid_out(y, self._strides[-1]), *t), stored)
         return law.undo(y, *t)

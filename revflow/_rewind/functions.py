@@ -58,7 +58,7 @@ def _begin_here(ctx: Any, tape: Tape) -> tuple[list[Tensor], Evidence | None, St
 
 
 def end(
-    tape: Tape | None, streams: Streams, join: int | None, log_det: Tensor | None, kept_follow: bool = False
+    tape: Tape | None, streams: Streams, join: int | None, log_det: Tensor | None, stored_follow: bool = False
 ) -> tuple[Streams, Tensor | None]:
     """End a sequence, or its recomputed part if blocks with stored activations follow.
 
@@ -68,7 +68,7 @@ def end(
     more = () if log_det is None else (log_det,)
     if tape is None or not any(s.requires_grad for s in (*streams, *more)):
         return (streams if join is None else (torch.cat(streams, join),)), log_det
-    outputs: Streams = _Anchor.apply(tape, join, kept_follow, len(streams), *streams, *more)  # type: ignore[no-untyped-call]
+    outputs: Streams = _Anchor.apply(tape, join, stored_follow, len(streams), *streams, *more)  # type: ignore[no-untyped-call]
     return (outputs, None) if log_det is None else (outputs[:-1], outputs[-1])
 
 
@@ -158,9 +158,9 @@ class _Anchor(torch.autograd.Function):
     """The end of a sequence: saves its output, and puts it on the tape when the backward pass begins."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, join: int | None, kept_follow: bool, count: int, *tensors: Tensor) -> Streams:
+    def forward(ctx: Any, tape: Tape, join: int | None, stored_follow: bool, count: int, *tensors: Tensor) -> Streams:
         streams, log_det = tensors[:count], tensors[count:]
-        ctx.tape, ctx.join, ctx.kept_follow = tape, join, kept_follow
+        ctx.tape, ctx.join, ctx.stored_follow = tape, join, stored_follow
         if join is not None:
             ctx.sizes, ctx.strides = [s.shape[join] for s in streams], [s.stride() for s in streams]
         ctx.set_materialize_grads(False)
@@ -182,7 +182,7 @@ def _begin(ctx: Any, grads: Gradients) -> Gradients:
     output: Streams = ()
     if ctx.join is None:
         streams = [s.detach() for s in saved]
-        output = () if ctx.kept_follow else saved
+        output = () if ctx.stored_follow else saved
     else:
         # Copies with the strides of the blocks' streams. So the joined output can be freed if nothing else needs it.
         parts = saved[0].split(ctx.sizes, ctx.join)

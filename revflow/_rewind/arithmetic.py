@@ -11,7 +11,7 @@ from revflow._base.streams import Streams
 from revflow.exact import Extent, Grid, Residual
 
 Translation = tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]
-"""A map (stream, shift) -> stream, its inverse, and its inverse in the place of the stream."""
+"""A map (stream, shift) -> stream, its inverse, and its inverse in place."""
 
 
 class Floating:
@@ -23,14 +23,14 @@ class Floating:
     extent: Extent | None = None
     """Checks that streams stay within a grid's range."""
     residuals: list[Residual] | None = None
-    """Of a call under standard autograd: filled by a forward pass, last step last, and used up by an inverse one."""
+    """Of a call under standard autograd: a forward pass appends them, an inverse pass removes them from the end."""
 
     def entered(self, streams: Streams) -> Streams:
-        """A call's input."""
+        """The input streams of a call, in this arithmetic."""
         return streams
 
     def round(self, x: Tensor) -> Tensor:
-        """The result of a map that does more than add."""
+        """The result of a map that does more than add, in this arithmetic."""
         return x
 
     def residual(self, x: Tensor, estimate: Tensor) -> Streams:
@@ -42,7 +42,10 @@ class Floating:
 
 
 class OnGrid(Floating):
-    """Streams are multiples of the grid's unit: sums are exact. Other maps are rounded, and a residual stores the difference."""
+    """Streams are multiples of the grid's unit, and sums are exact.
+
+    The results of other maps are rounded. A residual stores the difference that is lost.
+    """
 
     is_exact = True
 

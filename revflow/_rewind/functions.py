@@ -40,38 +40,6 @@ from revflow._rewind.passage import RewindInputs
 from revflow._rewind.tape import Tape
 
 
-def _begin_here(ctx: Any, tape: Tape) -> tuple[list[Tensor], Evidence | None, Streams]:
-    """The tape's entry for a backward pass that begins at a block with hooks, from its output (`hooked`)."""
-    outputs = [reference() for reference in getattr(ctx, "outputs", ())]
-    streams = [o for o in outputs if o is not None]
-    if not streams or len(streams) < len(outputs):
-        raise RuntimeError(
-            f"a backward pass begins at block {ctx.call.position}, and not at the output of its sequence, from which blocks are "
-            f"recomputed. For a loss that depends only on this block's output, let a forward hook store the whole output, a "
-            f"tuple; or add `0 * y.sum()` of the sequence's output y to the loss"
-        )
-    if versions_of(streams) != ctx.versions:
-        raise RuntimeError(
-            f"the output of block {ctx.call.position} was modified by an inplace operation, and is still needed"
-        )
-    return tape.begin([s.detach() for s in streams])
-
-
-def end(
-    tape: Tape | None, streams: Streams, join: int | None, log_det: Tensor | None, stored_follow: bool = False
-) -> tuple[Streams, Tensor | None]:
-    """End a sequence, or its recomputed part if blocks with stored activations follow.
-
-    Returns the streams, joined along the dimension `join` if that is not None, and the log-determinant if there is one. On a
-    tape the output is saved. The log-determinant passes through the same Function, so that its backward pass begins there too.
-    """
-    more = () if log_det is None else (log_det,)
-    if tape is None or not any(s.requires_grad for s in (*streams, *more)):
-        return (streams if join is None else (torch.cat(streams, join),)), log_det
-    outputs: Streams = _Anchor.apply(tape, join, stored_follow, len(streams), *streams, *more)  # type: ignore[no-untyped-call]
-    return (outputs, None) if log_det is None else (outputs[:-1], outputs[-1])
-
-
 def applied(call: BlockCall, streams: Streams) -> Streams:
     """The output of a block, and its log-determinant if that is computed."""
     return _apply_rewind(call, *streams, *call.tape.arguments.tensors, *call.parameters)  # type: ignore[no-any-return, no-untyped-call]
@@ -152,6 +120,38 @@ def own_of(parameters: Sequence[Tensor]) -> list[Tensor]:
     all parameters would have the same effect, but another thread would find them in the module.
     """
     return [p if p.grad_fn is None else alias_of(p) for p in parameters]
+
+
+def _begin_here(ctx: Any, tape: Tape) -> tuple[list[Tensor], Evidence | None, Streams]:
+    """The tape's entry for a backward pass that begins at a block with hooks, from its output (`hooked`)."""
+    outputs = [reference() for reference in getattr(ctx, "outputs", ())]
+    streams = [o for o in outputs if o is not None]
+    if not streams or len(streams) < len(outputs):
+        raise RuntimeError(
+            f"a backward pass begins at block {ctx.call.position}, and not at the output of its sequence, from which blocks are "
+            f"recomputed. For a loss that depends only on this block's output, let a forward hook store the whole output, a "
+            f"tuple; or add `0 * y.sum()` of the sequence's output y to the loss"
+        )
+    if versions_of(streams) != ctx.versions:
+        raise RuntimeError(
+            f"the output of block {ctx.call.position} was modified by an inplace operation, and is still needed"
+        )
+    return tape.begin([s.detach() for s in streams])
+
+
+def end(
+    tape: Tape | None, streams: Streams, join: int | None, log_det: Tensor | None, stored_follow: bool = False
+) -> tuple[Streams, Tensor | None]:
+    """End a sequence, or its recomputed part if blocks with stored activations follow.
+
+    Returns the streams, joined along the dimension `join` if that is not None, and the log-determinant if there is one. On a
+    tape the output is saved. The log-determinant passes through the same Function, so that its backward pass begins there too.
+    """
+    more = () if log_det is None else (log_det,)
+    if tape is None or not any(s.requires_grad for s in (*streams, *more)):
+        return (streams if join is None else (torch.cat(streams, join),)), log_det
+    outputs: Streams = _Anchor.apply(tape, join, stored_follow, len(streams), *streams, *more)  # type: ignore[no-untyped-call]
+    return (outputs, None) if log_det is None else (outputs[:-1], outputs[-1])
 
 
 class _Anchor(torch.autograd.Function):

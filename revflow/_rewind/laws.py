@@ -18,26 +18,21 @@ from revflow.exact import Residual
 
 
 class Law:
-    """A coupling's `combine` forward, its `separate` inverse."""
+    """The map by which a coupling changes a stream in one call: its `combine` forward, its `separate` inverse."""
 
     undo_: Callable[..., Tensor]
-    """As `undo`, in the place of y; only of a law that adds."""
+    """As `undo`, but it overwrites y. Only a law that adds has it."""
     stores_target = False
     """Whether x is stored, since `undo` would lose digits."""
     stores = 0
     """The number of tensors that each change stores."""
 
     def __init__(self, block: Stepwise, passage: Passage) -> None:
-        self.block = block
+        self.block, self.translates, self._is_exact = block, block.translates, passage.arithmetic.is_exact
         self.direction, self.arithmetic, self.computes_log_det, tape = passage
-        is_forward, self._is_exact, self._is_on_tape = (
-            self.direction.sign > 0,
-            self.arithmetic.is_exact,
-            tape is not None,
-        )
+        is_forward, self._is_on_tape = self.direction.sign > 0, tape is not None
         self.rotations = (0, block.rotation) if is_forward else (-block.rotation, 0)
         """By how many places the streams are rotated before the conditioners run, and after them."""
-        self.translates = block.translates
         if self.translates:  # sums need none of the checks in the methods that they replace
             sums = self.arithmetic.addition if is_forward else self.arithmetic.subtraction
             self.apply, self.undo, self.undo_ = sums  # type: ignore[method-assign]
@@ -47,7 +42,7 @@ class Law:
             self.stores_target, self.stores = True, 1
 
     def apply(self, x: Tensor, *t: Tensor) -> Tensor:
-        """The stream x after the change with coefficients t."""
+        """The stream x, changed with coefficients t."""
         y = self.mapped(self.direction.apply, x, t)
         return self.arithmetic.round(y) if self._is_exact else y
 
@@ -74,7 +69,7 @@ class Law:
         return y
 
     def applied_with_residual(self, x: Tensor, t: Streams, residuals: list[Residual]) -> Tensor:
-        """As `apply`, under standard autograd: appends a residual forward, and uses the last one inverse."""
+        """As `apply`, in exact arithmetic: appends a residual forward, and removes and uses the last one inverse."""
         y = self.apply(x, *t)
         if self.translates:
             return y

@@ -204,7 +204,7 @@ def _is_hidden(streams: Sequence[Tensor]) -> bool:
 
 
 class _Gathered:
-    """A whole tensor, filled by slices: None if all of them are None, zero in the place of single ones that are None."""
+    """A whole tensor, filled by slices. It is None if all of them are None; if only some are, it has zeros in their place."""
 
     def __init__(self, size: int, value: Tensor | None = None) -> None:
         self.size, self.value = size, value

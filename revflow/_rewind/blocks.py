@@ -1,6 +1,6 @@
 """One pass through a block whose input is recomputed: the state of the forward pass, and the inversion that uses it.
 
-A block is passed in steps: a coupling in one for each conditioner, any other block in a single one. No autograd Function is
+A block has parts: a coupling one for each conditioner, any other block a single one. No autograd Function is
 defined here, and no concrete coupling is used.
 """
 
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Gradients, Streams, rotate
 from revflow._replay.replay import Replay
-from revflow._rewind.conditioner import ConditionerStep
+from revflow._rewind.conditioner import ConditionerCall
 from revflow._rewind.graph import plus
 from revflow._rewind.laws import Law
 from revflow._rewind.passage import Passage, RewindInputs
 from revflow._rewind.plain import total
-from revflow._rewind.slices import SlicedStep
+from revflow._rewind.slices import SlicedCall
 from revflow._rewind.tape import Tape
-from revflow._rewind.whole import WholeStep
+from revflow._rewind.whole import WholeCall
 
 
 class BlockCall:
@@ -41,24 +41,24 @@ class BlockCall:
         self.tape: Tape = passage.tape  # type: ignore[assignment]
         self.block_type = type(block).__name__
         self._rotations, self._width = (0, 0) if law is None else law.rotations, len(streams)
-        self.replays = _steps(passage, position, block, law, streams)
-        """The steps."""
+        self.replays = _parts(passage, position, block, law, streams)
+        """Its parts."""
         self.foreign: list[Replay] = []
-        """Steps whose modules may do more than return a result."""
-        self._moving: list[ConditionerStep | WholeStep] = []
-        """Steps that may change a buffer or an attribute."""
+        """Parts whose modules may do more than return a result."""
+        self._moving: list[ConditionerCall | WholeCall] = []
+        """Parts that may change a buffer or an attribute."""
         self.parameters: list[Tensor] = []
         """As the modules hold them."""
         self.checked = self.parameters
         """The parameters, for autograd to save: it refuses those that were changed."""
-        for step in self.replays:
-            self.parameters += step.parameters
-            if step.is_foreign:
-                self.foreign.append(step)
-            if step.buffers or not step.is_known:
-                self._moving.append(step)
-        if self.foreign and any([step.renormalised for step in self.foreign]):
-            self.checked = [p for step in self.replays for p in step.checked]
+        for part in self.replays:
+            self.parameters += part.parameters
+            if part.is_foreign:
+                self.foreign.append(part)
+            if part.buffers or not part.is_known:
+                self._moving.append(part)
+        if self.foreign and any([part.renormalised for part in self.foreign]):
+            self.checked = [p for part in self.replays for p in part.checked]
         self.samples: Streams = ()
         """Values of the block's input that the guard stored."""
 
@@ -68,8 +68,8 @@ class BlockCall:
         now = rotate([*streams], before)
         stored: Streams = ()
         log_dets: list[Tensor] = []
-        for step in self.replays:
-            its_stored, log_det = step.run(now, leaves)
+        for part in self.replays:
+            its_stored, log_det = part.run(now, leaves)
             stored += its_stored
             if log_det is not None:
                 log_dets.append(log_det)
@@ -78,12 +78,12 @@ class BlockCall:
 
     def moved(self) -> list[Tensor]:
         """Buffers and attributes that this pass has changed, as they were before, for autograd to save."""
-        return [value for step in self._moving for value in step.moved()] if self._moving else []
+        return [value for part in self._moving for value in part.moved()] if self._moving else []
 
     def recall(self, moved: Sequence[Tensor]) -> None:
         """Bring them back."""
-        for step in self._moving:
-            moved = step.recall(moved)
+        for part in self._moving:
+            moved = part.recall(moved)
 
     def recomputed(self, streams: Streams) -> Streams:
         """Those of the block's input streams that `rewind` recomputes; the others were stored."""
@@ -92,7 +92,7 @@ class BlockCall:
             return streams
         if law.stores_target:
             return ()
-        return tuple([streams[(step.target + law.rotations[0]) % len(streams)] for step in self.replays])  # type: ignore[union-attr]
+        return tuple([streams[(part.target + law.rotations[0]) % len(streams)] for part in self.replays])  # type: ignore[union-attr]
 
     def rewind(self, now: list[Tensor], given: RewindInputs) -> Gradients:
         """Turn the block's output in `now` into its input.
@@ -107,13 +107,13 @@ class BlockCall:
             now[:], grads = rotate(now, -after), rotate(grads, -after)
         own_end, stored_end, leaves = len(given.own), len(given.stored), len(given.leaves)
         found: Gradients = ()
-        for step in reversed(self.replays):
-            # The input of a later step depends on earlier ones. Finding out whether it needs a gradient does not pay.
-            needs = rotate(given.needs[: self._width], before) if step is self.replays[0] else (True,) * count
-            own, stored = own_end - len(step.parameters), stored_end - step.stores
+        for part in reversed(self.replays):
+            # The input of a later part depends on earlier ones. Finding out whether it needs a gradient does not pay.
+            needs = rotate(given.needs[: self._width], before) if part is self.replays[0] else (True,) * count
+            own, stored = own_end - len(part.parameters), stored_end - part.stores
             its_own, its_stored = given.own[own:own_end], given.stored[stored:stored_end]
             its = RewindInputs(given.grads[count:], needs, given.leaves, its_own, its_stored, given.seen)
-            more = step.undo(now, grads, its)
+            more = part.undo(now, grads, its)
             found = [*map(plus, found[:leaves], more), *more[leaves:], *found[leaves:]] if found else more
             own_end, stored_end = own, stored
         if before:
@@ -121,16 +121,16 @@ class BlockCall:
         return [*grads, *found]
 
 
-def _steps(
+def _parts(
     passage: Passage, position: str, block: nn.Module | Stepwise, law: Law | None, streams: Streams
-) -> Sequence[ConditionerStep | WholeStep]:
-    """The steps of a block, in the order in which they run."""
+) -> Sequence[ConditionerCall | WholeCall]:
+    """The parts of a block, in the order in which they run."""
     tape, device = passage.tape, streams[0].device
     assert tape is not None
     if law is None:
         assert isinstance(block, nn.Module)
-        return [WholeStep(passage, tape, block, f"block {position}", streams)]
+        return [WholeCall(passage, tape, block, f"block {position}", streams)]
     conditioners = law.block.conditioners(streams)[:: law.direction.sign]
     if tape.chunks == 1:
-        return [ConditionerStep(law, tape, k, conditioner, device) for k, conditioner in conditioners]
-    return [SlicedStep(law, tape, k, conditioner, streams, f"{position}/{k}/slices") for k, conditioner in conditioners]
+        return [ConditionerCall(law, tape, k, conditioner, device) for k, conditioner in conditioners]
+    return [SlicedCall(law, tape, k, conditioner, streams, f"{position}/{k}/slices") for k, conditioner in conditioners]

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _RETURN = "Let a conditioner return it, as one more coefficient"
 
 
-class ConditionerStep(Replay):
-    """A conditioner of a coupling, evaluated in both passes, and the change that it makes to its target stream."""
+class ConditionerCall(Replay):
+    """A conditioner in one call: its evaluation in both passes, and the change that it makes to its target stream."""
 
     def __init__(self, law: Law, tape: Tape, target: int, conditioner: nn.Module, device: torch.device) -> None:
         super().__init__(conditioner, device)
@@ -71,7 +71,7 @@ class ConditionerStep(Replay):
     def undo(self, now: list[Tensor], grads: list[Tensor | None], given: RewindInputs) -> Gradients:
         """Bring the streams in `now`, and their gradients in `grads`, from after the change to before it.
 
-        `given` holds the parameters and the stored tensors of this step, and only the log-determinant's gradient. Returns
+        `given` holds the parameters and the stored tensors of this conditioner, and only the log-determinant's gradient. Returns
         the gradients of its leaves and parameters.
         """
         k = self.target

@@ -16,7 +16,7 @@ from revflow._base.torch_private import BatchNorm, FakeTensor
 from revflow._replay.attributes import Attributes
 from revflow._replay.random_states import random_states
 from revflow._replay.replay import Replay
-from revflow._rewind.conditioner import ConditionerStep
+from revflow._rewind.conditioner import ConditionerCall
 from revflow._rewind.graph import is_ours, plus
 from revflow._rewind.laws import Law
 from revflow._rewind.passage import RewindInputs
@@ -26,8 +26,8 @@ _MIXING = 1e-3
 """The largest effect of one sample on another that counts as rounding, relative to the largest value."""
 
 
-class SlicedStep(ConditionerStep):
-    """A conditioner's step in slices: one step of the base class for each."""
+class SlicedCall(ConditionerCall):
+    """A conditioner's call in slices, each of which is a call of the base class."""
 
     def __init__(self, law: Law, tape: Tape, target: int, conditioner: nn.Module, streams: Streams, key: str) -> None:
         device = streams[0].device
@@ -40,18 +40,18 @@ class SlicedStep(ConditionerStep):
         self._size = _batch_size(streams)
         length = max(1, -(-self._size // tape.chunks))
         self._slices = [
-            (slice(begin, begin + length), ConditionerStep(law, tape, target, conditioner, device))
+            (slice(begin, begin + length), ConditionerCall(law, tape, target, conditioner, device))
             for begin in range(0, max(1, self._size), length)
         ]
         if not law.stores_target:
             self.stores *= len(self._slices)
 
     def moved(self) -> list[Tensor]:
-        return [value for _, step in self._slices for value in step.moved()]
+        return [value for _, call in self._slices for value in call.moved()]
 
     def recall(self, moved: Sequence[Tensor]) -> Sequence[Tensor]:
-        for _, step in self._slices:
-            moved = step.recall(moved)
+        for _, call in self._slices:
+            moved = call.recall(moved)
         return moved
 
     def run(self, now: list[Tensor], leaves: Sequence[Tensor]) -> tuple[Streams, Tensor | None]:
@@ -60,11 +60,11 @@ class SlicedStep(ConditionerStep):
         stored: Streams = ()
         targets: list[Tensor] = []
         log_dets: list[Tensor] = []
-        for part, step in self._slices:
+        for part, call in self._slices:
             piece = [s[part] for s in now]
             if self._tape.meter is None:  # the inputs of a Function may require gradients, its slices must not
                 piece = [s.detach() for s in piece]
-            its_stored, log_det = step.run(piece, self._cut(leaves, part))
+            its_stored, log_det = call.run(piece, self._cut(leaves, part))
             stored += its_stored
             targets.append(piece[self.target])
             if log_det is not None:
@@ -80,11 +80,11 @@ class SlicedStep(ConditionerStep):
         stream_grads = [_Gathered(self._size) for _ in changed]
         leaf_grads = [_Gathered(self._size) if self._is_cut(leaf) else _Sum() for leaf in given.leaves]
         own_grads = [_Sum() for _ in given.own]
-        for i, (part, step) in enumerate(self._slices):
+        for i, (part, call) in enumerate(self._slices):
             piece = [s[part] for s in now]
             its_grads = [None if g is None else g[part] for g in grads]
-            step.place, step.is_followed = self.place, self.is_followed
-            found = step.undo(piece, its_grads, self._given(given, i))
+            call.place, call.is_followed = self.place, self.is_followed
+            found = call.undo(piece, its_grads, self._given(given, i))
             if not self.law.stores_target:
                 x.put(part, piece[k])
             for j, gathered in zip(changed, stream_grads, strict=True):
@@ -99,8 +99,8 @@ class SlicedStep(ConditionerStep):
 
     def _given(self, given: RewindInputs, i: int) -> RewindInputs:
         """The inputs of the i-th slice's inversion."""
-        part, step = self._slices[i]
-        count = step.stores
+        part, call = self._slices[i]
+        count = call.stores
         stored = (given.stored[0][part],) if self.law.stores_target else given.stored[i * count : (i + 1) * count]
         grads = [None if g is None else g[part] for g in given.grads]
         return given._replace(grads=grads, leaves=self._cut(given.leaves, part), stored=stored)

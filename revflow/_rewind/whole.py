@@ -21,8 +21,8 @@ from revflow._rewind.plain import call_whole, settled
 from revflow._rewind.tape import Tape
 
 
-class WholeStep(Replay):
-    """The evaluation of such a block in both passes, and its inversion: the only step of its pass."""
+class WholeCall(Replay):
+    """Such a block in one call: its evaluation in both passes, and its inversion."""
 
     stores = 0
 

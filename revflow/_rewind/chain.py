@@ -97,10 +97,11 @@ class ChainCall:
             passage.tape.draws.end()
         if extent is not None:
             _refuse_overflow(extent)
-        log_det = total(log_dets, streams[0]) if passage.log_det else None
-        streams, log_det = end(passage.tape, streams, self._join, log_det)
+        outputs = (*streams, total(log_dets, streams[0])) if passage.log_det else streams
+        outputs = end(passage.tape, outputs, len(streams), self._join)
         if lifetime is not None:
-            streams, log_det = hold(lifetime, streams, log_det)
+            outputs = hold(lifetime, outputs)
+        streams, log_det = (outputs[:-1], outputs[-1]) if passage.log_det else (outputs, None)
         return (streams if self._join is None else streams[0]), log_det
 
     @property
@@ -148,9 +149,9 @@ def _without_tape(passage: Passage, streams: Streams, log_dets: list[Tensor]) ->
     """End the recomputed part of a sequence; the blocks that follow run under standard autograd."""
     assert passage.tape is not None
     passage.tape.draws.end()
-    log_det = total(log_dets, streams[0]) if log_dets else None
-    streams, log_det = end(passage.tape, streams, None, log_det, stored_follow=True)
-    return passage._replace(tape=None), streams, [] if log_det is None else [log_det]
+    outputs = (*streams, total(log_dets, streams[0])) if log_dets else streams
+    outputs = end(passage.tape, outputs, len(streams), None, stored_follow=True)
+    return passage._replace(tape=None), outputs[: len(streams)], [*outputs[len(streams) :]]
 
 
 def _refuse_overflow(extent: Extent) -> None:

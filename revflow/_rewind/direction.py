@@ -27,7 +27,3 @@ class Direction:
 
 FORWARD = Direction("forward", "combine", "separate", 1)
 INVERSE = Direction("inverse", "separate", "combine", -1)
-
-
-def opposite(direction: Direction) -> Direction:
-    return INVERSE if direction is FORWARD else FORWARD

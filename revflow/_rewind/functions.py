@@ -32,12 +32,11 @@ from torch import Tensor
 from revflow._base.second_derivative import once
 from revflow._base.streams import Gradients, Streams, versions_of
 from revflow._base.torch_private import is_going_to_run
-from revflow._guard.chains import Evidence
 from revflow._replay.mode import refuse_compiled_autograd
 from revflow._rewind.blocks import BlockCall
 from revflow._rewind.graph import alias_of, laid_out
 from revflow._rewind.passage import RewindInputs
-from revflow._rewind.tape import Tape
+from revflow._rewind.tape import Entry, Tape
 
 
 def applied(call: BlockCall, streams: Streams) -> Streams:
@@ -107,7 +106,7 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     if seen is not None:
         seen.inputs(call.recomputed(tuple(now)))
     if call.before is not None and is_going_to_run(call.before):  # rule 4
-        tape.push(now, evidence)
+        tape.push((now, evidence, ()))
     elif evidence is not None:
         tape.witness.judge(evidence, tuple(now))  # type: ignore[union-attr]
     return (None, *found)
@@ -122,7 +121,7 @@ def own_of(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p if p.grad_fn is None else alias_of(p) for p in parameters]
 
 
-def _begin_here(ctx: Any, tape: Tape) -> tuple[list[Tensor], Evidence | None, Streams]:
+def _begin_here(ctx: Any, tape: Tape) -> Entry:
     """The tape's entry for a backward pass that begins at a block with hooks, from its output (`hooked`)."""
     outputs = [reference() for reference in getattr(ctx, "outputs", ())]
     streams = [o for o in outputs if o is not None]
@@ -139,19 +138,15 @@ def _begin_here(ctx: Any, tape: Tape) -> tuple[list[Tensor], Evidence | None, St
     return tape.begin([s.detach() for s in streams])
 
 
-def end(
-    tape: Tape | None, streams: Streams, join: int | None, log_det: Tensor | None, stored_follow: bool = False
-) -> tuple[Streams, Tensor | None]:
+def end(tape: Tape | None, outputs: Streams, count: int, join: int | None, stored_follow: bool = False) -> Streams:
     """End a sequence, or its recomputed part if blocks with stored activations follow.
 
-    Returns the streams, joined along the dimension `join` if that is not None, and the log-determinant if there is one. On a
-    tape the output is saved. The log-determinant passes through the same Function, so that its backward pass begins there too.
+    Of the outputs, the first `count` are streams, which are joined along the dimension `join` if that is not None. On a tape
+    the output is saved. A log-determinant passes through the same Function, so that its backward pass begins there too.
     """
-    more = () if log_det is None else (log_det,)
-    if tape is None or not any(s.requires_grad for s in (*streams, *more)):
-        return (streams if join is None else (torch.cat(streams, join),)), log_det
-    outputs: Streams = _Anchor.apply(tape, join, stored_follow, len(streams), *streams, *more)  # type: ignore[no-untyped-call]
-    return (outputs, None) if log_det is None else (outputs[:-1], outputs[-1])
+    if tape is not None and any(o.requires_grad for o in outputs):
+        return _Anchor.apply(tape, join, stored_follow, count, *outputs)  # type: ignore[no-any-return, no-untyped-call]
+    return outputs if join is None else (torch.cat(outputs[:count], join), *outputs[count:])
 
 
 class _Anchor(torch.autograd.Function):
@@ -190,15 +185,13 @@ def _begin(ctx: Any, grads: Gradients) -> Gradients:
         joined = grads[0]
         split = (None,) * len(streams) if joined is None else joined.split(ctx.sizes, ctx.join)
         grads = (*split, *grads[1:])
-    ctx.tape.push(streams, ctx.tape.witness and ctx.tape.witness.begin(tuple(streams)), output)
+    ctx.tape.push(ctx.tape.begin(streams, output))
     return (None, None, None, None, *grads)
 
 
-def hold(lifetime: Tensor, streams: Streams, log_det: Tensor | None) -> tuple[Streams, Tensor | None]:
-    """The streams and the log-determinant, with a graph that holds `lifetime` until it is freed."""
-    more = () if log_det is None else (log_det,)
-    held: Streams = _Hold.apply(lifetime, *streams, *more)  # type: ignore[no-untyped-call]
-    return (held, None) if log_det is None else (held[:-1], held[-1])
+def hold(lifetime: Tensor, outputs: Streams) -> Streams:
+    """The outputs, with a graph that holds `lifetime` until it is freed."""
+    return _Hold.apply(lifetime, *outputs)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Hold(torch.autograd.Function):

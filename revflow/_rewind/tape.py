@@ -11,6 +11,9 @@ from revflow._guard.chains import Evidence, Witness
 from revflow._replay.arguments import Arguments
 from revflow._replay.random_states import Draws
 
+Entry = tuple[list[Tensor], Evidence | None, Streams]
+"""A block's output, the guard's evidence of the backward pass so far, and streams that must not be freed yet."""
+
 
 class Tape:
     """Shared by the blocks of one call whose inputs are recomputed; hands recomputed streams from one block to the next.
@@ -26,20 +29,20 @@ class Tape:
         self.chunks, self.witness = chunks, witness
         self.meter: Meter | None = None
         """Measures the forward pass; None if its costs are known, or not needed."""
-        self._entries: dict[int, tuple[list[Tensor], Evidence | None, Streams]] = {}
+        self._entries: dict[int, Entry] = {}
 
-    def push(self, streams: list[Tensor], evidence: Evidence | None, output: Streams = ()) -> None:
-        """Leave the streams for the block before, in the running backward pass.
+    def begin(self, streams: list[Tensor], output: Streams = ()) -> Entry:
+        """The entry with which a backward pass begins at these streams.
 
         `output` is the sequence's own output. Holding it prevents the first inversion from overwriting it: if the user has
         dropped it, a copy to the CPU may still be in progress on another CUDA stream.
         """
-        self._entries[backward_pass()] = streams, evidence, output
+        return streams, None if self.witness is None else self.witness.begin(tuple(streams)), output
 
-    def pop(self) -> tuple[list[Tensor], Evidence | None, Streams] | None:
-        """The entry of the running backward pass; None if it begins at this block."""
+    def push(self, entry: Entry) -> None:
+        """Leave it for the block before, in the running backward pass."""
+        self._entries[backward_pass()] = entry
+
+    def pop(self) -> Entry | None:
+        """The entry of the running backward pass; None if that begins at this block."""
         return self._entries.pop(backward_pass(), None)
-
-    def begin(self, streams: list[Tensor]) -> tuple[list[Tensor], Evidence | None, Streams]:
-        """The entry with which a backward pass begins at these streams: the output of the sequence, or of a block with hooks."""
-        return streams, None if self.witness is None else self.witness.begin(tuple(streams)), ()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from revflow._base.streams import Context, Gradients, Streams, versions_of
 from revflow._replay.replay import Replay
-from revflow._rewind.direction import opposite
+from revflow._rewind.direction import FORWARD, INVERSE
 from revflow._rewind.graph import aliases_of, edges, gradients, leaf, not_leaves
 from revflow._rewind.passage import Passage, RewindInputs, is_built_in
 from revflow._rewind.plain import call_whole, settled
@@ -41,7 +41,7 @@ class WholeCall(Replay):
         outputs = self.first(
             self._tape.draws, call_whole, self._block, passage.direction, passage.log_det, given, context
         )
-        # A stream that the block returns as it was given is not an alias.
+        # If the block returns an input unchanged, the output is that stream itself, not its alias.
         outputs = tuple([next((s for s, g in zip(streams, given, strict=True) if g is o), o) for o in outputs])
         if reachable is not None:
             reachable.refuse_changes(self._block)
@@ -84,15 +84,16 @@ class WholeCall(Replay):
 
     def _inverted(self, outputs: Streams, context: Context, own: list[Tensor]) -> Streams:
         """The block's input."""
-        back, versions = opposite(self._passage.direction), versions_of(outputs)
+        back, versions = INVERSE if self._passage.direction is FORWARD else FORWARD, versions_of(outputs)
         with self.refusing_changes_of_parameters(f"the {back.name} of {self._place}"):
             streams = self.values(own, call_whole, self._block, back, False, outputs, context)
+        place = f"{self._place} ({type(self._block).__name__})"
         if versions_of(outputs) != versions:
-            raise RuntimeError(f"{self._place} ({type(self._block).__name__}): {back.name} {_IN_PLACE}")
+            raise RuntimeError(f"{place}: {back.name} {_IN_PLACE}")
         if [s.shape for s in streams] != self._shapes:
             raise RuntimeError(
-                f"{self._place} ({type(self._block).__name__}): {back.name} returned streams of shapes "
-                f"{_shapes([s.shape for s in streams])}, to invert a pass that was given {_shapes(self._shapes)}"
+                f"{place}: {back.name} returned streams of shapes {_text([s.shape for s in streams])}, to invert a pass that was "
+                f"given {_text(self._shapes)}"
             )
         return tuple([self._passage.arithmetic.round(s.detach()) for s in streams])
 
@@ -100,5 +101,5 @@ class WholeCall(Replay):
 _IN_PLACE = "changed its input in place, which is still needed: let it return new tensors"
 
 
-def _shapes(shapes: Sequence[torch.Size]) -> str:
+def _text(shapes: Sequence[torch.Size]) -> str:
     return ", ".join(str(tuple(shape)) for shape in shapes)

@@ -2,8 +2,8 @@
 
 from revflow._guard.policy import ReconstructionError as ReconstructionError
 from revflow._guard.policy import ReconstructionWarning as ReconstructionWarning
+from revflow._replay.mode import is_recomputing as is_recomputing
 from revflow._replay.mode import ordinary_autograd as ordinary_autograd
-from revflow._replay.replay import is_recomputing as is_recomputing
 from revflow._through_time.states import States as States
 from revflow._verify.verification import Verification as Verification
 from revflow._version import __version__ as __version__

@@ -1,4 +1,4 @@
-"""Invertible rearrangements of streams, and the base class of every invertible block."""
+"""The base class of every invertible block, and invertible rearrangements of streams."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Streams = tuple[Tensor, ...]
 
 
 class Bijection(nn.Module, ABC):
-    """A block that can be undone: the base class for blocks of your own.
+    """An invertible block: the base class for custom blocks.
 
-    Write `forward` and `inverse`, each from streams to a tuple of streams and each the other's inverse. Keyword arguments
-    of the sequence's call reach both. In a `ReversibleSequence` such a block runs three times a training step (forward,
-    inverse, forward with a graph); derive from `Coupling` where the block is one, and it runs twice.
+    Write `forward` and `inverse`, each from streams to a tuple of streams, and each the inverse of the other. Keyword arguments
+    of the sequence's call reach both. In a `ReversibleSequence`, such a block is evaluated three times per training step:
+    forward, inverse, and forward with a graph. If the block is a coupling, derive it from `Coupling`, which takes two.
 
     Examples:
         >>> class Negation(revflow.Bijection):
@@ -32,27 +32,31 @@ class Bijection(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, *streams: Tensor, **context: Any) -> Streams:
-        """The block's output, one tensor a stream."""
+        """The block's output: a tuple with one tensor per stream."""
 
     @abstractmethod
     def inverse(self, *streams: Tensor, **context: Any) -> Streams:
-        """The input that `forward` maps to `streams`."""
+        """The input that `forward` maps to `streams`: a tuple with one tensor per stream."""
 
     def log_det(self, *streams: Tensor, **context: Any) -> Tensor:
-        """log |det d forward / d streams|, one value a sample. `forward_with_log_det` needs it, nothing else does."""
+        """log |det d forward / d streams|, one value per sample: shape (batch,). Only `forward_with_log_det` calls it."""
         raise NotImplementedError(f"a {type(self).__name__} has no log-determinant: write its method log_det")
 
 
 class PixelUnshuffle(Bijection):
     """Bijective downsampling of every stream: (..., C, H, W) -> (..., factor² C, H / factor, W / factor).
 
-    channel_dim: where C is, if not in front of H and W: 1 for what a three-dimensional convolution works on,
-        (B, C, D, H, W) -> (B, factor² C, D, H / factor, W / factor).
+    The new channels are ordered by (row offset, column offset, channel), as in i-RevNet (Jacobsen et al. 2018, section 3.1). With
+    a factor of 2, the two halves of the channels are then the even and the odd rows. `torch.nn.PixelUnshuffle` orders by
+    (channel, row offset, column offset), so that halves would separate the original channels.
 
-    A pixel's channels come out in the order (row offset, column offset, channel), as in i-RevNet (Jacobsen et al. 2018,
-    section 3.1): split in halves, a factor of 2 gives the even and the odd rows. `torch.nn.PixelUnshuffle` orders them
-    (channel, row offset, column offset), which would part the channels instead. Raises ValueError where H or W is no
-    multiple of `factor`, or C of its square in `inverse`.
+    Args:
+        factor: Downsampling factor of H and of W.
+        channel_dim: Dimension of C, by default the one before H and W. For the input of a three-dimensional convolution use 1:
+            (B, C, D, H, W) -> (B, factor² C, D, H / factor, W / factor).
+
+    Raises:
+        ValueError: If H or W is not a multiple of `factor`, or in `inverse` C is not a multiple of its square.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.PixelUnshuffle(2)])
@@ -63,7 +67,7 @@ class PixelUnshuffle(Bijection):
     def __init__(self, factor: int, channel_dim: int = -3) -> None:
         super().__init__()
         if factor < 1:
-            raise ValueError(f"factor has to be at least 1, not {factor}")
+            raise ValueError(f"factor must be at least 1; got {factor}")
         self.factor, self.channel_dim = factor, channel_dim
 
     def forward(self, *streams: Tensor, **context: Any) -> Streams:
@@ -82,17 +86,18 @@ class PixelUnshuffle(Bijection):
         f = self.factor
         if x.dim() < 3 or x.shape[-2] % f or x.shape[-1] % f:
             raise ValueError(
-                f"PixelUnshuffle({f}) takes (..., C, H, W) with H and W multiples of {f}; got {tuple(x.shape)}: pad the image"
+                f"PixelUnshuffle({f}) requires (..., C, H, W) with H and W multiples of {f}; got {tuple(x.shape)}: pad the image"
             )
         channels = self.channel_dim % x.dim()
-        cells = x.unflatten(-1, (-1, f)).unflatten(-3, (-1, f))  # ..., C, ..., h, row offset, w, column offset
+        cells = x.unflatten(-1, (-1, f)).unflatten(-3, (-1, f))  # (..., C, ..., h, row offset, w, column offset)
         return _in_format_of(x, cells.movedim((-3, -1), (channels, channels + 1)).flatten(channels, channels + 2))
 
     def _shuffle(self, x: Tensor) -> Tensor:
         f = self.factor
         if x.dim() < 3 or x.shape[self.channel_dim] % f**2:
             raise ValueError(
-                f"PixelUnshuffle({f}).inverse takes (..., C, H, W) with C a multiple of {f**2}; got {tuple(x.shape)}"
+                f"PixelUnshuffle({f}).inverse requires (..., C, H, W) with C a multiple of {f**2}; got {tuple(x.shape)}: pass "
+                f"streams that a PixelUnshuffle({f}) returned"
             )
         channels = self.channel_dim % x.dim()
         cells = x.unflatten(channels, (f, f, -1)).movedim((channels, channels + 1), (-3, -1))
@@ -100,6 +105,7 @@ class PixelUnshuffle(Bijection):
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """The tensor y in the memory format of x: channels_last, or contiguous."""
     by_channels = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if by_channels is None or x.is_contiguous() or not x.is_contiguous(memory_format=by_channels):
         return y.contiguous()

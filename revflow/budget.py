@@ -1,17 +1,16 @@
-"""Which blocks of a chain to keep, instead of rebuilding them, in the memory that it may take.
+"""The memory budget: which blocks of a sequence are stored, and which recompute.
 
-Kept blocks stand at the end: their activations are gone before the first rewind needs room. So a schedule is one number, the
-block from which on ordinary autograd takes over.
+The stored blocks are the last ones: the backward pass starts with them, and frees their activations before the first inversion
+needs memory. A schedule is therefore one number, the first stored block. From that block on, standard autograd takes over.
 
-What a block keeps is measured once for each kind of input, in the first training step, which rebuilds everything: its forward
-pass runs with a graph, whose saved tensors are counted and dropped again. From these bytes the peak of every schedule follows
-(`Table`); no step is run for it.
+The costs of the blocks are measured once for each kind of input, in the first training step, which recomputes all blocks. The
+forward pass of each block then runs with a graph, whose saved tensors are counted and dropped. `Table` computes the peak of
+every schedule from these bytes; no further step is run.
 """
 
 from __future__ import annotations
 
 import logging
-import warnings
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -20,133 +19,143 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from revflow._base.bytes import MemoryBudget, free_memory, parse, size
+from revflow._base.free_memory import free_memory
+from revflow._base.memory_size import MemoryBudget, parse, size
+from revflow._base.torch_private import hooks_saved_tensors
+from revflow._base.user_warnings import warn
 
 _log = logging.getLogger(__name__)
 
 
 _KINDS_OF_INPUT = 64
-"""How many are remembered: with inputs of ever other shapes, the oldest are measured again."""
+"""Kinds of input whose costs are remembered. A further kind replaces the oldest one, which is measured again if it returns."""
 
 
 class Cost(NamedTuple):
-    """What one block takes, in bytes."""
+    """Memory of one block, in bytes."""
 
     position: str
+    """The block's name in the sequence."""
     kind: str
+    """The name of the block's class."""
     graph: int
-    """What ordinary autograd keeps of it, beside the streams."""
+    """Tensors that standard autograd saves for the block, other than streams."""
     made: int
-    """The streams that it makes."""
+    """Streams that the block makes."""
     inputs: int
-    """All streams in front of it."""
+    """All streams before the block."""
     outputs: int
-    """All streams behind it."""
+    """All streams after the block."""
     anchors: int
-    """What is kept for its rewind where it is rebuilt."""
+    """Tensors that a recomputed block stores for its inversion."""
     transient: int
-    """What undoing it takes for the time being, beside the streams and their gradients: its graph, and the gradient of the
-    largest tensor in that."""
+    """Temporary memory of the block's inversion, other than the streams and their gradients: its graph, and the gradient of the
+    graph's largest tensor."""
     gradient: int
-    """That gradient alone, which a kept block takes too."""
+    """The gradient of the graph's largest tensor, which a stored block needs as well."""
 
 
 class Table:
-    """The peak of every schedule of one chain, for one kind of input."""
+    """The peak of every schedule, for one kind of input. Schedule k stores the blocks from number k on."""
 
     def __init__(self, costs: Sequence[Cost], joined: bool, rounded: bool) -> None:
-        """`joined`: whether the output's streams are copied into one tensor; `rounded`: whether the input's are, to a grid."""
+        """`joined`: whether the output's streams are copied into one tensor; `rounded`: whether the input is copied to a grid."""
         self.costs = tuple(costs)
         last = len(costs) - 1
         output = costs[last].outputs * (1 + joined) if costs else 0
         self.peaks = [0] * len(costs) + [output]
-        """Of activations and their gradients, by the first block that is kept."""
-        self.kept = [costs[last].outputs if costs else 0] * (len(costs) + 1)
-        """What is kept when the call has returned, its output included, by the first block that is kept."""
-        held = backward = 0
+        """By schedule: bytes of activations and their gradients."""
+        self.held = [costs[last].outputs if costs else 0] * (len(costs) + 1)
+        """By schedule: bytes that are held when the call has returned, its output included."""
+        # Stored blocks, from the last one. `stored` are the activations of blocks k and later, without the output. `backward` is
+        # the peak of their backward pass: block k's activations are alive until block k itself has been differentiated.
+        stored = backward = 0
         for k in range(last, -1, -1):
             cost = costs[k]
-            held += cost.graph + cost.made * (k < last)  # of the output itself
-            backward = cost.graph + cost.made * (k < last) + max(cost.outputs + cost.gradient, backward)
-            anchor = cost.inputs if k or rounded else 0  # else it is the caller's
-            self.kept[k] += anchor + held
-            self.peaks[k] = anchor + max(backward, held + output)
-        rewound = anchors = 0
+            own = cost.graph + cost.made * (k < last)
+            stored += own
+            backward = own + max(cost.outputs + cost.gradient, backward)
+            boundary = cost.inputs if k or rounded else 0  # The input of the whole call is the caller's.
+            self.held[k] += boundary + stored
+            self.peaks[k] = boundary + max(backward, stored + output)
+        # Recomputed blocks, from the first one. Inverting a block takes its streams, their gradients and its temporary memory,
+        # while the anchors of the blocks up to this one are alive.
+        inverting = anchors = 0
         for k, cost in enumerate(costs, 1):
             anchors += cost.anchors
-            rewound = max(rewound, anchors + 2 * cost.outputs + cost.transient)
-            self.kept[k] += anchors
-            self.peaks[k] = max(self.peaks[k] + anchors, rewound)
+            inverting = max(inverting, anchors + 2 * cost.outputs + cost.transient)
+            self.held[k] += anchors
+            self.peaks[k] = max(self.peaks[k] + anchors, inverting)
 
     def first_kept(self, available: int) -> int | None:
-        """The schedule that keeps most in the bytes available; None where none fits."""
+        """The schedule that stores the most blocks within `available` bytes; None if none fits."""
         return next((k for k, peak in enumerate(self.peaks) if peak <= available), None)
 
     def best(self, available: int) -> int:
-        """As `first_kept`; where none fits, the most frugal."""
+        """As `first_kept`; if none fits, the schedule of the lowest peak."""
         found = self.first_kept(available)
-        return self.most_frugal if found is None else found
+        return self.lowest if found is None else found
 
     @property
-    def most_frugal(self) -> int:
-        """The schedule of the lowest peak; of several, the one that keeps most."""
+    def lowest(self) -> int:
+        """The schedule of the lowest peak; if there are several, the one that stores the most blocks."""
         return self.peaks.index(min(self.peaks))
 
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What a sequence keeps and what it rebuilds, for inputs of one kind. Printed, it is a table.
+    """The blocks that a training step stores and recomputes, for one kind of input. `print(plan)` shows a table.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
-        >>> plan = net.plan(torch.randn(2, 8))  # print it for the table
+        >>> plan = net.plan(torch.randn(2, 8))
         >>> plan.kept, len(plan.costs)  # no budget: all blocks recompute
         (0, 8)
     """
 
     budget: int | None
-    """Bytes; None where it is not limited."""
+    """Limit in bytes; None if there is no limit."""
     costs: tuple[Cost, ...]
-    """By block, in the order in which they run."""
+    """Memory of each block, in the order in which the blocks run."""
     first_kept: int
-    """Blocks from here on are kept."""
+    """Index of the first stored block. All blocks after it are stored, all before it recompute."""
     peak: int
-    """Expected bytes of the chain's activations and their gradients; not of its input, nor of parameters' gradients."""
+    """Expected peak in bytes, of activations and their gradients. The input and the parameters' gradients are not included."""
     seconds: tuple[float, ...]
-    """Of each block's forward pass."""
+    """Time of each block's forward pass, in seconds."""
 
     @property
     def kept(self) -> int:
-        """How many blocks are kept."""
+        """Number of stored blocks."""
         return len(self.costs) - self.first_kept
 
     @property
     def transient(self) -> int:
-        """The most that undoing one block takes for the time being, in bytes: the peak is not missed by more."""
+        """Largest error of `peak`, in bytes: the largest temporary memory of one block's inversion."""
         return max((cost.transient for cost in self.costs), default=0)
 
     @property
     def time_ratio(self) -> float:
-        """Expected time of a training step, against ordinary autograd's: a backward pass takes two forward passes' time."""
+        """Expected time of a training step relative to standard autograd. A backward pass counts as two forward passes."""
         total = 3 * sum(self.seconds)
         return 1 + sum(self.seconds[: self.first_kept]) / total if total else 1.0
 
     def __str__(self) -> str:
         width = max([len(c.position) for c in self.costs] + [5])
         kinds = max([len(c.kind) for c in self.costs] + [4])
-        lines = [f"{'block':<{width}}  {'':<{kinds}}  {'':<7}  {'activations':>11}  {'to undo':>11}  {'time':>5}"]
+        lines = [f"{'block':<{width}}  {'':<{kinds}}  {'':<10}  {'activations':>11}  {'to invert':>11}  {'time':>5}"]
         total = sum(self.seconds)
         for k, (c, seconds) in enumerate(zip(self.costs, self.seconds, strict=True)):
-            state = "kept" if k >= self.first_kept else "rebuilt"
+            state = "stored" if k >= self.first_kept else "recomputed"
             share = f"{seconds / total:.1%}" if total else ""
             lines.append(
-                f"{c.position:<{width}}  {c.kind:<{kinds}}  {state:<7}  {size(c.graph + c.made):>11}  "
+                f"{c.position:<{width}}  {c.kind:<{kinds}}  {state:<10}  {size(c.graph + c.made):>11}  "
                 f"{size(c.transient):>11}  {share:>5}"
             )
-        limit = "no budget" if self.budget is None else f"a budget of {size(self.budget)}"
+        limit = "without a budget" if self.budget is None else f"with a budget of {size(self.budget)}"
         lines.append(
-            f"{self.kept} of {len(self.costs)} blocks kept: expected peak {size(self.peak)}, with {limit}; not missed by more "
-            f"than {size(self.transient)}. Expected time {self.time_ratio:.2f} of ordinary autograd's"
+            f"{self.kept} of {len(self.costs)} blocks stored {limit}: expected peak {size(self.peak)} ± "
+            f"{size(self.transient)}, expected time {self.time_ratio:.2f}× standard autograd"
         )
         return "\n".join(lines)
 
@@ -154,25 +163,28 @@ class Plan:
 
 
 Result = tuple[Any, Any]
-"""A chain's output, a tensor or a tuple of streams, and the log-determinant or None."""
+"""The output of a call, a tensor or a tuple of streams, and the log-determinant or None."""
 
 
-class ChainCall(Protocol):
-    """A call of a chain of blocks, as far as the budget knows it."""
+class BudgetedCall(Protocol):
+    """The interface through which a budget runs one call of a sequence; `_rewind.chain.ChainCall` implements it."""
 
     @property
-    def kind(self) -> Hashable: ...
+    def kind(self) -> Hashable:
+        """The kind of input: calls of equal kinds have equal costs."""
 
     @property
     def device(self) -> torch.device: ...
 
-    def run(self, first_kept: int | None = None, lifetime: Tensor | None = None) -> Result: ...
+    def run(self, first_kept: int | None = None, lifetime: Tensor | None = None) -> Result:
+        """Run the call; None recomputes all blocks. The graph holds `lifetime` until it is freed."""
 
-    def measured(self, lifetime: Tensor | None = None) -> tuple[Result, Table]: ...
+    def measured(self, lifetime: Tensor | None = None) -> tuple[Result, Table]:
+        """The result of `run(None, lifetime)`, and the costs that were measured on the way."""
 
 
 class Budget:
-    """A sequence's memory budget, what is known of its costs, and how much of it is in use."""
+    """The memory budget of a sequence, with the costs measured so far and the bytes in use."""
 
     def __init__(self, given: MemoryBudget) -> None:
         self.given = given
@@ -180,89 +192,99 @@ class Budget:
         self._known: dict[Hashable, tuple[int, Table]] = {}
         """By kind of input: the limit in bytes, and the costs."""
         self._in_use = 0
+        """Bytes that the graphs of all pending calls hold."""
         self._pending = 0
-        """Calls that hold something."""
+        """Number of calls whose graph has not been freed."""
         self._most_pending = 1
-        """As far as is known: where a recurrence calls the sequence T times before it goes back, its first step shows that."""
+        """Largest number of pending calls so far. A recurrent network makes T calls before its backward pass, and its first
+        training step counts them. From then on, each call leaves memory for those to come."""
         self._warned = False
 
     def __getstate__(self) -> dict[str, object]:
-        # A copy has no activations yet, and blocks of its own.
+        # A copy of the sequence has no graphs, and its blocks have not been measured.
         return {**self.__dict__, "_known": {}, "_in_use": 0, "_pending": 0}
 
     @property
     def is_limited(self) -> bool:
-        """Whether it depends on the blocks' costs what is kept."""
+        """Whether the number of stored blocks depends on their costs: the budget is neither "all" nor "none"."""
         return not isinstance(self._limit, str)
 
     @property
     def keeps_all(self) -> bool:
+        """Whether standard autograd runs all blocks: the budget is "all"."""
         return self._limit == "all"
 
-    def run(self, chain: ChainCall) -> Result:
-        """What the chain returns, with as many blocks kept as fit beside what earlier calls still hold."""
-        if _is_packed():
-            # Nobody knows where it is kept then, and torch.utils.checkpoint wants the same in both of its runs.
-            return chain.run()
-        kind, lifetime = chain.kind, torch.empty(0)
+    def run(self, call: BudgetedCall) -> Result:
+        """The result of the call, with as many blocks stored as fit in the memory that pending calls leave."""
+        if hooks_saved_tensors():
+            # The hooks decide where tensors are stored, so their memory is unknown. torch.utils.checkpoint also requires that
+            # both of its runs save the same tensors.
+            return call.run()
+        kind, lifetime = call.kind, torch.empty(0)
         if kind in self._known:
             limit, table = self._known[kind]
             first_kept = self._first_kept(table, limit)
-            result = chain.run(first_kept, lifetime)
+            result = call.run(first_kept, lifetime)
         else:
-            limit = self._bytes(chain.device)
-            result, table = chain.measured(lifetime)
+            limit = self._limit_on(call.device)
+            result, table = call.measured(lifetime)
             self._learn(kind, table, limit)
             first_kept = len(table.costs)
-        self._count(table.kept[first_kept], lifetime)
+        self._count(table.held[first_kept], lifetime)
         return result
 
-    def schedule(self, chain: ChainCall) -> tuple[int | None, Table, int]:
-        """The limit in bytes, the costs, and the first block that a call like this keeps when nothing else is held."""
-        kind = chain.kind
+    def schedule(self, call: BudgetedCall) -> tuple[int | None, Table, int]:
+        """The limit in bytes, the costs, and the first stored block of such a call if no other call is pending."""
+        kind = call.kind
         if isinstance(self._limit, str):
-            _, table = chain.measured()
+            _, table = call.measured()
             return None, table, 0 if self.keeps_all else len(table.costs)
-        limit = self._known[kind][0] if kind in self._known else self._bytes(chain.device)
-        _, table = chain.measured()
+        limit = self._known[kind][0] if kind in self._known else self._limit_on(call.device)
+        _, table = call.measured()
         self._learn(kind, table, limit)
         return limit, table, table.best(limit)
 
     def _learn(self, kind: Hashable, table: Table, limit: int) -> None:
+        """Remember the costs of a kind of input."""
         if len(self._known) == _KINDS_OF_INPUT:
             del self._known[next(iter(self._known))]
         self._known[kind] = limit, table
         blocks, first_kept = len(table.costs), table.best(limit)
-        kept, peak = blocks - first_kept, size(table.peaks[first_kept])
-        _log.info("memory_budget=%r keeps %d of %d blocks of a call: expected peak %s", self.given, kept, blocks, peak)
+        stored, peak = blocks - first_kept, size(table.peaks[first_kept])
+        _log.info(
+            "memory_budget=%r: %d of %d blocks stored per call, expected peak %s", self.given, stored, blocks, peak
+        )
 
-    def _bytes(self, device: torch.device) -> int:
+    def _limit_on(self, device: torch.device) -> int:
+        """The limit in bytes; a share is taken of the memory that is free now."""
         assert not isinstance(self._limit, str)
         return self._limit if isinstance(self._limit, int) else int(self._limit * free_memory(device))
 
     def _first_kept(self, table: Table, limit: int) -> int:
+        """The first stored block of a call, given the pending calls and those to come."""
+        recompute_all = len(table.costs)
         to_come = self._most_pending - self._pending - 1
-        if to_come < 0:  # more than there ever were: who knows how many follow
-            return len(table.costs)
-        found = table.first_kept(limit - self._in_use - to_come * table.kept[-1])
+        if to_come < 0:  # More calls are pending than ever before, so the number of those to come is unknown.
+            return recompute_all
+        reserved = to_come * table.held[-1]
+        found = table.first_kept(limit - self._in_use - reserved)
         if found is not None:
             return found
         if self._pending:
-            return len(table.costs)
-        least = len(table.costs) if to_come else table.most_frugal
+            return recompute_all
+        lowest = recompute_all if to_come else table.lowest
         if not self._warned:
             self._warned = True
-            needed = size(table.peaks[least] + to_come * table.kept[-1])
-            warnings.warn(
-                f"memory_budget={self.given!r} is less than the {needed} that this sequence needs to train on such inputs, "
-                f"whatever it keeps: it will take that. A smaller batch needs less, and so does chunks=n. (This is said once "
-                f"for a sequence.)",
-                stacklevel=2,
+            warn(
+                f"memory_budget={self.given!r} is too small: a training step on such inputs needs at least "
+                f"{size(table.peaks[lowest] + reserved)}, and exceeds the budget. Reduce the batch size, or set chunks=n. (Shown "
+                f"once per sequence.)",
+                UserWarning,
             )
-        return least
+        return lowest
 
     def _count(self, size: int, lifetime: Tensor) -> None:
-        """Count `size` bytes as in use until `lifetime` is freed, which the call's graph has saved."""
+        """Count `size` bytes as in use until `lifetime` is freed, which the call's graph holds."""
         self._in_use += size
         self._pending += 1
         self._most_pending = max(self._most_pending, self._pending)
@@ -271,13 +293,3 @@ class Budget:
     def _release(self, size: int) -> None:
         self._in_use -= size
         self._pending -= 1
-
-
-def _is_packed() -> bool:
-    """Whether hooks see what is saved for a backward pass: those of torch.utils.checkpoint, or of save_on_cpu."""
-    node: Any = torch.empty(0, requires_grad=True).exp().grad_fn
-    try:
-        node._raw_saved_result.register_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    except RuntimeError:  # it has some. PyTorch 2.6 has no other way to tell
-        return True
-    return False

@@ -1,19 +1,17 @@
-"""A recurrent cell, and what a step of a recurrence leaves for the next one."""
+"""A recurrent cell, and the state that a recurrence passes from one time step to the next."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
-from revflow._base.streams import Streams
-
-Tensors = tuple[Tensor, ...]
+from revflow._base.streams import Streams, Tensors
 
 
 class RecurrentState(NamedTuple):
-    """What a step leaves for the next one.
+    """The state that a time step passes to the next one.
 
     Examples:
         >>> h = torch.zeros(2, 4)
@@ -23,16 +21,17 @@ class RecurrentState(NamedTuple):
     """
 
     cells: tuple[Tensors, ...]
-    """The state of every cell."""
+    """State of each cell, as a tuple of tensors of any shapes."""
     memories: tuple[Tensors, ...]
-    """The memory that left every cell; the last one enters the first cell in the next step."""
+    """Memory that each cell returned. The last one enters the first cell in the next time step."""
 
 
 class RecurrentCell(nn.Module, ABC):
-    """A module of a `ReversibleRecurrence`: streams go in and out, and a state goes from step to step.
+    """The base class for cells of a `ReversibleRecurrence`, which map streams to streams and a state to its next value.
 
-    All its cost should be in `update`: it runs twice a training step, `mix` three times. A memory is whatever passes from
-    each cell to the next one, and from the last one to the first of the next step; it may be empty.
+    A memory is a tuple of tensors that each cell passes to the next one, and the last cell to the first one of the next time
+    step. It may be empty. Put all costly operations into `update`: in training, each time step evaluates it twice, and `mix`
+    three times.
 
     Examples:
         >>> class Cell(revflow.RecurrentCell):
@@ -56,15 +55,15 @@ class RecurrentCell(nn.Module, ABC):
     def update(
         self, streams: Streams, state: Tensors, memory: Tensors, context: dict[str, Any]
     ) -> tuple[Tensors, Tensors]:
-        """The new state and the new memory, tensor by tensor of the shapes of the old ones."""
+        """The new state and the new memory, each tensor of the shape of the old one."""
 
     @abstractmethod
     def mix(self, streams: Streams, state: Tensors, context: dict[str, Any]) -> Streams:
-        """The output streams, from the input streams and the new state."""
+        """The output streams, computed from the input streams and the new state."""
 
     def forward(
         self, streams: Streams, state: Tensors, memory: Tensors = (), **context: Any
     ) -> tuple[Streams, Tensors, Tensors]:
-        """One step of this cell alone, under ordinary autograd: streams, state and memory."""
+        """One time step of only this cell, under standard autograd. Returns the streams, the state and the memory."""
         state, memory = self.update(streams, state, memory, context)
         return self.mix(streams, state, context), state, memory

@@ -1,18 +1,18 @@
-"""Residual networks made reversible: from x + F(x) on one stream to additive couplings on two.
+"""Conversion of residual networks: from x + F(x) on one stream to additive couplings on two.
 
-A residual network computes x <- x + F(x) for one function F after the other. Of y = x + F(x) alone x cannot be rebuilt; of
-two streams, each changed by functions of the other, both can (RevNet, Gomez et al. 2017; Reformer, Kitaev et al. 2020,
-eq. 9; Rev-ViT, Mangalam et al. 2022). The functions stay what they are; what is computed with them does not.
+A residual network computes x <- x + F(x) for one residual branch F after the other. From y = x + F(x), x cannot be recomputed.
+From two streams, each changed by branches that read the other, both can (RevNet, Gomez et al. 2017; Reformer, Kitaev et al.
+2020, eq. 9; Rev-ViT, Mangalam et al. 2022). The branches stay the same, but the network computes a different function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from revflow._base.bytes import MemoryBudget
+from revflow._base.memory_size import MemoryBudget
 from revflow._guard.policy import Mode
 from revflow.budget import Plan
 from revflow.coupling import AdditiveCoupling
@@ -21,11 +21,14 @@ from revflow.sequence import ReversibleSequence
 
 
 class TwoStreams(nn.Module):
-    """A module of one tensor on a sequence of two streams: both begin as x, and their mean is the output.
+    """A module from one tensor to one tensor, with two streams inside. Both streams start as x, and their mean is the output.
 
-    The output has x's shape and dtype. (Rev-ViT joins the streams instead, for a head of twice the width.) What else a
-    `ReversibleSequence` offers, `sequence` has, for streams. The mean of two streams cannot be undone; the streams themselves
-    can, by `net.sequence.inverse((y1, y2))`.
+    The output has the shape and dtype of x. (Rev-ViT concatenates the streams instead, for a head of twice the width.) The
+    attribute `sequence` is the `ReversibleSequence`, which takes and returns both streams. The mean of two streams cannot be
+    inverted; the streams can, by `net.sequence.inverse((y1, y2))`.
+
+    Each branch reads the stream that the branch before it has changed: x plus every other earlier branch's value, not all of
+    them. The mean of both streams is x plus half the sum of all branches' values; a residual network has the whole sum.
 
     Examples:
         >>> net = revflow.reversible([torch.nn.Linear(8, 8) for _ in range(6)])
@@ -39,14 +42,16 @@ class TwoStreams(nn.Module):
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         if not isinstance(x, Tensor):
-            raise TypeError(f"TwoStreams takes one tensor, which both streams begin as; got a {type(x).__name__}")
+            raise TypeError(
+                f"TwoStreams takes one tensor, with which both streams start; got a {type(x).__name__}. net.sequence takes two"
+            )
         y1, y2 = self.sequence((x, x), **context)
         mean: Tensor = (y1 + y2) / 2
         return mean
 
     @property
     def memory_budget(self) -> MemoryBudget:
-        """What activations may take: that of the sequence."""
+        """The sequence's memory budget."""
         return self.sequence.memory_budget
 
     @memory_budget.setter
@@ -54,7 +59,7 @@ class TwoStreams(nn.Module):
         self.sequence.memory_budget = budget
 
     def plan(self, x: Tensor, **context: Any) -> Plan:
-        """What the memory budget keeps in a training step with `x`, as `ReversibleSequence.plan` tells it."""
+        """`ReversibleSequence.plan` for a training step with `x`."""
         return self.sequence.plan((x, x), **context)
 
 
@@ -66,54 +71,51 @@ def reversible(
     memory_budget: MemoryBudget = "none",
     chunks: int = 1,
 ) -> TwoStreams:
-    """Turn the residual functions of a network into one that trains without storing activations.
+    """Turn the residual branches of a network into one that trains without storing activations.
 
-    Where the network has `for F in functions: x = x + F(x)`, write `x = net(x)` with `net = reversible(functions)`. A pair
-    (F, G), such as a transformer's attention and MLP, each with its normalisation in front, becomes one block; the same
-    functions without pairs compute the same in twice as many blocks.
+    If the network has `for F in functions: x = x + F(x)`, write `net = reversible(functions)` and `x = net(x)`. A pair (F, G),
+    such as a transformer's attention and MLP, each with its normalization, becomes one block. Without pairs, the same functions
+    compute the same in twice as many blocks.
 
-        one function     (x1, x2) -> (x2, x1 + F(x2))
-        a pair           y1 = x1 + F(x2),  y2 = x2 + G(y1)
+        F         (x1, x2) -> (x2, x1 + F(x2))
+        (F, G)    y1 = x1 + F(x2),  y2 = x2 + G(y1)
 
-    **It is another function of the same parameters.** Each F sees the stream that the function before it has changed: x and
-    the sum of every other function before, not of all; and the mean of both streams is x plus half the sum of all functions'
-    values, where the residual network has the whole sum. So weights that were trained without it do not fit: train anew, or
-    fine-tune. Width, parameters and operations are the same.
+    **Same parameters, different function: pretrained weights do not transfer.** Train from scratch, or fine-tune; `TwoStreams`
+    has the formula. Width, parameters and operations stay the same.
 
     Args:
-        functions: modules F(x, **context), from a tensor to one of the same shape; the sum is not among what F does. The
-            modules are taken, not copied: parameters shared with the rest of a network stay shared.
-        guard: what to do where streams are rebuilt wrongly; all options are those of `ReversibleSequence`.
-        exact: whether gradients are those of stored activations to the last bit.
-        memory_budget: what activations may take.
-        chunks: in how many slices of the batch to run the functions.
+        functions: Residual branches F(x, **context), from a tensor to one of the same shape: F, not x + F(x). They are used, not
+            copied, under the names `sequence.<block>.F` and `.G`: parameters stay shared with the rest of a network.
+        guard: Reaction to wrongly recomputed values. This and the other options are those of `ReversibleSequence`.
+        exact: Whether gradients equal those of stored activations to the last bit.
+        memory_budget: Memory for activations.
+        chunks: Number of micro-batches per recomputed branch.
 
-    Returns a module of one tensor of any shape that the functions take. Parameters are named `sequence.<block>.F.<name>`, of
-    a pair's second function `sequence.<block>.G.<name>`.
-
-    Raises TypeError for one function that is in no list, and for what is neither a module nor a pair of them. A function that
-    returns another shape, or no tensor, is a ValueError of the first call. Both name the block.
+    Raises:
+        TypeError: If `functions` is a single module, or an entry is neither a module nor a pair of modules.
+        ValueError: In the first call, if a function returns another shape; the error names the block.
 
     Examples:
-        >>> def branch():
-        ...     return torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8))
-        >>> net = revflow.reversible([(branch(), branch()) for _ in range(6)])
-        >>> net(torch.randn(2, 5, 8)).shape
+        >>> pair = lambda: (torch.nn.Linear(8, 8), torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)))
+        >>> revflow.reversible([pair() for _ in range(6)])(torch.randn(2, 5, 8)).shape
         torch.Size([2, 5, 8])
     """
-    if isinstance(functions, nn.Module) and not isinstance(functions, nn.ModuleList):
-        kind = type(functions).__name__
-        raise TypeError(f"reversible takes a list of residual functions; got one {kind}: write reversible([function])")
-    blocks = [AdditiveCoupling(*_checked(k, entry)) for k, entry in enumerate(functions)]
+    blocks = [AdditiveCoupling(*pair) for pair in _pairs(functions)]
     return TwoStreams(ReversibleSequence(blocks, guard=guard, exact=exact, memory_budget=memory_budget, chunks=chunks))
 
 
-def _checked(k: int, entry: nn.Module | tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
-    """The function, or the pair."""
-    functions = entry if isinstance(entry, tuple) else (entry,)
-    if 1 <= len(functions) <= 2 and all(isinstance(f, nn.Module) for f in functions):
-        return functions
-    kinds = ", ".join(type(f).__name__ for f in functions)
-    raise TypeError(
-        f"block {k} has to be a residual function F, or a pair (F, G) of them, as torch.nn.Modules; got ({kinds})"
-    )
+def _pairs(functions: Iterable[nn.Module | tuple[nn.Module, ...]]) -> Iterator[tuple[nn.Module, ...]]:
+    """The functions, each as a tuple of one or two modules; TypeError for anything else."""
+    if isinstance(functions, nn.Module) and not isinstance(functions, nn.ModuleList):
+        kind = type(functions).__name__
+        raise TypeError(
+            f"reversible takes a list of residual branches; got a single {kind}: write reversible([function])"
+        )
+    for k, entry in enumerate(functions):
+        pair = entry if isinstance(entry, tuple) else (entry,)
+        if not (1 <= len(pair) <= 2 and all(isinstance(f, nn.Module) for f in pair)):
+            kinds = ", ".join(type(f).__name__ for f in pair)
+            raise TypeError(
+                f"block {k} must be a residual branch F, or a pair (F, G) of them, as torch.nn.Modules; got ({kinds})"
+            )
+        yield pair

@@ -1,8 +1,8 @@
-"""Coupling blocks: a stream is changed by an elementwise map whose coefficients a conditioner computes from the others.
+"""Coupling blocks: an elementwise map changes a stream, and a conditioner computes the map's coefficients from the others.
 
 Additive (NICE, Dinh et al. 2014; RevNet, Gomez et al. 2017; i-RevNet, Jacobsen et al. 2018), affine (RealNVP, Dinh et al.
-2016) and gated (CrevNet's weighted sum, Yu et al. 2019) couplings differ in that map alone. All cost is in the conditioner,
-an arbitrary module that is never inverted.
+2016) and gated (CrevNet's weighted sum, Yu et al. 2019) couplings differ only in that map. All cost is in the conditioner, an
+arbitrary module that is never inverted.
 """
 
 from __future__ import annotations
@@ -26,22 +26,26 @@ from revflow.bijection import Bijection, Streams
 
 
 class Coupling(Bijection, Stepwise):
-    """The base class of couplings: with one conditioner F, or two.
+    """The base class of couplings, with one conditioner F or with two, F and G.
 
-    One, a coupling and a swap (i-RevNet):  (x1, x2, ...) -> (x2, ..., combine(x1, F(x2, ...)))
-    Two, a coupling of each stream (RevNet):    y1 = combine(x1, F(x2)),  y2 = combine(x2, G(y1))
+        one (i-RevNet)    (x1, x2, ...) -> (x2, ..., combine(x1, F(x2, ...)))
+        two (RevNet)      y1 = combine(x1, F(x2)),  y2 = combine(x2, G(y1))
 
-    Streams may differ in shape. A conditioner returns one tensor for each name in `coefficients`, each of the shape of
-    the stream that is changed; several as a tuple. They are cast to the stream's dtype. Called by itself, a coupling
-    runs under ordinary autograd; in a `ReversibleSequence`, each conditioner runs exactly twice a training step.
+    In a `ReversibleSequence`, each conditioner runs exactly twice per training step. Called by itself, a coupling runs under
+    standard autograd. Streams may differ in shape.
 
-    For a coupling of your own, write `combine` and `separate`, and for flows `log_derivative`. They may use their arguments
-    alone, and not change them in place: of a parameter of the coupling's own a sequence would take no gradient, and refuses
-    it. A conditioner can return it.
+    For a custom coupling, write `combine` and `separate`, and for normalizing flows `log_derivative`. They may use only their
+    arguments, and must not change them in place. A sequence refuses a parameter of the coupling itself, because it would get no
+    gradient; let a conditioner return it.
 
-    Raises TypeError for a class whose maps are no static methods, a conditioner that is no module or `coefficients` that are no
-    tuple, and, when it is called, ValueError for fewer than two streams, or coefficients or a result of `combine` that do not
-    fit.
+    Args:
+        F: Conditioner of the first stream. It receives the other streams, and returns one tensor per name in `coefficients`,
+            each of the changed stream's shape; several as a tuple. They are cast to that stream's dtype.
+        G: Conditioner of the second stream, which receives the first one after its change. With G there are two streams.
+
+    Raises:
+        TypeError: If a map of the class is not a static method, `coefficients` is not a tuple, or a conditioner is not a module.
+        ValueError: If a call has fewer than two streams, or the coefficients or the result of `combine` do not fit.
 
     Examples:
         >>> class Scaling(revflow.Coupling):
@@ -61,31 +65,33 @@ class Coupling(Bijection, Stepwise):
     """
 
     coefficients: ClassVar[tuple[str, ...]]
-    """The names of what a conditioner returns."""
+    """Names of the tensors that a conditioner returns."""
 
     ill_conditioned: ClassVar[bool] = False
-    """Whether `separate` loses digits: a sequence then keeps the stream that `combine` changes instead of rebuilding it."""
+    """Whether `separate` loses digits. If it does, a sequence stores the stream that `combine` changes and never inverts it."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for name in ("combine", "separate", "log_derivative"):
             if not isinstance(inspect.getattr_static(cls, name), staticmethod):
-                raise TypeError(f"{cls.__name__}.{name} has to be a @staticmethod: it may use its arguments alone")
+                raise TypeError(f"{cls.__name__}.{name} must be a @staticmethod: it may use only its arguments")
         if "log_det" in vars(cls):
-            raise TypeError(f"{cls.__name__}: a coupling's log_det follows from log_derivative: write that instead")
+            raise TypeError(
+                f"{cls.__name__} defines log_det, which follows from log_derivative: write log_derivative instead"
+            )
 
     def __init__(self, F: nn.Module, G: nn.Module | None = None) -> None:
         super().__init__()
         if not isinstance(getattr(self, "coefficients", None), tuple):
             raise TypeError(
-                f"{type(self).__name__} needs `coefficients`, a tuple of the names of what a conditioner returns, such as "
-                f'("shift",)'
+                f"{type(self).__name__} must have an attribute `coefficients`: a tuple of names, one for each tensor that a "
+                f'conditioner returns, such as ("shift",)'
             )
         for name, conditioner in (("F", F), ("G", G)):
             if not isinstance(conditioner, nn.Module) and (name, conditioner) != ("G", None):
                 raise TypeError(
-                    f"{type(self).__name__}: {name} has to be a torch.nn.Module, so that its parameters are known; "
-                    f"got a {type(conditioner).__name__}"
+                    f"{type(self).__name__}: {name} must be a torch.nn.Module, so that its parameters can be found; got a "
+                    f"{type(conditioner).__name__}"
                 )
         self.F = F
         self.G = G
@@ -94,18 +100,18 @@ class Coupling(Bijection, Stepwise):
     @staticmethod
     @abstractmethod
     def combine(x: Tensor, *coefficients: Tensor) -> Tensor:
-        """The changed stream: elementwise, of x's shape and dtype."""
+        """The changed stream y, elementwise, with the shape and dtype of x."""
 
     @staticmethod
     @abstractmethod
     def separate(y: Tensor, *coefficients: Tensor) -> Tensor:
-        """The x that `combine` maps to `y`."""
+        """The x that `combine` maps to y, with the shape and dtype of y."""
 
     @staticmethod
     def log_derivative(x: Tensor, *coefficients: Tensor) -> Tensor:
-        """log |d combine / d x|, elementwise, of the stream's shape. Log-determinants need it, nothing else does."""
+        """log |d combine / d x|, elementwise, with the shape of x. Only log-determinants use it."""
         raise NotImplementedError(
-            "a coupling has no log-determinant without its method log_derivative(x, *coefficients)"
+            "this coupling has no log-determinant: write its static method log_derivative(x, *coefficients)"
         )
 
     def forward(self, *streams: Tensor, **context: Any) -> Streams:
@@ -115,17 +121,18 @@ class Coupling(Bijection, Stepwise):
         return run_stepwise(self, INVERSE, streams, context)
 
     def log_det(self, *streams: Tensor, **context: Any) -> Tensor:
-        """log |det d forward / d streams|, one value a sample."""
+        """log |det d forward / d streams|, one value per sample: shape (batch,)."""
         return run_plainly(Law(self, Passage(FORWARD, log_det=True)), streams, context)[-1]
 
     @property
     def translates(self) -> bool:
-        """Whether `combine` is x + t and nothing else, so that the engine can differentiate it by itself."""
+        """Whether `combine` is x + t, so that the engine can differentiate it without a graph."""
         return self.combine is AdditiveCoupling.combine and self.separate is AdditiveCoupling.separate
 
     @property
     def unobserved(self) -> bool:
-        """Whether a call of this block runs nothing but this class's own `forward`, or `inverse`."""
+        """Whether a call of this block runs only `Coupling.forward` or `Coupling.inverse`: no hook, no method of a subclass."""
+        # The hooks are tested here, because a further function call per block would be measurable.
         kind = type(self)
         return (
             kind.forward is Coupling.forward
@@ -139,16 +146,16 @@ class Coupling(Bijection, Stepwise):
         )
 
     def conditioners(self, streams: Streams) -> list[tuple[int, nn.Module]]:
-        """(index of the stream that is changed, conditioner)."""
+        """(index of the changed stream, conditioner), in the order of the forward pass."""
         if len(streams) < 2 or (self.G is not None and len(streams) != 2):
             expected = "two streams" if self.G is not None else "two streams or more"
-            raise ValueError(f"{type(self).__name__} takes {expected}; got {len(streams)}")
+            raise ValueError(f"{type(self).__name__} requires {expected}; got {len(streams)}")
         return [(0, self.F)] if self.G is None else [(0, self.F), (1, self.G)]
 
     def evaluate(
         self, conditioner: nn.Module, target: Tensor, others: Sequence[Tensor], context: dict[str, Any]
     ) -> Streams:
-        """The coefficients for a stream of `target`'s shape and dtype."""
+        """The conditioner's coefficients, checked for the shape of `target` and cast to its dtype."""
         returned = conditioner(*others, **context)
         values = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
         if len(values) != len(self.coefficients):
@@ -162,22 +169,24 @@ class Coupling(Bijection, Stepwise):
         return tuple([v.to(dtype) for v in values]) if cast else values
 
     def _unfit(self, values: tuple[Any, ...], target: Tensor, others: Sequence[Tensor]) -> ValueError:
+        """The error that describes coefficients of the wrong number, type or shape."""
         if len(values) != len(self.coefficients) or not all(isinstance(v, Tensor) for v in values):
             names, kinds = ", ".join(self.coefficients), ", ".join(type(v).__name__ for v in values)
             return ValueError(
-                f"{type(self).__name__}: a conditioner has to return ({names}), as tensors; it returned ({kinds})"
+                f"{type(self).__name__}: a conditioner must return ({names}) as tensors; it returned ({kinds})"
             )
         name, value = next((n, v) for n, v in zip(self.coefficients, values, strict=True) if v.shape != target.shape)
         return ValueError(
-            f"{type(self).__name__}: a conditioner has to return {name} of the shape of the stream that it changes, "
+            f"{type(self).__name__}: a conditioner must return {name} with the shape of the changed stream, "
             f"{tuple(target.shape)}; from {_shapes(others)} it returned {tuple(value.shape)}"
         )
 
 
 class AdditiveCoupling(Coupling):
-    """y = x + shift (NICE, Dinh et al. 2014). Volume-preserving.
+    """y = x + shift (NICE, Dinh et al. 2014), which preserves volume: the log-determinant is 0.
 
     With two conditioners it is the block of RevNet (Gomez et al. 2017, section 3.1) and of CrevNet (Yu et al. 2019, eq. 2).
+    A conditioner returns one tensor, the shift.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
@@ -203,6 +212,8 @@ class AdditiveCoupling(Coupling):
 
 class AffineCoupling(Coupling):
     """y = x exp(log_scale) + shift (RealNVP, Dinh et al. 2016, eq. 7).
+
+    A conditioner returns (log_scale, shift).
 
     Examples:
         >>> class ScaleAndShift(torch.nn.Linear):
@@ -233,9 +244,9 @@ class AffineCoupling(Coupling):
 class GatedCoupling(Coupling):
     """y = (1 - g) x + g h with g = sigmoid(gate_logit): CrevNet's weighted sum (Yu et al. 2019, section 2.2).
 
-    Gates are computed in float32 at least, and 1 - g as sigmoid(-gate_logit), which stays positive where 1 - sigmoid
-    rounds to zero. The inverse divides by 1 - g: it loses about log2(1 / (1 - g)) bits. So a sequence keeps the stream
-    that the block changes (one stream a block) and gradients are right at any gate.
+    A conditioner returns (gate_logit, h). Gates are computed in float32 or wider, and 1 - g as sigmoid(-gate_logit), which stays
+    positive when 1 - sigmoid rounds to zero. The inverse divides by 1 - g, so it loses about log2(1 / (1 - g)) bits. Therefore a
+    sequence stores the stream that the block changes: one stream per block. Gradients are then correct at any gate.
 
     Examples:
         >>> class GateAndValue(torch.nn.Linear):

@@ -1,9 +1,9 @@
-"""Exact arithmetic in floating point: numbers on a grid, where sums can be taken back to the last bit.
+"""Exact arithmetic in floating point: numbers on a grid, whose sums can be inverted to the last bit.
 
-A float of p significant bits (24 for float32) holds every multiple of 2^-bits up to 2^(p - bits). Sums and differences of
-such multiples that stay in that range are not rounded. So y = x + d is undone by x = y - d exactly, however many blocks
-there are, once d is on the grid. Where a stream is not only shifted but scaled, rounding loses information: what it loses
-is a `Residual`, mostly one byte a value.
+A float of p significant bits (24 for float32) represents every multiple of 2^-bits up to 2^(p - bits). Sums and differences of
+such multiples are not rounded if they stay in that range. Once d is on the grid, x = y - d therefore inverts y = x + d exactly,
+in any number of blocks. If a stream is also scaled, rounding loses information. A `Residual` stores it, mostly in one byte per
+value.
 
 All functions take floating-point tensors of any shape and return new ones of the same shape and dtype.
 """
@@ -20,11 +20,11 @@ from torch import Tensor
 from revflow._base.torch_private import FakeTensor, is_forward_ad, unwrapped
 
 _ESCAPE = -128
-"""The code of a value that is kept as it is."""
+"""The code of a value that is stored in full."""
 
 
 class Residual(NamedTuple):
-    """What an estimate lacks of the true value.
+    """The difference between a true value and its estimate, from which `Grid.restore` recovers the true value.
 
     Examples:
         >>> class GateAndValue(torch.nn.Linear):
@@ -37,17 +37,23 @@ class Residual(NamedTuple):
     """
 
     codes: Tensor
-    """int8: true value - estimate, in units of the grid; -128 where that is too large for a byte."""
+    """int8, of the stream's shape: true value - estimate, in units of the grid. -128 marks a value that does not fit a byte."""
     escaped: Tensor
-    """The true values of those, in the order in which they stand."""
+    """One-dimensional, of the stream's dtype: the true values at the marks, in their order."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The multiples of 2^-bits. In float32, 16 bits hold values up to 256 in steps of 1.5e-5.
+    """A fixed-point grid: the multiples of 2^-bits. With 16 bits, float32 covers values up to 256 in steps of 1.5e-5.
 
-    More bits are finer and hold less: streams that outgrow the range are an error, which names the bits that would do. Raises
-    ValueError where `bits` is no whole number from 1 to 52.
+    More bits give finer steps and a smaller range. Streams that exceed the range raise an OverflowError, which names the number
+    of bits that would suffice.
+
+    Args:
+        bits: Number of bits after the binary point, from 1 to 52.
+
+    Raises:
+        ValueError: If `bits` is not a whole number from 1 to 52.
 
     Examples:
         >>> grid = revflow.Grid(bits=16)
@@ -63,43 +69,43 @@ class Grid:
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or not 1 <= self.bits <= 52:
-            raise ValueError(f"a grid's bits have to be a whole number from 1 to 52, not {self.bits!r}")
+            raise ValueError(f"Grid: bits must be a whole number from 1 to 52; got {self.bits!r}")
 
     @property
     def unit(self) -> float:
-        """The distance between two neighbours."""
+        """The distance between two neighbours on the grid."""
         return 2.0**-self.bits
 
     def limit(self, dtype: torch.dtype) -> float:
-        """The largest absolute value up to which a tensor of `dtype` holds the whole grid."""
+        """The absolute value up to which a tensor of `dtype` represents every multiple."""
         return 2.0 ** (_significand(dtype) - self.bits)
 
     def round(self, x: Tensor) -> Tensor:
-        """The nearest multiple, the even one in the middle between two; zeros are positive. Its derivative is taken as 1."""
+        """The nearest multiple; ties go to the even one, and zeros are positive. Its derivative is taken as 1."""
         with torch.no_grad():
             rounded = torch.add(x.new_zeros(()), self._in_units(x), alpha=self.unit)
-        # The difference is exact, and so is the sum; under autograd the gradient passes the rounding unchanged.
+        # The difference and the sum are exact. Under autograd, the gradient passes the rounding unchanged.
         return x + (rounded - x).detach() if _differentiated() else rounded
 
     def add(self, x: Tensor, d: Tensor) -> Tensor:
-        """x + round(d), exact where x is on the grid and the sum within `limit`."""
+        """x + round(d), which is exact if x is on the grid and the sum within `limit`."""
         return x + self.round(d) if _differentiated() else torch.add(x, self._in_units(d), alpha=self.unit)
 
     def take_back(self, y: Tensor, d: Tensor) -> Tensor:
-        """y - round(d): the x of which `add` has made y."""
+        """y - round(d): the x from which `add` computed y."""
         return y - self.round(d) if _differentiated() else torch.sub(y, self._in_units(d), alpha=self.unit)
 
     def add_(self, x: Tensor, d: Tensor) -> Tensor:
-        """As `add`, in x's place; gradients have to be off."""
+        """`add` in place; gradients must be off."""
         return x.add_(self._in_units(d), alpha=self.unit)
 
     def take_back_(self, y: Tensor, d: Tensor) -> Tensor:
-        """As `take_back`, in y's place; gradients have to be off."""
+        """`take_back` in place; gradients must be off."""
         return y.sub_(self._in_units(d), alpha=self.unit)
 
     @torch.no_grad()
     def residual(self, x: Tensor, estimate: Tensor) -> Residual:
-        """What `restore` needs to make x, to the last bit, of any `estimate` of it (infinite or not a number, even)."""
+        """The residual with which `restore` recovers x to the last bit from `estimate`, even if that is infinite or NaN."""
         codes = torch.sub(x, estimate).mul_(2.0**self.bits).to(torch.int8)
         error = torch.add(estimate, codes.to(x.dtype), alpha=self.unit).sub_(x)
         if not _any_escapes(codes, error):
@@ -109,43 +115,46 @@ class Grid:
 
     @torch.no_grad()
     def restore(self, estimate: Tensor, residual: Residual) -> Tensor:
-        """The x of which `residual` was taken with this very estimate."""
+        """The x for which `residual` was computed with exactly this estimate."""
         codes, escaped = residual
         x = torch.add(estimate, codes.to(estimate.dtype), alpha=self.unit)
         return x.masked_scatter_(codes.eq(_ESCAPE), escaped) if len(escaped) else x
 
     def _in_units(self, x: Tensor) -> Tensor:
+        """The nearest multiple, in units of the grid."""
         return x.mul(2.0**self.bits).round_()
 
 
 def _differentiated() -> bool:
-    """By reverse mode or by forward mode, which runs under no_grad too."""
+    """Whether autograd is on: in reverse mode, or in forward mode, which also runs under no_grad."""
     return torch.is_grad_enabled() or is_forward_ad()
 
 
 def fingerprint(x: Tensor) -> Tensor:
-    """The sum of all values' bits, read as whole numbers: an int64 that changes with any single bit."""
+    """The sum of all values' bits, read as integers: an int64 that changes with any single bit."""
     return x.view(_INTEGERS[x.element_size()]).sum(dtype=torch.int64)
 
 
 class Extent:
-    """Sees that the streams of one pass stay within the range of a grid."""
+    """Checks that the streams of one pass stay within the range of a grid."""
 
     def __init__(self, grid: Grid) -> None:
         self.source: tuple[str, object] | None = None
-        """The block that makes the streams which are seen next, with its position; None for the input."""
+        """The block that makes the next streams, with its position; None for the input."""
         self._grid = grid
+        # (source, dtype, minimum, maximum) of each stream; the extremes are read only once, in `outgrown`.
         self._seen: list[tuple[tuple[str, object] | None, torch.dtype, Tensor, Tensor]] = []
 
     def see(self, stream: Tensor) -> None:
+        """Record the extremes of a stream of the current source."""
         if stream.numel():
             stream = unwrapped(stream.detach())
             self._seen.append((self.source, stream.dtype, stream.amin(), stream.amax()))
 
     def outgrown(self) -> tuple[tuple[str, object] | None, str] | None:
-        """The first source of a stream out of range, and what to do about it. On a GPU this waits once.
+        """The first source of a stream out of range, with a message that names the remedy. On a GPU this waits once.
 
-        What was seen is forgotten: a graph would keep it.
+        The recorded extremes are dropped, because a graph may hold this object.
         """
         seen, self._seen = self._seen, []
         if not seen or seen[0][2].is_meta:
@@ -154,7 +163,7 @@ class Extent:
         ends = torch.stack([end.to(home, torch.float64) for _, _, *ends in seen for end in ends]).abs().tolist()
         for k, (source, dtype, _, _) in enumerate(seen):
             largest = max(ends[2 * k : 2 * k + 2], key=lambda end: math.inf if math.isnan(end) else end)
-            # At the limit itself may be a sum that was rounded to it.
+            # A value at the limit itself may be a sum that was rounded to it.
             if not largest < self._grid.limit(dtype):
                 return source, self._message(dtype, largest)
         return None
@@ -162,31 +171,32 @@ class Extent:
     def _message(self, dtype: torch.dtype, largest: float) -> str:
         name, bits = str(dtype).removeprefix("torch."), self._grid.bits
         found = (
-            f"reaches {largest:.4g}; on a grid of {bits} bits {name} holds values below {self._grid.limit(dtype):.4g}"
+            f"reaches {largest:.4g}; on a grid of {bits} bits {name} covers values below {self._grid.limit(dtype):.4g}"
         )
         if not math.isfinite(largest):
             return (
-                f"{found}. Nothing holds this: the network has diverged, or was given such values, or its streams are of too "
-                f"narrow a dtype"
+                f"{found}. The network has diverged, its input has such values, or the dtype of its streams is too narrow: check "
+                f"the input and the learning rate, or pass float32 streams"
             )
         enough = _significand(dtype) - math.frexp(largest)[1]
         if _significand(dtype) < _significand(torch.float32):
             return (
-                f"{found}. Pass float32 streams, net(x.float()) say, under autocast too: what is in front of a sequence may have "
-                f"left it half of that"
+                f"{found}. Pass float32 streams, net(x.float()), also under autocast: the layers before a sequence may return "
+                f"narrower ones"
             )
         if enough < 1:
             return f"{found}. Pass streams of a wider dtype, or normalise inside the conditioners"
         return (
-            f"{found}. exact=revflow.Grid(bits={enough}) would hold this one; or normalise inside the conditioners, or pass "
+            f"{found}. exact=revflow.Grid(bits={enough}) would cover this one. Or normalise inside the conditioners, or pass "
             f"streams of a wider dtype"
         )
 
 
 def _any_escapes(codes: Tensor, error: Tensor) -> bool:
-    """By extremes, since comparing element by element takes several times as long. On a GPU this waits once.
+    """Whether a code is -128, or an estimate with its code differs from the true value. On a GPU this waits once.
 
-    Of fake tensors, whose values are unknown, none is said to escape.
+    It compares extremes, since comparing element by element takes several times as long. Fake tensors have no values, so none of
+    theirs escapes.
     """
     if not codes.numel() or isinstance(codes, FakeTensor) or codes.is_meta:
         return False
@@ -195,7 +205,7 @@ def _any_escapes(codes: Tensor, error: Tensor) -> bool:
 
 
 def _significand(dtype: torch.dtype) -> int:
-    """Bits of precision, the leading one included."""
+    """The number of significant bits, the leading one included."""
     return 1 - round(math.log2(torch.finfo(dtype).eps))
 
 

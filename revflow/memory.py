@@ -1,13 +1,13 @@
-"""Peak memory of a training step, by one of three ways that are never mixed.
+"""Peak memory of a training step, by one of three methods that are never mixed.
 
-- **cuda**: the allocator's own counters of requested bytes.
+- **cuda**: the counters of requested bytes of the CUDA allocator.
 - **tracked**: on the CPU, the bytes of every storage that an operator returned and that is still alive.
-- **predicted**: the same count under fake tensors, which have shapes and no data: nothing is allocated, any size will do.
+- **predicted**: the same count under fake tensors, which have shapes and no data. Nothing is allocated, so any size is possible.
 
-Tracked and predicted bytes agree exactly, but for the few values that the guard compares when a chain has been undone, which
-fake tensors have none of. `predict_memory` predicts a step for all batch sizes at once. All three ways count what operators
-return; the CPU ways do not see what an operator allocates and frees within itself (a convolution's workspace), nor random
-states and Python objects.
+Tracked and predicted bytes agree exactly, except for the few values that the guard compares at the end of a backward pass: fake
+tensors have none. `predict_memory` predicts a step for all batch sizes at once. All three methods count the results of
+operators. The two for the CPU do not count memory that an operator allocates and frees internally (a convolution's workspace),
+random states, or Python objects.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from revflow._base.torch_private import FakeTensor, FakeTensorMode, TorchDispatc
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes beyond those that were alive before the step.
+    """Memory of a step, in bytes beyond those that were alive before it.
 
     Examples:
         >>> weight = torch.ones(1024)
@@ -35,27 +35,30 @@ class MemoryReport:
     """
 
     peak: int
-    """The most that was alive at any one time."""
+    """Largest number of bytes alive at one time."""
     kept: int
-    """What is still alive when the step has returned, its result included: for a forward pass, what backward needs."""
+    """Bytes alive after the step, its result included. After a forward pass these are the activations for the backward pass."""
     how: Literal["cuda", "tracked", "predicted"]
+    """Method: the CUDA allocator's counters, storages counted on the CPU, or storages counted under fake tensors."""
 
     def __str__(self) -> str:
-        return f"peak {self.peak / 2**20:.1f} MiB, kept {self.kept / 2**20:.1f} MiB ({self.how})"
+        return f"peak {self.peak / 2**20:.1f} MiB, afterwards {self.kept / 2**20:.1f} MiB ({self.how})"
 
 
 def measure_memory(
     step: Callable[[], object], *, device: torch.device | str = "cpu", predict: bool = False
 ) -> MemoryReport:
-    """Run `step()` and measure what it allocates, in bytes beyond what was alive before.
+    """Run `step()` and measure the memory that it allocates, in bytes beyond those that were alive before.
 
     Args:
-        step: the code to measure: a forward pass, a training step. What it returns counts as kept.
-        device: where the step runs: a CUDA device for the allocator's counters, else the CPU.
-        predict: run the step on fake tensors. Whatever it uses has to be made inside it, the model too: count its
-            parameters in, or measure the two apart.
+        step: Code to measure, such as a forward pass or a training step. Its result counts as alive after the step.
+        device: Device on which the step runs: the CPU, or a CUDA device, whose allocator has counters.
+        predict: True to run the step under fake tensors, without allocating. The step must then make all its tensors itself,
+            also the model. Its parameters count; to leave them out, measure the model separately.
 
-    Raises TypeError for what cannot be called, and ValueError for a device that is neither the CPU nor CUDA, unless `predict`.
+    Raises:
+        TypeError: If `step` cannot be called.
+        ValueError: If `device` is neither the CPU nor a CUDA device, unless `predict`.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(64, 64)) for _ in range(8)])
@@ -69,7 +72,8 @@ def measure_memory(
     if not callable(step):
         kind = type(step).__name__
         raise TypeError(
-            f"measure_memory takes what it is to run, `lambda: net(x)` say; got a {kind}, which has run already"
+            f"step must be a function, such as `lambda: net(x)`; got a {kind}. If that is the result of a step, pass the step "
+            f"itself"
         )
     if predict:
         with FakeTensorMode():
@@ -77,13 +81,13 @@ def measure_memory(
     if torch.device(device).type == "cuda":
         return _on_cuda(step, torch.device(device))
     if torch.device(device).type != "cpu":
-        raise ValueError(f"measure_memory knows the CPU and CUDA devices, not {device}; use predict=True")
+        raise ValueError(f"device must be the CPU or a CUDA device; got {device}. For other devices use predict=True")
     return _tracked(step, "tracked")
 
 
 @dataclass(frozen=True)
 class BatchMemory:
-    """Predicted bytes of a step, by its batch size.
+    """Predicted memory of a step, in bytes, as a function of its batch size.
 
     Examples:
         >>> memory = revflow.predict_memory(lambda batch: torch.zeros(batch, 1024).sum())
@@ -92,41 +96,42 @@ class BatchMemory:
     """
 
     peaks: tuple[tuple[int, int], ...]
-    """(fixed, of a sample) at each moment that is the peak for some batch sizes, those of the largest first."""
+    """(fixed bytes, bytes per sample) at each moment that is the peak for some batch sizes, from the largest batches on."""
 
     def peak(self, batch: int) -> int:
-        """The most that is alive at any one time."""
+        """Largest number of bytes alive at one time, with `batch` samples."""
         return max(fixed + sample * batch for fixed, sample in self.peaks)
 
     def largest_batch(self, capacity: int) -> int:
-        """The largest batch whose peak is at most `capacity` bytes; 0 if none is.
+        """Largest batch whose peak is at most `capacity` bytes; 0 if there is none.
 
         A device needs more than the peak: for workspaces, the gaps of its allocator and, with CUDA, half a GiB of its own.
 
-        Raises ValueError if no batch is too large, since nothing grows with it.
+        Raises:
+            ValueError: If the peak does not grow with the batch, so that no batch is too large.
         """
         limits = [(capacity - fixed) // sample for fixed, sample in self.peaks if sample]
         if not limits:
             raise ValueError(
-                "the step's memory does not grow with the batch: make its input of the batch that it is given"
+                "the step's memory does not grow with the batch: make its input with the batch size that it is called with"
             )
         return max(min(limits), 0) if self.peak(0) <= capacity else 0
 
 
 def predict_memory(step: Callable[[int], object]) -> BatchMemory:
-    """Predict what a step takes at every batch size, from one run of it on fake tensors.
+    """Predict a step's memory at every batch size, from one run under fake tensors.
 
         memory = revflow.predict_memory(training_step)  # training_step(batch) makes the model and its input
         memory.peak(8), memory.largest_batch(16 * 2**30)
 
-    The run's batch is a prime number so large that a tensor's bytes are a multiple of it only where they grow with the batch.
-    Equal to `measure_memory`'s peaks from a batch of 2 on. Parts of a single sample may be contiguous where those of several
-    are not, and then be shared rather than copied, or copied rather than shared: a batch of 1 may differ by a few streams.
+    The run's batch is a large prime number, so that a tensor's bytes are a multiple of it only if they grow with the batch. From
+    a batch of 2 on, the peaks equal those of `measure_memory`. A batch of 1 may differ by a few streams: slices of one sample may
+    be contiguous although those of several are not, and are then shared instead of copied, or copied instead of shared.
 
     Args:
-        step: called with a batch size, it makes whatever it uses, the model too. Every tensor has to be of a size that is
-            proportional to the batch or does not depend on it, and what is done must not depend on it: no loop over samples,
-            no `memory_budget`.
+        step: Function of a batch size that makes all its tensors, also the model. The size of each tensor must be proportional
+            to the batch size or independent of it. The operations must not depend on it: no loop over samples, no
+            `memory_budget`.
 
     Examples:
         >>> def step(batch):
@@ -150,6 +155,7 @@ _MANY = 3_000_000_019
 
 def _on_cuda(step: Callable[[], object], device: torch.device) -> MemoryReport:
     def requested(what: str) -> int:
+        """Bytes as requested, before the allocator rounds them up."""
         return int(torch.cuda.memory_stats(device)[f"requested_bytes.all.{what}"])
 
     torch.cuda.synchronize(device)
@@ -181,11 +187,10 @@ class _LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[
-                0
-            ].fake_device  # autograd asks for it more often than for all else: this saves a fifth of the time
-        # Storages that the step was given are not its own, even where an operator returns a view of them. A constant that
-        # torch.tensor has just made (Adam's step counts) first shows as what lift_fresh is given.
+            # Autograd calls this operator most often. The short cut saves a fifth of the time.
+            return args[0].fake_device
+        # Storages that the step was given do not count, even if an operator returns a view of them. A constant that torch.tensor
+        # has just made (such as Adam's step counts) does: it first appears as an argument of lift_fresh.
         given = set() if func is torch.ops.aten.lift_fresh.default else _storages((args, kwargs))
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
@@ -197,7 +202,7 @@ class _LiveStorages(TorchDispatchMode):
         key = storage._cdata
         size = self._size(storage)
         if key in self._sizes:
-            self._add(size - self._sizes[key])  # an operator may resize what it was given
+            self._add(size - self._sizes[key])  # The operator has resized its argument.
             self._sizes[key] = size
         elif key not in given and not is_in_host_memory():
             self._sizes[key] = size
@@ -216,7 +221,7 @@ class _LiveStorages(TorchDispatchMode):
 
 
 class _BatchStorages(_LiveStorages):
-    """Counts fixed bytes, and those of a sample in units of `_SAMPLE`, and keeps all of the count's maxima."""
+    """Counts bytes as fixed + `_SAMPLE` * bytes per sample, and records all local maxima of that count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,12 +251,12 @@ class _BatchStorages(_LiveStorages):
         return BatchMemory(tuple(peaks))
 
 
-_SAMPLE = 2**60  # more than all fixed bytes
+_SAMPLE = 2**60  # More than all fixed bytes.
 
 
 def _is_below(steep: tuple[int, int], middle: tuple[int, int], flat: tuple[int, int]) -> bool:
-    """Whether `middle` is nowhere above both others."""
-    # Where `flat` meets it does not lie before where `steep` does.
+    """Whether the line `middle` is nowhere above both others."""
+    # With a growing batch, `steep` overtakes `middle` no later than `middle` overtakes `flat`.
     return (flat[0] - middle[0]) * (steep[1] - middle[1]) >= (middle[0] - steep[0]) * (middle[1] - flat[1])
 
 
@@ -260,7 +265,7 @@ def _storages(tree: object) -> set[int]:
 
 
 def _tensors(tree: object) -> Iterator[Tensor]:
-    """Those among an operator's arguments or results."""
+    """The tensors among an operator's arguments or results."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (tuple, list, dict)):

@@ -1,4 +1,4 @@
-"""ReversibleRecurrence: a stack of recurrent cells that trains through time without storing what happens inside of a step."""
+"""ReversibleRecurrence: a stack of recurrent cells that trains through time without storing activations inside a time step."""
 
 from __future__ import annotations
 
@@ -7,48 +7,48 @@ from types import MethodType
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from revflow._base.streams import Streams
 from revflow._base.torch_private import allow_recompilations
 from revflow._guard.policy import Guard, Mode
-from revflow._replay.mode import engine_applies, refuse_replica
+from revflow._replay.mode import engine_applies
+from revflow._replay.refusals import refuse_replica
 from revflow._through_time.functions import run
 from revflow._through_time.states import States, storage_of
 from revflow._through_time.steps import StepInput
 from revflow.cell import RecurrentCell, RecurrentState
 
-Tensors = tuple[Tensor, ...]
-
 
 class ReversibleRecurrence(nn.ModuleList):
-    """Recurrent cells, one upon the other, over time.
+    """A stack of recurrent cells, trained through time.
 
-    In training a step stores its input streams and the new states and memories, which the next step needs anyway. The
-    backward pass rebuilds everything else, cell by cell: it evaluates every `update` twice in all, every `mix` three times.
-    Gradients are those of ordinary autograd; that of a state or a stream which a step returned is what comes to it from behind
-    that step.
+    In training, each time step stores its input streams and the new states and memories, which the next one needs anyway. The
+    backward pass recomputes everything else, cell by cell. In total, every `update` is evaluated twice and every `mix` three
+    times. Gradients equal those of standard autograd. The gradient of a state or a stream that a time step returned sums up the
+    contributions of all operations after that time step.
 
     Args:
-        cells: the cells, the first one at the bottom.
-        states: how new states and memories are kept for the backward pass.
-            "kept": on the device, as they are.
-            "bfloat16": on the device, rounded to bfloat16; whatever follows sees the rounded values, so that gradients are
-                those of what was computed.
-            "offloaded": in the CPU's memory; on CUDA pinned, and copied beside the computation.
-            n, a number: those of every n-th step, as they are; the others are computed again. Memory falls by about n, `update`
-                runs 3 - 1 / n times in all.
-        guard: as for a ReversibleSequence. The guard compares what each cell returns in its second evaluation with the states
-            that the forward pass left.
+        cells: Recurrent cells, from the first to the last.
+        states: Storage of new states and memories until the backward pass:
+            `"kept"` stores them on the device, unchanged.
+            `"bfloat16"` stores them on the device, rounded to bfloat16. All later operations read the rounded values, so that
+                gradients are exactly those of the computed function.
+            `"offloaded"` stores them in the CPU's memory; on CUDA it is pinned, and copies overlap with the computation.
+            A number n stores those of every n-th time step, unchanged, and recomputes the others. Memory falls by a factor of
+                about n, and `update` runs 3 - 1 / n times in total.
+        guard: Reaction to wrongly recomputed values, as in `ReversibleSequence`. The guard compares the results of each cell's
+            second evaluation with the states of the forward pass.
 
-    States are found in the step that made them if they are passed on as they came, in the dtype that they had; what was done
-    to them between two steps (a mask, say) is kept besides, on the device.
+    Pass states from step to step as they are, in the dtype that they have: they are then found in the step that made them. The
+    result of an operation on them between two steps, such as a mask, is stored additionally, on the device.
 
     Under `revflow.ordinary_autograd`, `no_grad`, forward-mode differentiation, `torch.func`'s transforms and `torch.export` it
-    runs as ordinary modules do. Second derivatives are refused.
+    runs like any other module. Second derivatives are refused.
 
-    Raises TypeError for a cell that is no RecurrentCell or a state that is no RecurrentState, ValueError where the state does not
-    fit the cells.
+    Raises:
+        TypeError: If a cell is not a RecurrentCell, a state is not a RecurrentState, or streams are not a tuple of tensors.
+        ValueError: If a state does not have one entry per cell, or `states` or `guard` has an unknown value.
 
     Examples:
         >>> class Cell(revflow.RecurrentCell):
@@ -60,7 +60,7 @@ class ReversibleRecurrence(nn.ModuleList):
         >>> net = revflow.ReversibleRecurrence([Cell(), Cell()])
         >>> x = torch.randn(2, 4, requires_grad=True)
         >>> state = revflow.RecurrentState(cells=((x,), (x,)), memories=((), ()))
-        >>> outputs, last = net([(x, x), None, None], state)  # the second and third step are fed back
+        >>> outputs, last = net([(x, x), None, None], state)  # steps 2 and 3 read the last output
         >>> outputs[-1][0].sum().backward()
     """
 
@@ -69,7 +69,7 @@ class ReversibleRecurrence(nn.ModuleList):
         self._storage, self._guard, self._states = storage_of(states), Guard(guard), states
         for k, cell in enumerate(cells):
             if not isinstance(cell, RecurrentCell):
-                raise TypeError(f"cell {k} has to be a revflow.RecurrentCell; got a {type(cell).__name__}")
+                raise TypeError(f"cell {k} must be a revflow.RecurrentCell; got a {type(cell).__name__}")
             self.append(cell)
 
     @overload
@@ -84,30 +84,32 @@ class ReversibleRecurrence(nn.ModuleList):
     def forward(
         self, inputs: Sequence[Streams | None], state: RecurrentState, **context: Any
     ) -> tuple[list[Streams], RecurrentState]:
-        """The streams that leave each step, and the last step's state.
+        """The output streams of each time step, and the last state.
 
         Args:
-            inputs: the streams of each step; None where the last step's output is fed back.
-            state: before the first step.
+            inputs: Streams of each time step; None feeds back the output of the step before.
+            state: State before the first time step.
         """
         outputs: list[Streams] = []
         for t, streams in enumerate(inputs):
             if streams is None and not outputs:
-                raise ValueError("inputs[0] is None: there is no output yet that could be fed back")
+                raise ValueError(
+                    "inputs[0] is None, but the first time step has no earlier output to feed back: pass its streams"
+                )
             output, state = self.step(outputs[t - 1] if streams is None else streams, state, **context)
             outputs.append(output)
         return outputs, state
 
     def step(self, streams: Streams, state: RecurrentState, **context: Any) -> tuple[Streams, RecurrentState]:
-        """One step: the streams that leave the last cell, and the new state."""
+        """One time step: the last cell's output streams, and the new state."""
         self._check(streams, state)
         if not engine_applies():
             return self.plain_step(streams, state, **context)
         refuse_replica(self)
-        return self._rebuilt_step(streams, state, context)  # type: ignore[no-any-return]
+        return self._recomputed_step(streams, state, context)  # type: ignore[no-any-return]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _rebuilt_step(
+    def _recomputed_step(
         self, streams: Streams, state: RecurrentState, context: dict[str, Any]
     ) -> tuple[Streams, RecurrentState]:
         given = StepInput(streams, state.cells, state.memories[-1], context)
@@ -115,7 +117,7 @@ class ReversibleRecurrence(nn.ModuleList):
         return streams, RecurrentState(tuple(new for new, _ in results), tuple(left for _, left in results))
 
     def plain_step(self, streams: Streams, state: RecurrentState, **context: Any) -> tuple[Streams, RecurrentState]:
-        """`step` under ordinary autograd, which stores every activation."""
+        """`step` under standard autograd, which stores every activation."""
         memory = state.memories[-1]
         cells, memories = [], []
         for cell, its_state in zip(self._cells(), state.cells, strict=True):
@@ -127,38 +129,38 @@ class ReversibleRecurrence(nn.ModuleList):
         return streams, RecurrentState(tuple(cells), tuple(memories))
 
     def compile_cells(self, **options: Any) -> ReversibleRecurrence:
-        """Compile `update` and `mix` of every cell, in place, by `torch.compile(..., **options)`; returns the recurrence.
+        """Compile `update` and `mix` of every cell in place, with `torch.compile(..., **options)`; returns the recurrence.
 
-        The engine itself stays out of compiled graphs, and raises dynamo's limit of recompilations.
+        The engine itself stays out of compiled graphs. This raises dynamo's limit of recompilations.
         """
-        # Up to 19 graphs of a part: with gradients and without; in train mode and in eval mode; in the first steps, where states
-        # may be one tensor of zeros, and later; for batches of one size and of any.
+        # A method needs up to 19 graphs: with and without gradients, in train and in eval mode, for the first time steps (whose
+        # states may share one tensor of zeros) and the later ones, and for batches of one size and of any size.
         allow_recompilations(32)
         compiled: dict[Any, Any] = {}
         for cell in self._cells():
             for name in ("update", "mix"):
-                part = getattr(type(cell), name)
-                if part not in compiled:
-                    compiled[part] = torch.compile(part, **options)
-                setattr(cell, name, MethodType(compiled[part], cell))
+                method = getattr(type(cell), name)
+                if method not in compiled:
+                    compiled[method] = torch.compile(method, **options)
+                setattr(cell, name, MethodType(compiled[method], cell))
         return self
 
     def _check(self, streams: Streams, state: RecurrentState) -> None:
         if not isinstance(state, RecurrentState):
-            raise TypeError(f"state has to be a revflow.RecurrentState; got a {type(state).__name__}")
+            raise TypeError(f"state must be a revflow.RecurrentState; got a {type(state).__name__}")
         if not len(self):
-            raise ValueError("this ReversibleRecurrence has no cells")
+            raise ValueError("this ReversibleRecurrence has no cells: construct it with one or more")
         if not len(self) == len(state.cells) == len(state.memories):
             raise ValueError(
-                f"state has to hold the states and the memories of {len(self)} cells; it holds {len(state.cells)} states and "
-                f"{len(state.memories)} memories"
+                f"state must have states and memories of {len(self)} cells; it has {len(state.cells)} states and "
+                f"{len(state.memories)} memories. Pass an empty tuple for a cell without a memory"
             )
         named = {"streams": streams}
         named |= {f"state.cells[{k}]": tensors for k, tensors in enumerate(state.cells)}
         named |= {f"state.memories[{k}]": tensors for k, tensors in enumerate(state.memories)}
         for name, tensors in named.items():
             if not isinstance(tensors, tuple):
-                raise TypeError(f"{name} has to be a tuple of tensors; got a {type(tensors).__name__}")
+                raise TypeError(f"{name} must be a tuple of tensors; got a {type(tensors).__name__}")
 
     def _cells(self) -> list[RecurrentCell]:
         return list(self)  # type: ignore[arg-type]

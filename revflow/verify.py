@@ -1,4 +1,4 @@
-"""verify: run a network both ways, and say in plain words whether the engine can be trusted with it."""
+"""verify: train a network with the engine and under standard autograd, and report the differences."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from revflow._verify.verification import Verification
 
 
 def verify(net: nn.Module, *inputs: Any, **context: Any) -> Verification:
-    """Run `net(*inputs, **context)` with the engine and under ordinary autograd, and compare.
+    """Compare a training step of `net(*inputs, **context)` with the engine to one under standard autograd.
+
+    It compares the gradients and measures memory and time. It also checks each block separately: its inverse, its determinism and
+    its log-derivative. The network stays as it was, because everything runs on copies. `print` the result for a report.
 
     Args:
-        net: a `ReversibleSequence`, or a module that has some inside. It is left as it was: everything runs on copies.
-        *inputs: its arguments. Floating-point tensors among them get gradients, too.
-        **context: its keyword arguments, as well. The autocast context in which `verify` is called counts.
+        net: A `ReversibleSequence`, or a module that contains at least one.
+        *inputs: Arguments of the network. Floating-point tensors among them get gradients as well.
+        **context: Keyword arguments of the network, with gradients as above. The autocast context of the call applies.
 
-    Raises ValueError where there is no ReversibleSequence in `net`. What the network itself raises is raised here too,
-    except in the backward pass, where it is reported as a problem.
+    Raises:
+        ValueError: If `net` does not contain a ReversibleSequence.
+        Exception: Errors of the network itself, except those of the backward pass, which the report lists as problems.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
@@ -29,6 +33,6 @@ def verify(net: nn.Module, *inputs: Any, **context: Any) -> Verification:
     """
     if not sequences_in(net):
         raise ValueError(
-            f"verify takes a module with a ReversibleSequence in it; there is none in this {type(net).__name__}"
+            f"net must contain a ReversibleSequence; there is none in this {type(net).__name__}. Pass the module that contains it"
         )
     return Trial(net, inputs, context).report()

@@ -1,7 +1,7 @@
 """The prose keeps the field's words and a technical writer's syntax: mechanical rules, each a pattern and its remedy.
 
-Pages are read as sentences, without code and the targets of links; Python files by their comments, docstrings and messages. A
-page or folder that is not clean yet is listed in EXCEPTIONS, and a clean one must leave the list.
+Pages are read as sentences, without code and the targets of links; Python files by their comments, docstrings and messages,
+without the code of examples. A page or folder that is not clean yet is listed in EXCEPTIONS, and a clean one must leave it.
 """
 
 import ast
@@ -89,7 +89,7 @@ def messages(code):
         yield from sentences(comment)
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.count(" ") > 2:
-            yield from sentences(inspect.cleandoc(node.value))
+            yield from sentences(re.sub(r"^ *(?:>>>|\.\.\.) .*", "", inspect.cleandoc(node.value), flags=re.MULTILINE))
 
 
 def findings(text):
@@ -163,3 +163,8 @@ def test_planted_faults_are_found(monkeypatch, tmp_path):
 def test_good_prose_is_not_found():
     text = "Pass F, not the block. There is no cache. `kept` bytes per sample are 1.38× as many. Where is it stored?"
     assert not [finding for sentence in sentences(text) for finding in findings(sentence)]
+
+
+def test_code_of_an_example_is_not_prose():
+    example = '"""Return the sum.\n\n    >>> plan.kept, plan.ordinary\n    ... # kept\n    It was kept.\n    """\n'
+    assert [finding for sentence in messages(example) for finding in findings(sentence)] == ["'kept': stored"]

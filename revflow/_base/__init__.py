@@ -1,4 +1,4 @@
-"""What every room uses: types of streams, the interface of a coupling, errors, amounts of memory, private names of torch.
+"""Parts that every room uses: types of streams, a coupling's interface, errors, warnings, memory sizes, private names of torch.
 
-The room must not depend on how a block is evaluated or inverted.
+The room guarantees that each of these is defined once. It must not depend on how a block is evaluated or inverted.
 """

@@ -1,4 +1,4 @@
-"""A block's error, with its place."""
+"""Errors of a block or cell, raised again with its place in the network and the shapes of its streams."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from torch import nn
 
 from revflow._base.streams import Streams
 
-NAMED = (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, AssertionError)
-"""Errors of a block that are raised again with its place and what it was given."""
+BLOCK_ERRORS = (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, AssertionError)
+"""Types of errors that are raised again with the block's place. Their constructors take a message and nothing else."""
 
 
-def named(error: Exception, place: str, module: nn.Module, streams: Streams) -> Exception:
-    """The same error, with the place where it arose; one of another type (out of memory, say) as it is."""
-    if type(error) not in NAMED:
+def with_place(error: Exception, place: str, module: nn.Module, streams: Streams) -> Exception:
+    """An error of the same type, whose message begins with the place; subclasses (out of memory, for example) pass unchanged."""
+    if type(error) not in BLOCK_ERRORS:
         return error
     shapes = ", ".join(str(tuple(s.shape)) for s in streams)
-    why = next((hint for text, hint in _HINTS.items() if text in str(error)), "")
-    return type(error)(f"{place} ({type(module).__name__}), given streams of shapes {shapes}: {error}{why}")
+    remedy = next((hint for text, hint in _HINTS.items() if text in str(error)), "")
+    return type(error)(f"{place} ({type(module).__name__}), given streams of shapes {shapes}: {error}{remedy}")
 
 
 _NO_GRAPH = (
-    ". The first of a conditioner's two evaluations runs without gradients: compute what needs them within "
+    ". The first of a conditioner's two evaluations runs without gradients. Compute gradients inside a conditioner within "
     "`with torch.enable_grad():`, of an input with requires_grad_(), and register hooks only if the tensor requires a gradient"
 )
 _HINTS = {
@@ -32,3 +32,4 @@ _HINTS = {
     "unexpected keyword argument": ". The keyword arguments of a sequence's call reach every conditioner: let its forward take "
     "**context",
 }
+"""Remedies by a part of PyTorch's or Python's message."""

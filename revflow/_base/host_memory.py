@@ -1,4 +1,4 @@
-"""Copies of a device's tensors in the CPU's memory, which are no part of what is measured."""
+"""A mark on copies in the CPU's memory, so that measurements of a device's memory leave them out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _thread = threading.local()
 
 @contextmanager
 def in_host_memory() -> Iterator[None]:
-    """Tensors made within are copies in the CPU's memory: where the CPU stands for a device, they do not count as its own."""
+    """Mark the tensors that are created in this context as copies in the CPU's memory.
+
+    If the network itself runs on the CPU, such a copy cannot be distinguished from a tensor of the device in any other way.
+    """
     _thread.in_host_memory = True
     try:
         yield
@@ -20,4 +23,5 @@ def in_host_memory() -> Iterator[None]:
 
 
 def is_in_host_memory() -> bool:
+    """Whether the current code runs within `in_host_memory()`."""
     return getattr(_thread, "in_host_memory", False)

@@ -1,4 +1,4 @@
-"""Gradients that can be used, but not differentiated."""
+"""Gradients that can be used but not differentiated."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from revflow._base.streams import Gradients
 def once(
     backward: Callable[[Any, Gradients], Gradients], ctx: Any, grads: Gradients, connected: Sequence[Tensor]
 ) -> Gradients:
-    """Call `backward`, where a graph is asked for, without one: its gradients can be used, but not differentiated.
+    """The gradients that `backward` returns, if `create_graph` is on: they can be used but not differentiated.
 
-    `connected` leads to the chain's output, and so to all that a second derivative could be asked for.
+    `backward` runs without a graph. The gradients are then connected to the graph through `connected`, tensors that lead to the
+    output of the network. So a second derivative with respect to anything reaches the error of `_SecondDerivative`.
     """
     with torch.no_grad():
         found = backward(ctx, grads)
@@ -24,7 +25,7 @@ def once(
 
 
 class _SecondDerivative(torch.autograd.Function):
-    """The identity, which refuses to be differentiated."""
+    """The identity, which raises an error if it is differentiated."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *connected: Tensor) -> Tensor:
@@ -33,6 +34,6 @@ class _SecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         raise RuntimeError(
-            "a ReversibleSequence or ReversibleRecurrence cannot be differentiated twice: it keeps no graph. Within "
-            "`with revflow.ordinary_autograd():` the same network can"
+            "a ReversibleSequence or ReversibleRecurrence cannot be differentiated twice: it stores no graph. Within "
+            "`with revflow.ordinary_autograd():` the same network supports second derivatives"
         )

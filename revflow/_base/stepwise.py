@@ -1,4 +1,4 @@
-"""The face of a coupling that the engine knows."""
+"""The interface of a coupling, as the engine uses it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from revflow._base.streams import Context, Streams
 
 
 class Stepwise(ABC):
-    """A block that the engine takes apart, so that each conditioner runs exactly twice a training step.
+    """A block that the engine runs conditioner by conditioner, so that each runs exactly twice per training step.
 
-    Forward: for each conditioner, its target stream is overwritten by `combine(target, *t)`, an elementwise map whose
-    coefficients t the conditioner computes from the other streams; then the streams are rotated to the left by `rotation`.
-    Inverse: rotated back, then the targets are overwritten by `separate(target, *t)`, in reverse order.
+    Forward: for each conditioner, `combine(target, *t)` overwrites its target stream. `combine` is an elementwise map whose
+    coefficients t the conditioner computes from the other streams. Then the streams are rotated to the left by `rotation`.
+    Inverse: the streams are rotated back. Then `separate(target, *t)` overwrites the targets, in reverse order.
     """
 
     rotation: int
@@ -25,7 +25,7 @@ class Stepwise(ABC):
     log_derivative: Callable[..., Tensor]
     """(target, *t) -> log |d combine / d target|, elementwise."""
     ill_conditioned: ClassVar[bool]
-    """Whether `separate` loses digits: the overwritten stream is then kept as an anchor instead of rebuilt."""
+    """Whether `separate` loses digits. If so, the overwritten stream is stored as an anchor instead of being recomputed."""
 
     @property
     @abstractmethod
@@ -35,11 +35,11 @@ class Stepwise(ABC):
     @property
     @abstractmethod
     def unobserved(self) -> bool:
-        """Whether nothing but the engine would run if the block were called: no hooks, no `forward` of a subclass."""
+        """Whether a call of the block would run no code but the engine's: it has no hooks and no `forward` of a subclass."""
 
     @abstractmethod
     def conditioners(self, streams: Streams) -> list[tuple[int, nn.Module]]:
-        """(target, conditioner), in the order in which the forward runs them; ValueError if it cannot take these streams."""
+        """(target, conditioner), in the order of the forward pass; ValueError if the block cannot take these streams."""
 
     @abstractmethod
     def evaluate(self, conditioner: nn.Module, target: Tensor, others: Sequence[Tensor], context: Context) -> Streams:

@@ -1,4 +1,4 @@
-"""Streams, gradients and context: what passes through a block."""
+"""Types of what passes through a block: streams, gradients and context."""
 
 from __future__ import annotations
 
@@ -8,29 +8,34 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 S = TypeVar("S", list[Tensor], list[Tensor | None], tuple[bool, ...])
-Streams = tuple[Tensor, ...]
+Tensors = tuple[Tensor, ...]
+Streams = Tensors
+"""The tensors that pass from block to block; a coupling changes some of them and reads the others."""
 Context = dict[str, Any]
+"""The keyword arguments of a call, which reach every conditioner."""
 Gradients = Sequence[Tensor | None]
 
 
 def versions_of(streams: Sequence[Tensor]) -> list[int]:
-    """How often each has been changed in place."""
+    """The number of changes in place of each stream, as PyTorch counts them."""
     try:
         return [s._version for s in streams]
-    except RuntimeError:  # within inference_mode they do not tell
+    except RuntimeError:  # tensors of inference_mode have no version
         return []
 
 
 def as_streams(value: object) -> Streams:
-    """A block's result, checked to be a tuple of tensors."""
+    """A block's result, if it is a tuple of tensors; TypeError if not."""
     if isinstance(value, tuple) and value and all([isinstance(s, Tensor) for s in value]):
         return value
-    raise TypeError(f"a block has to return a tuple of tensors, one a stream; this one returned {described(value)}")
+    raise TypeError(f"a block must return a tuple of tensors, one per stream; this one returned {described(value)}")
 
 
 def described(value: object) -> str:
+    """A tensor's shape or another value's type, for an error message."""
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def rotate(items: S, by: int) -> S:
+    """The items, rotated to the left."""
     return items[by:] + items[:by] if by else items

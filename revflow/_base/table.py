@@ -1,4 +1,4 @@
-"""A sequence's blocks as a table, for its repr."""
+"""A table of a sequence's blocks, for its repr."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from revflow._base.stepwise import Stepwise
 
 Shapes = Mapping[str, Sequence[torch.Size]]
-"""By a block's name, those of the streams that it makes."""
+"""The shapes of a block's output streams, by the block's name."""
 
 
 class _Cells(NamedTuple):
@@ -24,10 +24,10 @@ class _Cells(NamedTuple):
 
 
 def table(blocks: Iterable[tuple[str, nn.Module]], shapes: Shapes, parameters: int) -> list[str]:
-    """Its lines: a heading, one for each run of equal blocks, and the sum, in which shared `parameters` count once."""
+    """The table's lines: a heading, a row per run of equal blocks, and the sum, in which shared `parameters` count once."""
     rows, count = [_Cells("block", "", "streams" if shapes else "", "parameters")], 0
     looks = [(name, _look(name, block, shapes)) for name, block in blocks]
-    for (_, kind, streams, its_parameters), run in groupby(looks, lambda named: named[1]):
+    for (_, kind, streams, its_parameters), run in groupby(looks, lambda pair: pair[1]):
         names = [name for name, _ in run]
         count += len(names)
         several = len(names) > 1
@@ -42,18 +42,18 @@ def table(blocks: Iterable[tuple[str, nn.Module]], shapes: Shapes, parameters: i
 
 
 def number_of_parameters(module: nn.Module) -> int:
-    """Shared ones once; those of lazy layers that have not run, whose shapes are not known, not at all."""
+    """Shared parameters count once. Those of lazy layers that have not run do not count, since their shapes are unknown."""
     return sum(p.numel() for p in module.parameters() if not is_lazy(p))
 
 
 def _look(name: str, block: nn.Module, shapes: Shapes) -> tuple[str, str, str, int]:
-    """What makes two blocks equal in the table: all that is inside, which is not shown, and what is shown."""
+    """The key by which blocks share a row: the whole repr, which is not shown, and the three cells that are."""
     inside = ", ".join(type(child).__name__ for child in block.children())
     kind = f"{type(block).__name__}({inside if isinstance(block, Stepwise) else block.extra_repr()})"
     return repr(block), kind, _streams(shapes.get(name, ())), number_of_parameters(block)
 
 
 def _streams(shapes: Sequence[torch.Size]) -> str:
-    """Equal ones in a row are counted: 2 x (8, 16, 32, 32)."""
+    """The shapes, in which neighbours that are equal are counted: 2 x (8, 16, 32, 32)."""
     runs = [(tuple(shape), len([*run])) for shape, run in groupby(shapes)]
     return ", ".join(f"{count} x {shape}" if count > 1 else f"{shape}" for shape, count in runs)

@@ -1,1 +1,1 @@
-"""Measure what a block would take if its activations were stored. `revflow/budget.py` decides by that."""
+"""The measurement of each block's memory, from which `revflow/budget.py` chooses the blocks to store."""

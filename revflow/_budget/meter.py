@@ -1,4 +1,8 @@
-"""What ordinary autograd would keep of each block: counted in a forward pass with a graph, dropped step by step."""
+"""The memory that standard autograd would take for each block, measured in a forward pass.
+
+Each block runs with a graph. Hooks count the tensors that the graph saves, and drop them after each conditioner, so that the
+measurement itself takes little memory.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,8 @@ from revflow._replay.mode import ordinary_autograd
 from revflow.budget import Cost
 
 
-class Block(Protocol):
-    """A block's pass, as far as the meter knows it."""
+class MeasuredBlock(Protocol):
+    """The interface through which a meter runs a block; `_rewind.blocks.BlockCall` implements it."""
 
     position: str
     block_type: str
@@ -30,64 +34,73 @@ class Block(Protocol):
 
 
 class Meter:
-    """Measures one pass through a chain."""
+    """Measures one forward pass through a sequence of blocks."""
 
     def __init__(self, given: Iterable[Tensor]) -> None:
-        """`given`: what is there before the pass: parameters, buffers, context."""
+        """`given`: tensors that exist before the pass and do not count: parameters, buffers, context."""
         self.costs: list[Cost] = []
-        """By block, in the order in which they ran."""
+        """By block, in the order in which the blocks ran."""
         self._given = _storages(given)
         self._saved: dict[int, int] = {}
-        self._of_step: dict[int, int] = {}
+        """Storages that this block's graph saves, with their sizes in bytes."""
+        self._of_conditioner: dict[int, int] = {}
+        """Those of the conditioner that runs now."""
         self._transients: list[int] = []
         self._gradients: list[int] = []
+        """By conditioner of this block: temporary bytes of its inversion, and the largest gradient among them."""
         self._held: list[list[Tensor]] = []
-        """What the graph of this step has saved."""
+        """The tensors that the conditioner's graph holds, each in a list that can be emptied."""
         self._counted: list[StorageWeakRef] = []
-        """As long as these are there no other storage gets the address of one that is gone."""
+        """References that keep a new storage from getting the address of a freed one: both would count as one."""
 
-    def first(self, call: Block, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
-        """As `call.first`."""
+    def first(self, call: MeasuredBlock, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
+        """The result of `call.first`, which is measured."""
         known = self._given.keys() | _storages([*streams, *leaves, *call.parameters]).keys()
-        self._saved, self._of_step, self._transients, self._gradients = {}, {}, [], []
+        self._saved, self._of_conditioner, self._transients, self._gradients = {}, {}, [], []
         self._counted.clear()
 
         def pack(tensor: Tensor) -> list[Tensor]:
-            self._of_step.update({key: size for key, size in _storages([tensor]).items() if key not in known})
+            new = {key: size for key, size in _storages([tensor]).items() if key not in known}
+            self._of_conditioner.update(new)
             if tensor.layout == torch.strided:
                 self._counted.append(StorageWeakRef(tensor.untyped_storage()))
-            self._held.append([tensor.detach()])  # an alias: the tensor itself may refer to the graph
+            self._held.append([tensor.detach()])  # An alias, because the tensor itself may refer to the graph.
             return self._held[-1]
 
-        # A sequence within a conditioner keeps everything when that is run again, and is to do so here.
+        # In the second evaluation of a conditioner, a sequence inside it stores everything. So it must here.
         with ordinary_autograd(), torch.enable_grad(), saved_tensors_hooks(pack, lambda held: held[0]):
             outputs, kept = call.first(streams, leaves)
         results = outputs[: len(outputs) - call.passage.log_det]
-        made = {key: size for key, size in _storages(results).items() if key not in _storages(streams)}
-        if not self._transients:
-            # A block that takes no steps: beside its second result there is what its inverse has made.
-            self.step(results, _bytes(streams))
-        slices = len(self._transients) // len(call.replays)  # a conditioner's
-        self.costs.append(
-            Cost(
-                call.position,
-                call.block_type,
-                graph=sum(self._saved.values()),
-                made=sum(size for key, size in made.items() if key not in self._saved),
-                inputs=_bytes(streams),
-                outputs=_bytes(results),
-                anchors=_bytes(kept),
-                transient=max(self._transients) + (slices > 1) * sum(made.values()),  # gradients that are put together
-                gradient=max(self._gradients) * slices,
-            )
-        )
+        self.costs.append(self._cost(call, streams, results, kept))
         return _without_graph(outputs, streams), _without_graph(kept, streams)
 
+    def _cost(self, call: MeasuredBlock, streams: Streams, results: Streams, anchors: Streams) -> Cost:
+        made = {key: size for key, size in _storages(results).items() if key not in _storages(streams)}
+        if not self._transients:
+            # A block without conditioners. During its inversion, the results of the inverse exist next to its second output.
+            self.step(results, _nbytes(streams))
+        slices = len(self._transients) // len(call.replays)  # Micro-batches per conditioner.
+        joined_gradients = (
+            sum(made.values()) if slices > 1 else 0
+        )  # The gradients of the micro-batches are concatenated.
+        return Cost(
+            call.position,
+            call.block_type,
+            graph=sum(self._saved.values()),
+            made=sum(size for key, size in made.items() if key not in self._saved),
+            inputs=_nbytes(streams),
+            outputs=_nbytes(results),
+            anchors=_nbytes(anchors),
+            transient=max(self._transients) + joined_gradients,
+            gradient=max(self._gradients) * slices,
+        )
+
     def step(self, t: Streams, temporary: int) -> None:
-        """One conditioner has run: with the values t, and `temporary` bytes needed to use and to undo them."""
-        saved, self._of_step = self._of_step, {}
+        """A conditioner has returned `t`. `temporary`: bytes needed to apply these values to the stream and to invert that."""
+        saved, self._of_conditioner = self._of_conditioner, {}
         self._saved |= saved
-        for held in self._held:  # nobody is going to differentiate it; slices would pile up
+        # No backward pass follows, so the graph need not hold the tensors. Those of many micro-batches would pile up.
+        for held in self._held:
             held.clear()
         self._held.clear()
         values = sum(size for key, size in _storages(t).items() if key not in saved)
@@ -97,14 +110,16 @@ class Meter:
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Their storages' sizes in bytes, each once."""
+    """The size in bytes of each storage, by its address."""
     storages = [t.untyped_storage() for t in tensors if t.layout == torch.strided]
     return {s._cdata: s.nbytes() for s in storages}
 
 
-def _bytes(streams: Streams) -> int:
+def _nbytes(streams: Streams) -> int:
+    """Their bytes, without those that a view leaves out."""
     return sum(s.nbytes for s in streams)
 
 
 def _without_graph(tensors: Streams, streams: Streams) -> Streams:
+    """The tensors, detached; a block's input streams as they are."""
     return tuple([t if any(t is s for s in streams) else t.detach() for t in tensors])

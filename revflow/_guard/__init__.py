@@ -1,3 +1,5 @@
-"""Compare what the backward pass recomputes with what the forward pass saw, and refuse what would give wrong gradients.
+"""Comparison of recomputed values with those of the forward pass, and errors for evaluations with wrong or missing gradients.
 
-The room guarantees an error or a warning. It must not change a value that it looks at."""
+The room guarantees an error or a warning for each fault that it finds. It must not change a value that it compares, and must not
+depend on how blocks are inverted.
+"""

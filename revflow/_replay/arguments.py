@@ -1,4 +1,4 @@
-"""The keyword arguments of a call."""
+"""The keyword arguments of a call, split into tensors and the rest."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from revflow._base.streams import Context, Streams
 from revflow._base.torch_private import pytree
-from revflow._replay.attributes import Reachable, has_holders
+from revflow._replay.reachable import Reachable, has_holders
 
 
 class Arguments:
-    """The keyword arguments of a chain's call: the tensors among them, in any tree of lists and dictionaries, and the rest."""
+    """The keyword arguments of a call. Their tensors may be in any nesting of lists, tuples and dictionaries."""
 
     def __init__(self, context: Context) -> None:
         self.tensors: Streams = ()
@@ -27,20 +27,20 @@ class Arguments:
 
     @property
     def switches(self) -> tuple[bool | str, ...]:
-        """Those that choose between ways of computing: numbers do not, and may be others at each call."""
+        """Booleans and strings: they may choose between ways of computing. Numbers may differ in each call, and do not count."""
         return () if self._spec is None else tuple([leaf for leaf in self._leaves if isinstance(leaf, (bool, str))])
 
     @property
     def others(self) -> Context:
-        """The keyword arguments without their tensors."""
+        """The keyword arguments, with None in the place of each tensor."""
         return self.filled(self.tensors and (None,) * len(self.tensors))  # type: ignore[arg-type]
 
     def watch(self, context: Context) -> Reachable | None:
-        """Sees whether an evaluation stores tensors in these keyword arguments, if it can."""
+        """The tensors in `context` before an evaluation; None if no argument can store a tensor."""
         return Reachable(context) if self._has_holders else None
 
     def filled(self, tensors: Sequence[Tensor]) -> Context:
-        """The keyword arguments, with `tensors` in the place of theirs."""
+        """The keyword arguments, with `tensors` in the place of their own."""
         if self._spec is None:
             return {}
         leaves = list(self._leaves)

@@ -1,4 +1,7 @@
-"""Tensors and switches that modules hold outside of parameters and buffers, and tensors that keyword arguments lead to."""
+"""Tensors and switches in modules' attributes, outside of parameters and buffers.
+
+A switch is a boolean, a string, None, a member of an Enum, or a container of those: it may choose between ways of computing.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,23 @@ from revflow._replay.holders import (  # fmt: skip
     ABSENT,
     INTERNAL,
     Contents,
-    all_tensors,
     contents,
     holders_in,
     is_container,
-    is_holder,
-    named,
     put,
     refill,
+    suffix,
     tensors_in,
 )
 
 _SWITCHES = (bool, str, type(None), Enum)
 
-
 Held = tuple[Callable[[Any, Contents], None], Any, Contents]
-"""How to give a holder its contents back."""
+"""A function that gives a holder its contents back, and its arguments: the holder and the contents."""
 
 
 class Changed(NamedTuple):
-    """A holder in which the first evaluation changed a tensor."""
+    """A holder in which the first evaluation replaced, added or removed a tensor, with its contents before."""
 
     place: str
     holder: Any
@@ -39,20 +39,19 @@ class Changed(NamedTuple):
 
 
 class Attributes:
-    """What some modules hold before their first evaluation, and what has changed after it.
+    """Attributes of some modules, before their first evaluation and after it.
 
-    The second evaluation sees the holders as the first one did, and leaves them as it found them: a value that a module
-    computes once and remembers is recomputed with a graph; a running average moves once.
+    The second evaluation finds the attributes as the first one did, and leaves them as they were before it. So a value that a
+    module computes once and caches is recomputed with a graph, and a running average moves once.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules = modules
         roots = [m for m in modules if len(m.__dict__) > len(INTERNAL)]
         self._bare = [m for m in modules if len(m.__dict__) <= len(INTERNAL)]
-        """Modules without attributes of their own."""
+        """Modules without attributes of their own, whose contents are not copied."""
         self._held = [(place, h, contents(h)) for place, h in holders_in(roots) if not isinstance(h, tuple)]
         self._versions = [
-            (f"{place}{named(holder, name)}", value, value._version)
+            (f"{place}{suffix(holder, name)}", value, value._version)
             for place, holder, held in self._held
             for name, value in held.items()
             if isinstance(value, Tensor) and not value.is_inference()
@@ -62,12 +61,12 @@ class Attributes:
         self._switches: list[tuple[Any, Contents]] = []
 
     def keep_changes(self) -> None:
-        """The first evaluation is done. Refuses tensors that it has changed in place."""
+        """Find what the first evaluation, which has ended, changed. RuntimeError for a tensor that it changed in place."""
         for place, tensor, version in self._versions:
             if tensor._version != version:
                 raise RuntimeError(
-                    f"it changes its own tensor {place} in place, which is not a buffer, so the second evaluation would start "
-                    f"from other values: register_buffer makes it one"
+                    f"the module changes its own tensor {place} in place, which is not a buffer. The second evaluation would "
+                    f"start from other values. Make it a buffer, by register_buffer"
                 )
         self._changed = [
             Changed(place, holder, before)
@@ -81,9 +80,9 @@ class Attributes:
         self._held, self._versions = [], []
 
     def lend(self) -> list[Held]:
-        """Put everything as the first evaluation saw it; returns what `give_back` needs.
+        """Put the attributes into their state before the first evaluation; returns the argument of `give_back`.
 
-        Switches (booleans, strings, None, and lists of them) are as they were when it ended: an initialisation is not repeated.
+        Switches get their values after the first evaluation instead, so that the second one does not repeat an initialisation.
         """
         held: list[Held] = []
         for holder, switches in self._switches:
@@ -101,7 +100,7 @@ class Attributes:
         return held
 
     def moved(self) -> list[Tensor]:
-        """The tensors in whose place the first evaluation put others; taken out, for autograd to save."""
+        """The tensors that the first evaluation replaced, for autograd to save; they are removed from here."""
         values: list[Tensor] = []
         self._moved = []
         for _, holder, before in self._changed:
@@ -115,81 +114,40 @@ class Attributes:
         return values
 
     def recall(self, moved: Sequence[Tensor]) -> None:
-        """Bring back what `moved` has taken out."""
+        """Insert the tensors that `moved` removed."""
         for (before, name), value in zip(self._moved, moved, strict=True):
             before[name] = value
 
     def escaped(self) -> list[str]:
-        """Places in which the second evaluation has left tensors of its graph."""
+        """Places in which the second evaluation left tensors of its graph."""
         return [
             place
             for where, holder, before in self._changed
             for name, value in contents(holder).items()
             if value is not before.get(name, ABSENT) and not _is_derived(holder, name)
-            for place, tensor in tensors_in(value, f"{where}{named(holder, name)}")
+            for place, tensor in tensors_in(value, f"{where}{suffix(holder, name)}")
             if tensor.requires_grad
         ]
 
     def switches(self) -> tuple[object, ...]:
-        """Their values when the first evaluation ended, as something that can be compared."""
+        """The switches' values after the first evaluation, in a form that can be compared."""
         values = [value for _, switches in self._switches for value in switches.values()]
         return tuple([repr(value) if is_container(value) else value for value in values])
 
     @property
     def matter(self) -> bool:
-        """Whether the second evaluation needs them."""
+        """Whether the second evaluation depends on any of the attributes."""
         return bool(self._changed or self._switches)
 
 
 def give_back(held: list[Held]) -> None:
+    """Restore the attributes that `Attributes.lend` changed."""
     for fill, holder, now in reversed(held):
         fill(holder, now)
 
 
-STATE_IN_CONTEXT = (
-    "state in the context. A conditioner is evaluated twice, the first time without a graph: what it stores in an argument would "
-    "get no gradient, and the second evaluation would find it filled. In training pass no cache (use_cache=False in "
-    "transformers); let results leave through a stream"
-)
-
-
-class Reachable:
-    """The tensors that the keyword arguments of a call lead to, before a conditioner is evaluated with them."""
-
-    def __init__(self, context: dict[str, Any]) -> None:
-        self._context, self._found = context, _with_versions(context)
-
-    def changed(self) -> str | None:
-        """Where an evaluation has stored a tensor."""
-        now = _with_versions(self._context)
-        for place in self._found | now:
-            before, after = self._found.get(place), now.get(place)
-            if before is None or after is None or before[0] is not after[0] or before[1] != after[1]:
-                return place
-        return None
-
-    def refuse_changes(self, module: nn.Module) -> None:
-        """The evaluation is done."""
-        place = self.changed()
-        if place is not None:
-            raise RuntimeError(f"the conditioner {type(module).__name__} changed {place}: {STATE_IN_CONTEXT}")
-
-
-def has_holders(context: dict[str, Any]) -> bool:
-    """Whether there is something in the keyword arguments in which a conditioner may store a tensor."""
-    return any(map(is_holder, context.values()))
-
-
-def _with_versions(context: dict[str, Any]) -> dict[str, tuple[Tensor, int]]:
-    return {
-        place: (tensor, 0 if tensor.is_inference() else tensor._version)
-        for name, value in context.items()
-        for place, tensor in all_tensors({name: value})
-    }
-
-
 def _switches_of(holder: Any) -> Contents:
-    """What in it may choose between ways of computing."""
+    """The switches among a holder's contents."""
     now = contents(holder)
     if is_container(holder):
         return now if now and all(isinstance(value, _SWITCHES) for value in now.values()) else {}
@@ -201,13 +159,13 @@ def _is_switched(now: Any, then: Any) -> bool:
 
 
 def _tensors_differ(before: Contents, after: Contents) -> bool:
-    """Whether a tensor, or something that holds tensors, came, went or was replaced."""
+    """Whether a tensor, or a holder of tensors, was added, removed or replaced."""
     names = [n for n in before.keys() | after.keys() if before.get(n, ABSENT) is not after.get(n, ABSENT)]
     return any(next(tensors_in(held.get(n), ""), None) is not None for n in names for held in (before, after))
 
 
 def _is_derived(holder: Any, name: str) -> bool:
-    """Whether a hook of torch.nn.utils computes this attribute before each call: `weight` under the older `weight_norm`."""
+    """Whether a hook of torch.nn.utils computes this attribute before each call, as the older `weight_norm` does `weight`."""
     return isinstance(holder, nn.Module) and any(
         getattr(hook, "name", None) == name for hook in holder._forward_pre_hooks.values()
     )

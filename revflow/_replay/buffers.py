@@ -1,4 +1,4 @@
-"""Buffers that an evaluation may change: what they were before it, and copies of them to be changed at will."""
+"""Buffers that an evaluation may change: their values before it, and copies for it to change."""
 
 from __future__ import annotations
 
@@ -6,37 +6,45 @@ import torch
 from torch import Tensor, nn
 
 Slots = dict[str, Tensor | None]
+"""A module's buffers or parameters by name."""
 
 _SMALL = 1024
-"""Values of a buffer that is kept on a GPU without a comparison, for which the CPU would have to wait."""
+"""The largest number of values of a buffer on a GPU that counts as changed without a comparison.
+
+The CPU would wait for the comparison. Of a larger buffer, only the version counter is read.
+"""
 
 
 class Buffer:
-    """A buffer in a module's slot."""
+    """A buffer in a module's slot.
+
+    The first evaluation runs between `take` and `drop_if_unchanged`, each further one between `lend` and `give_back`.
+    """
 
     __slots__ = ("_buffers", "_identity", "_name", "_own", "_version", "before")
 
     def __init__(self, buffers: Slots, name: str) -> None:
         self._buffers, self._name = buffers, name
         self.before: Tensor | None = None
-        """Its value before the first evaluation, if that changed it."""
+        """The value before the first evaluation, if that changed it."""
         self._own: Tensor | None = None
         self._version = self._identity = 0
 
     def take(self) -> None:
-        """The first evaluation is about to begin."""
+        """Copy the value before the first evaluation."""
         self._own = self._buffers[self._name]
         if self._own is not None:
             self._version, self.before, self._identity = self._own._version, self._own.clone(), id(self._own)
 
-    def keep_if_changed(self) -> None:
+    def drop_if_unchanged(self) -> None:
+        """Drop the copy if the first evaluation left the buffer unchanged."""
         now = self._buffers[self._name]
         if now is None or (now is self._own and not self._is_changed(now)):
             self.before = None
         self._own = None
 
     def _is_changed(self, now: Tensor) -> bool:
-        # By value: fused observers, and writes to `.data`, do not raise the version counter.
+        # Values are compared, since fused observers and writes to `.data` do not raise the version counter.
         if now._version != self._version or type(now) is not Tensor or self.before is None:
             return now._version != self._version
         if now.device.type == "cpu":
@@ -44,7 +52,7 @@ class Buffer:
         return now.is_cuda and now.numel() <= _SMALL
 
     def lend(self, copies: dict[int, Tensor]) -> None:
-        """Put a copy in the buffer's place, with its value before the first evaluation; one copy if it has two places."""
+        """Put a copy with the value before the first evaluation into the slot. A buffer in two slots has one in `copies`."""
         self._own = own = self._buffers[self._name]
         if own is not None:
             identity = self._identity or id(own)
@@ -53,7 +61,7 @@ class Buffer:
             self._buffers[self._name] = copies[identity]
 
     def give_back(self) -> str | None:
-        """Returns the buffer's name if the evaluation left a tensor of its graph in it."""
+        """Put the module's own buffer back. Returns its name if the evaluation left a tensor with a graph in the slot."""
         left = self._buffers.get(self._name)
         self._buffers[self._name], self._own = self._own, None
         return f"{self._name} (a buffer)" if left is not None and left.requires_grad else None

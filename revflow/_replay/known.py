@@ -1,8 +1,9 @@
-"""Layers of PyTorch's own that do nothing but return a result."""
+"""PyTorch's own layers whose evaluation has no side effect that a second evaluation could notice."""
 
 from torch import nn
 
-# Reading the CPU's random state takes as long as a small linear layer: these modules are known to leave it alone.
+# Recording the CPU's random state takes as long as a small linear layer. These layers draw no random numbers, so that a module
+# that consists of them skips this.
 KNOWN = frozenset({
     nn.Sequential, nn.ModuleList, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear,
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,

@@ -1,4 +1,4 @@
-"""Whether the engine rebuilds activations, or ordinary autograd stores them."""
+"""The mode in which a thread runs blocks: by the engine, under standard autograd, or inside of another block's evaluation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
-from torch import nn
 
 from revflow._base.torch_private import (
     backward_pass,
@@ -19,82 +18,92 @@ from revflow._base.torch_private import (
     is_traced,
     is_transformed,
 )
-from revflow._replay.replay import is_evaluating, is_recomputing
 
-_thread = threading.local()
+this_thread = threading.local()
+"""`evaluating` and `recomputing` are true during a first and a second evaluation, `standard` within `ordinary_autograd()`."""
+
+
+def is_recomputing() -> bool:
+    """Whether a backward pass is currently evaluating a conditioner for the second time.
+
+    Forward hooks, and modules that count or log their inputs, run in both evaluations of a step. This distinguishes the two.
+
+    Examples:
+        >>> class Counting(torch.nn.Linear):
+        ...     calls = 0
+        ...
+        ...     def forward(self, x):
+        ...         if not revflow.is_recomputing():
+        ...             type(self).calls += 1
+        ...         return super().forward(x)
+        >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(Counting(4, 4))])
+        >>> net(torch.randn(2, 8)).sum().backward()
+        >>> Counting.calls
+        1
+    """
+    return getattr(this_thread, "recomputing", False)
+
+
+def is_evaluating() -> bool:
+    """Whether a conditioner is currently evaluated for the first time."""
+    return getattr(this_thread, "evaluating", False)
 
 
 @contextmanager
 def ordinary_autograd() -> Iterator[None]:
-    """Within this context sequences and recurrences, wherever they are in a network, run under ordinary autograd.
+    """Within this context, all sequences and recurrences of a network run under standard autograd.
 
-    They store every activation, and compute the same function: to compare with, in gradients, memory or time. It holds for
-    the forward pass; the backward pass may come later. As `ReversibleSequence.plain`, for a whole network.
+    They compute the same function and store every activation. Use it to compare gradients, memory or time. The context affects
+    the forward pass; the backward pass may run after it. For a single sequence, use `ReversibleSequence.plain`.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
         >>> with revflow.ordinary_autograd():
         ...     y = net(torch.randn(2, 8))  # stores all activations
     """
-    before = getattr(_thread, "is_off", None)
-    _thread.is_off = before or _Off(checkpointed_call())
+    before = getattr(this_thread, "standard", None)
+    this_thread.standard = before or _Standard(checkpointed_call())
     try:
         yield
     finally:
-        _thread.is_off = before
+        this_thread.standard = before
 
 
-class _Off(NamedTuple):
+class _Standard(NamedTuple):
     """The state of a thread within `ordinary_autograd()`."""
 
     call: object
-    """The call of `torch.utils.checkpoint` that the context is within; None if it is within none."""
+    """The call of `torch.utils.checkpoint` around the context; None if there is none."""
 
 
-_off_when_recomputed: WeakSet[object] = WeakSet()
-"""Calls of `torch.utils.checkpoint` within an `ordinary_autograd()`, which may have ended when they are recomputed."""
+_standard_when_recomputed: WeakSet[object] = WeakSet()
+"""Calls of `torch.utils.checkpoint` that ran within `ordinary_autograd()`.
+
+PyTorch recomputes them in the backward pass, when the context may have ended. They must then run under standard autograd again.
+"""
 
 
 def engine_applies() -> bool:
-    """Whether to rebuild activations in the backward pass, or to run the blocks as ordinary modules: without gradients, as
-    part of another chain's rerun, and under forward-mode differentiation and torch.func's transforms, which need graphs."""
+    """Whether the engine runs blocks here, and recomputes their activations in the backward pass.
+
+    If not, blocks run as standard modules do. That is so without gradients, within `ordinary_autograd()` and inside of another
+    block's evaluation. It is also so under forward-mode differentiation, torch.func's transforms, tracing and export, which
+    need graphs.
+    """
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled() and not is_exporting()
     if is_forward_ad() or is_transformed() or is_recomputing() or is_evaluating() or is_traced():
         return False
-    return torch.is_grad_enabled() and not _is_off()
+    return torch.is_grad_enabled() and not _is_standard()
 
 
-def _is_off() -> bool:
-    """Whether this is within `ordinary_autograd()`, or recomputes what was."""
-    off: _Off | None = getattr(_thread, "is_off", None)
-    if off is None:
+def _is_standard() -> bool:
+    """Whether the current code runs within `ordinary_autograd()`, or recomputes a checkpoint that did."""
+    standard: _Standard | None = getattr(this_thread, "standard", None)
+    if standard is None:
         is_in_backward = backward_pass() != -1
-        return is_in_backward and checkpointed_call() in _off_when_recomputed
+        return is_in_backward and checkpointed_call() in _standard_when_recomputed
     call = checkpointed_call()
-    if call is not None and call is not off.call:
-        _off_when_recomputed.add(call)
+    if call is not None and call is not standard.call:
+        _standard_when_recomputed.add(call)
     return True
-
-
-def refuse_compiled_autograd() -> None:
-    """At the beginning of a backward pass."""
-    if torch.compiler.is_compiling():
-        _refuse_compiled_autograd()
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _refuse_compiled_autograd() -> None:
-    raise RuntimeError(
-        "compiled autograd runs a backward pass outside of the autograd engine, which a sequence or recurrence depends on: "
-        "leave it off (torch._dynamo.config.compiled_autograd = False), or run the network within "
-        "`with revflow.ordinary_autograd():`"
-    )
-
-
-def refuse_replica(module: nn.Module) -> None:
-    if "_is_replica" in module.__dict__:
-        raise RuntimeError(
-            f"this {type(module).__name__} is a replica of torch.nn.DataParallel, whose parameters are hidden from the engine "
-            f"and would get no gradient: use DistributedDataParallel, which also is faster"
-        )

@@ -1,4 +1,4 @@
-"""Run a module beside a training step."""
+"""Evaluations that leave no trace in a training run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from revflow._replay.random_states import random_states, restore_random_states
 
 @contextmanager
 def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Leave the module's buffers and the random states as they were before what runs in this context."""
+    """Restore the module's buffers and the random states at the end of this context."""
     states = random_states(device)
     buffers = [buffer for m in module.modules() for buffer in buffers_of(m)]
     copies: dict[int, Tensor] = {}

@@ -25,10 +25,6 @@ class Floating:
     residuals: list[Residual] | None = None
     """Of a call under standard autograd: a forward pass appends them, an inverse pass removes them from the end."""
 
-    def entered(self, streams: Streams) -> Streams:
-        """The input streams of a call, in this arithmetic."""
-        return streams
-
     def round(self, x: Tensor) -> Tensor:
         """The result of a map that does more than add, in this arithmetic."""
         return x
@@ -55,6 +51,7 @@ class OnGrid(Floating):
         self.subtraction = grid.take_back, grid.add, grid.add_
 
     def entered(self, streams: Streams) -> Streams:
+        """The input streams of a call, rounded to the grid."""
         for stream in streams:
             if not stream.is_floating_point():
                 raise TypeError(f"exact arithmetic takes streams of floating-point numbers, not of {stream.dtype}")

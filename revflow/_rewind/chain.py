@@ -10,12 +10,13 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from revflow._base.errors import NAMED, named
+from revflow._base.errors import BLOCK_ERRORS, with_place
 from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Context, Streams
 from revflow._base.torch_private import FakeTensor, is_transformed
 from revflow._budget.meter import Meter
-from revflow._replay.surroundings import autocast_state
+from revflow._replay.autocast import autocast_state
+from revflow._rewind.arithmetic import OnGrid
 from revflow._rewind.blocks import BlockCall
 from revflow._rewind.functions import applied, end, hold
 from revflow._rewind.hooked import through_observed
@@ -74,7 +75,9 @@ class ChainCall:
         if is_bound(passage):
             # Dense copies, so that both evaluations of a conditioner get the same strides; `clone` preserves channels_last.
             streams = tuple([s if s.is_contiguous() else s.clone() for s in streams])
-        streams, extent = passage.arithmetic.entered(streams), passage.arithmetic.extent
+        if isinstance(passage.arithmetic, OnGrid):
+            streams = passage.arithmetic.entered(streams)
+        extent = passage.arithmetic.extent
         log_dets: list[Tensor] = []
         node = None
         for k, (name, block) in enumerate(self._blocks):
@@ -84,8 +87,8 @@ class ChainCall:
                 extent.source = name, block
             try:
                 outputs = _through(passage, name, block, streams, node, context)
-            except NAMED as error:
-                raise named(error, f"block {name}", block, streams) from error
+            except BLOCK_ERRORS as error:
+                raise with_place(error, f"block {name}", block, streams) from error
             if passage.log_det:
                 log_dets.append(outputs[-1])
                 outputs = outputs[:-1]
@@ -93,10 +96,14 @@ class ChainCall:
             if self._shapes is not None:  # for the sequence's repr
                 self._shapes[name] = [s.shape for s in streams]
             node = None if passage.tape is None else streams[0].grad_fn
+        return self._ended(passage, streams, log_dets, lifetime)
+
+    def _ended(self, passage: Passage, streams: Streams, log_dets: list[Tensor], lifetime: Tensor | None) -> Result:
+        """The result, after the last block has returned these streams."""
         if passage.tape is not None:
             passage.tape.draws.end()
-        if extent is not None:
-            _refuse_overflow(extent)
+        if passage.arithmetic.extent is not None:
+            _refuse_overflow(passage.arithmetic.extent)
         outputs = (*streams, total(log_dets, streams[0])) if passage.log_det else streams
         outputs = end(passage.tape, outputs, len(streams), self._join)
         if lifetime is not None:

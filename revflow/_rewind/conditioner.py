@@ -21,7 +21,7 @@ from revflow._rewind.passage import RewindInputs, is_built_in
 from revflow._rewind.tape import Tape
 
 if TYPE_CHECKING:
-    from revflow._guard.escapes import Made
+    from revflow._guard.escapes import SecondRecorder
 
 _RETURN = "Let a conditioner return it, as one more coefficient"
 
@@ -106,7 +106,7 @@ class ConditionerCall(Replay):
 
     def _observed(
         self, target: Tensor, inputs: list[Tensor], given: RewindInputs
-    ) -> tuple[Streams, list[Tensor], Made | None]:
+    ) -> tuple[Streams, list[Tensor], SecondRecorder | None]:
         """The same of a conditioner that consists of other modules than PyTorch's own, observed by the guard.
 
         Also returns the conditioner's inputs, and the guard's record of the tensors that it made.

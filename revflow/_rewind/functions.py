@@ -32,7 +32,7 @@ from torch import Tensor
 from revflow._base.second_derivative import once
 from revflow._base.streams import Gradients, Streams, versions_of
 from revflow._base.torch_private import is_going_to_run
-from revflow._replay.mode import refuse_compiled_autograd
+from revflow._replay.refusals import refuse_compiled_autograd
 from revflow._rewind.blocks import BlockCall
 from revflow._rewind.graph import alias_of, laid_out
 from revflow._rewind.passage import RewindInputs

@@ -12,7 +12,7 @@ from revflow._rewind.direction import Direction
 from revflow._rewind.tape import Tape
 
 if TYPE_CHECKING:
-    from revflow._guard.chains import Seen
+    from revflow._guard.sequences import Seen
 
 
 class Passage(NamedTuple):

@@ -129,7 +129,7 @@ class SlicedCall(ConditionerCall):
         the check decides nothing, and the next pass repeats it.
         """
         witness = self._tape.witness
-        if witness is None or self._size < 2 or _is_hidden(now) or not witness.guard.looks(self._key, self, 1):
+        if witness is None or self._size < 2 or _is_hidden(now) or not witness.close_looks.looks(self._key, self, 1):
             return
         k, two = self.target, slice(0, 2)
         pieces = [s[two].detach() for s in now]
@@ -145,7 +145,7 @@ class SlicedCall(ConditionerCall):
 
         def evaluate_with(streams: list[Tensor], tensors: Sequence[Tensor]) -> Streams:
             filled = self._tape.arguments.filled(tensors)
-            with witness.guard.remember():  # the slices may read a cache that this evaluation filled
+            with witness.close_looks.remember():  # the slices may read a cache that this evaluation filled
                 return replay.values(parameters, evaluate, self._conditioner, target, streams, filled)
 
         attributes = Attributes(self._foreign)
@@ -159,7 +159,7 @@ class SlicedCall(ConditionerCall):
                     f"chunks={self._tape.chunks}: the conditioner {type(self._conditioner).__name__} {_MIXES}"
                 )
         if any(_largest(a[0]) > 0 for a in before):
-            witness.guard.has_looked(self._key, self)
+            witness.close_looks.has_looked(self._key, self)
 
     def _refuse_ambiguous(
         self,

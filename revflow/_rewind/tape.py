@@ -7,7 +7,7 @@ from torch import Tensor
 from revflow._base.streams import Context, Streams
 from revflow._base.torch_private import backward_pass
 from revflow._budget.meter import Meter
-from revflow._guard.chains import Evidence, Witness
+from revflow._guard.sequences import Evidence, Witness
 from revflow._replay.arguments import Arguments
 from revflow._replay.random_states import Draws
 

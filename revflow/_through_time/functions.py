@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revflow._base.errors import NAMED, named
+from revflow._base.errors import BLOCK_ERRORS, with_place
 from revflow._base.second_derivative import once
-from revflow._base.streams import Gradients, Streams
+from revflow._base.streams import Gradients, Streams, Tensors
 from revflow._base.torch_private import is_going_to_run, node_type
 from revflow._guard.policy import Guard
-from revflow._replay.mode import refuse_compiled_autograd
+from revflow._replay.refusals import refuse_compiled_autograd
 from revflow._rewind.graph import alias_of, leaf, not_leaves
 from revflow._through_time.passes import BackwardPass, running
-from revflow._through_time.states import Storage, Tensors, Unpacked
+from revflow._through_time.states import Storage, Unpacked
 from revflow._through_time.steps import Origin, StepInput, TimeStep
 from revflow.cell import RecurrentCell
 
@@ -51,8 +51,8 @@ def run(
             outputs: Tensors = _Update.apply(  # type: ignore[no-untyped-call]
                 step, k, *streams, *state, *memory, *step.arguments.tensors, *cell.parameters
             )
-        except NAMED as error:
-            raise named(error, f"cell {k}", cell.module, streams) from error
+        except BLOCK_ERRORS as error:
+            raise with_place(error, f"cell {k}", cell.module, streams) from error
         nodes.append(next((o.grad_fn for o in outputs if o.grad_fn is not None), None))
         streams, state, memory = step.split(outputs, k)
         results += [*state, *memory]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from revflow._base.torch_private import at_the_end, backward_pass
 from revflow._guard.policy import Guard
-from revflow._guard.steps import Found, judge
+from revflow._guard.recurrences import Found, judge
 from revflow._through_time.states import Unpacked
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from revflow._base.host_memory import in_host_memory
+from revflow._base.streams import Tensors
 
 States = Literal["kept", "bfloat16", "offloaded"] | int
 """How a recurrence stores its states: the type of `ReversibleRecurrence`'s `states`."""
-Tensors = tuple[Tensor, ...]
 
 
 class Storage:

@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from revflow._base.streams import Context, Streams
+from revflow._base.streams import Context, Streams, Tensors
 from revflow._base.torch_private import is_going_to_run
 from revflow._guard.policy import Guard
-from revflow._guard.steps import Watch
+from revflow._guard.recurrences import Watch
 from revflow._replay.arguments import Arguments
 from revflow._replay.random_states import Draws
 from revflow._replay.replay import Replay
 from revflow._rewind.graph import aliases_of
 from revflow._through_time.passes import BackwardPass
-from revflow._through_time.states import Like, Storage, Tensors
+from revflow._through_time.states import Like, Storage
 from revflow.cell import RecurrentCell
 
 

@@ -1,1 +1,1 @@
-"""Check a whole network: each block by itself, then a training step with the engine and one under standard autograd."""
+"""The check of a whole network: each block separately, then a training step with the engine and one under standard autograd."""

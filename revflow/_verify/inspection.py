@@ -1,5 +1,4 @@
-"""Each block of a network by itself: does it return the same twice, does its inverse undo its forward, and is a coupling's
-log-derivative that of what it computes?"""
+"""Checks of each block separately: its determinism, its inverse, and a coupling's log-derivative."""
 
 from __future__ import annotations
 
@@ -13,38 +12,38 @@ from torch import Tensor, nn
 from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Context, Streams
 from revflow._guard.tolerance import Tolerance
-from revflow._replay.attributes import STATE_IN_CONTEXT, Reachable
 from revflow._replay.holders import contents, copied, refill
+from revflow._replay.reachable import STATE_IN_CONTEXT, Reachable
 from revflow.exact import Grid
 from revflow.sequence import ReversibleSequence
 
 
 class Worst(NamedTuple):
-    """The largest of several relative errors, and where it was found."""
+    """The largest of several relative errors, and the name of the tensor or block that has it."""
 
     error: float
     where: str
 
 
 class Inspection:
-    """Looks at the blocks of a network, and gathers what is to be said of them."""
+    """Checks the blocks of a network, and collects the problems and notes."""
 
     def __init__(self, device: torch.device, tolerance: Tolerance) -> None:
         self._device, self._tolerance = device, tolerance
         self.problems: list[str] = []
         self.notes: list[str] = []
-        self._with_buffers: list[str] = []
-        """What each block does that changes its buffers."""
+        self._stateful: list[str] = []
+        """Descriptions of blocks that change their own state."""
 
-    def look(self, net: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Worst:
-        """Look at each block with the streams that it is given in the network; returns the worst inverse."""
-        net = copied(net)  # without gradients, so under ordinary autograd
+    def check(self, net: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Worst:
+        """Check each block with the streams that it receives in the network; return the largest error of an inverse."""
+        net = copied(net)  # It runs without gradients, and so without the engine.
         calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
-        def keep(block: nn.Module, streams: tuple[Any, ...], context: dict[str, Any]) -> None:
+        def record(block: nn.Module, streams: tuple[Any, ...], context: dict[str, Any]) -> None:
             calls.setdefault(block, (streams, copied(context)))
 
-        hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for _, block, _ in named_blocks(net)]
+        hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for _, block, _ in named_blocks(net)]
         inputs, context = arguments
         found: list[Worst] = []
         with seeded(self._device), torch.no_grad():
@@ -56,20 +55,20 @@ class Inspection:
             for name, block, grid in named_blocks(net):
                 call = calls.pop(block, None)
                 if call is not None and self._is_deterministic(name, block, *call):
-                    found.append(self._look_at_inverse(name, block, grid, *call))
+                    found.append(self._check_inverse(name, block, grid, *call))
                     if isinstance(block, Stepwise):
-                        self._look_at_log_derivative(name, block, *call)
+                        self._check_log_derivative(name, block, *call)
             self._note_depth(net, first_streams)
-        if self._with_buffers:
-            first, others = self._with_buffers[0], len(self._with_buffers) - 1
+        if self._stateful:
+            first, others = self._stateful[0], len(self._stateful) - 1
             and_others = f", as do{'es' * (others == 1)} {others} other block{'s' * (others > 1)}" if others else ""
-            self.notes.append(f"{first}{and_others}; the engine lets it happen once a step")
+            self.notes.append(f"{first}{and_others}; the engine applies this change once per step")
         return max(found, default=Worst(0.0, "no block was compared"))
 
     def _note_depth(self, net: nn.Module, given: dict[nn.Module, Streams]) -> None:
-        """Say if a sequence is so deep, or its streams grow so much, that exact arithmetic is advisable.
+        """Note a sequence so deep, or with streams that grow so much, that exact arithmetic is advisable.
 
-        `given`: the streams that each block was given.
+        `given`: the streams that each block receives.
         """
         for sequence in sequences_in(net):
             blocks = [block for block in sequence if block in given]
@@ -79,13 +78,13 @@ class Inspection:
             growth = last / first if first else 0.0
             if len(blocks) > _DEEP or growth > _GROWN:
                 self.notes.append(
-                    f"{len(blocks)} blocks, through which the streams grow {growth:,.1f}-fold: from {_DEEP} blocks on, or from a "
-                    f"growth of {_GROWN:.0f}, rounding may put single values on the other side of a ReLU's kink, and change a "
-                    f"tensor's gradient by some percent without a warning. exact=True does not round"
+                    f"{len(blocks)} blocks, in which the streams grow {growth:,.1f}-fold. From {_DEEP} blocks or a growth of "
+                    f"{_GROWN:.0f} on, rounding may move single values across a ReLU's kink. A tensor's gradient can then change "
+                    f"by a few percent without a warning; with exact=True it cannot"
                 )
 
     def _is_deterministic(self, name: str, block: nn.Module, streams: tuple[Any, ...], context: dict[str, Any]) -> bool:
-        """Evaluate twice with the same random numbers and buffers, as the engine does."""
+        """Evaluate the block twice with the same random numbers and buffers, as the engine does, and compare the results."""
         buffers = {key: b.clone() for key, b in block.named_buffers()}
         attributes, values = [(m, contents(m)) for m in block.modules()], _tensor_attributes(block)
         results = []
@@ -107,9 +106,9 @@ class Inspection:
             for key, b in block.named_buffers():
                 b.copy_(buffers[key])
         if changed:
-            self._with_buffers.append(f"{name} changes its buffers ({', '.join(changed)})")
+            self._stateful.append(f"{name} changes its buffers ({', '.join(changed)})")
         if rebound:
-            self._with_buffers.append(f"{name} changes its own {', '.join(rebound)}")
+            self._stateful.append(f"{name} changes its own {', '.join(rebound)}")
         if not all(torch.isfinite(s).all() for s in results[0]):
             self.problems.append(f"{name} returns values that are not finite")
             return False
@@ -117,79 +116,71 @@ class Inspection:
         if not same:
             moved = [key for key, (own, value) in values.items() if not torch.equal(own, value)]
             cause = (
-                f"it changes its own {', '.join(moved)} in place, which is not a buffer: register_buffer makes it one"
+                f"it changes its own {', '.join(moved)} in place, which is not a buffer: make it one with register_buffer"
                 if moved
-                else "random numbers that are not torch's, or state outside of its parameters and buffers"
+                else "it uses random numbers that are not torch's, or state outside of its parameters and buffers"
             )
-            self.problems.append(f"{name} is not deterministic, given the same random numbers of torch: {cause}")
+            self.problems.append(f"{name} is not deterministic, although torch's random numbers are the same: {cause}")
         return same
 
-    def _look_at_inverse(
+    def _check_inverse(
         self, name: str, block: nn.Module, grid: Grid | None, streams: tuple[Any, ...], context: dict[str, Any]
     ) -> Worst:
-        """In eval mode: dropout in the inverse draws in another order."""
-        modes = {m: m.training for m in block.modules()}
-        block.eval()
-        attributes = [(m, contents(m)) for m in block.modules()]
-        if grid is None:
-            outputs: tuple[Any, ...] = block(*streams, **context)
-            undo: Callable[..., Streams] = block.inverse  # type: ignore[assignment]
-        else:
-            alone = ReversibleSequence([block], exact=grid)
-            outputs = alone.forward_with_residuals(streams, **context)
-            undo = alone.inverse_with_residuals
-        for module, held in attributes:
-            refill(module, held)
-        rebuilt = undo(*outputs, **context)
-        for module, mode in modes.items():
-            module.training = mode
-        scale = max((s.abs().max().item() for s in streams if s.numel()), default=0.0) or 1.0
-        error = 0.0
-        if len(rebuilt) != len(streams):
+        """Compare the streams with those that the block's inverse returns for its output."""
+        recomputed = _forward_and_inverse(block, grid, streams, context)
+        if len(recomputed) != len(streams):
             self.problems.append(
-                f"the inverse of {name} returns {len(rebuilt)} where forward was given {len(streams)} streams"
+                f"the inverse of {name} must return {len(streams)} streams, like forward's input; it returns {len(recomputed)}"
             )
             return Worst(float("inf"), name)
-        for found, expected in zip(rebuilt, streams, strict=True):
+        scale = max((s.abs().max().item() for s in streams if s.numel()), default=0.0) or 1.0
+        error = 0.0
+        for found, expected in zip(recomputed, streams, strict=True):
             if found.shape != expected.shape:
                 self.problems.append(f"the inverse of {name} returns {tuple(found.shape)} for {tuple(expected.shape)}")
             elif found.numel():
                 difference = (found - expected).abs().max().item()
                 error = max(error, difference / scale if difference == difference else float("inf"))
-        if grid is not None:
-            limit = 0.0
-        elif isinstance(block, Stepwise) and block.ill_conditioned:  # the engine does not use this inverse
-            limit = self._tolerance.error
-        else:
-            limit = self._tolerance.warn
-        if error > limit:
-            self.problems.append(f"the inverse of {name} does not undo its forward: it is off by {error:.1e}")
+        if error > self._largest_error(block, grid):
+            self.problems.append(f"the inverse of {name} does not invert its forward: it is off by {error:.1e}")
         return Worst(error, name)
 
-    def _look_at_log_derivative(self, name: str, block: Stepwise, streams: Streams, context: Context) -> None:
-        """Where the coupling has one, against the derivative of `combine`."""
+    def _largest_error(self, block: nn.Module, grid: Grid | None) -> float:
+        """The largest permitted error of the block's inverse."""
+        if grid is not None:
+            return 0.0
+        # Of an ill-conditioned coupling the engine stores the stream, so that this inverse is not used in training.
+        if isinstance(block, Stepwise) and block.ill_conditioned:
+            return self._tolerance.error
+        return self._tolerance.warn
+
+    def _check_log_derivative(self, name: str, block: Stepwise, streams: Streams, context: Context) -> None:
+        """Compare a coupling's log-derivative, if it has one, with the derivative of `combine`."""
         k, conditioner = block.conditioners(streams)[0]
         if not (streams[k].numel() and streams[k].is_floating_point()):
             return
         t = block.evaluate(conditioner, streams[k], streams[:k] + streams[k + 1 :], context)
         try:
-            told = block.log_derivative(streams[k], *t).exp()
+            claimed = block.log_derivative(streams[k], *t).exp()
         except NotImplementedError:
             return
-        if told.shape != streams[k].shape:
-            self.problems.append(f"log_derivative of {name} returns {tuple(told.shape)} for {tuple(streams[k].shape)}")
+        if claimed.shape != streams[k].shape:
+            self.problems.append(
+                f"log_derivative of {name} returns {tuple(claimed.shape)} for {tuple(streams[k].shape)}"
+            )
             return
         with torch.enable_grad():
             x = streams[k].detach().requires_grad_()
             (derivative,) = torch.autograd.grad(block.combine(x, *t).sum(), x)
-        error = ((told - derivative.abs()).abs().max() / derivative.abs().max()).item()
+        error = ((claimed - derivative.abs()).abs().max() / derivative.abs().max()).item()
         if not error <= 10 * self._tolerance.warn:
             self.problems.append(
-                f"log_derivative of {name} is not that of its combine: its exponential is off by {error:.1e}"
+                f"log_derivative of {name} does not match its combine: its exponential is off by {error:.1e}"
             )
 
 
 _DEEP, _GROWN = 100, 30.0
+"""Number of blocks, and growth of the streams, from which on rounding can change gradients."""
 
 
 def _largest(stream: Tensor) -> float:
@@ -197,23 +188,53 @@ def _largest(stream: Tensor) -> float:
 
 
 def sequences_in(net: nn.Module) -> list[ReversibleSequence]:
+    """All sequences in a network, also those inside of others."""
     return [m for m in net.modules() if isinstance(m, ReversibleSequence)]
 
 
 def named_blocks(net: nn.Module) -> Iterator[tuple[str, nn.Module, Grid | None]]:
-    """(name, block, the grid of its sequence)."""
+    """(name, block, grid of its sequence), for all blocks of all sequences."""
     for name, sequence in net.named_modules():
         if isinstance(sequence, ReversibleSequence):
             for index, block in enumerate(sequence):
-                yield f"block {name + '.' if name else ''}{index} ({type(block).__name__})", block, sequence._grid
+                yield (
+                    f"block {name + '.' if name else ''}{index} ({type(block).__name__})",
+                    block,
+                    sequence.exact or None,
+                )
 
 
 @contextmanager
 def seeded(device: torch.device) -> Iterator[None]:
-    """The same random numbers each time, and the user's own untouched."""
+    """The same random numbers in each such context; the random state outside is unchanged."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         yield
+
+
+def _forward_and_inverse(
+    block: nn.Module, grid: Grid | None, streams: tuple[Any, ...], context: dict[str, Any]
+) -> Streams:
+    """The streams that the inverse returns for the block's output.
+
+    In eval mode, because dropout in the inverse draws in another order.
+    """
+    modes = {m: m.training for m in block.modules()}
+    block.eval()
+    attributes = [(m, contents(m)) for m in block.modules()]
+    if grid is None:
+        outputs: tuple[Any, ...] = block(*streams, **context)
+        inverse: Callable[..., Streams] = block.inverse  # type: ignore[assignment]
+    else:
+        sequence = ReversibleSequence([block], exact=grid)
+        outputs = sequence.forward_with_residuals(streams, **context)
+        inverse = sequence.inverse_with_residuals
+    for module, held in attributes:
+        refill(module, held)
+    recomputed = inverse(*outputs, **context)
+    for module, mode in modes.items():
+        module.training = mode
+    return recomputed
 
 
 def _tensor_attributes(block: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""One training step with the engine, one under ordinary autograd, on copies of a network."""
+"""One training step with the engine and one under standard autograd, on copies of a network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from revflow._base.stepwise import Stepwise
 from revflow._base.torch_private import is_any_autocast, pytree
 from revflow._guard.policy import Guard, ReconstructionWarning
-from revflow._guard.tolerance import LOW_PRECISION, TOLERANCES, Tolerance, tf32
+from revflow._guard.precision import tf32
+from revflow._guard.tolerance import LOW_PRECISION, TOLERANCES, Tolerance
 from revflow._replay.holders import copied
 from revflow._replay.mode import ordinary_autograd
 from revflow._replay.undisturbed import undisturbed
@@ -27,13 +28,15 @@ from revflow.memory import measure_memory
 _Gradients = dict[str, Tensor | None]
 
 _TRIES = 8
-"""How often inputs and parameters are moved by rounding errors: one error alone may meet no kink."""
+"""Number of times that inputs and parameters are perturbed by rounding errors. A single perturbation may miss every kink."""
 
 _WAYS = (nullcontext, ordinary_autograd)
-"""With the engine, and without."""
+"""With the engine, and under standard autograd."""
 
 
 class Trial:
+    """Compares training steps with the engine and under standard autograd, and collects the problems and notes."""
+
     def __init__(self, net: nn.Module, inputs: tuple[Any, ...], context: dict[str, Any]) -> None:
         self._net, self._arguments = net, (inputs, context)
         tensors = [t for t in pytree.tree_leaves(self._arguments) if isinstance(t, Tensor)]
@@ -43,8 +46,9 @@ class Trial:
         self._notes: list[str] = []
 
     def report(self) -> Verification:
+        """Run all checks and measurements."""
         blocks = Inspection(self._device, self._tolerance)
-        reconstruction = blocks.look(self._net, self._arguments)
+        reconstruction = blocks.check(self._net, self._arguments)
         self._problems += blocks.problems
         self._notes += blocks.notes
         evaluations: dict[str, int] = {}
@@ -66,7 +70,7 @@ class Trial:
         )
 
     def _copy(self) -> nn.Module:
-        """The network without guards. Where it has a memory budget it has measured what that leaves to be rebuilt."""
+        """The network without guards. If it has a memory budget, the costs of its blocks have been measured."""
         net = _unguarded(copied(self._net))
         if any(sequence.memory_budget not in ("all", "none") for sequence in sequences_in(net)):
             (inputs, context), _ = _with_leaves(self._arguments)
@@ -74,17 +78,20 @@ class Trial:
                 net(*inputs, **context)
         return net
 
-    def _leave_out_chunks(self, net: nn.Module) -> None:
+    def _set_one_chunk(self, net: nn.Module) -> None:
         for sequence in sequences_in(net):
             if sequence.chunks > 1:
-                self._notes.append("gradients are compared without chunks, which draw random numbers in another order")
+                self._notes.append(
+                    "gradients are compared with chunks=1, because chunks draw random numbers in another order"
+                )
                 sequence.chunks = 1
 
     def _compare_gradients(self, evaluations: dict[str, int], reconstruction: Worst) -> Worst | None:
+        """The largest error of a gradient, None if the backward pass fails. Counts the evaluations in `evaluations`."""
         with ordinary_autograd():
             plain = self._gradients(copied(self._net))
         net = self._copy()
-        self._leave_out_chunks(net)
+        self._set_one_chunk(net)
         with _counted(net, evaluations):
             try:
                 engine = self._gradients(net)
@@ -95,7 +102,7 @@ class Trial:
             found = engine[name]
             if (found is None) != (expected is None):
                 self._problems.append(
-                    f"{name} gets {'no' if found is None else 'a'} gradient; ordinary autograd gives "
+                    f"{name} gets {'no' if found is None else 'a'} gradient; standard autograd gives "
                     f"{'one' if found is None else 'none'}"
                 )
         worst = _worst(engine, plain)
@@ -104,37 +111,40 @@ class Trial:
         return worst
 
     def _explain(self, worst: Worst, plain: _Gradients, reconstruction: Worst) -> None:
-        """A gradient that is off: by no more than ordinary autograd's own move with rounding errors, or a problem.
+        """Report a gradient's error: as a note if rounding explains it, and as a problem otherwise.
 
-        Where an activation has a kink, as ReLU does, the last bit of its input may decide on a gradient.
+        The gradient of an activation with a kink, such as ReLU, may depend on the last bit of its input. The error is then no
+        larger than the change of standard autograd's own gradients under rounding errors.
         """
         if worst.error == float("inf"):
-            self._problems.append(f"the gradient of {worst.where} is not finite, or ordinary autograd's is not")
+            self._problems.append(f"the gradient of {worst.where} is not finite, or that of standard autograd is not")
             return
         moved = max(_worst(self._rounded(seed), plain) for seed in range(_TRIES))
         off = f"the gradient of {worst.where} is off by {worst.error:.1e}"
-        own = f"ordinary autograd's own move by up to {moved.error:.1e} where inputs and parameters move by a rounding error"
+        own = (
+            f"rounding errors in inputs and parameters change standard autograd's gradients by up to {moved.error:.1e}"
+        )
         if worst.error <= 3 * moved.error < float("inf") and reconstruction.error <= self._tolerance.warn / 10:
             self._notes.append(
-                f"{off}, and {own}: activations with a kink, such as ReLU, do that. In float64 it vanishes"
+                f"{off}, but {own}: activations with a kink, such as ReLU, cause that. In float64 it vanishes"
             )
         else:
             self._problems.append(
-                f"{off}; {own}. Repeat with the network and its inputs in float64: what vanishes there is rounding, and "
-                f"exact=True has none"
+                f"{off}; {own}. Repeat with the network and its inputs in float64: an error that vanishes there is rounding, "
+                f"and exact=True avoids it"
             )
 
     def _rounded(self, seed: int) -> _Gradients:
-        """Ordinary autograd's gradients, where each value of the inputs and parameters is moved by a rounding error."""
+        """Standard autograd's gradients, with each value of the inputs and parameters changed by a rounding error."""
         net = copied(self._net)
         generator = torch.Generator().manual_seed(seed)
         with ordinary_autograd():
             return self._gradients(net, lambda tensor: _moved(tensor, generator))
 
     def _train_with_guards(self) -> None:
-        """Let the guards see a training step, as they would: what they refuse is a problem."""
+        """Run a training step with guards; an error that they raise is a problem, a warning a note."""
         net = copied(self._net)
-        for sequence in sequences_in(net):  # with new ones, which look at each block
+        for sequence in sequences_in(net):  # New guards: used ones no longer check each block closely.
             mode, exact = sequence._guard.mode, sequence._guard.exact
             sequence._guard = Guard("warn" if mode == "off" else mode, exact)
         with warnings.catch_warnings(record=True) as warned:
@@ -146,7 +156,7 @@ class Trial:
         self._notes += [f"the guard warns: {w.message}" for w in warned if w.category is ReconstructionWarning]
 
     def _gradients(self, net: nn.Module, moved: Callable[[Tensor], Tensor] | None = None) -> _Gradients:
-        """By name: those of the arguments, then those of the parameters."""
+        """By name: the gradients of the arguments, then of the parameters. `moved` changes their values first."""
         (inputs, context), leaves = _with_leaves(self._arguments)
         if moved is not None:
             with torch.no_grad():
@@ -160,7 +170,7 @@ class Trial:
         return dict(zip(wanted, found, strict=True))
 
     def _memory(self) -> tuple[Both, Both]:
-        """Alive after a forward pass, and at most in a forward and a backward pass."""
+        """Bytes alive after a forward pass, and the peak of a forward and a backward pass."""
         kept, peak = [], []
         for way in _WAYS:
             net = self._copy()
@@ -178,7 +188,7 @@ class Trial:
         torch.autograd.grad(_loss(net(*inputs, **context)), [*leaves, *parameters], allow_unused=True)
 
     def _time(self) -> float:
-        """Median of three pairs, after one of each."""
+        """The time of a step relative to standard autograd: the median of three pairs, after a pair that warms up."""
         net = self._copy()
         with seeded(self._device):
             pairs = [[self._seconds(net, way) for way in _WAYS] for _ in range(4)]
@@ -194,10 +204,10 @@ class Trial:
 
 
 def _worst(found: _Gradients, expected: _Gradients) -> Worst:
-    """The largest relative error of those gradients that both have."""
+    """The largest relative error among the gradients that both have."""
     norms = {name: g.double().norm().item() for name, g in expected.items() if g is not None}
     floor = 1e-3 * max(norms.values(), default=0.0) or 1.0
-    worst = Worst(0.0, "all alike")
+    worst = Worst(0.0, "all equal")
     for name, e in expected.items():
         f = found[name]
         if f is not None and e is not None:
@@ -208,7 +218,7 @@ def _worst(found: _Gradients, expected: _Gradients) -> Worst:
 
 
 def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Each value larger or smaller by a rounding error."""
+    """The tensor with each value increased or decreased by a rounding error."""
     if not tensor.is_floating_point():
         return tensor
     signs = torch.randint(2, tensor.shape, generator=generator).to(tensor.device, tensor.dtype).mul(2).sub(1)
@@ -223,7 +233,7 @@ def _unguarded(net: nn.Module) -> nn.Module:
 
 @contextmanager
 def _counted(net: nn.Module, counts: dict[str, int]) -> Iterator[None]:
-    """Count evaluations: of a coupling's conditioners, and of other blocks with their inverse."""
+    """Count evaluations in `counts`: of the conditioners of couplings, and of other blocks together with their inverses."""
 
     def count(name: str, *_: object) -> None:
         counts[name] = counts.get(name, 0) + 1
@@ -250,29 +260,33 @@ def _counting(count: Callable[[], None], function: Callable[..., Any]) -> Callab
 
 
 def _with_leaves(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[Any, list[Tensor]]:
-    """The arguments with new leaves for their floating-point tensors."""
+    """Copies of the arguments, and the new leaves among them: one for each floating-point tensor."""
     values, spec = pytree.tree_flatten(arguments)
     values = [
         v.detach().clone().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else copied(v)
-        for v in values  # of an object each run gets its own, since it may be filled
+        for v in values  # Each run gets its own copy of an object, because the network may change it.
     ]
     leaves = [v for v in values if isinstance(v, Tensor) and v.requires_grad]
     return pytree.tree_unflatten(values, spec), leaves
 
 
 def _loss(output: object) -> Tensor:
-    """A sum in which every value of the output has another weight."""
+    """The sum of all outputs, each value with a different weight."""
     total = torch.zeros(())
     for tensor in pytree.tree_leaves(output):
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             weights = torch.arange(tensor.numel(), device=tensor.device).add(1).double().cos().view(tensor.shape)
             total = total.to(tensor.device) + (tensor * weights.to(tensor.dtype)).sum()
     if not total.requires_grad:
-        raise ValueError("nothing in what the network returns depends on a tensor that takes a gradient")
+        raise ValueError(
+            "net returns no tensor that depends on a parameter or on a floating-point input, so that there is no gradient to "
+            "compare: let it return one"
+        )
     return total
 
 
 def _tolerance(tensors: list[Tensor]) -> Tolerance:
+    """The tolerance for the lowest precision in use."""
     dtypes = {t.dtype for t in tensors if t.is_floating_point()}
     cuda = any(t.is_cuda for t in tensors)
     if is_any_autocast() or (cuda and tf32()) or not dtypes <= TOLERANCES.keys():

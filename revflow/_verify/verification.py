@@ -1,15 +1,16 @@
-"""What `verify` found, as a value and as text."""
+"""The result of `verify`, as a value and as text."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from revflow._base.memory_size import size
 from revflow._verify.inspection import Worst
 
 
 class Both(NamedTuple):
-    """Bytes with the engine, and under ordinary autograd."""
+    """Bytes with the engine, and under standard autograd."""
 
     engine: int
     plain: int
@@ -17,7 +18,7 @@ class Both(NamedTuple):
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found. `print` it.
+    """The result of `verify`. `print` shows it as a report.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
@@ -26,44 +27,41 @@ class Verification:
     """
 
     gradients: Worst
-    """Of inputs and parameters, against ordinary autograd: relative to the tensor's norm (or 1e-3 of the largest one's)."""
+    """Largest error of a gradient of an input or parameter, and its name. The error is the norm of the difference from standard
+    autograd, relative to the gradient's norm (at least 1e-3 of the largest gradient's norm)."""
     reconstruction: Worst
-    """Of each block's input from its output, relative to the largest stream; in exact arithmetic any is a problem."""
+    """Largest error of a block's recomputed input, relative to the largest stream, and the block. Exact mode allows none."""
     evaluations: dict[str, int]
-    """How often each conditioner, or block that is no coupling, ran in one training step, its inverse included."""
+    """Number of evaluations per training step: of each conditioner, and of each other block with its inverse."""
     kept: Both | None
-    """Alive after the forward pass; None where the device counts no bytes."""
+    """Bytes alive after the forward pass; None on devices other than the CPU and CUDA."""
     peak: Both | None
-    """The most that was alive in the forward and backward pass, beyond what was there before."""
+    """Largest number of bytes alive during the forward and backward pass, beyond those before it."""
     time: float | None
-    """Of a forward and backward pass, in units of ordinary autograd's; None where it fails."""
+    """Time of the forward and backward pass relative to standard autograd; None if the backward pass fails."""
     problems: tuple[str, ...]
-    """What is wrong, in plain words."""
+    """Descriptions of faults."""
     notes: tuple[str, ...]
-    """What is worth knowing and not wrong."""
+    """Remarks that are not faults."""
 
     @property
     def ok(self) -> bool:
-        """Whether no problem was found."""
+        """Whether there are no problems."""
         return not self.problems
 
     def __str__(self) -> str:
         counts = sorted(set(self.evaluations.values()))
+        gradients, reconstruction = self.gradients, self.reconstruction
         lines = [
-            f"gradients        {self.gradients.error:.1e} from ordinary autograd's at worst ({self.gradients.where})",
-            f"reconstruction   {self.reconstruction.error:.1e} of the largest stream at worst ({self.reconstruction.where})",
-            f"evaluations      {' or '.join(map(str, counts))} a training step",
+            f"gradients        max error {gradients.error:.1e} against standard autograd ({gradients.where})",
+            f"reconstruction   max error {reconstruction.error:.1e} of the largest stream ({reconstruction.where})",
+            f"evaluations      {' or '.join(map(str, counts))} per training step",
         ]
-        for name, both in (("after forward", self.kept), ("at most", self.peak)):
+        for name, both in (("after forward", self.kept), ("peak memory", self.peak)):
             if both is not None:
-                lines.append(f"{name:15s}  {_bytes(both.engine)}; {_bytes(both.plain)} under ordinary autograd")
+                lines.append(f"{name:15s}  {size(both.engine)}; {size(both.plain)} under standard autograd")
         if self.time is not None:
-            lines.append(f"time             {self.time:.2f} times ordinary autograd's")
+            lines.append(f"time             {self.time:.2f}× standard autograd")
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"PROBLEM: {problem}" for problem in self.problems] or ["no problem found"]
         return "\n".join(lines)
-
-
-def _bytes(count: int) -> str:
-    unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB") if count >= 2**20 else (2**10, "KiB")
-    return f"{count / unit:.1f} {name}"

@@ -17,6 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import revflow
+
 WORLD = 2
 TIMEOUT = 60.0
 """Seconds for one case: a hang is a failure."""
@@ -85,6 +87,7 @@ class Ranks:
 def _serve(rank: int, meeting: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("error", category=UserWarning, module="revflow")
+    warnings.filterwarnings("error", category=revflow.ReconstructionWarning)
     dist.init_process_group(
         "gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=timedelta(seconds=TIMEOUT)
     )

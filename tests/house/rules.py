@@ -176,8 +176,8 @@ def _is_private(dotted: str) -> bool:
 
 
 def _is_torchs(attribute: str) -> bool:
-    """Of tensors, modules, named tuples and argparse."""
+    """Of tensors, modules, named tuples and argparse; and a function that `sys` documents."""
     return attribute in {
-        "_asdict", "_backward_hooks", "_buffers", "_cdata", "_compiled_call_impl", "_fields", "_forward_hooks",
+        "_asdict", "_backward_hooks", "_buffers", "_cdata", "_compiled_call_impl", "_current_frames", "_fields", "_forward_hooks",
         "_forward_pre_hooks", "_make", "_modules", "_parameters", "_replace", "_saved_tensors", "_version",
     }  # fmt: skip

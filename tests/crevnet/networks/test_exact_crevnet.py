@@ -100,10 +100,10 @@ def test_impossible_grids_are_refused():
 
 def test_a_warning_of_rounding_names_what_to_do():
     """The engine's own words are for people who have written blocks."""
-    said = "block 1 (AdditiveCoupling): its input was rebuilt with an error of 2e-04. Its inverse does not undo its forward"
+    said = "block 1 (AdditiveCoupling): its input was recomputed with an error of 2e-04. Its inverse is wrong"
     line = warned(revflow.ReconstructionWarning(said))
     assert line.startswith(
-        "block 1 (AdditiveCoupling): its input was rebuilt with an error of 2e-04. Rounding errors grow"
+        "block 1 (AdditiveCoupling): its input was recomputed with an error of 2e-04. Rounding errors grow"
     )
     assert line.endswith("--model.exact_bits 16") and "inverse" not in line
     assert warned(UserWarning(said)) == said

@@ -223,7 +223,7 @@ def test_learning_rate_that_is_far_too_high(options, crevnet, failing, tmp_path)
     crevnet(*options, "--out", run, "--training.epochs=1")
     often = ("--training.epochs=2", "--training.checkpoint_minutes=1e-9")
     line = failing("fit", "--resume", run, "--training.learning_rate=9e5", *often)
-    assert "was rebuilt with an error" in line and "lower --training.learning_rate (it is 900000)" in line
+    assert "was recomputed with an error" in line and "lower --training.learning_rate (it is 900000)" in line
     assert max(w.abs().max() for w in checkpoint(run)["state_dict"].values()) < 2
     crevnet("fit", "--resume", run, "--training.learning_rate=1e-3", "--training.epochs=2")
     assert checkpoint(run)["global_step"] == 2 * BATCHES

@@ -23,7 +23,7 @@ from engine.nets import (
     stacks,
     weighted,
 )
-from revflow._base.bytes import parse
+from revflow._base.memory_size import parse
 from revflow.budget import Budget, Cost, Table
 
 HUGE = 2**40
@@ -138,8 +138,8 @@ def test_a_table_by_hand():
     block_1_rebuilt = 2 + 20 + 20 + 80  # its anchor, streams, gradients, and what it takes to undo it
     assert table.peaks == [all_kept, last_two, block_1_rebuilt, block_1_rebuilt]
     assert [table.first_kept(b) for b in (121, 122, 124, 125, 1000)] == [None, 2, 2, 0, 0]
-    assert table.most_frugal == 2  # as little as rebuilding all, and one evaluation less
-    assert table.kept == [20 + 5 + 10 + 50 + 10 + 7, 20 + 20 + 50 + 10 + 7, 20 + 2 + 20 + 7, 20 + 2]
+    assert table.lowest == 2  # as little as rebuilding all, and one evaluation less
+    assert table.held == [20 + 5 + 10 + 50 + 10 + 7, 20 + 20 + 50 + 10 + 7, 20 + 2 + 20 + 7, 20 + 2]
 
 
 def test_an_empty_sequence_and_one_of_no_gradient():

@@ -6,7 +6,7 @@ from torch import nn
 
 import revflow
 from engine.nets import assert_same_gradients, edge_to, image, mixed, network
-from revflow._base.bytes import free_memory
+from revflow._base.free_memory import free_memory
 
 pytestmark = pytest.mark.cuda
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import revflow
 from engine.nets import Conditioner, additive, assert_same_gradients, conditioners, evaluations, image
-from revflow._base.bytes import size
+from revflow._base.memory_size import size
 from revflow._rewind.chain import ChainCall
 
 HUGE = 2**40
@@ -236,8 +236,9 @@ def test_accumulated_gradients():
 def test_one_warning_where_even_rebuilding_takes_more():
     net, x = sequence(budget=100), image()
     train(net, x)
-    with pytest.warns(UserWarning, match=r"memory_budget=100 is less than the .* chunks=n"):
+    with pytest.warns(UserWarning, match=r"memory_budget=100 is too small: .* chunks=n") as found:
         train(net, x)
+    assert {warning.filename for warning in found} == {__file__}  # the user's line, not the engine's
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(net, x)
@@ -253,8 +254,8 @@ def test_what_is_kept_is_logged_once_for_each_kind_of_input(caplog):
     plan = net.plan(x)
     assert 0 < plan.kept < len(net)
     assert (record.name, record.levelname) == ("revflow.budget", "INFO")
-    kept = f"keeps {plan.kept} of {len(net)} blocks of a call: expected peak {size(plan.peak)}"
-    assert record.getMessage() == f"memory_budget={budget} {kept}"
+    stored = f"{plan.kept} of {len(net)} blocks stored per call, expected peak {size(plan.peak)}"
+    assert record.getMessage() == f"memory_budget={budget}: {stored}"
 
 
 def test_a_printed_plan():
@@ -263,9 +264,9 @@ def test_a_printed_plan():
     plan = net.plan(x)
     lines = str(plan).splitlines()
     assert [line.split()[:3] for line in lines[1:-1]] == [
-        [str(k), "AdditiveCoupling", "rebuilt" if k < plan.first_kept else "kept"] for k in range(4)
+        [str(k), "AdditiveCoupling", "recomputed" if k < plan.first_kept else "stored"] for k in range(4)
     ]
-    assert f"{plan.kept} of 4 blocks kept" in lines[-1]
+    assert f"{plan.kept} of 4 blocks stored" in lines[-1]
     for figure in (budget, plan.peak, plan.transient):
         assert size(figure) in lines[-1]
     assert plan.time_ratio == pytest.approx(1 + sum(plan.seconds[: plan.first_kept]) / (3 * sum(plan.seconds)))
@@ -273,7 +274,7 @@ def test_a_printed_plan():
     for budget, ratio in (("none", 4 / 3), ("all", 1)):
         net.memory_budget = budget
         assert net.plan(x).time_ratio == pytest.approx(ratio)
-        assert "no budget" in str(net.plan(x))
+        assert "without a budget" in str(net.plan(x))
 
 
 def test_a_planned_time_is_the_median_of_three_runs(monkeypatch):
@@ -313,7 +314,7 @@ def test_a_sequence_among_the_blocks():
     net = revflow.ReversibleSequence([sequence("none"), *sequence("none")], memory_budget=HUGE).double()
     train(net, x)
     assert [n for block in evaluations(net, lambda: train(net, x)) for n in block] == [1] * 8
-    with pytest.raises(RuntimeError, match="block 0 is a ReversibleSequence with memory_budget=10 in one with"):
+    with pytest.raises(RuntimeError, match="block 0 is a ReversibleSequence with memory_budget=10 inside one with"):
         revflow.ReversibleSequence([sequence(10)], memory_budget=HUGE)(x)
     with pytest.raises(RuntimeError, match="chunks=2"):
         revflow.ReversibleSequence([sequence("none", chunks=2)])(x)

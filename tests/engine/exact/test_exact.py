@@ -367,7 +367,7 @@ def test_residuals_with_hooks_on_blocks_and_streams_as_a_tuple():
 def test_residuals_belong_to_exact_sequences():
     net, x = network(of_one(gated), exact=False), frames()
     for call in (net.forward_with_residuals, lambda x: net.inverse_with_residuals(x, [])):
-        with pytest.raises(RuntimeError, match=r"residuals belong to exact arithmetic: .*exact=True"):
+        with pytest.raises(RuntimeError, match=r"residuals exist only in exact arithmetic: .*exact=True"):
             call(x)
 
 

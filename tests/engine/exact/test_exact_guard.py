@@ -71,8 +71,8 @@ def test_a_block_that_outgrows_the_grid_is_named(make, way, guard):
     blocks = {"first": additive(), "wild": make(), "last": additive()}
     net = revflow.ReversibleSequence(blocks, exact=True, guard=guard)
     message = (
-        r"^the output of block wild \(\w+Coupling\) reaches (29[5-9]|30\d|59\d|60\d)[.\d]*; on a grid of 16 bits float32 holds "
-        r"values below 256\. exact=revflow\.Grid\(bits=1[45]\) would hold this one; or normalise"
+        r"^the output of block wild \(\w+Coupling\) reaches (29[5-9]|30\d|59\d|60\d)[.\d]*; on a grid of 16 bits float32 covers "
+        r"values below 256\. exact=revflow\.Grid\(bits=1[45]\) would cover this one\. Or normalise"
     )
     with pytest.raises(OverflowError, match=message):
         go(net, frames(), way)
@@ -102,9 +102,9 @@ def test_a_bijection_that_outgrows_the_grid(way):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (300.0, r"reaches 300;.*exact=revflow\.Grid\(bits=15\) would hold"),
+        (300.0, r"reaches 300;.*exact=revflow\.Grid\(bits=15\) would cover"),
         (-256.0, r"reaches 256;.*Grid\(bits=15\)"),
-        (torch.inf, "reaches (inf|nan);.*has diverged, or was given such values"),
+        (torch.inf, "reaches (inf|nan);.*has diverged, its input has such values"),
         (torch.nan, "reaches nan;.*has diverged"),
     ],
 )
@@ -152,7 +152,7 @@ def test_the_limit_is_that_of_each_streams_dtype():
     net = chain(revflow.AdditiveCoupling(Double(4)))
     small, large = frames(2, 4, 6, 4), 1e6 * frames(2, 4, 6, 4).double()
     net((small, large))
-    with pytest.raises(OverflowError, match="float32 holds values below 256"):
+    with pytest.raises(OverflowError, match="float32 covers values below 256"):
         net((1e6 * small, large))
 
 
@@ -231,7 +231,7 @@ faults = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def failure(guard, position=2):
     return pytest.raises(
         revflow.ReconstructionError,
-        match=rf"^block {position} \(\w+\): its input was not rebuilt to the last bit.*revflow\.verify\(net, x\) tells",
+        match=rf"^block {position} \(\w+\): its input was not recomputed to the last bit.*revflow\.verify\(net, x\) finds",
     )
 
 

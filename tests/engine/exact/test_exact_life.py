@@ -229,7 +229,7 @@ def test_one_grid_for_a_sequence_and_those_inside():
     assert_exact(net, frames())
     for inner, outer in ((True, False), (False, True), (revflow.Grid(12), True)):
         blocks = network(of_one(additive), exact=inner), network(of_one(additive), exact=outer)
-        with pytest.raises(RuntimeError, match=r"block 0 is a ReversibleSequence with exact=.* in one with exact="):
+        with pytest.raises(RuntimeError, match=r"block 0 is a ReversibleSequence with exact=.* inside one with exact="):
             revflow.ReversibleSequence([blocks[0]], exact=outer)(frames())
         with pytest.raises(ValueError, match=r"cannot add sequences with exact=.* and exact="):
             blocks[0] + blocks[1]
@@ -237,7 +237,7 @@ def test_one_grid_for_a_sequence_and_those_inside():
 
 @pytest.mark.parametrize("exact", [None, 16, 1, "yes", 0.5])
 def test_other_values_of_exact_are_refused(exact):
-    with pytest.raises(TypeError, match=r"exact has to be True, False or a revflow.Grid; got"):
+    with pytest.raises(TypeError, match=r"exact must be True, False or a revflow.Grid; got"):
         revflow.ReversibleSequence([additive()], exact=exact)
 
 

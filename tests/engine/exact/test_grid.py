@@ -305,8 +305,8 @@ def test_extent_names_the_first_and_speaks_of_its_dtype():
     """Each stream's limit is that of its own dtype."""
     wide, narrow, wild = torch.full((2,), 1e6, dtype=torch.float64), torch.tensor([300.0]), torch.tensor([torch.nan])
     source, message = outgrown(16, wide, narrow, wild)
-    assert source == 1 and "reaches 300; on a grid of 16 bits float32 holds values below 256." in message
-    assert "Pass float32 streams, net(x.float()) say, under autocast" in outgrown(8, torch.tensor([3e4]).half())[1]
+    assert source == 1 and "reaches 300; on a grid of 16 bits float32 covers values below 256." in message
+    assert "Pass float32 streams, net(x.float()), also under autocast" in outgrown(8, torch.tensor([3e4]).half())[1]
     assert outgrown(16) is None and outgrown(16, torch.zeros(3, 0)) is None
     assert outgrown(16, torch.full((2,), 1e6, device="meta")) is None
 
@@ -325,7 +325,7 @@ def test_the_bits_that_are_suggested_hold_the_value(dtype, value):
     found = outgrown(bits, stream)
     if found is None:
         return
-    suggestion = re.search(r"exact=revflow.Grid\(bits=(\d+)\) would hold this one", found[1])
+    suggestion = re.search(r"exact=revflow.Grid\(bits=(\d+)\) would cover this one", found[1])
     if suggestion is None:
         assert outgrown(1, stream) is not None
         return
@@ -342,7 +342,7 @@ def test_extent_forgets_what_it_has_said():
 
 @pytest.mark.parametrize("bits", [0, -3, 53, 16.0, "16", None])
 def test_bits_that_no_grid_has(bits):
-    with pytest.raises(ValueError, match=rf"whole number from 1 to 52, not {bits!r}"):
+    with pytest.raises(ValueError, match=rf"whole number from 1 to 52; got {bits!r}"):
         revflow.Grid(bits)
 
 

@@ -23,7 +23,7 @@ from engine.nets import (
     mixed,
     relative_error,
 )
-from revflow._guard.chains import witness_of
+from revflow._guard.sequences import witness_of
 
 MODES = ["float32", "autocast"]
 modes = pytest.mark.parametrize("mode", MODES)
@@ -76,7 +76,7 @@ class NotANumber(Scale):
         return tuple(s * torch.nan for s in streams)
 
 
-VERIFY = r"inverse does not undo its forward.*revflow\.verify"
+VERIFY = r"inverse does not invert its forward.*revflow\.verify"
 
 
 @modes
@@ -290,7 +290,7 @@ def test_optimizer_step_between_forward_and_backward(make, mode):
         for p in net.parameters():
             p.data.add_(0.3)
 
-    with found_at(2, remedy="parameters were changed between forward and backward"):
+    with found_at(2, remedy="parameters changed between the forward and the backward"):
         step(net, frames(), mode, write)
 
 
@@ -352,9 +352,7 @@ def test_blocks_that_are_all_a_little_wrong_are_no_drift():
 
     torch.manual_seed(0)
     net = chain(*(Off(Conditioner(4)) for _ in range(8)))
-    named = (
-        "Already the first to be rebuilt was off by [1-9]e-05, which is more than rounding: its inverse does not undo"
-    )
+    named = r"The first block that was inverted already had an error of [1-9]e-05, which is more than rounding\..*does not invert"
     with pytest.warns(revflow.ReconstructionWarning, match=named):
         step(net, frames())
 

@@ -66,7 +66,7 @@ NETS = {
     "exact": lambda make: chain(make, exact=True),
 }
 REFUSED = (
-    r"(?s){} .*reads a tensor of shape .*\(by tanh\) that a first evaluation has made.*Compute it in each evaluation"
+    r"(?s){} .*reads a tensor of shape .*\(by tanh\) that a first evaluation computed.*Compute it in each evaluation"
 )
 
 

@@ -13,7 +13,9 @@ from engine.against_plain import Body, assert_right, chain, frames, recurrence, 
 from engine.kinds import NETS, Own, nets, two
 
 pytestmark = pytest.mark.filterwarnings("ignore:memory_budget", "ignore:None of the inputs have requires_grad")
-NO_GRADIENTS = r"evaluations runs without gradients: compute what needs them within `with torch\.enable_grad\(\):`"
+NO_GRADIENTS = (
+    r"evaluations runs without gradients\. Compute gradients inside a conditioner within `with torch\.enable_grad\(\):`"
+)
 
 
 def checkpointed(use_reentrant):

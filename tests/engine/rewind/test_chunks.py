@@ -35,9 +35,9 @@ from revflow._rewind.direction import INVERSE
 
 @pytest.mark.parametrize("chunks", [0, -1, 1.5, True, "2", None])
 def test_what_chunks_may_not_be(chunks):
-    with pytest.raises(ValueError, match="chunks has to be a whole number, 1 or more; got"):
+    with pytest.raises(ValueError, match="chunks must be a whole number of at least 1; got"):
         revflow.ReversibleSequence([additive()], chunks=chunks)
-    with pytest.raises(ValueError, match="chunks has to be a whole number, 1 or more; got"):
+    with pytest.raises(ValueError, match="chunks must be a whole number of at least 1; got"):
         revflow.ReversibleSequence([additive()]).chunks = chunks
 
 

@@ -153,7 +153,7 @@ def test_exact_gradients_are_those_of_stored_activations_to_the_last_bit():
     ],
 )
 def test_what_is_no_function_is_refused_at_once(entry, found):
-    with pytest.raises(TypeError, match=rf"block 1 has to be a residual function F, or a pair.*got {found}"):
+    with pytest.raises(TypeError, match=rf"block 1 must be a residual branch F, or a pair.*got {found}"):
         revflow.reversible([nn.Identity(), entry])
 
 
@@ -161,8 +161,8 @@ def test_what_is_no_function_is_refused_at_once(entry, found):
     ("function", "message"),
     [
         (nn.Linear(8, 9), r"\(3, 5, 8\); from \(3, 5, 8\) it returned \(3, 5, 9\)"),
-        (nn.LSTM(8, 8), r"has to return \(shift\), as tensors; it returned \(Tensor, tuple\)"),
-        (revflow.AdditiveCoupling(nn.Identity()), "takes two streams or more; got 1"),
+        (nn.LSTM(8, 8), r"must return \(shift\) as tensors; it returned \(Tensor, tuple\)"),
+        (revflow.AdditiveCoupling(nn.Identity()), "requires two streams or more; got 1"),
     ],
 )
 def test_what_does_not_keep_the_shape_is_refused_at_the_first_call(function, message):
@@ -179,7 +179,7 @@ def test_an_input_that_is_no_tensor_is_refused():
 @pytest.mark.parametrize("function", [nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 8)])
 def test_a_function_that_is_in_no_list_is_refused(function):
     """Of a Sequential each layer would become a function of its own."""
-    with pytest.raises(TypeError, match=rf"one {type(function).__name__}: write reversible\(\[function\]\)"):
+    with pytest.raises(TypeError, match=rf"a single {type(function).__name__}: write reversible\(\[function\]\)"):
         revflow.reversible(function)
     assert len(revflow.reversible(nn.ModuleList([function, function])).sequence) == 2
 

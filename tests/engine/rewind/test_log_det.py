@@ -204,7 +204,7 @@ class WithoutBase(nn.Module):
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
-        (lambda: Doubling(nn.Identity()), "without its method log_derivative"),
+        (lambda: Doubling(nn.Identity()), "write its static method log_derivative"),
         (Twice, "write its method log_det"),
         (WithoutBase, "write its method log_det"),
     ],

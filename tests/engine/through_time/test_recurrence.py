@@ -53,18 +53,18 @@ def test_what_a_cell_returns_is_checked():
 
 
 def test_cells_and_states_that_do_not_fit():
-    with pytest.raises(TypeError, match=r"cell 0 has to be a revflow\.RecurrentCell; got a Linear"):
+    with pytest.raises(TypeError, match=r"cell 0 must be a revflow\.RecurrentCell; got a Linear"):
         revflow.ReversibleRecurrence([nn.Linear(2, 2)])
     inputs, state = given()
-    with pytest.raises(ValueError, match="of 3 cells; it holds 2 states and 3 memories"):
+    with pytest.raises(ValueError, match="of 3 cells; it has 2 states and 3 memories"):
         recurrence()(inputs, state._replace(cells=state.cells[:2]))
-    with pytest.raises(TypeError, match=r"state has to be a revflow\.RecurrentState; got a tuple"):
+    with pytest.raises(TypeError, match=r"state must be a revflow\.RecurrentState; got a tuple"):
         recurrence()(inputs, (state.cells, state.memories))
-    with pytest.raises(TypeError, match=r"streams has to be a tuple of tensors; got a Tensor"):
+    with pytest.raises(TypeError, match=r"streams must be a tuple of tensors; got a Tensor"):
         recurrence()([inputs[0][0]], state)
-    with pytest.raises(TypeError, match=r"state\.cells\[1\] has to be a tuple of tensors; got a Tensor"):
+    with pytest.raises(TypeError, match=r"state\.cells\[1\] must be a tuple of tensors; got a Tensor"):
         recurrence()(inputs, state._replace(cells=(state.cells[0], state.cells[1][0], state.cells[2])))
-    with pytest.raises(TypeError, match=r"state\.memories\[2\] has to be a tuple of tensors; got a list"):
+    with pytest.raises(TypeError, match=r"state\.memories\[2\] must be a tuple of tensors; got a list"):
         recurrence()(inputs, state._replace(memories=(*state.memories[:2], [*state.memories[2]])))
     with pytest.raises(ValueError, match="has no cells"):
         recurrence()[3:](inputs, revflow.RecurrentState((), ()))
@@ -101,7 +101,7 @@ def test_wrong_values_of_states(states):
 
 
 def test_wrong_values_of_guard():
-    with pytest.raises(ValueError, match='guard has to be "warn", "raise" or "off"; got True'):
+    with pytest.raises(ValueError, match='guard must be "warn", "raise" or "off"; got True'):
         recurrence(guard=True)
 
 

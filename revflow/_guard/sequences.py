@@ -1,21 +1,28 @@
-"""The guard: does the backward pass rebuild what the forward pass saw?
+"""The guard of sequences: it compares the inputs that the backward pass recomputes with those of the forward pass.
 
-The forward pass keeps a few values of each block's input; the backward pass takes the same values of what it has rebuilt.
-They are compared once, when the chain's backward pass is through: on a GPU that is one wait, not one a block. Where a
-block keeps a stream as an anchor, and so has nothing to rebuild, its two outputs are compared instead; and those of a block
-known by its forward and inverse alone, beside its input.
+The forward pass stores a few values of each block's input. The backward pass takes the same values of the recomputed input. They
+are compared once, at the end of the sequence's backward pass: on a GPU, that is one wait instead of one per block. Two cases
+differ:
 
-The error of a block is the largest difference, relative to the largest value seen in any stream of the chain. Where the
-output is many times as large as the input that says little: the input's digits are gone, and the error is still small
-beside the output. So the first block's error is held against its own input too (`_DWARFED`).
+- A block that stores a stream as an anchor recomputes nothing. Its outputs of both evaluations are compared instead.
+- Of a block that the engine uses only through `forward` and `inverse`, the outputs are compared in addition to the input.
 
-In exact arithmetic nothing may differ: beside the few values the sum of all bits is kept, and the first block in which one
-bit is another is an error. A conditioner that is not deterministic, on a GPU say, is found so.
+The error of a block is the largest difference, relative to the largest value in any stream of the sequence. If the output is many
+times as large as the input, the input may have lost its digits although that error is small. So the first block's error is also
+compared with the values of its own input (`_DWARFED`).
 
-What it does not see in floating point: a fault that leaves the block's input right (a gradient function of the user's own
-that is wrong), one that touches few values and misses those that are kept, streams of integers, inputs much smaller than one
-that drown in their output's rounding errors, and whatever stays below the tolerance. Nor does it say anything where the
-chain's output is not finite: ordinary autograd has no gradients then either. `revflow.verify` compares everything.
+In exact arithmetic, nothing may differ. In addition to the few values, the sum of all bits is stored, and the first block with a
+different bit is an error. This finds a conditioner that is not deterministic, for example on a GPU.
+
+In floating point, the guard does not find:
+
+- a fault that leaves the block's input right, such as a wrong gradient in a user's autograd Function;
+- a fault in few values that are not among those stored, or in streams of integers;
+- errors in inputs much smaller than one, which are below the rounding errors of their output;
+- errors below the tolerance.
+
+It does not compare passes with an output that is not finite: standard autograd has no gradients then either. `revflow.verify`
+compares everything.
 """
 
 from __future__ import annotations
@@ -30,36 +37,36 @@ from torch import Tensor, nn
 
 from revflow._base.streams import Streams
 from revflow._base.torch_private import FakeTensor, unwrapped
-from revflow._guard.escapes import Made, refuse_escapes
-from revflow._guard.messages import INEXACT, drowned, off
+from revflow._guard.escapes import SecondRecorder, refuse_escapes
+from revflow._guard.messages import INEXACT, drowned, inaccurate
+from revflow._guard.missing_gradients import refuse_missing_gradients
 from revflow._guard.policy import Guard
-from revflow._guard.tolerance import LOW_PRECISION, LOW_STREAMS, TOLERANCES, Tolerance, tolerance_of
-from revflow._guard.unregistered import refuse_strangers
+from revflow._guard.precision import tolerance_of
+from revflow._guard.tolerance import LOW_PRECISION, LOW_STREAMS, TOLERANCES, Tolerance
 from revflow._replay.arguments import Arguments
 from revflow._replay.replay import Replay
 from revflow.exact import fingerprint
 
 _DWARFED = 10.0
-"""An error relative to the chain's own input warns from `Tolerance.error` on, and raises from so many times that.
+"""The factor between an error relative to the sequence's input that warns, which is `Tolerance.error`, and one that raises.
 
-An input whose values are all below one counts as one: weights and norms are of that size, and a blank or nearly blank
-image, which is right to 1e-7 and no more, is no fault.
+An input whose values are all below one counts as one. Weights and norms are of that size. A blank or nearly blank image is
+right only to 1e-7, and not a fault.
 """
 
 _SAMPLES = 64
-"""Values kept of each stream that a block changes."""
-
+"""Values stored of each stream that a block changes."""
 
 _NOTHING = nullcontext()
 
 
 def witness_of(guard: Guard) -> Witness | None:
-    """One that watches one forward call and its backward passes."""
+    """The witness of one forward call and its backward passes; None if the guard is off."""
     return None if guard.mode == "off" else Witness(guard)
 
 
 class Block(Protocol):
-    """A block's pass, as far as the guard knows it."""
+    """A block's pass, with the attributes that the guard uses."""
 
     position: str
     block_type: str
@@ -71,7 +78,7 @@ class Block(Protocol):
 
 
 class Seen:
-    """A block that was rewound: values from the forward pass, and the same values now."""
+    """A block that was inverted: values from the forward pass, and the recomputed ones."""
 
     def __init__(self, witness: Witness, call: Block) -> None:
         self.call = call
@@ -80,15 +87,16 @@ class Seen:
         self._witness = witness
 
     def output(self, before: Tensor, again: Tensor) -> None:
-        """An output stream whose input is an anchor, and what the second evaluation makes of that anchor."""
+        """Add an output stream whose input is an anchor, and the stream that the second evaluation computes of that anchor."""
         self.before += self._witness.samples((before,))
         self.again += self._witness.samples((again,))
 
     def outputs(self, before: Streams) -> None:
-        """Those of a block that is known by its forward and inverse alone: state of its own may lead both astray alike."""
+        """Add the outputs of a block that has only `forward` and `inverse`. State of its own may change both in the same way."""
         self.before += self._witness.samples(before)
 
     def outputs_again(self, again: Streams) -> None:
+        """Add the recomputed outputs of such a block."""
         self.again += self._witness.samples(again)
 
     @property
@@ -104,35 +112,36 @@ class Seen:
         arguments: Arguments | None = None,
         remedy: str = "",
     ) -> None:
-        """Refuse what makes `outputs` depend on what the engine does not know of; `module` and `arguments` may lead to it."""
-        refuse_strangers(f"{self.place}: {user}", outputs, inputs, module, arguments, remedy)
+        """Refuse `outputs` that depend on a tensor which the engine does not pass; `module` and `arguments` may lead to it."""
+        refuse_missing_gradients(f"{self.place}: {user}", outputs, inputs, module, arguments, remedy)
 
-    def follow(self, replay: Replay) -> Made | None:
-        """Notes what an evaluation makes, if that is to be looked at closely."""
-        return self._witness.guard.follow(replay)
+    def follow(self, replay: Replay) -> SecondRecorder | None:
+        """A mode that records the tensors of a second evaluation; None if it is not followed closely."""
+        return self._witness.close_looks.follow(replay)
 
-    def escapes(self, followed: Made | None, replay: Replay) -> None:
-        """Refuse what has left an evaluation by another way than its result; its graph is gone."""
+    def escapes(self, followed: SecondRecorder | None, replay: Replay) -> None:
+        """Refuse tensors that left an evaluation by another way than its result. Its graph must have been freed."""
         refuse_escapes(self.place, followed, replay.escaped)
 
-    def inputs(self, rebuilt: Streams) -> None:
+    def inputs(self, recomputed: Streams) -> None:
+        """Add the block's recomputed input, and the values that the forward pass stored of it."""
         self.before += self.call.samples
-        self.again += self._witness.samples(rebuilt)
+        self.again += self._witness.samples(recomputed)
 
 
 class Evidence(NamedTuple):
-    """What one backward pass gathers."""
+    """The values that one backward pass collects."""
 
     outputs: list[Tensor]
-    """The extremes of the chain's output: infinite or not a number where the pass has overflowed."""
+    """The extremes of the sequence's output: infinite or not a number if the pass has overflowed."""
     blocks: list[Seen]
 
 
 class Witness:
-    """Takes the samples of one forward call, and of its backward passes."""
+    """Takes sample values of the streams in one forward call and in its backward passes, and compares them."""
 
     def __init__(self, guard: Guard) -> None:
-        self.guard = guard
+        self.guard, self.close_looks = guard, guard.close_looks
         self._positions: dict[tuple[int, torch.device], Tensor] = {}
 
     def samples(self, streams: Streams) -> Streams:
@@ -140,26 +149,26 @@ class Witness:
         values = [v for v in map(unwrapped, streams) if _counts(v)]
         if not self.guard.exact:
             return tuple([torch.take(v, self._places(v)) for v in values])
-        # Beside the sum the few values see what does not change it: a permutation.
+        # The few values find a change that leaves the sum as it was: a permutation.
         return tuple([e for v in values for e in (torch.take(v, self._places(v)), fingerprint(v))])
 
     def remember(self, call: Block) -> AbstractContextManager[Any, Any]:
-        """Notes what a block's first evaluations make, if they are to be looked at closely."""
-        chosen = [self.guard.choose(f"{call.position}/{k}", replay) for k, replay in enumerate(call.foreign)]
-        return self.guard.remember() if any(chosen) else _NOTHING
+        """A mode that records the tensors of a block's first evaluations; an empty context if they are not followed closely."""
+        chosen = [self.close_looks.choose(f"{call.position}/{k}", replay) for k, replay in enumerate(call.foreign)]
+        return self.close_looks.remember() if any(chosen) else _NOTHING
 
     def begin(self, outputs: Streams) -> Evidence:
-        """Begin a backward pass, at the chain's output."""
+        """Begin a backward pass, at the sequence's output."""
         return Evidence(_extremes(outputs), [])
 
     def watch(self, evidence: Evidence, call: Block) -> Seen:
-        """A block that is about to be rewound."""
+        """The record of a block that is about to be inverted."""
         seen = Seen(self, call)
         evidence.blocks.append(seen)
         return seen
 
     def judge(self, evidence: Evidence, inputs: Streams) -> None:
-        """Compare, once the pass is through; `inputs` are the streams that the last rewind has rebuilt."""
+        """Compare at the end of the pass; `inputs` are the streams that were recomputed last, those of the first block."""
         before = [sample for block in evidence.blocks for sample in block.before]
         again = [sample for block in evidence.blocks for sample in block.again]
         if self.guard.exact:
@@ -176,13 +185,13 @@ class Witness:
             return
         errors, sizes, (output, *_), (own, *_) = found.tolist()
         if not math.isfinite(output):
-            return  # the loss has overflowed under ordinary autograd too
+            return  # the loss has overflowed under standard autograd too
         if not math.isfinite(own):
-            errors[-1] = math.inf  # the values that were kept are right, others are not even numbers
+            errors[-1] = math.inf  # the stored values are right, but others are not finite
         self._judge(evidence.blocks, errors, max(output, *sizes) or 1.0, max(1.0, own))
 
     def _judge_exactly(self, blocks: list[Seen], before: list[Tensor], again: list[Tensor]) -> None:
-        """Report the first block, in the order of the backward pass, in which a bit is another."""
+        """Report the first block, in the order of the backward pass, in which a bit differs."""
         if not before or isinstance(before[0], FakeTensor) or before[0].is_meta:
             return
         home = before[0].device
@@ -195,10 +204,11 @@ class Witness:
             del same[:count]
 
     def _judge(self, blocks: list[Seen], errors: list[float], largest: float, own: float) -> None:
-        """Report the first block, in the order of the backward pass, whose error passes a tolerance."""
-        tolerance = Tolerance(0.0, 0.0)  # what a block leaves, all before it inherit: so it never falls
-        unsure: list[Seen] = []
-        behind: list[float] = []  # the errors of the blocks that were rewound before
+        """Report the first block, in the order of the backward pass, whose error exceeds a tolerance."""
+        # A block's error is passed on to all blocks that are inverted after it. So the tolerance never falls on the way.
+        tolerance = Tolerance(0.0, 0.0)
+        unsure: list[Seen] = []  # blocks whose tolerance is not part of `tolerance` yet: computing it is slow
+        behind: list[float] = []  # the errors of the blocks that were inverted earlier
         message, severe = "", False
         of_input: list[float] = []
         for block in blocks:
@@ -211,11 +221,11 @@ class Witness:
                 unsure.clear()
                 severe = worst > largest * tolerance.error
                 if severe or (worst > largest * tolerance.warn and not message):
-                    message = off(block.place, [s.dtype for s in block.again], worst, behind, largest, tolerance)
+                    message = inaccurate(block.place, [s.dtype for s in block.again], worst, behind, largest, tolerance)
                 if severe or (message and self.guard.mode == "raise"):
                     break
             behind.append(worst)
-        else:
+        else:  # No error is severe. `of_input` now has those of the sequence's first block, which was inverted last.
             worst = _largest(of_input)
             if worst > own * _of_streams(blocks[-1]).error:
                 limit = own * max([tolerance, *map(_tolerance, unsure)]).error
@@ -227,11 +237,12 @@ class Witness:
             self.guard.report(message, severe)
 
     def _places(self, stream: Tensor) -> Tensor:
+        """The positions of the values that are stored of a stream of this size."""
         count = stream.numel()
         key = (count, stream.device)
         places = self._positions.get(key)
         if places is None:
-            # multiples of the golden ratio: spread evenly, and in step with no dimension of the stream
+            # Multiples of the golden ratio are spread evenly, and do not coincide with a dimension of the stream.
             stride = int(0.6180339887 * count) | 1
             while math.gcd(stride, count) > 1:
                 stride += 1
@@ -241,12 +252,12 @@ class Witness:
 
 
 def _counts(stream: Tensor) -> bool:
-    """Empty streams have nothing to compare; integers have no gradient, nor rounding errors."""
+    """Whether a stream is compared. Empty ones have no values; integers have neither gradients nor rounding errors."""
     return bool(stream.numel()) and (stream.is_floating_point() or stream.is_complex())
 
 
 def _extremes(streams: Streams) -> list[Tensor]:
-    """The smallest and the largest value of each stream: one pass each, and not a copy."""
+    """The smallest and the largest value of each stream. Each takes one pass over the stream, and no copy."""
     values = [v for v in map(unwrapped, streams) if _counts(v)]
     parts = [torch.view_as_real(v.resolve_conj()) if v.is_complex() else v for v in values]
     return [end for part in parts for end in (part.amin(), part.amax())]
@@ -259,13 +270,15 @@ def _differ(before: list[Tensor], again: list[Tensor], device: torch.device) -> 
 
 
 def _largest(errors: list[float]) -> float:
-    """Infinite where one is not a number."""
+    """The largest error; infinite if one is not a number."""
     return max(errors, default=0.0) if all(map(math.isfinite, errors)) else math.inf
 
 
 def _of_streams(block: Seen) -> Tolerance:
+    """The tolerance for the precision of the streams only. It is at most that of `_tolerance`, and fast to compute."""
     return max([TOLERANCES.get(s.dtype.to_real(), LOW_STREAMS) for s in block.again], default=LOW_PRECISION)
 
 
 def _tolerance(block: Seen) -> Tolerance:
+    """The tolerance for the precision of the streams and of the conditioners."""
     return tolerance_of(block.again, block.call.replays)

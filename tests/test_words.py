@@ -52,7 +52,6 @@ PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "example
 PAGES += [f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ["revflow", "models", "bench", "examples"]
 EXCEPTIONS = {  # shrinks only
-    "revflow",
     "models",
     "bench",
 }

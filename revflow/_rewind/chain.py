@@ -186,11 +186,13 @@ def _through(
     passage: Passage, position: str, block: nn.Module, streams: Streams, before: Any, context: Context
 ) -> Streams:
     """The output of the block at that `position`; `before` is the autograd node of the block before it."""
-    law = None
-    if isinstance(block, Stepwise):
-        if not block.unobserved:
-            return through_observed(passage, position, block, streams, before, context)
-        law = Law(block, passage)
-    if passage.tape is not None:
-        return applied(BlockCall(passage, position, block, law, before, streams), streams)
-    return run_whole(block, passage, streams, context) if law is None else run_plainly(law, streams, context)
+    if not isinstance(block, Stepwise):
+        if passage.tape is None:
+            return run_whole(block, passage, streams, context)
+        return applied(BlockCall(passage, position, block, None, before, streams), streams)
+    if not block.unobserved:
+        return through_observed(passage, position, block, streams, before, context)
+    law = Law(block, passage)
+    if passage.tape is None:
+        return run_plainly(law, streams, context)
+    return applied(BlockCall(passage, position, block, law, before, streams), streams)

@@ -14,18 +14,16 @@ from revflow._rewind.passage import Passage
 
 def run_plainly(law: Law, streams: Streams, context: Context) -> Streams:
     """A coupling's output."""
-    block, log_dets = law.block, []
-    extent, residuals = law.arithmetic.extent, law.arithmetic.residuals
-    now = rotate([*streams], law.rotations[0])
+    block, is_exact = law.block, law.arithmetic.is_exact
+    before, after = law.rotations
+    now, log_dets = rotate([*streams], before), []
     for k, conditioner in block.conditioners(streams)[:: law.direction.sign]:
         x = now[k]
         t = block.evaluate(conditioner, x, now[:k] + now[k + 1 :], context)
-        now[k] = law.apply(x, *t) if residuals is None else law.applied_with_residual(x, t, residuals)
-        if extent is not None:
-            extent.see(now[k])
+        now[k] = law.applied_exactly(x, t) if is_exact else law.apply(x, *t)
         if law.computes_log_det:
             log_dets.append(law.log_det(x, now[k], t))
-    now = rotate(now, law.rotations[1])
+    now = rotate(now, after)
     return (*now, total(log_dets, now[0])) if log_dets else tuple(now)
 
 

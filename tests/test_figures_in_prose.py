@@ -51,7 +51,7 @@ QUOTED = [
     ),
     (
         "docs/crevnet.md",
-        "checkpointing of every block 98 MiB",
+        "checkpointing of every block stores 98 MiB",
         "memory-steps.md",
         ["checkpoint: an additional time step stores 98.3 MiB"],
     ),
@@ -67,7 +67,12 @@ QUOTED = [
             "1.4e-06 | 1.5e-03 |",
         ],
     ),
-    ("docs/crevnet.md", "every third time step (24 sequences", "memory-steps.md", ["7.10 | 0.37 | 24 |"]),
+    (
+        "docs/crevnet.md",
+        "every third time step and recomputes the others. A batch of 24",
+        "memory-steps.md",
+        ["7.10 | 0.37 | 24 |"],
+    ),
     (
         "docs/scaling.md",
         "4.3 in one process, 5.3 under DDP, 4.1 under FSDP",
@@ -137,7 +142,7 @@ def test_what_an_example_reached(row):
 
 
 def test_what_the_autoencoder_alone_leaves_is_more_than_three_quarters():
-    assert "stores what the predictor computes, more than three quarters of the whole" in prose(
+    assert "stores the predictor's activations, which are more than three quarters of the total" in prose(
         ROOT / "docs/crevnet.md"
     )
     kept = {(line["preset"], line["schedule"]): int(line["one_more"]) for line in stored("memory-predicted.csv")}

@@ -83,7 +83,7 @@ QUOTED = [
     ("docs/scaling.md", "`paper` has 446,340,532 parameters", "paper-step-cpu.md", ["parameters: 446,340,532"]),
     (
         "docs/data.md",
-        "677 frames per second are then read instead of 138, and 320 by one worker instead of 114",
+        "reads 677 frames per second instead of 138. One worker process reads 320 instead of 114",
         "loading-cpu.md",
         [
             "| repacked | 61 | 0 | cold | 677 |",

@@ -103,19 +103,19 @@ QUOTED = [
     ("docs/coming-from.md", "0.1 of a step more with", "budget-cpu.md", ["1.38 for convolutions compared with 1.28"]),
     (
         "docs/experiment.md",
-        "it takes 830 steps in the minutes in which the U-Net takes 7,145",
+        "it takes 830 steps in the time in which the U-Net takes 7,145",
         "experiment-cities.md",
         ["| 830 |", "| 7,145 |"],
     ),
     (
         "docs/experiment.md",
-        "| each model trains for | 5 minutes of a core | 8 minutes of a core |",
+        "| training time of each model | 5 minutes on one core | 8 minutes on one core |",
         "experiment-cities.md",
         ["each model trained for 5 minutes on one core"],
     ),
     (
         "docs/experiment.md",
-        "5 minutes of a core | 8 minutes of a core |",
+        "5 minutes on one core | 8 minutes on one core |",
         "experiment-air-traffic.md",
         ["each model trained for 8 minutes on one core"],
     ),

@@ -75,7 +75,7 @@ QUOTED = [
     ),
     (
         "docs/scaling.md",
-        "4.3 in one process, 5.3 under DDP, 4.1 under FSDP",
+        "4.3 in one process, 5.3 under DDP, and 4.1 under FSDP",
         "scaling-memory-cpu.md",
         ["4.27", "5.28", "4.13"],
     ),

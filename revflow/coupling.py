@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from revflow._base.stepwise import Stepwise
 from revflow._base.torch_private import has_global_hook
-from revflow._replay.arguments import Arguments
-from revflow._replay.random_states import Draws
+from revflow._rewind.direction import FORWARD, INVERSE
 from revflow._rewind.hooked import run_stepwise
-from revflow._rewind.passage import Passage, run_plainly
+from revflow._rewind.laws import Law
+from revflow._rewind.passage import Passage
+from revflow._rewind.plain import run_plainly
 from revflow.bijection import Bijection, Streams
 
 
@@ -114,14 +115,14 @@ class Coupling(Bijection, Stepwise):
         )
 
     def forward(self, *streams: Tensor, **context: Any) -> Streams:
-        return run_stepwise(self, False, streams, context)
+        return run_stepwise(self, FORWARD, streams, context)
 
     def inverse(self, *streams: Tensor, **context: Any) -> Streams:
-        return run_stepwise(self, True, streams, context)
+        return run_stepwise(self, INVERSE, streams, context)
 
     def log_det(self, *streams: Tensor, **context: Any) -> Tensor:
         """log |det d forward / d streams|, one value per sample: shape (batch,)."""
-        return run_plainly(self, Passage(False, True, Arguments({}), Draws()), streams, context)[-1]
+        return run_plainly(Law(self, Passage(FORWARD, log_det=True)), streams, context)[-1]
 
     @property
     def translates(self) -> bool:

@@ -15,7 +15,8 @@ from revflow._guard.policy import Guard, Mode
 from revflow._replay.mode import engine_applies
 from revflow._replay.refusals import refuse_replica
 from revflow._through_time.functions import run
-from revflow._through_time.states import States, keeping
+from revflow._through_time.states import States, storage_of
+from revflow._through_time.steps import StepInput
 from revflow.cell import RecurrentCell, RecurrentState
 
 
@@ -65,7 +66,7 @@ class ReversibleRecurrence(nn.ModuleList):
 
     def __init__(self, cells: Iterable[RecurrentCell], *, states: States = "kept", guard: Mode = "warn") -> None:
         super().__init__()
-        self._keeping, self._guard, self._states = keeping(states), Guard(guard), states
+        self._storage, self._guard, self._states = storage_of(states), Guard(guard), states
         for k, cell in enumerate(cells):
             if not isinstance(cell, RecurrentCell):
                 raise TypeError(f"cell {k} must be a revflow.RecurrentCell; got a {type(cell).__name__}")
@@ -111,9 +112,8 @@ class ReversibleRecurrence(nn.ModuleList):
     def _recomputed_step(
         self, streams: Streams, state: RecurrentState, context: dict[str, Any]
     ) -> tuple[Streams, RecurrentState]:
-        streams, results = run(
-            self._cells(), streams, state.cells, state.memories[-1], context, self._keeping, self._guard
-        )
+        given = StepInput(streams, state.cells, state.memories[-1], context)
+        streams, results = run(self._cells(), given, self._storage, self._guard)
         return streams, RecurrentState(tuple(new for new, _ in results), tuple(left for _, left in results))
 
     def plain_step(self, streams: Streams, state: RecurrentState, **context: Any) -> tuple[Streams, RecurrentState]:
@@ -122,7 +122,7 @@ class ReversibleRecurrence(nn.ModuleList):
         cells, memories = [], []
         for cell, its_state in zip(self._cells(), state.cells, strict=True):
             new, left = cell.update(streams, its_state, memory, context)
-            its_state, memory = (tuple(map(self._keeping.rounded, tensors)) for tensors in (new, left))
+            its_state, memory = (tuple(map(self._storage.rounded, tensors)) for tensors in (new, left))
             streams = cell.mix(streams, its_state, context)
             cells.append(its_state)
             memories.append(memory)

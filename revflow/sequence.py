@@ -15,13 +15,13 @@ from revflow._base.table import number_of_parameters, table
 from revflow._base.torch_private import allow_recompilations, compile_call, not_compiled
 from revflow._guard.policy import Guard, Mode
 from revflow._guard.sequences import witness_of
-from revflow._replay.arguments import Arguments
 from revflow._replay.mode import engine_applies
-from revflow._replay.random_states import Draws
 from revflow._replay.refusals import refuse_replica
 from revflow._replay.undisturbed import undisturbed
+from revflow._rewind.arithmetic import FLOATING, OnGrid
 from revflow._rewind.block_list import BlockList, conditioners_in, flattened, refuse_ignored
 from revflow._rewind.chain import ChainCall, streams_of, values_are_hidden
+from revflow._rewind.direction import FORWARD, INVERSE, Direction
 from revflow._rewind.passage import Passage
 from revflow._rewind.tape import Tape
 from revflow.budget import Budget, Plan
@@ -140,7 +140,7 @@ class ReversibleSequence(BlockList):
 
     def inverse(self, y: Tensor | Streams, **context: Any) -> Any:
         """The input that `forward` maps to `y`; differentiable, with the same memory savings as `forward`."""
-        return self._run(y, context, inverse=True)[0]
+        return self._run(y, context, INVERSE)[0]
 
     def forward_with_log_det(self, x: Tensor | Streams, **context: Any) -> tuple[Any, Tensor]:
         """The output y and log |det dy/dx|, one value per sample: shape (batch,), for normalizing flows.
@@ -169,7 +169,7 @@ class ReversibleSequence(BlockList):
     def inverse_with_residuals(self, y: Tensor | Streams, residuals: Sequence[Residual], **context: Any) -> Any:
         """The input of `forward_with_residuals`, rounded to the grid, from its output `y` and `residuals`; without a graph."""
         left = self._checked_exact(list(residuals))
-        x, _ = self._chain(y, context, inverse=True, residuals=left).run()
+        x, _ = self._chain(y, context, INVERSE, residuals=left).run()
         if left:
             raise ValueError(
                 f"{len(residuals)} residuals were given, and {len(left)} not used: they are of another sequence. Pass those that "
@@ -190,7 +190,7 @@ class ReversibleSequence(BlockList):
         """
         device = streams_of(x, self.split_dim)[0].device
         with torch.enable_grad(), undisturbed(self, device):
-            chain = self._chain(x, context, tape=Tape(None))
+            chain = self._chain(x, context, tape=Tape(context, self.chunks))
             limit, table, first_kept = self._budget.schedule(chain)
         with torch.no_grad(), undisturbed(self, device):
             _, *runs = [self._chain(x, context).seconds() for _ in range(4)]  # The first one warms up.
@@ -258,36 +258,39 @@ class ReversibleSequence(BlockList):
         return f'split_dim={self.split_dim}, guard="{self._guard.mode}"{more}'
 
     def _run(
-        self, x: Tensor | Streams, context: dict[str, Any], inverse: bool = False, log_det: bool = False
+        self, x: Tensor | Streams, context: dict[str, Any], direction: Direction = FORWARD, log_det: bool = False
     ) -> tuple[Any, Any]:
         if engine_applies() and not self._budget.keeps_all:
             refuse_replica(self)
-            return self._on_a_tape(x, context, inverse, log_det)
-        return self._chain(x, context, inverse, log_det).run()
+            return self._on_a_tape(x, context, direction, log_det)
+        return self._chain(x, context, direction, log_det).run()
 
     # A compiled forward pass would draw other dropout masks than the recomputation.
     @not_compiled(_NOT_COMPILED)
-    def _on_a_tape(self, x: Tensor | Streams, context: dict[str, Any], inverse: bool, log_det: bool) -> tuple[Any, Any]:
-        chain = self._chain(x, context, inverse, log_det, Tape(witness_of(self._guard)))
+    def _on_a_tape(
+        self, x: Tensor | Streams, context: dict[str, Any], direction: Direction, log_det: bool
+    ) -> tuple[Any, Any]:
+        tape = Tape(context, self.chunks, witness_of(self._guard))
+        chain = self._chain(x, context, direction, log_det, tape)
         return self._budget.run(chain) if self._budget.is_limited else chain.run()
 
     def _chain(
         self,
         x: Tensor | Streams,
         context: dict[str, Any],
-        inverse: bool = False,
+        direction: Direction = FORWARD,
         log_det: bool = False,
         tape: Tape | None = None,
         residuals: list[Residual] | None = None,
     ) -> ChainCall:
         """One call of the blocks: with a tape, or without one under standard autograd."""
         streams = streams_of(x, self.split_dim)
-        extent = None if self._grid is None or values_are_hidden(streams) else Extent(self._grid)
-        passage = Passage(
-            inverse, log_det, Arguments(context), Draws(), tape, self.chunks, None, self._grid, extent, residuals
-        )
+        arithmetic = FLOATING
+        if self._grid is not None:
+            arithmetic = OnGrid(self._grid, None if values_are_hidden(streams) else Extent(self._grid), residuals)
+        passage = Passage(direction, arithmetic, log_det, tape)
         refuse_ignored(self, ReversibleSequence.forward)
         blocks = [*flattened(self)]
         join = self.split_dim if isinstance(x, Tensor) else None
-        shapes = None if tape is None or inverse else self._shapes
-        return ChainCall(blocks[::-1] if inverse else blocks, passage, streams, join, context, shapes)
+        shapes = self._shapes if tape is not None and direction is FORWARD else None
+        return ChainCall(blocks[:: direction.sign], passage, streams, join, context, shapes)

@@ -1,7 +1,7 @@
 """The prose keeps the field's words and a technical writer's syntax: mechanical rules, each a pattern and its remedy.
 
 Pages are read as sentences, without code and the targets of links; Python files by their comments, docstrings and messages,
-without the code of examples. A page or folder that is not clean yet is listed in EXCEPTIONS, and a clean one must leave it.
+without the code of examples.
 """
 
 import ast
@@ -51,9 +51,6 @@ WORDS = 25  # of a sentence, at most
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md"]
 PAGES += [f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ["revflow", "models", "bench", "examples"]
-EXCEPTIONS = {  # shrinks only
-    "revflow",
-}
 
 
 def sentences(markdown):
@@ -116,18 +113,11 @@ def of_folder(folder):
 @pytest.mark.parametrize("place", [*PAGES, *FOLDERS])
 def test_prose(place):
     found = [*(of_folder if place in FOLDERS else of_page)(place)]
-    if place in EXCEPTIONS:
-        assert found, f"{place} is clean: take it from EXCEPTIONS"
-    else:
-        assert not found, f"{len(found)} in {place}:\n" + "\n".join(found)
+    assert not found, f"{len(found)} in {place}:\n" + "\n".join(found)
 
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
-
-
-def test_exceptions_exist():
-    assert {*PAGES, *FOLDERS} >= EXCEPTIONS
 
 
 PLANTED = """One value a sample is rebuilt. The engine knows it. It has to be a tuple, beside the others.

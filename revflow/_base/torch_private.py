@@ -51,6 +51,12 @@ is_traced: Callable[[], bool] = torch._C._is_tracing
 ReentrantCheckpoint: type = CheckpointFunction._backward_cls
 """The type of the autograd nodes of `torch.utils.checkpoint` with use_reentrant=True."""
 
+
+def node_type(function: type[torch.autograd.Function]) -> type:
+    """The type of the nodes that an autograd Function leaves in a graph."""
+    return function._backward_cls
+
+
 _count_holders = getattr(torch._C, "_storage_Use_Count", None)
 
 

@@ -1,233 +1,136 @@
-"""One pass through a block, made to be undone: what its forward pass remembers, and how its rewind uses that.
+"""One pass through a block whose input is recomputed: the state of the forward pass, and the inversion that uses it.
 
-A coupling evaluates each conditioner once in the forward pass and once in the rewind. Any other block is undone by its
-`inverse` and run again: three evaluations. No autograd Function is defined here, and no concrete coupling known.
+A block has parts: a coupling one for each conditioner, any other block a single one. No autograd Function is
+defined here, and no concrete coupling is used.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from revflow._base.stepwise import Stepwise
-from revflow._base.streams import Gradients, Streams, rotate, versions_of
+from revflow._base.streams import Gradients, Streams, rotate
 from revflow._replay.replay import Replay
-from revflow._rewind.conditioner import ConditionerStep, RewindInputs
-from revflow._rewind.graph import aliases_of, edges, gradients, leaf, not_leaves, plus
-from revflow._rewind.passage import Passage, is_built_in, run_whole, total
-from revflow._rewind.slices import SlicedStep
+from revflow._rewind.conditioner import ConditionerCall
+from revflow._rewind.graph import plus
+from revflow._rewind.laws import Law
+from revflow._rewind.passage import Passage, RewindInputs
+from revflow._rewind.plain import total
+from revflow._rewind.slices import SlicedCall
+from revflow._rewind.tape import Tape
+from revflow._rewind.whole import WholeCall
 
 
-class BlockCall(ABC):
-    """The block at a chain's `position` (its name in the chain), passed once."""
+class BlockCall:
+    """One pass through the block at a `position` of a sequence (its name in there), inverted in the backward pass."""
 
-    __slots__ = (
-        "_moving",
-        "before",
-        "block_type",
-        "checked",
-        "foreign",
-        "parameters",
-        "passage",
-        "position",
-        "replays",
-        "samples",
-    )
-
-    def __init__(self, passage: Passage, position: str, block: object, before: Any, replays: Sequence[Replay]) -> None:
-        self.passage, self.position, self.block_type = passage, position, type(block).__name__
-        self.before = before
-        """The autograd node of the block before this one."""
-        self.replays = replays
+    def __init__(
+        self,
+        passage: Passage,
+        position: str,
+        block: nn.Module | Stepwise,
+        law: Law | None,
+        before: Any,
+        streams: Streams,
+    ) -> None:
+        """`law` is that of a coupling, None of any other block; `before` is the autograd node of the block before this one."""
+        self.passage, self.position, self.before, self._law = passage, position, before, law
+        self.tape: Tape = passage.tape  # type: ignore[assignment]
+        self.block_type = type(block).__name__
+        self._rotations, self._width = (0, 0) if law is None else law.rotations, len(streams)
+        self.replays = _parts(passage, position, block, law, streams)
+        """Its parts."""
         self.foreign: list[Replay] = []
-        """Evaluations of modules that may do more than return a result."""
-        self._moving: list[Replay] = []
-        """Evaluations that may change a buffer or an attribute."""
+        """Parts whose modules may do more than return a result."""
+        self._moving: list[ConditionerCall | WholeCall] = []
+        """Parts that may change a buffer or an attribute."""
         self.parameters: list[Tensor] = []
         """As the modules hold them."""
         self.checked = self.parameters
         """The parameters, for autograd to save: it refuses those that were changed."""
-        for replay in replays:
-            self.parameters += replay.parameters
-            if not replay.is_known:
-                self.foreign.append(replay)
-            if replay.buffers or not replay.is_known:
-                self._moving.append(replay)
-        if self.foreign and any([replay.renormalised for replay in self.foreign]):
-            self.checked = [p for replay in replays for p in replay.checked]
+        for part in self.replays:
+            self.parameters += part.parameters
+            if part.is_foreign:
+                self.foreign.append(part)
+            if part.buffers or not part.is_known:
+                self._moving.append(part)
+        if self.foreign and any([part.renormalised for part in self.foreign]):
+            self.checked = [p for part in self.replays for p in part.checked]
         self.samples: Streams = ()
-        """What the guard keeps of the block's input."""
+        """Values of the block's input that the guard stored."""
 
-    @abstractmethod
     def first(self, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
-        """The block's output, and what to keep of this pass: anchors or residuals; `leaves` stand for the context's tensors."""
+        """The block's output, and the streams or residuals to store; `leaves` are the tensors among the keyword arguments."""
+        before, after = self._rotations
+        now = rotate([*streams], before)
+        stored: Streams = ()
+        log_dets: list[Tensor] = []
+        for part in self.replays:
+            its_stored, log_det = part.run(now, leaves)
+            stored += its_stored
+            if log_det is not None:
+                log_dets.append(log_det)
+        now = rotate(now, after)
+        return (*now, total(log_dets, now[0])) if log_dets else tuple(now), stored
 
     def moved(self) -> list[Tensor]:
         """Buffers and attributes that this pass has changed, as they were before, for autograd to save."""
-        return [value for replay in self._moving for value in replay.moved()] if self._moving else []
+        return [value for part in self._moving for value in part.moved()] if self._moving else []
 
     def recall(self, moved: Sequence[Tensor]) -> None:
         """Bring them back."""
-        for replay in self._moving:
-            moved = replay.recall(moved)
+        for part in self._moving:
+            moved = part.recall(moved)
 
-    @abstractmethod
-    def rebuilt(self, streams: Streams) -> Streams:
-        """Those of the block's input streams that `rewind` works out anew."""
+    def recomputed(self, streams: Streams) -> Streams:
+        """Those of the block's input streams that `rewind` recomputes; the others were stored."""
+        law = self._law
+        if law is None:
+            return streams
+        if law.stores_target:
+            return ()
+        return tuple([streams[(part.target + law.rotations[0]) % len(streams)] for part in self.replays])  # type: ignore[union-attr]
 
-    @abstractmethod
     def rewind(self, now: list[Tensor], given: RewindInputs) -> Gradients:
-        """Turn the block's output in `now` into its input; the gradients of its streams, the context's tensors, the parameters.
+        """Turn the block's output in `now` into its input.
 
-        The tensors in `now` are the engine's own objects: each is overwritten, or let go, as soon as nothing needs it.
+        Returns the gradients of its streams, of the tensors among the keyword arguments, and of the parameters. The tensors in
+        `now` are the engine's own objects: each is overwritten, or freed, as soon as nothing needs it.
         """
-
-
-class CouplingCall(BlockCall):
-    """A stepwise block: each conditioner runs once in `first` and once in `rewind`."""
-
-    __slots__ = ("_rotations", "_steps")
-
-    def __init__(self, passage: Passage, position: str, block: Stepwise, before: Any, streams: Streams) -> None:
-        inverse = passage.inverse
-        self._rotations = (-block.rotation, 0) if inverse else (0, block.rotation)
-        self._steps: list[ConditionerStep] = [
-            ConditionerStep(block, passage, k, conditioner, streams[0].device)
-            if passage.chunks == 1
-            else SlicedStep(block, passage, f"{position}/{k}/slices", k, conditioner, streams)
-            for k, conditioner in block.conditioners(streams)
-        ]
-        if inverse:
-            self._steps.reverse()
-        super().__init__(passage, position, block, before, self._steps)
-
-    def first(self, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
-        now = rotate([*streams], self._rotations[0])
-        kept: Streams = ()
-        log_dets: list[Tensor] = []
-        for step in self._steps:
-            its_kept, log_det = step.run(self.passage, now, leaves)
-            kept += its_kept
-            if log_det is not None:
-                log_dets.append(log_det)
-        now = rotate(now, self._rotations[1])
-        return (*now, total(log_dets)) if log_dets else tuple(now), kept
-
-    def rebuilt(self, streams: Streams) -> Streams:
-        now = rotate([*streams], self._rotations[0])
-        return tuple([now[step.target] for step in self._steps if not step.keeps_target])
-
-    def rewind(self, now: list[Tensor], given: RewindInputs) -> Gradients:
         before, after = self._rotations
-        count = len(now)  # the log-determinant is no part of what is rebuilt
-        now[:], grads = rotate(now, -after), rotate([*given.grads[:count]], -after)
-        own_end, kept_end, leaves = len(given.own), len(given.kept), len(given.leaves)
+        count = len(now)  # the log-determinant is not recomputed
+        grads = [*given.grads[:count]]
+        if after:
+            now[:], grads = rotate(now, -after), rotate(grads, -after)
+        own_end, stored_end, leaves = len(given.own), len(given.stored), len(given.leaves)
         found: Gradients = ()
-        for step in reversed(self._steps):
-            # Later steps see what earlier ones changed: whether that wants a gradient is not worth finding out.
-            wants = rotate(given.needs[:count], before) if step is self._steps[0] else (True,) * count
-            own, kept = own_end - len(step.parameters), kept_end - step.keeps
-            its = RewindInputs(
-                given.grads[count:], wants, given.leaves, given.own[own:own_end], given.kept[kept:kept_end], given.seen
-            )
-            more = step.undo(self.passage, now, grads, its)
+        for part in reversed(self.replays):
+            # The input of a later part depends on earlier ones. Finding out whether it needs a gradient does not pay.
+            needs = rotate(given.needs[: self._width], before) if part is self.replays[0] else (True,) * count
+            own, stored = own_end - len(part.parameters), stored_end - part.stores
+            its_own, its_stored = given.own[own:own_end], given.stored[stored:stored_end]
+            its = RewindInputs(given.grads[count:], needs, given.leaves, its_own, its_stored, given.seen)
+            more = part.undo(now, grads, its)
             found = [*map(plus, found[:leaves], more), *more[leaves:], *found[leaves:]] if found else more
-            own_end, kept_end = own, kept
-        now[:] = rotate(now, -before)
-        return [*rotate(grads, -before), *found]
+            own_end, stored_end = own, stored
+        if before:
+            now[:], grads = rotate(now, -before), rotate(grads, -before)
+        return [*grads, *found]
 
 
-class WholeBlockCall(BlockCall):
-    """A block known by `forward` and `inverse` alone: undone, then run again; three evaluations a step."""
-
-    def __init__(self, passage: Passage, position: str, block: nn.Module, before: Any, streams: Streams) -> None:
-        self._block, self._replay = block, Replay(block, streams[0].device)
-        super().__init__(passage, position, block, before, (self._replay,))
-        if is_built_in(block):
-            self.foreign = []
-        self._shapes = [s.shape for s in streams]
-        self._strides = [s.stride() for s in streams]
-
-    def first(self, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]:
-        given = streams if self._replay.is_known or is_built_in(self._block) else tuple(aliases_of(streams))
-        context, versions = self.passage.arguments.filled(aliases_of(leaves)), versions_of(streams)
-        reachable = self.passage.arguments.watch(context)
-        outputs = self._replay.first(self.passage.draws, run_whole, self._block, self.passage, given, context)
-        outputs = tuple([next((s for s, g in zip(streams, given, strict=True) if g is o), o) for o in outputs])
-        if reachable is not None:
-            reachable.refuse_changes(self._block)
-        if versions_of(streams) != versions:
-            raise RuntimeError(f"{'inverse' if self.passage.inverse else 'forward'} {_IN_PLACE}")
-        return outputs, ()
-
-    def rebuilt(self, streams: Streams) -> Streams:
-        return streams
-
-    def rewind(self, now: list[Tensor], given: RewindInputs) -> Gradients:
-        if given.seen is not None:
-            given.seen.outputs(tuple(now))
-        streams = self._undone(tuple(now), given)
-        now[:] = [s.detach() for s in streams]
-        inputs = tuple(map(leaf, streams, self._strides, given.needs))
-        del streams
-        followed = None if given.seen is None else given.seen.follow(self._replay)
-        entering, leaves = tuple(not_leaves(inputs)), not_leaves(given.leaves)
-        with followed or nullcontext():
-            again = self._evaluated(entering, leaves, given.own)
-        del entering, leaves
-        wanted = (*inputs, *given.leaves, *given.own)
-        self._show(again, wanted, given)
-        ends = edges(again)
-        del again
-        found = gradients(ends, wanted, given.grads)
-        del ends
-        if given.seen is not None:
-            given.seen.escapes(followed, self._replay)
-        return found
-
-    def _undone(self, outputs: Streams, given: RewindInputs) -> Streams:
-        """The block's input."""
-        passage = self.passage
-        backwards = passage._replace(inverse=not passage.inverse, log_det=False, extent=None)
-        context, versions = passage.arguments.filled(given.leaves), versions_of(outputs)
-        with self._replay.refusing_changes_of_parameters(f"the {self._undoing} of block {self.position}"):
-            streams = self._replay.values(given.own, run_whole, self._block, backwards, outputs, context)
-        if versions_of(outputs) != versions:
-            raise RuntimeError(f"block {self.position} ({self.block_type}): {self._undoing} {_IN_PLACE}")
-        if [s.shape for s in streams] != self._shapes:
-            raise RuntimeError(
-                f"block {self.position} ({self.block_type}): {self._undoing} returned streams of shapes {_shapes(streams)}, to "
-                f"undo a pass that was given {_shapes(self._shapes)}"
-            )
-        return streams
-
-    def _evaluated(self, inputs: Streams, leaves: list[Tensor], own: list[Tensor]) -> Streams:
-        """The block's output, with a graph; off the grid, since rounding has a derivative of 1."""
-        passage = self.passage._replace(grid=None)
-        return self._replay.again(own, run_whole, self._block, passage, inputs, passage.arguments.filled(leaves))
-
-    def _show(self, again: Streams, wanted: Streams, given: RewindInputs) -> None:
-        """To the guard: the output, and what it depends on."""
-        if given.seen is not None:
-            passage = self.passage
-            if not is_built_in(self._block):
-                given.seen.graph("it", again, wanted, self._block, passage.arguments)
-            made = again[: len(again) - passage.log_det]
-            given.seen.outputs_again(made if passage.grid is None else tuple([passage.grid.round(s) for s in made]))
-
-    @property
-    def _undoing(self) -> str:
-        """The name of the method that undoes this pass."""
-        return "forward" if self.passage.inverse else "inverse"
-
-
-_IN_PLACE = "changed its input in place, which is still needed: let it return new tensors"
-
-
-def _shapes(streams: Sequence[Tensor | torch.Size]) -> str:
-    return ", ".join(str(tuple(s.shape if isinstance(s, Tensor) else s)) for s in streams)
+def _parts(
+    passage: Passage, position: str, block: nn.Module | Stepwise, law: Law | None, streams: Streams
+) -> Sequence[ConditionerCall | WholeCall]:
+    """The parts of a block, in the order in which they run."""
+    tape, device = passage.tape, streams[0].device
+    assert tape is not None
+    if law is None:
+        assert isinstance(block, nn.Module)
+        return [WholeCall(passage, tape, block, f"block {position}", streams)]
+    conditioners = law.block.conditioners(streams)[:: law.direction.sign]
+    if tape.chunks == 1:
+        return [ConditionerCall(law, tape, k, conditioner, device) for k, conditioner in conditioners]
+    return [SlicedCall(law, tape, k, conditioner, streams, f"{position}/{k}/slices") for k, conditioner in conditioners]

@@ -1,4 +1,4 @@
-"""One call of a chain of blocks: on a tape, under ordinary autograd, or first the one and then the other."""
+"""One call of a sequence of blocks: on a tape, under standard autograd, or first the one and then the other."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from revflow._base.streams import Context, Streams
 from revflow._base.torch_private import FakeTensor, is_transformed
 from revflow._budget.meter import Meter
 from revflow._replay.autocast import autocast_state
-from revflow._rewind.blocks import CouplingCall, WholeBlockCall
+from revflow._rewind.arithmetic import OnGrid
+from revflow._rewind.blocks import BlockCall
 from revflow._rewind.functions import applied, end, hold
 from revflow._rewind.hooked import through_observed
-from revflow._rewind.passage import Passage, is_bound, run_plainly, run_whole
+from revflow._rewind.laws import Law
+from revflow._rewind.passage import Passage, is_bound
+from revflow._rewind.plain import run_plainly, run_whole, total
 from revflow.budget import Result, Table
-from revflow.exact import Extent, Grid
+from revflow.exact import Extent
 
 
 class ChainCall:
-    """A call that is about to be made, once."""
+    """One call of a sequence, prepared to run once."""
 
     def __init__(
         self,
@@ -36,48 +39,52 @@ class ChainCall:
         context: Context,
         shapes: dict[str, list[torch.Size]] | None = None,
     ) -> None:
-        """`blocks` with their positions, in the order in which they run; `join`: the dimension along which the output's streams
-        become one tensor, None where they do not; `shapes`: where to note those of the streams that each block makes."""
+        """
+        Args:
+            blocks: with their positions, in the order in which they run.
+            join: the dimension along which the output's streams are joined into one tensor; None if they are not.
+            shapes: a dictionary in which to note the shapes of the streams that each block returns.
+        """
         self._blocks, self._passage, self._streams, self._join, self._context = blocks, passage, streams, join, context
         self._shapes = shapes
 
     @property
     def kind(self) -> Hashable:
-        """What decides how much memory the call takes."""
-        passage = self._passage
-        device = self._streams[0].device
+        """All that determines the memory use of the call."""
+        direction, _, log_det, tape = self._passage
+        assert tape is not None
+        given = (*self._streams, *tape.arguments.tensors)
         return (
-            (passage.inverse, passage.log_det, passage.chunks, tuple(autocast_state(device)), self._join is None),
-            tuple(
-                [(t.shape, t.dtype, t.device, t.requires_grad) for t in (*self._streams, *passage.arguments.tensors)]
-            ),
-            passage.arguments.switches,
-            tuple([ref(block) for _, block in self._blocks]),  # an id may come to be another block's
+            (direction, log_det, tape.chunks, tuple(autocast_state(self.device)), self._join is None),
+            tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in given]),
+            tape.arguments.switches,
+            tuple([ref(block) for _, block in self._blocks]),  # not its id, which another block may get
             tuple([module.training for _, block in self._blocks for module in block.modules()]),
             tuple([p.requires_grad for _, block in self._blocks for p in block.parameters()]),
         )
 
     def run(self, first_kept: int | None = None, lifetime: Tensor | None = None) -> Result:
-        """The output: one tensor where the streams are joined, else a tuple; and the log-determinant, if wanted.
+        """The output, and the log-determinant if it is computed. Streams that are joined are one tensor, others a tuple.
 
-        From the block of number `first_kept` on, ordinary autograd takes over; its graph then holds on to `lifetime`.
+        From the block of index `first_kept` on, standard autograd stores all activations. The graph holds `lifetime`.
         """
         passage, streams, context = self._passage, self._streams, self._context
-        self._streams = ()  # to be freed on the way
+        self._streams = ()  # so that blocks can free them
         if first_kept == 0:
             passage = passage._replace(tape=None)
         if is_bound(passage):
-            # A dense copy: both runs of a conditioner shall see the same strides (clone keeps channels_last).
+            # Dense copies, so that both evaluations of a conditioner get the same strides; `clone` preserves channels_last.
             streams = tuple([s if s.is_contiguous() else s.clone() for s in streams])
-        if passage.grid is not None:
-            streams = _on(passage.grid, streams, passage.extent)
+        if isinstance(passage.arithmetic, OnGrid):
+            streams = passage.arithmetic.entered(streams)
+        extent = passage.arithmetic.extent
         log_dets: list[Tensor] = []
         node = None
         for k, (name, block) in enumerate(self._blocks):
             if k == first_kept and passage.tape is not None:
-                passage, streams, log_dets = _kept_from_here(passage, streams, log_dets)
-            if passage.extent is not None:
-                passage.extent.source = name, block
+                passage, streams, log_dets = _without_tape(passage, streams, log_dets)
+            if extent is not None:
+                extent.source = name, block
             try:
                 outputs = _through(passage, name, block, streams, node, context)
             except BLOCK_ERRORS as error:
@@ -86,31 +93,38 @@ class ChainCall:
                 log_dets.append(outputs[-1])
                 outputs = outputs[:-1]
             streams = outputs
-            if self._shapes is not None:
+            if self._shapes is not None:  # for the sequence's repr
                 self._shapes[name] = [s.shape for s in streams]
             node = None if passage.tape is None else streams[0].grad_fn
-        passage.draws.end()
-        if passage.extent is not None:
-            _refuse_overflow(passage.extent)
-        total = _sum_of(log_dets, streams[0]) if passage.log_det else None
-        streams, total = end(passage.tape, streams, self._join, total)
+        return self._ended(passage, streams, log_dets, lifetime)
+
+    def _ended(self, passage: Passage, streams: Streams, log_dets: list[Tensor], lifetime: Tensor | None) -> Result:
+        """The result, after the last block has returned these streams."""
+        if passage.tape is not None:
+            passage.tape.draws.end()
+        if passage.arithmetic.extent is not None:
+            _refuse_overflow(passage.arithmetic.extent)
+        outputs = (*streams, total(log_dets, streams[0])) if passage.log_det else streams
+        outputs = end(passage.tape, outputs, len(streams), self._join)
         if lifetime is not None:
-            streams, total = hold(lifetime, streams, total)
-        return (streams if self._join is None else streams[0]), total
+            outputs = hold(lifetime, outputs)
+        streams, log_det = (outputs[:-1], outputs[-1]) if passage.log_det else (outputs, None)
+        return (streams if self._join is None else streams[0]), log_det
 
     @property
     def device(self) -> torch.device:
         return self._streams[0].device
 
     def measured(self, lifetime: Tensor | None = None) -> tuple[Result, Table]:
-        """What `run(None, lifetime)` returns, which rebuilds every block; and the peak of each schedule of such a call."""
+        """The result of `run(None, lifetime)`, which recomputes all blocks, and a table of the costs that it measured."""
         of_blocks = [t for _, block in self._blocks for t in (*block.parameters(), *block.buffers())]
-        meter = Meter([*of_blocks, *self._passage.arguments.tensors])
-        self._passage = self._passage._replace(meter=meter)
-        return self.run(None, lifetime), Table(meter.costs, self._join is not None, self._passage.grid is not None)
+        tape, is_exact = self._passage.tape, self._passage.arithmetic.is_exact
+        assert tape is not None
+        meter = tape.meter = Meter([*of_blocks, *tape.arguments.tensors])
+        return self.run(None, lifetime), Table(meter.costs, self._join is not None, is_exact)
 
     def seconds(self) -> list[float]:
-        """The time of each block's forward pass, without a tape."""
+        """The time of each block's forward pass, in seconds, without a tape."""
         streams, self._streams = self._streams, ()
         times = []
         for name, block in self._blocks:
@@ -123,7 +137,7 @@ class ChainCall:
 
 
 def streams_of(x: Tensor | Streams, split_dim: int) -> Streams:
-    """What a sequence is called with, as streams: halves of a tensor, or those of a tuple."""
+    """The streams of a sequence's input: the halves of a tensor, or the tensors of a tuple."""
     if isinstance(x, Tensor):
         if not -x.dim() <= split_dim < x.dim():
             raise ValueError(f"ReversibleSequence splits dimension {split_dim}; the input has shape {tuple(x.shape)}")
@@ -138,24 +152,13 @@ def streams_of(x: Tensor | Streams, split_dim: int) -> Streams:
     return x
 
 
-def _kept_from_here(
-    passage: Passage, streams: Streams, log_dets: list[Tensor]
-) -> tuple[Passage, Streams, list[Tensor]]:
-    """End the part of the chain that is on the tape."""
-    passage.draws.end()
-    total = _sum_of(log_dets, streams[0]) if log_dets else None
-    streams, total = end(passage.tape, streams, None, total, kept_follow=True)
-    return passage._replace(tape=None), streams, [] if total is None else [total]
-
-
-def _on(grid: Grid, streams: Streams, extent: Extent | None) -> Streams:
-    """The streams, rounded to the grid."""
-    for stream in streams:
-        if not stream.is_floating_point():
-            raise TypeError(f"exact arithmetic takes streams of floating-point numbers, not of {stream.dtype}")
-        if extent is not None:
-            extent.see(stream)
-    return tuple([grid.round(s) for s in streams])
+def _without_tape(passage: Passage, streams: Streams, log_dets: list[Tensor]) -> tuple[Passage, Streams, list[Tensor]]:
+    """End the recomputed part of a sequence; the blocks that follow run under standard autograd."""
+    assert passage.tape is not None
+    passage.tape.draws.end()
+    outputs = (*streams, total(log_dets, streams[0])) if log_dets else streams
+    outputs = end(passage.tape, outputs, len(streams), None, stored_follow=True)
+    return passage._replace(tape=None), outputs[: len(streams)], [*outputs[len(streams) :]]
 
 
 def _refuse_overflow(extent: Extent) -> None:
@@ -169,12 +172,8 @@ def _refuse_overflow(extent: Extent) -> None:
 
 
 def values_are_hidden(streams: Streams) -> bool:
-    """Whether they cannot be looked at: in a graph that is being captured, under torch.func's transforms, or fake."""
+    """Whether values are unavailable: while a graph is captured, under torch.func's transforms, or of fake tensors."""
     return torch.compiler.is_compiling() or is_transformed() or any(isinstance(s, FakeTensor) for s in streams)
-
-
-def _sum_of(log_dets: list[Tensor], stream: Tensor) -> Tensor:
-    return sum(log_dets[1:], log_dets[0]) if log_dets else stream.new_zeros(len(stream))
 
 
 def _now(device: torch.device) -> float:
@@ -186,13 +185,14 @@ def _now(device: torch.device) -> float:
 def _through(
     passage: Passage, position: str, block: nn.Module, streams: Streams, before: Any, context: Context
 ) -> Streams:
-    """Pass `streams` through the chain's block at that `position`; `before` is the autograd node of the block before it."""
+    """The output of the block at that `position`; `before` is the autograd node of the block before it."""
     if not isinstance(block, Stepwise):
         if passage.tape is None:
             return run_whole(block, passage, streams, context)
-        return applied(WholeBlockCall(passage, position, block, before, streams), streams)
-    if block.unobserved:
-        if passage.tape is None:
-            return run_plainly(block, passage, streams, context)
-        return applied(CouplingCall(passage, position, block, before, streams), streams)
-    return through_observed(passage, position, block, streams, before, context)
+        return applied(BlockCall(passage, position, block, None, before, streams), streams)
+    if not block.unobserved:
+        return through_observed(passage, position, block, streams, before, context)
+    law = Law(block, passage)
+    if passage.tape is None:
+        return run_plainly(law, streams, context)
+    return applied(BlockCall(passage, position, block, law, before, streams), streams)

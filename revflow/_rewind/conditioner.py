@@ -1,187 +1,165 @@
-"""One conditioner's part in a block's pass: the stream that it overwrites, and how that is undone."""
+"""One conditioner's part in the pass through a coupling: the stream that it changes, and the inversion of that change.
+
+In the forward pass the conditioner is evaluated without a graph. In the backward pass it is evaluated again, with one: the
+value inverts the change, the graph gives the gradients.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Gradients, Streams, versions_of
 from revflow._replay.replay import Replay
 from revflow._rewind.graph import aliases_of, edges, gradients, is_ours, laid_out, leaf, not_leaves
-from revflow._rewind.passage import Passage, changed, is_built_in, log_det_of, mapped
-from revflow.exact import Residual
+from revflow._rewind.laws import Law
+from revflow._rewind.passage import RewindInputs, is_built_in
+from revflow._rewind.tape import Tape
 
 if TYPE_CHECKING:
-    from revflow._guard.sequences import Seen
+    from revflow._guard.escapes import SecondRecorder
 
 _RETURN = "Let a conditioner return it, as one more coefficient"
 
 
-class RewindInputs(NamedTuple):
-    """What a rewind is given, beside the block's output."""
+class ConditionerCall(Replay):
+    """A conditioner in one call: its evaluation in both passes, and the change that it makes to its target stream."""
 
-    grads: Gradients
-    """Of the output's streams, and of the log-determinant if there is one."""
-    needs: tuple[bool, ...]
-    """Which of the input's streams want a gradient."""
-    leaves: list[Tensor]
-    """They stand for the context's tensors."""
-    own: list[Tensor]
-    """The parameters."""
-    kept: Streams
-    """What `first` wished to keep."""
-    seen: Seen | None
-    """The guard's, to be told of outputs whose input is an anchor."""
-
-
-class ConditionerStep(Replay):
-    """One conditioner of a stepwise block, and the stream that it overwrites."""
-
-    def __init__(self, block: Stepwise, passage: Passage, target: int, conditioner: nn.Module, device: torch.device):
+    def __init__(self, law: Law, tape: Tape, target: int, conditioner: nn.Module, device: torch.device) -> None:
         super().__init__(conditioner, device)
-        self.target = target
-        self._block, self._conditioner = block, conditioner
-        self._inverse, self._grid = passage.inverse, passage.grid
-        self.keeps_target = self._grid is None and block.ill_conditioned and not self._inverse
-        self.keeps = 1 if self.keeps_target else 0 if self._grid is None or block.translates else len(Residual._fields)
-        """How many tensors it keeps: its target as an anchor, a residual, or nothing."""
-        self._layout: list[tuple[int, ...]] = []
-        """The strides of the other streams; and last the target's, as they are after the step."""
+        self.target, self.law, self.is_foreign = target, law, not self.is_known
+        self.stores = law.stores
+        """The number of tensors that `run` stores."""
+        self._tape, self._conditioner = tape, conditioner
+        self._strides: list[tuple[int, ...]] = []
+        """Of the other streams, and last of the target, as it is after the change."""
 
-    def run(self, passage: Passage, now: list[Tensor], leaves: Sequence[Tensor]) -> tuple[Streams, Tensor | None]:
-        """Overwrite the target in `now`; returns what to keep for `undo`, and the log-determinant if wanted."""
-        k, block, x = self.target, self._block, now[self.target]
+    def run(self, now: list[Tensor], leaves: Sequence[Tensor]) -> tuple[Streams, Tensor | None]:
+        """Change the target in `now`; return the tensors that `undo` needs, and the log-determinant if that is computed."""
+        k, law, tape, x = self.target, self.law, self._tape, now[self.target]
         others = now[:k] + now[k + 1 :]
         taken = [*others, *leaves] if leaves else others
         versions = versions_of(taken)
-        if not self.is_known:  # hooks that it registers on its arguments belong to this evaluation alone
+        if not self.is_known:  # it may register hooks on its arguments, which belong only to this evaluation
             others, leaves = aliases_of(others), aliases_of(leaves)
-        context = passage.arguments.filled(leaves)
-        reachable = passage.arguments.watch(context)
-        t = self.first(passage.draws, block.evaluate, self._conditioner, now[k], others, context)
+        context = tape.arguments.filled(leaves)
+        reachable = tape.arguments.watch(context)
+        t = self.first(tape.draws, law.block.evaluate, self._conditioner, x, others, context)
         if reachable is not None:
             reachable.refuse_changes(self._conditioner)
         if versions_of(taken) != versions:
             raise RuntimeError(
-                f"the conditioner {type(self._conditioner).__name__} changed its input in place (by a first layer with "
-                f"inplace=True, say), which cannot be undone; let it work on a copy (inplace=False)"
+                f"the conditioner {type(self._conditioner).__name__} changed its input in place (for example by a first "
+                f"layer with inplace=True), which cannot be inverted; let it work on a copy (inplace=False)"
             )
-        version = x._version
-        now[k] = y = changed(block, self._inverse, self._grid, x, t)
-        if x._version != version:
-            raise self._in_place("separate" if self._inverse else "combine")
-        self._layout = [s.stride() for s in (*others, y)]
-        if passage.extent is not None:
-            passage.extent.see(y)
-        kept: Streams = ()
-        if self.keeps:
-            with torch.no_grad():  # on where the pass is measured
-                kept = (x,) if self._grid is None else self._grid.residual(x, self._estimate(y, t))
-        log_det = log_det_of(block, self._inverse, y if self._inverse else x, t) if passage.log_det else None
-        if passage.meter is not None:
-            passage.meter.step(t, 0 if block.translates else 2 * y.nbytes)
-        return kept, log_det
+        now[k] = y = law.apply(x, *t)
+        self._strides = [s.stride() for s in (*others, y)]
+        if law.arithmetic.extent is not None:
+            law.arithmetic.extent.see(y)
+        if tape.meter is not None:
+            tape.meter.step(t, 0 if law.translates else 2 * y.nbytes)
+        stored: Streams = (x,) if law.stores_target else ()
+        if self.stores and not stored:
+            with torch.no_grad():  # gradients are on while the pass is measured
+                stored = law.arithmetic.residual(x, law.undo(y, *t))
+        return stored, law.log_det(x, y, t) if law.computes_log_det else None
 
-    def undo(self, passage: Passage, now: list[Tensor], grads: list[Tensor | None], given: RewindInputs) -> Gradients:
-        """Bring the streams in `now`, and their gradients in `grads`, from after the step to before it.
+    def undo(self, now: list[Tensor], grads: list[Tensor | None], given: RewindInputs) -> Gradients:
+        """Bring the streams in `now`, and their gradients in `grads`, from after the change to before it.
 
-        In `given` are this step's own parameters and what it kept, and of the gradients the log-determinant's alone. Returns
+        `given` holds the parameters and the stored tensors of this conditioner, and only the log-determinant's gradient. Returns
         the gradients of its leaves and parameters.
         """
-        k, block = self.target, self._block
-        inputs = [*map(leaf, now[:k] + now[k + 1 :], self._layout, given.needs[:k] + given.needs[k + 1 :])]
+        k = self.target
+        inputs = [*map(leaf, now[:k] + now[k + 1 :], self._strides, given.needs[:k] + given.needs[k + 1 :])]
         wanted = (*inputs, *given.leaves, *given.own)
-        others, leaves, followed = inputs, given.leaves, None
         if self.is_known:
-            t = self._evaluated(passage, now[k], others, leaves, given.own)
+            t, others, followed = self._evaluated(now[k], inputs, given.leaves, given.own), inputs, None
         else:
-            others, leaves = not_leaves(inputs), not_leaves(leaves)
-            followed = None if given.seen is None else given.seen.follow(self)
-            with followed or nullcontext():
-                t = self._evaluated(passage, now[k], others, leaves, given.own)
-            if given.seen is not None:
-                given.seen.graph("a conditioner", t, wanted, self._conditioner, passage.arguments)
-        # The other streams are outputs too: so autograd adds the gradients that each gets on both ways, and in the same order
-        # as without an engine.
-        other_grads = grads[:k] + grads[k + 1 :]
-        if block.translates:
-            now[k] = self._before(now[k], t, given.kept)
-            ends = edges((*t, *others))
-            del t  # a stream's worth for each coefficient, unless the graph needs it too
-            y_grad = grads[k]
-            if self._inverse and y_grad is not None:
-                y_grad = -y_grad
-            found = gradients(ends, wanted, (y_grad, *other_grads))
-        else:
-            x, again = self._combined(now, t, given)
-            if given.seen is not None and not is_built_in(block):
-                given.seen.graph("separate" if self._inverse else "combine", again, (x, *wanted), remedy=_RETURN)
-            ends = edges((*again, *others))
-            del t, again
-            grads[k], *found = gradients(ends, (x, *wanted), (grads[k], *given.grads, *other_grads))
-        del ends, others, leaves  # what is left of the graph
+            t, others, followed = self._observed(now[k], inputs, given)
+        through = self._through_translation if self.law.translates else self._through_map
+        targets, outputs, output_grads = through(now, grads[k], t, given)
+        if targets and given.seen is not None and not is_built_in(self.law.block):
+            given.seen.graph(self.law.direction.apply, outputs, (*targets, *wanted), remedy=_RETURN)
+        # The other streams are outputs too. So autograd itself adds the gradients that each gets on both ways, in the same
+        # order as without the engine.
+        ends = edges((*outputs, *others))
+        output_grads += (*grads[:k], *grads[k + 1 :])
+        del t, outputs, others  # their values are freed unless the graph needs them
+        found = gradients(ends, (*targets, *wanted), output_grads)
+        del ends  # and with it the rest of the graph
         if given.seen is not None and not self.is_known:
             given.seen.escapes(followed, self)
+        if targets:
+            grads[k], *found = found
         grads[:k], grads[k + 1 :] = found[:k], found[k : len(inputs)]
         return found[len(inputs) :]
 
-    def _evaluated(
-        self, passage: Passage, target: Tensor, others: list[Tensor], leaves: list[Tensor], own: list[Tensor]
-    ) -> Streams:
+    def _evaluated(self, target: Tensor, others: list[Tensor], leaves: list[Tensor], own: list[Tensor]) -> Streams:
         """The coefficients, with a graph."""
-        context = passage.arguments.filled(leaves)
-        return self.again(own, self._block.evaluate, self._conditioner, target, others, context)
+        context = self._tape.arguments.filled(leaves)
+        return self.again(own, self.law.block.evaluate, self._conditioner, target, others, context)
 
-    def _combined(self, now: list[Tensor], t: Streams, given: RewindInputs) -> tuple[Tensor, Streams]:
-        """Take the step back in `now`; the target before it, as a leaf, and what the step makes of that, with a graph."""
-        k, block = self.target, self._block
-        y = now[k] if self.keeps_target else None  # else it is let go
-        now[k] = self._before(now[k], t, given.kept)
+    def _observed(
+        self, target: Tensor, inputs: list[Tensor], given: RewindInputs
+    ) -> tuple[Streams, list[Tensor], SecondRecorder | None]:
+        """The same of a conditioner that consists of other modules than PyTorch's own, observed by the guard.
+
+        Also returns the conditioner's inputs, and the guard's record of the tensors that it made.
+        """
+        others, leaves, seen = not_leaves(inputs), not_leaves(given.leaves), given.seen
+        followed = None if seen is None else seen.follow(self)
+        with followed or nullcontext():
+            t = self._evaluated(target, others, leaves, given.own)
+        if seen is not None:
+            wanted = (*inputs, *given.leaves, *given.own)
+            seen.graph("a conditioner", t, wanted, self._conditioner, self._tape.arguments)
+        return t, others, followed
+
+    def _through_translation(
+        self, now: list[Tensor], grad: Tensor | None, t: Streams, given: RewindInputs
+    ) -> tuple[Streams, Streams, tuple[Tensor | None, ...]]:
+        """Invert the change in `now`. The gradient passes to the target as it is, and to the coefficient up to its sign.
+
+        Returns the leaf of the target (here there is none), the outputs from which a backward pass begins, and their gradients.
+        """
+        k, law, y = self.target, self.law, now[self.target]
+        in_place = type(y) is type(t[0]) and is_ours(y)  # in place, the result of a subclass would be of another type
+        now[k] = (law.undo_ if in_place else law.undo)(y, *t)
+        return (), t, (grad if grad is None or law.direction.sign > 0 else -grad,)
+
+    def _through_map(
+        self, now: list[Tensor], grad: Tensor | None, t: Streams, given: RewindInputs
+    ) -> tuple[Streams, Streams, tuple[Tensor | None, ...]]:
+        """The same for any other map, whose gradients come from its own graph. The outputs are the target, changed again, and
+        its log-determinant."""
+        k, law = self.target, self.law
+        y = now[k] if law.stores_target else None  # otherwise it is freed
+        now[k] = self._before(now[k], t, given.stored)
         with torch.enable_grad():
             x = now[k].detach().requires_grad_()
-            result = mapped(block, self._inverse, x, t)
-            if not result.requires_grad:
-                name = "separate" if self._inverse else "combine"
+            again: Streams = (law.mapped(law.direction.apply, x, t),)
+            if not again[0].requires_grad:
                 raise RuntimeError(
-                    f"{type(block).__name__}.{name} returned a tensor that does not depend on x for autograd"
+                    f"{type(law.block).__name__}.{law.direction.apply} returned a tensor that does not depend on x for autograd"
                 )
-            again: Streams = (result,)
             if given.grads:
-                inner = x if not self._inverse else result if self._grid is None else self._grid.round(result)
-                again = (result, log_det_of(block, self._inverse, inner, t))
+                changed = again[0] if law.direction.sign > 0 else law.arithmetic.round(again[0])
+                again += (law.log_det(x, changed, t),)
         if y is not None and given.seen is not None:
             given.seen.output(y, again[0])
-        return x, again
+        return (x,), again, (grad, *given.grads)
 
-    def _before(self, y: Tensor, t: Streams, kept: Streams) -> Tensor:
-        """The target before the step, from the step's output; gradients are off here."""
-        if self.keeps_target:
-            return kept[0].detach()  # an alias: `is_ours` counts those, and the saved one is another backward's too
-        if self.keeps:
-            assert self._grid is not None
-            estimate = self._estimate(laid_out(y, self._layout[-1]), t)
-            return self._grid.restore(estimate, Residual(*kept))
-        if not (self._block.translates and type(y) is type(t[0]) and is_ours(y)):  # a subclass would make another of y
-            return self._estimate(y, t)
-        if self._grid is not None:
-            return self._grid.add_(y, *t) if self._inverse else self._grid.take_back_(y, *t)
-        return y.add_(*t) if self._inverse else y.sub_(*t)
-
-    def _estimate(self, y: Tensor, t: Streams) -> Tensor:
-        """The target before the step, as far as the step's output and its coefficients tell; on a grid, if it adds, exact."""
-        version = y._version
-        x = changed(self._block, not self._inverse, self._grid, y, t)
-        if y._version != version:
-            raise self._in_place("combine" if self._inverse else "separate")
-        return x
-
-    def _in_place(self, name: str) -> RuntimeError:
-        return RuntimeError(
-            f"{type(self._block).__name__}.{name} changed its arguments in place, which are still needed: let it return a new "
-            f"tensor"
-        )
+    def _before(self, y: Tensor, t: Streams, stored: Streams) -> Tensor:
+        """The target before the change; gradients are off here."""
+        law = self.law
+        if law.stores_target:
+            # An alias, by which `is_ours` finds that it must not be overwritten: another backward pass may need the stored one.
+            return stored[0].detach()
+        if law.stores:
+            return law.arithmetic.restored(law.undo(laid_out(y, self._strides[-1]), *t), stored)
+        return law.undo(y, *t)

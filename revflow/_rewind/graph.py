@@ -1,4 +1,4 @@
-"""Leaves, gradients and who else holds a tensor: what the rewinds do with graphs of their own."""
+"""The small graphs that inversions build: their leaves, their gradients, and whether a tensor may be overwritten."""
 
 from __future__ import annotations
 
@@ -23,25 +23,28 @@ from revflow._base.torch_private import (
 
 _thread = threading.local()
 
-End = Tensor | GradientEdge | None
+GradientStart = Tensor | GradientEdge | None
 
 
 def leaf(tensor: Tensor, strides: tuple[int, ...], needs_grad: bool) -> Tensor:
-    """A leaf of a new graph, of the tensor's values, with the strides of the first run."""
+    """A leaf of a new graph, with the tensor's values and the strides of the first evaluation."""
     return laid_out(tensor, strides).detach().requires_grad_(needs_grad)
 
 
 def not_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Aliases of leaves, for modules that the engine does not know: as under standard autograd they are given no leaves, whose
-    hooks may not ask which nodes a backward pass will come to."""
+    """Aliases of leaves, as inputs of modules other than PyTorch's own.
+
+    Under standard autograd such inputs are not leaves either. The hooks of a leaf must not query which nodes a backward pass
+    will reach.
+    """
     set_grad_enabled(True)
     aliases = [(_alias(t) if type(t) is Tensor else t.view_as(t)) if t.requires_grad else t for t in tensors]
-    set_grad_enabled(False)  # as in every rewind
+    set_grad_enabled(False)  # as in every inversion
     return aliases
 
 
 def aliases_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Aliases for a first evaluation: with a graph if that is measured."""
+    """Aliases for a first evaluation. They have a graph if the evaluation is measured."""
     return [t.view_as(t) if torch.is_grad_enabled() else alias_of(t) for t in tensors]
 
 
@@ -49,7 +52,7 @@ _alias = torch.ops.aten.alias.default  # keeps strides
 
 
 def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """The tensor with these strides (rule 5 of `functions`)."""
+    """The tensor with these strides (rule 5 of `functions`): itself if it has them, otherwise a copy."""
     if tensor.stride() == strides or is_traceable_wrapper_subclass(tensor):
         return tensor
     laid = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
@@ -59,10 +62,10 @@ def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 def is_ours(stream: Tensor) -> bool:
-    """Whether one of the engine's own tensors may be overwritten: no other tensor, of a graph or a user, shares its values."""
+    """Whether a tensor of the engine may be overwritten: no other tensor, of a graph or of the user, shares its memory."""
     if type(stream) is not Tensor and not isinstance(stream, FakeTensor):
         return False  # a subclass may wrap any number of others
-    storage = stream.untyped_storage()  # which is the second to refer to them
+    storage = stream.untyped_storage()  # the second reference to the memory, after the stream's own
     return (
         holders(storage) == 2
         and storage.nbytes() == stream.nbytes
@@ -76,12 +79,12 @@ def alias_of(tensor: Tensor) -> Tensor:
 
 
 def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum of two gradients; None stands for zero."""
+    """The sum of two gradients; None means zero."""
     return b if a is None else a if b is None else a + b
 
 
 class _Quiet:
-    """A hook of a parameter, which does nothing in a rewind's own backward pass."""
+    """A hook of a parameter that does nothing in the backward pass of an inversion."""
 
     __slots__ = ("hook",)
 
@@ -93,33 +96,32 @@ class _Quiet:
 
 
 def _keep_quiet_in_rewinds(of_tensors: Sequence[dict[int, Any]]) -> None:
-    """`of_tensors`: the hooks that the gradients of each tensor pass through."""
+    """Wrap the hooks of tensors; `of_tensors` holds the hooks of each."""
     for hooks in of_tensors:
         for number, hook in [*hooks.items()]:
             if type(hook) is not _Quiet:
                 hooks[number] = _Quiet(hook)
 
 
-def edges(outputs: Sequence[Tensor]) -> list[End]:
-    """Where to begin a backward pass from `outputs`, whose values may be let go then; None where there is none."""
+def edges(outputs: Sequence[Tensor]) -> list[GradientStart]:
+    """The starts of a backward pass from `outputs`, whose values may then be freed; None for an output without a graph."""
     return [_edge(o) if o.requires_grad else None for o in outputs]
 
 
-def _edge(output: Tensor) -> End:
+def _edge(output: Tensor) -> GradientStart:
     if output.grad_fn is None:
         return output
-    if isinstance(
-        output.grad_fn, BackwardCFunction
-    ):  # in PyTorch 2.6 its graph dies with the output, unless a node leads to it
+    if isinstance(output.grad_fn, BackwardCFunction):
+        # In PyTorch 2.6 the graph of a Function is freed with its output, unless another node leads to it.
         with torch.enable_grad():
             output = output.view_as(output)
     return GradientEdge(output.grad_fn, output.output_nr)
 
 
-def gradients(ends: Sequence[End], inputs: Streams, grads: Gradients) -> Gradients:
-    """The gradients of `inputs`; None for those that want none or that the ends do not depend on.
+def gradients(ends: Sequence[GradientStart], inputs: Streams, grads: Gradients) -> Gradients:
+    """The gradients of `inputs`; None for an input that requires none, or on which the ends do not depend.
 
-    This is torch.autograd.grad without its checks of the arguments, which for small conditioners take as long as it does.
+    This is torch.autograd.grad without its checks of the arguments, which double its time for small conditioners.
     """
     wanted = tuple([i for i in inputs if i.requires_grad])
     known = [(e, g) for e, g in zip(ends, grads, strict=True) if e is not None and g is not None]

@@ -1,30 +1,48 @@
-"""The tape: hands the recomputed streams from one block's rewind to the next. Its rules stand at the head of `functions`."""
+"""The tape of one forward call. Its rules are at the top of `functions`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from revflow._base.streams import Streams
+from revflow._base.streams import Context, Streams
 from revflow._base.torch_private import backward_pass
+from revflow._budget.meter import Meter
 from revflow._guard.sequences import Evidence, Witness
+from revflow._replay.arguments import Arguments
+from revflow._replay.random_states import Draws
+
+Entry = tuple[list[Tensor], Evidence | None, Streams]
+"""A block's output, the guard's evidence of the backward pass so far, and streams that must not be freed yet."""
 
 
 class Tape:
-    """Hands the rebuilt streams from one block's rewind to the next."""
+    """Shared by the blocks of one call whose inputs are recomputed; hands recomputed streams from one block to the next.
 
-    def __init__(self, witness: Witness | None) -> None:
-        self.witness = witness
-        self._entries: dict[int, tuple[list[Tensor], Evidence | None, Streams]] = {}
+    Args:
+        context: the keyword arguments of the call.
+        chunks: the number of micro-batches in which each conditioner is evaluated.
+        witness: the guard's observer of the call; None if the guard is off.
+    """
 
-    def push(self, streams: list[Tensor], evidence: Evidence | None, output: Streams = ()) -> None:
-        """`output`, the chain's own, is held for the time of the first rewind so that it is not overwritten: where the user has
-        dropped it, a copy to the CPU may still be under way on another CUDA stream."""
-        self._entries[backward_pass()] = streams, evidence, output
+    def __init__(self, context: Context, chunks: int = 1, witness: Witness | None = None) -> None:
+        self.arguments, self.draws = Arguments(context), Draws()
+        self.chunks, self.witness = chunks, witness
+        self.meter: Meter | None = None
+        """Measures the forward pass; None if its costs are known, or not needed."""
+        self._entries: dict[int, Entry] = {}
 
-    def pop(self) -> tuple[list[Tensor], Evidence | None, Streams] | None:
-        """None if a backward pass begins at this block."""
+    def begin(self, streams: list[Tensor], output: Streams = ()) -> Entry:
+        """The entry with which a backward pass begins at these streams.
+
+        `output` is the sequence's own output. Holding it prevents the first inversion from overwriting it: if the user has
+        dropped it, a copy to the CPU may still be in progress on another CUDA stream.
+        """
+        return streams, None if self.witness is None else self.witness.begin(tuple(streams)), output
+
+    def push(self, entry: Entry) -> None:
+        """Leave it for the block before, in the running backward pass."""
+        self._entries[backward_pass()] = entry
+
+    def pop(self) -> Entry | None:
+        """The entry of the running backward pass; None if that begins at this block."""
         return self._entries.pop(backward_pass(), None)
-
-    def begin(self, streams: list[Tensor]) -> tuple[list[Tensor], Evidence | None, Streams]:
-        """What `pop` returns after a chain's, or an observed block's, output has been put there."""
-        return streams, None if self.witness is None else self.witness.begin(tuple(streams)), ()

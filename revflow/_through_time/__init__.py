@@ -1,4 +1,4 @@
-"""The engine of `ReversibleRecurrence`: pass through time steps, and recompute them in the backward pass.
+"""The engine of `ReversibleRecurrence`: runs time steps, and recomputes them in the backward pass.
 
-The room guarantees that a step stores no more than its `states` require. It must not know a concrete cell.
+The room guarantees that a time step stores no more than its `states` option requires. It must not depend on a concrete cell.
 """

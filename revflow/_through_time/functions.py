@@ -1,14 +1,14 @@
-"""The autograd Functions of a recurrence: what each time step keeps, and how its backward pass rebuilds the rest.
+"""The autograd Functions of a recurrence: the tensors that each time step stores, and the recomputation of the others.
 
-A step keeps the streams that it was given (the anchor), and its results as `states` says. Its backward pass first
-replays the mixes from the anchor, which gives the input of every cell; then each cell, from the last to the first, is
-evaluated once more, with a graph. So an update runs exactly twice a training step, a mix three times. Where the results of
-a step were not kept they are computed again, from the last ones that were: both run once more.
+A time step stores its input streams (the anchor), and its results in the way of `states`. Its backward pass first replays the
+mixes from the anchor, which gives the input of every cell. Then each cell, from the last to the first, is evaluated again, with
+a graph. So an update runs exactly twice per training step, and a mix three times. If the results of a step are not stored, they
+are recomputed from the last stored ones: updates and mixes then run once more.
 
-One Function a cell, so that a cell's gradients go on while those of the cells before it are still to come; and one
-that ends the step (`_StepEnd`). Whatever leads to a cell leads through its step's end, which replays. The states that a
-step begins with are, in most cases, the results of the step before: they are found by the tensors' `grad_fn`, which is that
-step's end, and are not saved twice. What a backward pass lays aside is in its `passes.BackwardPass`, and gone with it.
+There is one Function per cell, so that the gradients of a cell reach the one before it as soon as they are there. Another
+Function, `_StepEnd`, ends the step. Every path to a cell leads through it, and it replays the mixes. In most cases, the states
+that a step begins with are results of the step before. They are found by their `grad_fn`, which is the end of that step, and
+are not saved twice. The data of a running backward pass is in its `passes.BackwardPass`, which is freed with it.
 """
 
 from __future__ import annotations
@@ -24,31 +24,26 @@ from torch import Tensor
 
 from revflow._base.errors import BLOCK_ERRORS, with_place
 from revflow._base.second_derivative import once
-from revflow._base.streams import Context, Gradients, Streams, Tensors
-from revflow._base.torch_private import is_going_to_run
+from revflow._base.streams import Gradients, Streams, Tensors
+from revflow._base.torch_private import is_going_to_run, node_type
 from revflow._guard.policy import Guard
 from revflow._replay.refusals import refuse_compiled_autograd
 from revflow._rewind.graph import alias_of, leaf, not_leaves
 from revflow._through_time.passes import BackwardPass, running
-from revflow._through_time.states import Kept, Unpacked
-from revflow._through_time.steps import Begin, Step
+from revflow._through_time.states import Storage, Unpacked
+from revflow._through_time.steps import Origin, StepInput, TimeStep
 from revflow.cell import RecurrentCell
 
 
 def run(
-    cells: Sequence[RecurrentCell],
-    streams: Streams,
-    states: Sequence[Tensors],
-    memory: Tensors,
-    context: Context,
-    keeping: Kept,
-    guard: Guard,
+    cells: Sequence[RecurrentCell], given: StepInput, storage: Storage, guard: Guard
 ) -> tuple[Streams, list[tuple[Tensors, Tensors]]]:
-    """Run a step: its output streams, and the new state and memory of every cell."""
-    begin = _begin_with([*chain(*states), *memory])
-    step = Step(cells, streams, states, memory, context, begin, keeping, guard)
+    """Run a time step: its output streams, and the new state and memory of every cell."""
+    streams, states, memory, _ = given
+    before = given.before
+    step = TimeStep(cells, given, _origin_of(before), storage, guard)
     anchor = tuple([s.detach() for s in streams])
-    own = [t.detach() for t, p in zip((*chain(*states), *memory), step.begin.places, strict=True) if p is None]
+    own = [t.detach() for t, place in zip(before, step.origin.places, strict=True) if place is None]
     results: list[Tensor] = []
     nodes: list[Any] = []
     for k, (cell, state) in enumerate(zip(step.cells, states, strict=True)):
@@ -59,7 +54,7 @@ def run(
         except BLOCK_ERRORS as error:
             raise with_place(error, f"cell {k}", cell.module, streams) from error
         nodes.append(next((o.grad_fn for o in outputs if o.grad_fn is not None), None))
-        streams, state, memory = step.parted(outputs, k)
+        streams, state, memory = step.split(outputs, k)
         results += [*state, *memory]
     step.draws.end()
     if any(nodes):
@@ -73,28 +68,29 @@ def run(
     return streams, step.by_cell(results)
 
 
-def _begin_with(tensors: Sequence[Tensor]) -> Begin:
+def _origin_of(tensors: Sequence[Tensor]) -> Origin:
+    """The step before, if one of the tensors is its result, and their places among its results."""
     ends = [_end_of(t) for t in tensors]
     end = next(filter(None, ends), None)
-    places = [
-        t.output_nr - end.step.width if end and its is end else None for t, its in zip(tensors, ends, strict=True)
-    ]
-    return Begin(end, places)
+    return Origin(
+        end,
+        [t.output_nr - end.step.width if end and its is end else None for t, its in zip(tensors, ends, strict=True)],
+    )
 
 
 def _end_of(tensor: Tensor) -> Any:
-    """The `_StepEnd` that this is a result of; None for anything else, the streams that left a step too."""
+    """The `_StepEnd` of which the tensor is a result; None for any other tensor, including a stream that left a step."""
     node: Any = tensor.grad_fn
-    is_end: bool = isinstance(node, _StepEnd._backward_cls)
+    is_end = isinstance(node, node_type(_StepEnd))
     return node if is_end and tensor.output_nr >= node.step.width else None
 
 
 class _Update(torch.autograd.Function):
-    """A cell in one step."""
+    """The evaluation of a cell in one time step."""
 
     @staticmethod
-    def forward(ctx: Any, step: Step, k: int, *tensors: Tensor) -> Tensors:
-        cell, given = step.cells[k], step.parted(tensors, k)
+    def forward(ctx: Any, step: TimeStep, k: int, *tensors: Tensor) -> Tensors:
+        cell, given = step.cells[k], step.split(tensors, k)
         inputs = [*chain(*given)]
         context = step.arguments.filled(tensors[len(inputs) : len(tensors) - len(cell.parameters)])
         ctx.step, ctx.k, ctx.layout = step, k, [t.stride() for t in inputs]
@@ -106,12 +102,12 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         if torch.is_grad_enabled():
-            return once(_rewind, ctx, grads, [g for g in grads if g is not None])
-        return _rewind(ctx, grads)
+            return once(_cell_gradients, ctx, grads, [g for g in grads if g is not None])
+        return _cell_gradients(ctx, grads)
 
 
-def _rewind(ctx: Any, grads: Gradients) -> Gradients:
-    """The gradients of all that the cell was given, its parameters included."""
+def _cell_gradients(ctx: Any, grads: Gradients) -> Gradients:
+    """The gradients of all inputs of the cell, including its parameters."""
     step, k = ctx.step, ctx.k
     cell, now, saved = step.cells[k], running(), ctx.saved_tensors
     given, expected = now.given.pop((step, k))
@@ -123,7 +119,7 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     context = step.arguments.filled(entering[len(ctx.layout) :])
     followed = step.watch.follow(cell.update)
     with followed or nullcontext():
-        returned = cell.again(own, step, step.parted(entering, k), context)
+        returned = cell.again(own, step, step.split(entering, k), context)
     del entering, context
     outputs = tuple(chain(*returned))
     is_last = k + 1 == len(step.cells)
@@ -134,9 +130,7 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
     del returned
     earlier_step = _earlier_step(ctx, now)
     sums = now.sums.pop((step, k), None)
-    if (
-        earlier_step is not None and (earlier_step, k) in now.sums
-    ):  # from another step that went on from the same states
+    if earlier_step is not None and (earlier_step, k) in now.sums:  # from another step that began with the same states
         sums = _summed(now.sums.pop((earlier_step, k)), sums)
     _add_gradients(outputs, [*inputs, *own], grads, sums)
     del outputs
@@ -149,9 +143,10 @@ def _rewind(ctx: Any, grads: Gradients) -> Gradients:
 
 
 def _add_gradients(outputs: Tensors, leaves: list[Tensor], grads: Gradients, sums: list[Tensor | None] | None) -> None:
-    """Leave each leaf's gradient in its `grad`; those of the last leaves, the parameters, added to `sums`.
+    """Leave each leaf's gradient in its `grad`; those of the last leaves, the parameters, are added to `sums`.
 
-    One operation after the other, each to its sum: there are never a whole cell's gradients beside the sums.
+    Autograd adds each parameter's gradient to its sum as soon as it is computed. So the gradients of a whole cell never exist
+    alongside the sums.
     """
     if sums is not None:
         for parameter, its_sum in zip(leaves[-len(sums) :], sums, strict=True):
@@ -168,10 +163,12 @@ def _summed(a: list[Tensor | None], b: list[Tensor | None] | None) -> list[Tenso
     return [y if x is None else x if y is None else x.add_(y) for x, y in zip(a, b, strict=True)]
 
 
-def _earlier_step(ctx: Any, now: BackwardPass) -> Step | None:
-    """The step before this one whose evaluation of the same cell is still to come in this backward pass: its parameters'
-    gradients take this step's in. None if this is the last."""
-    k, end = ctx.k, ctx.step.begin.end
+def _earlier_step(ctx: Any, now: BackwardPass) -> TimeStep | None:
+    """The nearest earlier step whose evaluation of the same cell this backward pass will still reach; None if there is none.
+
+    That evaluation adds this step's gradients of the parameters to its own.
+    """
+    k, end = ctx.k, ctx.step.origin.end
     while end is not None:
         node = end.nodes[k] if k < len(end.nodes) else None
         if (
@@ -181,12 +178,12 @@ def _earlier_step(ctx: Any, now: BackwardPass) -> Step | None:
             and is_going_to_run(node)
         ):
             return end.step  # type: ignore[no-any-return]
-        end = end.step.begin.end
+        end = end.step.origin.end
     return None
 
 
 def _has_parameters_of(node: Any, other: Any) -> bool:
-    """Whether two evaluations of a cell have the same parameters, and want gradients of the same ones."""
+    """Whether two evaluations of a cell have the same parameters, of which the same ones require gradients."""
     own, others = node.step.cells[node.k].parameters, other.step.cells[other.k].parameters
     count = len(own)
     return (
@@ -197,14 +194,14 @@ def _has_parameters_of(node: Any, other: Any) -> bool:
 
 
 class _StepEnd(torch.autograd.Function):
-    """The end of a step: keeps its anchor and its results, and replays its mixes when the backward pass comes to it."""
+    """The end of a time step: saves its anchor and its results, and replays its mixes when the backward pass reaches it."""
 
     @staticmethod
-    def forward(ctx: Any, step: Step, nodes: Sequence[Any], saved: Tensors, *tensors: Tensor) -> Tensors:
+    def forward(ctx: Any, step: TimeStep, nodes: Sequence[Any], saved: Tensors, *tensors: Tensor) -> Tensors:
         ctx.step, ctx.nodes = step, nodes
         ctx.set_materialize_grads(False)
         outputs = tuple([t.view_as(t) for t in tensors])
-        packed = step.keeping.pack(outputs[step.width :]) if step.keeps else ()
+        packed = step.storage.pack(outputs[step.width :]) if step.is_stored else ()
         connected = tensors[0].new_empty(0, dtype=torch.float32)  # for `once`: an output that costs nothing to save
         ctx.save_for_backward(*saved, *packed, connected)
         return (*outputs, connected)
@@ -213,28 +210,28 @@ class _StepEnd(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         refuse_compiled_autograd()
         if torch.is_grad_enabled():
-            return once(_replay, ctx, grads, _saved(ctx, running())[-1:])
-        return _replay(ctx, grads)
+            return once(_replay_mixes, ctx, grads, _saved(ctx, running())[-1:])
+        return _replay_mixes(ctx, grads)
 
 
-def _replay(end: Any, grads: Gradients) -> Gradients:
+def _replay_mixes(end: Any, grads: Gradients) -> Gradients:
     now, step = running(), end.step
     after = _results(end, now)
     _recall(end, now)
     step.replay(now, _saved(end, now)[: step.width], _before(end, now), after, end.nodes)
     del now.results[step], now.saved[step]
-    previous = step.begin.end
+    previous = step.origin.end
     if previous is not None and is_going_to_run(previous):
-        earlier = previous.step.begin.end
-        if earlier is not None and earlier.step.keeping.prefetches:
+        earlier = previous.step.origin.end
+        if earlier is not None and earlier.step.storage.prefetches:
             _unpacked(earlier, now)
     return (None,) * 3 + tuple(grads[:-1])
 
 
 def _saved(end: Any, now: BackwardPass) -> Tensors:
-    """What `end` has saved: its anchor, the states and the memory that are its own, buffers, its packed results, `connected`.
+    """The saved tensors of `end`: anchor, own states and memory, buffers, values for the guard, packed results, `connected`.
 
-    Taken once in a pass, as `torch.utils.checkpoint` demands.
+    They are read once per pass, as `torch.utils.checkpoint` requires.
     """
     if end.step not in now.saved:
         now.saved[end.step] = end.saved_tensors
@@ -243,21 +240,21 @@ def _saved(end: Any, now: BackwardPass) -> Tensors:
 
 def _before(end: Any, now: BackwardPass) -> list[Tensor]:
     """The states and the memory before the step that `end` ends."""
-    begin: Begin = end.step.begin
+    before, places = end.step.origin
     own = iter(_saved(end, now)[end.step.width :])
-    if begin.end is None:
-        return [next(own) for _ in begin.places]
-    results = _results(begin.end, now)
-    return [next(own) if place is None else results[place] for place in begin.places]
+    if before is None:
+        return [next(own) for _ in places]
+    results = _results(before, now)
+    return [next(own) if place is None else results[place] for place in places]
 
 
 def _results(end: Any, now: BackwardPass) -> Tensors:
-    """The states and memories after the step that `end` ends; computed again where they were not kept."""
+    """The states and memories after the step that `end` ends, recomputed if they were not stored."""
     missing = []
     node = end
-    while node is not None and not node.step.keeps and node.step not in now.results:
+    while node is not None and not node.step.is_stored and node.step not in now.results:
         missing.append(node)
-        node = node.step.begin.end
+        node = node.step.origin.end
     for node in reversed(missing):
         _recall(node, now)
         again = node.step.again(_saved(node, now)[: node.step.width], _before(node, now))
@@ -266,7 +263,7 @@ def _results(end: Any, now: BackwardPass) -> Tensors:
 
 
 def _recall(end: Any, now: BackwardPass) -> None:
-    """Bring back the buffers that the step's first evaluations have changed, and what the guard kept of them."""
+    """Restore the buffers that the step's first evaluations changed, and the values that the guard stored."""
     own, moved, leaving = end.step.like_saved
     begin = end.step.width + own
     saved = _saved(end, now)
@@ -275,9 +272,9 @@ def _recall(end: Any, now: BackwardPass) -> None:
 
 
 def _unpacked(end: Any, now: BackwardPass) -> Unpacked:
-    """Laid aside until this backward pass comes to `end` itself."""
+    """The results of the step that `end` ends, which `now` holds until this backward pass reaches `end`."""
     step = end.step
     if step not in now.results:
         packed = _saved(end, now)[-1 - len(step.like) : -1]
-        now.results[step] = step.keeping.unpack(packed, step.like)
+        now.results[step] = step.storage.unpack(packed, step.like)
     return now.results[step]

@@ -1,4 +1,4 @@
-"""What a running backward pass lays aside for the nodes that it is still to come to."""
+"""The data that a running backward pass holds for the autograd nodes that it has not reached yet."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from revflow._through_time.states import Unpacked
 
 
 class BackwardPass:
-    """One backward pass. It lives until the pass is through, or has failed: nothing is left behind then."""
+    """One backward pass. It is freed when the pass has ended or failed, and nothing outlives it."""
 
     def __init__(self) -> None:
         self.given: dict[tuple[object, int], tuple[Any, tuple[Tensor, ...]]] = {}
-        """By step and cell: what the cell was given, and the state and memory that it returned."""
+        """By time step and cell: the cell's input, and the state and memory that it returned."""
         self.saved: dict[object, tuple[Tensor, ...]] = {}
-        """What the end of a step has saved."""
+        """By time step: the tensors that its end has saved."""
         self.results: dict[object, Unpacked] = {}
-        """The states and memories after a step."""
+        """By time step: the states and memories after it."""
         self.sums: dict[tuple[object, int], list[Tensor | None]] = {}
-        """By step and cell: the gradients of its parameters from later steps."""
+        """By time step and cell: the gradients of the cell's parameters from later steps."""
         self.done: set[tuple[object, int]] = set()
-        """The cells that were evaluated."""
+        """The cells that were evaluated, each with its time step."""
         self.found: dict[Guard, list[Found]] = {}
-        """What each guard is to compare at the end."""
+        """The values that each guard compares at the end."""
 
     def end(self) -> None:
         for guard, found in self.found.items():
@@ -39,10 +39,10 @@ _passes: weakref.WeakValueDictionary[int, BackwardPass] = weakref.WeakValueDicti
 
 
 def running() -> BackwardPass:
-    """The backward pass that is now running."""
+    """The backward pass that is running in this thread."""
     task = backward_pass()
     now = _passes.get(task)
     if now is None:
         now = _passes[task] = BackwardPass()
-        at_the_end(now.end)  # which holds it until then; nothing else does
+        at_the_end(now.end)  # only this callback holds the object, and autograd drops it when the pass ends
     return now

@@ -1,7 +1,7 @@
-"""How the states between the steps of a recurrence are kept, until the backward pass needs them.
+"""How the states between the time steps of a recurrence are stored until the backward pass needs them.
 
-`pack` makes of a step's results what the step saves for its backward pass, `unpack` the results again. What is saved is
-freed step by step, as everything that autograd saves.
+`pack` turns the results of a step into the tensors that the step saves for its backward pass. `unpack` turns them back.
+Autograd frees saved tensors step by step.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from revflow._base.host_memory import in_host_memory
 from revflow._base.streams import Tensors
 
 States = Literal["kept", "bfloat16", "offloaded"] | int
-"""How a recurrence keeps its states: the type of `ReversibleRecurrence`'s `states`."""
+"""How a recurrence stores its states: the type of `ReversibleRecurrence`'s `states`."""
 
 
-class Kept:
-    """On the device, as they are."""
+class Storage:
+    """On the device, unchanged; the base class of the other ways."""
 
     prefetches = False
-    """Whether to begin to unpack what an earlier step has saved while a later one is at work."""
+    """Whether to start unpacking the results of an earlier step while a later one is recomputed."""
     rounds = False
     """Whether states lose digits."""
 
     def rounded(self, tensor: Tensor) -> Tensor:
-        """What becomes of a new state before anything uses it."""
+        """A new state, before anything uses it."""
         return tensor
 
-    def keeps(self, number: int) -> bool:
-        """Whether the results of this step are saved. The other steps' are computed again."""
+    def stores(self, number: int) -> bool:
+        """Whether the results of the step of this number are saved. Those of other steps are recomputed."""
         return True
 
     def pack(self, results: Tensors) -> Tensors:
@@ -42,25 +42,28 @@ class Kept:
         return Unpacked(packed)
 
 
-class EveryNth(Kept):
-    """Those of every n-th step, as they are."""
+class EveryNth(Storage):
+    """The results of every n-th step on the device, unchanged."""
 
     def __init__(self, n: int) -> None:
         self._n = n
 
-    def keeps(self, number: int) -> bool:
+    def stores(self, number: int) -> bool:
         return (number + 1) % self._n == 0
 
 
-class InBfloat16(Kept):
-    """On the device, in bfloat16. The forward pass goes on with the rounded values: gradients are of what was computed."""
+class InBfloat16(Storage):
+    """On the device, in bfloat16.
+
+    The forward pass continues with the rounded values. So the gradients belong to the values that it computed.
+    """
 
     rounds = True
 
     def rounded(self, tensor: Tensor) -> Tensor:
         if not _is_wider(tensor.dtype):
             return tensor
-        # Exact, and with the identity for a derivative: rounded to x + (rounded - x).
+        # x + (rounded - x) is exactly the rounded value, and the derivative of the sum is the identity.
         own = tensor.detach()
         return tensor + (own.bfloat16().to(own.dtype) - own)
 
@@ -71,8 +74,8 @@ class InBfloat16(Kept):
         return Unpacked(tuple([t.to(dtype) for t, (dtype, _) in zip(packed, like, strict=True)]))
 
 
-class Offloaded(Kept):
-    """In the CPU's memory. On CUDA in pinned memory, copied beside the computation."""
+class Offloaded(Storage):
+    """In the CPU's memory; from a CUDA device in pinned memory, copied while the device computes."""
 
     prefetches = True
 
@@ -87,11 +90,11 @@ class Offloaded(Kept):
 
 
 Like = tuple[torch.dtype, torch.device]
-"""What a result was."""
+"""The dtype and the device of a result."""
 
 
 class Unpacked:
-    """Results of a step that are there, or on their way."""
+    """The results of a step, available or still being copied to the device."""
 
     def __init__(self, tensors: Tensors, event: Any = None) -> None:
         self._tensors, self._event = tensors, event
@@ -102,16 +105,15 @@ class Unpacked:
         return self._tensors
 
 
-def keeping(states: States) -> Kept:
-    """How to keep what `states` says."""
-    named = {"kept": Kept, "bfloat16": InBfloat16, "offloaded": Offloaded}
+def storage_of(states: States) -> Storage:
+    """The way of storing states that the option `states` names."""
+    named = {"kept": Storage, "bfloat16": InBfloat16, "offloaded": Offloaded}
     if isinstance(states, str) and states in named:
         return named[states]()
     if isinstance(states, int) and not isinstance(states, bool) and states >= 1:
         return EveryNth(states)
-    raise ValueError(
-        f'states has to be "kept", "bfloat16", "offloaded", or n (1 or more) to keep every n-th step\'s; got {states!r}'
-    )
+    options = ", ".join(f'"{name}"' for name in named)
+    raise ValueError(f"states must be {options}, or a number n >= 1 to store every n-th step's; got {states!r}")
 
 
 def _is_wider(dtype: torch.dtype) -> bool:
@@ -119,23 +121,23 @@ def _is_wider(dtype: torch.dtype) -> bool:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in the CPU's memory, perhaps still on its way."""
+    """A copy in the CPU's memory, which may still be in progress."""
     if tensor.device.type != "cuda":
         return tensor.to("cpu", copy=True)
     stream = _copies(tensor.device)
     stream.wait_stream(torch.cuda.current_stream(tensor.device))
     with torch.cuda.stream(stream):
         host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-    tensor.record_stream(stream)  # not to be used again before it is copied
+    tensor.record_stream(stream)  # its memory must not be reused before it is copied
     return host
 
 
 def _to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, which is there when the stream of copies has come to this point."""
+    """A copy on the device, complete when the CUDA stream of copies has reached this point."""
     if device.type != "cuda":
         return host.to(device, copy=True)
     stream, tensor = _copies(device), torch.empty_like(host, device=device)
-    stream.wait_stream(torch.cuda.current_stream(device))  # which may still use the memory that the tensor has got
+    stream.wait_stream(torch.cuda.current_stream(device))  # which may still use the tensor's memory
     with torch.cuda.stream(stream):
         tensor.copy_(host, non_blocking=True)
     tensor.record_stream(stream)
@@ -146,7 +148,7 @@ _streams: dict[torch.device, Any] = {}
 
 
 def _copies(device: torch.device) -> Any:
-    """The stream that copies between this device and the CPU, in the order of the calls."""
+    """The CUDA stream that copies between this device and the CPU, in the order of the calls."""
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)
     return _streams[device]

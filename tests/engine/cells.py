@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import revflow
 from engine.nets import assert_close
 from revflow._through_time.passes import BackwardPass
-from revflow._through_time.steps import Step
+from revflow._through_time.steps import TimeStep
 
 STEPS, CELLS, SHAPE = 12, 3, (2, 3, 4, 4)
 MODES = ["kept", "bfloat16", "offloaded", 1, 3, 5, 100]
@@ -132,9 +132,9 @@ def assert_same(net, program, wanted=None, tolerance=1e-10):
 
 @contextmanager
 def without_collector():
-    """What is freed within is freed by its last reference. Gives the number of the steps (`Step`) made within, or of what
+    """What is freed within is freed by its last reference. Gives the number of the steps (`TimeStep`) made within, or of what
     backward passes have laid aside (`BackwardPass`), to which somebody still refers."""
-    made = {kind: weakref.WeakSet() for kind in (Step, BackwardPass)}
+    made = {kind: weakref.WeakSet() for kind in (TimeStep, BackwardPass)}
     with pytest.MonkeyPatch.context() as patch:
         for kind, objects in made.items():
             patch.setattr(kind, "__init__", noted(kind.__init__, objects))

@@ -246,6 +246,10 @@ def test_show_run(run, crevnet, monkeypatch):
         assert value in next(line for line in said.splitlines() if name in line)
     assert f"{(run / 'checkpoints' / 'best.ckpt').stat().st_size / 2**20:.1f} MiB" in said
     assert f"tensorboard --logdir {run.name}" in said
+    names = [line.split()[1] for line in said.partition("details")[0].splitlines() if line.startswith("│ ")]
+    assert [name for name in names if name != "│"] == ["score", "model", "data", "progress"]  # a long path is folded
+    parameters = sum(parameter.numel() for parameter in CrevNet(load_settings(run).model).parameters())
+    assert f"CrevNet, {parameters:,} parameters: 3 frames seen, 2 predicted" in said and "1 of 1 epochs" in said
 
 
 def test_show_day(cities, points, crevnet, tmp_path):

@@ -30,6 +30,7 @@ from engine.nets import (
     weighted,
 )
 from engine.slices import BATCH, batch, few_stacks, gradients_of, in_slices, sizes, sliced
+from revflow._rewind.direction import INVERSE
 
 
 @pytest.mark.parametrize("chunks", [0, -1, 1.5, True, "2", None])
@@ -90,7 +91,7 @@ def test_log_determinants_of_the_inverse():
     x, results = net.plain(batch()).detach().requires_grad_(), []
     for mode in (torch.enable_grad, revflow.ordinary_autograd):
         with mode():
-            y, log_det = net._run(x, {}, inverse=True, log_det=True)
+            y, log_det = net._run(x, {}, INVERSE, log_det=True)
         results.append([y, log_det, *torch.autograd.grad(weighted(y) + weighted(log_det), [x, *net.parameters()])])
     assert_close(*results)
 
@@ -297,5 +298,5 @@ def test_streams_have_one_batch():
         ValueError, match=r"block 0 .*first dimension.*batch of every stream; got \(3, 4, 6, 4\), \(2, 4"
     ):
         net((image(3, 4, 6, 4).requires_grad_(), image(2, 4, 6, 4)))
-    with pytest.raises(ValueError, match=r"block 0 .*first dimension, which has to be the batch"):
+    with pytest.raises(ValueError, match=r"block 0 .*first dimension, which must be the batch"):
         net((torch.zeros((), requires_grad=True), image(2, 4, 6, 4)))

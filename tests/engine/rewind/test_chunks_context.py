@@ -96,7 +96,7 @@ def test_context_of_another_size_is_refused():
     for size in (2, BATCH + 1, 0):
         net = sliced(mixed)
         with pytest.raises(
-            ValueError, match=rf"block 0 \(AdditiveCoupling\).*one entry a sample \(5\).*\({size}, 6, 1, 1\)"
+            ValueError, match=rf"block 0 \(AdditiveCoupling\).*one entry per sample \(5\).*\({size}, 6, 1, 1\)"
         ):
             net(batch(), condition=per_sample(size=size))
     with torch.no_grad(), pytest.raises(RuntimeError, match="size"):

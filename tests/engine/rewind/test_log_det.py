@@ -225,7 +225,7 @@ def test_a_log_determinant_of_another_shape_is_refused():
         def log_det(self, *streams):
             return streams[0].new_zeros(())
 
-    with pytest.raises(ValueError, match=r"block 0 \(Wrong\).*one value a sample.*shape \(\)"):
+    with pytest.raises(ValueError, match=r"block 0 \(Wrong\).*one value per sample.*shape \(\)"):
         revflow.ReversibleSequence([Wrong()]).forward_with_log_det(image())
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 import revflow
 from engine.nets import Conditioner, additive, assert_same_gradients, image
+from revflow._rewind.direction import FORWARD, INVERSE
 
 PARAMETER = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
 """Of nobody's."""
@@ -63,7 +64,7 @@ def test_a_log_determinant_that_depends_on_the_stream(way, options):
     net, x = chain(Bend, **options), image(2, 8, 2, 1).requires_grad_()
 
     def with_log_det(streams):
-        return net._run(streams, {}, inverse=way == "inverse", log_det=True)
+        return net._run(streams, {}, INVERSE if way == "inverse" else FORWARD, log_det=True)
 
     def plainly(streams):
         with revflow.ordinary_autograd():
@@ -178,7 +179,7 @@ def test_a_block_that_works_in_place_is_refused(way):
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_result_that_does_not_fit_is_refused(combine, returned, plain):
     net, x = chain(with_maps(combine=combine)), image(2, 8, 6, 4)
-    expected = r"block 0 \(Mine\).*combine has to return a tensor of the shape and dtype.*\(2, 4, 6, 4\), torch.float64"
+    expected = r"block 0 \(Mine\).*combine must return a tensor of the shape and dtype.*\(2, 4, 6, 4\), torch.float64"
     with pytest.raises(ValueError, match=f"{expected}; it returned {returned}"):
         (net.plain if plain else net)(x)
 
@@ -194,7 +195,7 @@ def test_a_result_that_does_not_fit_is_refused(combine, returned, plain):
 @pytest.mark.parametrize("gradients", [True, False])
 def test_a_log_derivative_that_does_not_fit_is_refused(log_derivative, returned, gradients):
     kind = type("Mine", (Shift,), {"log_derivative": staticmethod(log_derivative)})
-    expected = rf"block 0 \(Mine\).*log_derivative has to return a tensor .*\(2, 4, 6, 4\); it returned {returned}"
+    expected = rf"block 0 \(Mine\).*log_derivative must return a tensor .*\(2, 4, 6, 4\); it returned {returned}"
     with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match=expected):
         chain(kind).forward_with_log_det(image(2, 8, 6, 4))
 

@@ -267,7 +267,7 @@ class TestRefusals:
                 return super().inverse(*streams)[:1]
 
         message = (
-            r"block 1 \(Lossy\): inverse returned streams of shapes \(1, 4, 6, 6\), to undo .*\(1, 4, 6, 6\), \(1, 4"
+            r"block 1 \(Lossy\): inverse returned streams of shapes \(1, 4, 6, 6\), to invert .*\(1, 4, 6, 6\), \(1, 4"
         )
         loss = revflow.ReversibleSequence([additive(4), Lossy()])(torch.zeros(1, 8, 6, 6)).sum()
         with pytest.raises(RuntimeError, match=message):

@@ -45,10 +45,10 @@ def test_what_a_cell_returns_is_checked():
     net = recurrence()
     update, mix = net[1].update, net[1].mix
     net[1].update = lambda *a: (update(*a)[0][:1], update(*a)[1])
-    with pytest.raises(ValueError, match=r"cell 1 \(Cell\), .*update has to return state as a tuple of tensors"):
+    with pytest.raises(ValueError, match=r"cell 1 \(Cell\), .*update must return state as a tuple of tensors"):
         net(*given())
     net[1].update, net[1].mix = update, lambda *a: [*mix(*a)]
-    with pytest.raises(ValueError, match=r"cell 1 .*mix has to return streams as a tuple .* got list"):
+    with pytest.raises(ValueError, match=r"cell 1 .*mix must return streams as a tuple .* got list"):
         net(*given())
 
 
@@ -95,7 +95,7 @@ def cell_of_another_result(cell, *given):
 
 @pytest.mark.parametrize("states", [0, -1, True, False, "cpu", "Kept", 2.5, None, [3]], ids=str)
 def test_wrong_values_of_states(states):
-    possible = r'states has to be "kept", "bfloat16", "offloaded", or n \(1 or more\) to keep every n-th step\'s; got '
+    possible = r'states must be "kept", "bfloat16", "offloaded", or a number n >= 1 to store every n-th step\'s; got '
     with pytest.raises(ValueError, match=possible):
         recurrence(states=states)
 

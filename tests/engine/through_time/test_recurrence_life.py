@@ -20,7 +20,7 @@ from engine.cells import (
 )
 from engine.nets import assert_close
 from revflow._through_time.passes import BackwardPass
-from revflow._through_time.steps import Step
+from revflow._through_time.steps import TimeStep
 
 
 def parameters(net):
@@ -39,9 +39,9 @@ def test_nothing_stays_behind(states):
         loss = loss_of(net(inputs, state))
         for k in range(10):
             torch.autograd.grad(loss, [*parameters(net), inputs[k][0]][k % CELLS], retain_graph=True)
-        assert left(Step) == STEPS and left(BackwardPass) == 0
+        assert left(TimeStep) == STEPS and left(BackwardPass) == 0
         del loss
-        assert left(Step) == 0
+        assert left(TimeStep) == 0
 
 
 @few_modes
@@ -166,7 +166,7 @@ def test_an_exception_in_the_backward_pass_and_a_retry(states, part, calls):
         setattr(net[1], part, failing(getattr(net[1], part), calls))
         with pytest.raises(InjectedError):
             loss.backward(retain_graph=True)
-        assert left(Step) == STEPS and left(BackwardPass) == 0 and not revflow.is_recomputing()
+        assert left(TimeStep) == STEPS and left(BackwardPass) == 0 and not revflow.is_recomputing()
         assert torch.equal(torch.get_rng_state(), before)
         delattr(net[1], part)
         assert_close(torch.autograd.grad(loss, parameters(net)), expected)
@@ -257,6 +257,6 @@ def test_long_sequences(states):
         loss.backward()
         net(inputs + [None] * 499, state)
         del loss
-        assert left(Step) == 0
+        assert left(TimeStep) == 0
     assert [cell.calls[0] for cell in net] == [3 * 500 - (500 // 200 if states == 200 else 500) + 500]
     assert all(p.grad.isfinite().all() for p in net.parameters())

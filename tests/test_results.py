@@ -23,7 +23,9 @@ def test_memory_of_crevnet():
     for name, schedule, *figures in rows:
         assert figures == expected[name, schedule]
     batches = [expected["CrevNet paper", schedule][2] for schedule in ("reversible", "plain")]
-    assert "a batch of {} sequences is predicted to fit in 16 GiB, instead of {}".format(*batches) in prose(ROOT / "README.md")
+    assert "a batch of {} sequences is predicted to fit in 16 GiB, instead of {}".format(*batches) in prose(
+        ROOT / "README.md"
+    )
 
 
 def test_memory_against_depth():

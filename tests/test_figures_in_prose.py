@@ -51,7 +51,7 @@ QUOTED = [
     ),
     (
         "docs/crevnet.md",
-        "checkpointing of every block 98 MiB",
+        "checkpointing of every block stores 98 MiB",
         "memory-steps.md",
         ["checkpoint: an additional time step stores 98.3 MiB"],
     ),
@@ -67,7 +67,12 @@ QUOTED = [
             "1.4e-06 | 1.5e-03 |",
         ],
     ),
-    ("docs/crevnet.md", "every third time step (24 sequences", "memory-steps.md", ["7.10 | 0.37 | 24 |"]),
+    (
+        "docs/crevnet.md",
+        "every third time step and recomputes the others. A batch of 24",
+        "memory-steps.md",
+        ["7.10 | 0.37 | 24 |"],
+    ),
     (
         "docs/scaling.md",
         "4.3 in one process, 5.3 under DDP, 4.1 under FSDP",
@@ -78,7 +83,7 @@ QUOTED = [
     ("docs/scaling.md", "`paper` has 446,340,532 parameters", "paper-step-cpu.md", ["parameters: 446,340,532"]),
     (
         "docs/data.md",
-        "677 frames per second are then read instead of 138, and 320 by one worker instead of 114",
+        "reads 677 frames per second instead of 138. One worker process reads 320 instead of 114",
         "loading-cpu.md",
         [
             "| repacked | 61 | 0 | cold | 677 |",
@@ -98,19 +103,19 @@ QUOTED = [
     ("docs/coming-from.md", "0.1 of a step more with", "budget-cpu.md", ["1.38 for convolutions compared with 1.28"]),
     (
         "docs/experiment.md",
-        "it takes 830 steps in the minutes in which the U-Net takes 7,145",
+        "it takes 830 steps in the time in which the U-Net takes 7,145",
         "experiment-cities.md",
         ["| 830 |", "| 7,145 |"],
     ),
     (
         "docs/experiment.md",
-        "| each model trains for | 5 minutes of a core | 8 minutes of a core |",
+        "| training time of each model | 5 minutes on one core | 8 minutes on one core |",
         "experiment-cities.md",
         ["each model trained for 5 minutes on one core"],
     ),
     (
         "docs/experiment.md",
-        "5 minutes of a core | 8 minutes of a core |",
+        "5 minutes on one core | 8 minutes on one core |",
         "experiment-air-traffic.md",
         ["each model trained for 8 minutes on one core"],
     ),
@@ -137,7 +142,7 @@ def test_what_an_example_reached(row):
 
 
 def test_what_the_autoencoder_alone_leaves_is_more_than_three_quarters():
-    assert "stores what the predictor computes, more than three quarters of the whole" in prose(
+    assert "stores the predictor's activations, which are more than three quarters of the total" in prose(
         ROOT / "docs/crevnet.md"
     )
     kept = {(line["preset"], line["schedule"]): int(line["one_more"]) for line in stored("memory-predicted.csv")}

@@ -94,7 +94,7 @@ def _check_folder(folder: Path, resume: bool) -> None:
     if resume and not last.is_file():
         raise DataError(f"{last} does not exist, so training cannot resume: start it with --out {quoted(folder)}")
     if is_recipe(folder):
-        raise DataError(f"{folder} is the folder of a recipe, expected that of a single run: choose another --out")
+        raise DataError(f"{folder} is a recipe's folder, not a run's: choose another --out")
     if not resume:
         _refuse_trained(folder)
 

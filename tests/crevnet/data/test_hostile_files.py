@@ -67,7 +67,7 @@ def listed(root, submission):
     status, ended = run_apart("score", submission, "--truth", root, "--data.root", root, *SLOTS)
     lines = ended.err.splitlines()
     assert status == 2 and len(lines) == 1, ended
-    assert f"{submission} cannot be scored: " in lines[0] and "write it anew with crevnet submit" in lines[0]
+    assert f"{submission} cannot be scored: " in lines[0] and "write it again with crevnet submit" in lines[0]
     return ended.out.splitlines()
 
 

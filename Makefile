@@ -32,17 +32,19 @@ demo: .venv/.ready
 	$(BIN)/crevnet predict $(DEMO)/run --out $(DEMO)
 	@echo "Scores: $(DEMO)/scores.json. Predictions next to the truth: the PNG and the GIF named above."
 
+# One process per core. A file's tests stay in one process, because they share what is expensive to make.
+PARALLEL := --numprocesses auto --dist loadfile
 test: .venv/.ready docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" $(PARALLEL)
 
 test-all: .venv/.ready docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 # A different seed each time. The tests use the seeds from 0 on.
 SEED ?= $(shell date +%s)

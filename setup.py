@@ -61,6 +61,7 @@ setup(
             "mypy",
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "ruff",
         ],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],

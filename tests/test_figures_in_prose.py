@@ -33,7 +33,7 @@ QUOTED = [
     ("docs/exact.md", "and 6 to 8 % if gated", "exact-cpu.md", ["+5.6 %", "+7.9 %"]),
     (
         "docs/promises.md",
-        "float32: 3e-6 untrained, 4e-3 after the demo",
+        "In float32: 3e-6 untrained, 4e-3 after the demo",
         "crevnet-tiny-cpu.md",
         ["3.7e-3 in float32", "1.7e-6 to 2.6e-6"],
     ),
@@ -75,7 +75,7 @@ QUOTED = [
     ),
     (
         "docs/scaling.md",
-        "4.3 in one process, 5.3 under DDP, 4.1 under FSDP",
+        "4.3 in one process, 5.3 under DDP, and 4.1 under FSDP",
         "scaling-memory-cpu.md",
         ["4.27", "5.28", "4.13"],
     ),

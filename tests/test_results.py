@@ -23,7 +23,9 @@ def test_memory_of_crevnet():
     for name, schedule, *figures in rows:
         assert figures == expected[name, schedule]
     batches = [expected["CrevNet paper", schedule][2] for schedule in ("reversible", "plain")]
-    assert "a batch of {} sequences is predicted to fit in 16 GiB, instead of {}".format(*batches) in prose(ROOT / "README.md")
+    assert "a batch of {} sequences is predicted to fit in 16 GiB, instead of {}".format(*batches) in prose(
+        ROOT / "README.md"
+    )
 
 
 def test_memory_against_depth():
@@ -134,7 +136,8 @@ def test_the_experiment(first_heading, named):
 def test_the_models_that_score_better_are_named():
     _, rows = table("docs/experiment.md", "MSE, at equal memory and time")
     crevnet, *_, unet = (float(cell.split()[0]) for cell in rows[0][1:])
-    assert unet < crevnet and "CrevNet does not have the best score: U-Net's is better on synthetic cities" in prose(ROOT / "README.md")
+    said = "CrevNet does not have the best score: U-Net's is better on synthetic cities"
+    assert unet < crevnet and said in prose(ROOT / "README.md")
 
 
 def test_each_picture_was_drawn_by_a_command_that_is_told():

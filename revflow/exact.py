@@ -108,7 +108,7 @@ class Grid:
 
     @torch.no_grad()
     def residual(self, x: Tensor, estimate: Tensor) -> Residual:
-        """Return the residual with which `restore` recovers x exactly from `estimate`, even if the estimate is infinite or NaN."""
+        """Return the residual with which `restore` recovers x exactly, even if `estimate` is infinite or NaN."""
         codes = torch.sub(x, estimate).mul_(2.0**self.bits).to(torch.int8)
         error = torch.add(estimate, codes.to(x.dtype), alpha=self.unit).sub_(x)
         if not _any_escapes(codes, error):

@@ -23,7 +23,7 @@ from crevnet.networks.video_model import Model, VideoModel
 
 
 class CrevNet(VideoModel[CrevNetConfig]):
-    """CrevNet, a video model that predicts the next frames of a video, at any frame size.
+    """CrevNet: a network that predicts the next frames of a video, at any frame size.
 
     `forward` returns the one-step predictions on which the model is trained, `loss` returns the training loss, and `generate`
     returns the frames that follow the past frames. For each time step, training stores only the latent, the predicted frame and
@@ -52,7 +52,7 @@ class CrevNet(VideoModel[CrevNetConfig]):
             static: static channels (B, S, H, W), if the configuration has any.
 
         Returns:
-            The predicted frames (B, T - K + 1, C, H, W).
+            the predicted frames (B, T - K + 1, C, H, W).
         """
         self._check(frames, static, at_least=self.config.clip)
         latents = self._latents(frames, static, [True] * frames.shape[1])
@@ -154,7 +154,7 @@ class CrevNet(VideoModel[CrevNetConfig]):
     def rebuilt(self, frames: Tensor) -> Iterator[Tensor]:
         """Yield every frame of `frames` (B, T, Ci, Hp, Wp) except the first K, as recovered by `recover`.
 
-        Each frame is recovered from the prediction that `step` returns for it.
+        Each frame is recovered from the prediction that `step` computes from it.
         """
         state = None
         for clip in self._clips(frames):

@@ -105,7 +105,7 @@ class ReversiblePredictiveModule(revflow.RecurrentCell):
         return x1, x2 if residual is None or self._grid is None else self._grid.restore(x2, residual)
 
     def residual(self, streams: Latent, outputs: Latent, h: Tensor) -> revflow.Residual:
-        """Return the residual with which, in exact arithmetic, `inverse` recovers `streams` from `outputs` bit for bit."""
+        """Return the residual with which `inverse` recovers `streams` from `outputs` bit for bit. This requires a grid."""
         assert self._grid is not None
         return self._grid.residual(streams[1], self._estimate(outputs[0], h))
 

@@ -20,6 +20,9 @@ class Both(NamedTuple):
 class Verification:
     """The result of `verify`. To show it as a report, use `print`.
 
+    `gradients` and `reconstruction` have the fields `error` and `where`. `kept` and `peak` have the fields `engine` and `plain`,
+    for the engine and for standard autograd.
+
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
         >>> revflow.verify(net, torch.randn(2, 8)).problems

@@ -12,11 +12,12 @@ Streams = tuple[Tensor, ...]
 
 
 class Bijection(nn.Module, ABC):
-    """An invertible block: the base class for custom blocks.
+    """The base class of all invertible blocks, including custom blocks.
 
-    Write `forward` and `inverse`, each from streams to a tuple of streams, and each the inverse of the other. Keyword arguments
-    of the sequence's call reach both. In a `ReversibleSequence`, such a block is evaluated three times per training step:
-    forward, inverse, and forward with a graph. If the block is a coupling, derive it from `Coupling`, which takes two.
+    Write `forward` and `inverse`. Each takes streams and returns a tuple of streams, and each is the inverse of the other. The
+    keyword arguments of a call of the sequence are passed to both. In a `ReversibleSequence`, such a block is evaluated three
+    times per training step: forward, inverse, and forward with a graph. If the block is a coupling, derive it from `Coupling`,
+    which requires only two evaluations.
 
     Examples:
         >>> class Negation(revflow.Bijection):
@@ -32,31 +33,35 @@ class Bijection(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, *streams: Tensor, **context: Any) -> Streams:
-        """The block's output: a tuple with one tensor per stream."""
+        """Return the output of the block, a tuple with one tensor per stream."""
 
     @abstractmethod
     def inverse(self, *streams: Tensor, **context: Any) -> Streams:
-        """The input that `forward` maps to `streams`: a tuple with one tensor per stream."""
+        """Return the input that `forward` maps to `streams`, a tuple with one tensor per stream."""
 
     def log_det(self, *streams: Tensor, **context: Any) -> Tensor:
-        """log |det d forward / d streams|, one value per sample: shape (batch,). Only `forward_with_log_det` calls it."""
+        """Return log |det d forward / d streams|, one value per sample, with shape (batch,).
+
+        Only `forward_with_log_det` calls this method.
+        """
         raise NotImplementedError(f"a {type(self).__name__} has no log-determinant: write its method log_det")
 
 
 class PixelUnshuffle(Bijection):
-    """Bijective downsampling of every stream: (..., C, H, W) -> (..., factor² C, H / factor, W / factor).
+    """Invertible downsampling of every stream: (..., C, H, W) -> (..., factor² C, H / factor, W / factor).
 
-    The new channels are ordered by (row offset, column offset, channel), as in i-RevNet (Jacobsen et al. 2018, section 3.1). With
-    a factor of 2, the two halves of the channels are then the even and the odd rows. `torch.nn.PixelUnshuffle` orders by
-    (channel, row offset, column offset), so that halves would separate the original channels.
+    The new channels are ordered by (row offset, column offset, channel), as in i-RevNet (Jacobsen et al. 2018, section 3.1). If
+    the factor is 2, one half of the channels thus contains the even rows, and the other half contains the odd rows.
+    `torch.nn.PixelUnshuffle` orders the channels by (channel, row offset, column offset). With that order, splitting the channels
+    into halves would separate the original channels.
 
     Args:
-        factor: Downsampling factor of H and of W.
-        channel_dim: Dimension of C, by default the one before H and W. For the input of a three-dimensional convolution use 1:
-            (B, C, D, H, W) -> (B, factor² C, D, H / factor, W / factor).
+        factor: Downsampling factor of both H and W.
+        channel_dim: Dimension of C, by default the dimension before H and W. For inputs of three-dimensional convolutions, use
+            1: (B, C, D, H, W) -> (B, factor² C, D, H / factor, W / factor).
 
     Raises:
-        ValueError: If H or W is not a multiple of `factor`, or in `inverse` C is not a multiple of its square.
+        ValueError: If H or W is not a multiple of `factor`, or if, in `inverse`, C is not a multiple of `factor` squared.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.PixelUnshuffle(2)])

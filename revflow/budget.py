@@ -104,7 +104,9 @@ class Table:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """The blocks that a training step stores and recomputes, for one kind of input. `print(plan)` shows a table.
+    """The schedule of a training step for one kind of input: which blocks are stored, and which are recomputed.
+
+    `print(plan)` shows a table.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
@@ -114,15 +116,15 @@ class Plan:
     """
 
     budget: int | None
-    """Limit in bytes; None if there is no limit."""
+    """The memory budget in bytes, or None if there is no limit."""
     costs: tuple[Cost, ...]
-    """Memory of each block, in the order in which the blocks run."""
+    """The memory costs of each block, in the order in which the blocks run."""
     first_kept: int
-    """Index of the first stored block. All blocks after it are stored, all before it recompute."""
+    """Index of the first stored block. All later blocks are also stored, and all earlier blocks are recomputed."""
     peak: int
-    """Expected peak in bytes, of activations and their gradients. The input and the parameters' gradients are not included."""
+    """Expected peak of activations and their gradients, in bytes. It excludes the input and the gradients of parameters."""
     seconds: tuple[float, ...]
-    """Time of each block's forward pass, in seconds."""
+    """Time of the forward pass of each block, in seconds."""
 
     @property
     def kept(self) -> int:
@@ -131,12 +133,12 @@ class Plan:
 
     @property
     def transient(self) -> int:
-        """Largest error of `peak`, in bytes: the largest temporary memory of one block's inversion."""
+        """Largest possible error of `peak`, in bytes. It is the largest temporary memory that inverting a block takes."""
         return max((cost.transient for cost in self.costs), default=0)
 
     @property
     def time_ratio(self) -> float:
-        """Expected time of a training step relative to standard autograd. A backward pass counts as two forward passes."""
+        """Expected time of a training step, relative to standard autograd. One backward pass counts as two forward passes."""
         total = 3 * sum(self.seconds)
         return 1 + sum(self.seconds[: self.first_kept]) / total if total else 1.0
 

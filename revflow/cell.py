@@ -11,7 +11,7 @@ from revflow._base.streams import Streams, Tensors
 
 
 class RecurrentState(NamedTuple):
-    """The state that a time step passes to the next one.
+    """A named tuple: the state that one time step passes to the next.
 
     Examples:
         >>> h = torch.zeros(2, 4)
@@ -21,17 +21,17 @@ class RecurrentState(NamedTuple):
     """
 
     cells: tuple[Tensors, ...]
-    """State of each cell, as a tuple of tensors of any shapes."""
+    """The state of each cell, as a tuple of tensors. These tensors may have any shape."""
     memories: tuple[Tensors, ...]
-    """Memory that each cell returned. The last one enters the first cell in the next time step."""
+    """The memory that each cell returned. In the next time step, the last memory is passed to the first cell."""
 
 
 class RecurrentCell(nn.Module, ABC):
-    """The base class for cells of a `ReversibleRecurrence`, which map streams to streams and a state to its next value.
+    """The base class for the cells of a `ReversibleRecurrence`. A cell computes output streams and a new state.
 
-    A memory is a tuple of tensors that each cell passes to the next one, and the last cell to the first one of the next time
-    step. It may be empty. Put all costly operations into `update`: in training, each time step evaluates it twice, and `mix`
-    three times.
+    A memory is a tuple of tensors that each cell passes to the next cell. The last cell passes it to the first cell of the next
+    time step. The tuple may be empty. Put all expensive operations into `update`: in training, `update` is evaluated twice per
+    time step, and `mix` is evaluated three times.
 
     Examples:
         >>> class Cell(revflow.RecurrentCell):
@@ -55,15 +55,15 @@ class RecurrentCell(nn.Module, ABC):
     def update(
         self, streams: Streams, state: Tensors, memory: Tensors, context: dict[str, Any]
     ) -> tuple[Tensors, Tensors]:
-        """The new state and the new memory, each tensor of the shape of the old one."""
+        """Return the new state and the new memory. Each tensor has the same shape as the tensor that it replaces."""
 
     @abstractmethod
     def mix(self, streams: Streams, state: Tensors, context: dict[str, Any]) -> Streams:
-        """The output streams, computed from the input streams and the new state."""
+        """Return the output streams, computed from the input streams and the new state."""
 
     def forward(
         self, streams: Streams, state: Tensors, memory: Tensors = (), **context: Any
     ) -> tuple[Streams, Tensors, Tensors]:
-        """One time step of only this cell, under standard autograd. Returns the streams, the state and the memory."""
+        """Run one time step of only this cell under standard autograd. Return the streams, the state and the memory."""
         state, memory = self.update(streams, state, memory, context)
         return self.mix(streams, state, context), state, memory

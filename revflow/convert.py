@@ -21,14 +21,15 @@ from revflow.sequence import ReversibleSequence
 
 
 class TwoStreams(nn.Module):
-    """A module from one tensor to one tensor, with two streams inside. Both streams start as x, and their mean is the output.
+    """A module with two internal streams that maps one tensor to one tensor.
 
-    The output has the shape and dtype of x. (Rev-ViT concatenates the streams instead, for a head of twice the width.) The
-    attribute `sequence` is the `ReversibleSequence`, which takes and returns both streams. The mean of two streams cannot be
-    inverted; the streams can, by `net.sequence.inverse((y1, y2))`.
+    Both streams start as the input x, and the output is their mean, with the shape and dtype of x. (Rev-ViT concatenates the
+    streams instead, for a head of twice the width.) The attribute `sequence` is the `ReversibleSequence`, which takes and returns
+    both streams. The mean cannot be inverted, but the two streams can, with `net.sequence.inverse((y1, y2))`.
 
-    Each branch reads the stream that the branch before it has changed: x plus every other earlier branch's value, not all of
-    them. The mean of both streams is x plus half the sum of all branches' values; a residual network has the whole sum.
+    Each branch reads the stream that the previous branch changed. This stream is x plus the outputs of the previous branch and of
+    every second branch before it, not of all earlier branches. The mean of both streams is x plus half the sum of the outputs of
+    all branches, whereas a residual network computes x plus the whole sum.
 
     Examples:
         >>> net = revflow.reversible([torch.nn.Linear(8, 8) for _ in range(6)])
@@ -51,7 +52,7 @@ class TwoStreams(nn.Module):
 
     @property
     def memory_budget(self) -> MemoryBudget:
-        """The sequence's memory budget."""
+        """The memory budget of `sequence`."""
         return self.sequence.memory_budget
 
     @memory_budget.setter
@@ -59,7 +60,7 @@ class TwoStreams(nn.Module):
         self.sequence.memory_budget = budget
 
     def plan(self, x: Tensor, **context: Any) -> Plan:
-        """`ReversibleSequence.plan` for a training step with `x`."""
+        """Run `ReversibleSequence.plan` for a training step with an input like `x`."""
         return self.sequence.plan((x, x), **context)
 
 
@@ -71,29 +72,30 @@ def reversible(
     memory_budget: MemoryBudget = "none",
     chunks: int = 1,
 ) -> TwoStreams:
-    """Turn the residual branches of a network into one that trains without storing activations.
+    """Turn the residual branches of a network into a network that trains without storing activations.
 
-    If the network has `for F in functions: x = x + F(x)`, write `net = reversible(functions)` and `x = net(x)`. A pair (F, G),
-    such as a transformer's attention and MLP, each with its normalization, becomes one block. Without pairs, the same functions
-    compute the same in twice as many blocks.
+    If the network contains `for F in functions: x = x + F(x)`, replace this loop by `net = reversible(functions)` and
+    `x = net(x)`. A pair (F, G), such as a transformer's attention and MLP, each with its normalization, becomes one block. If the
+    same functions are not paired, the result is the same, but there are twice as many blocks.
 
         F         (x1, x2) -> (x2, x1 + F(x2))
         (F, G)    y1 = x1 + F(x2),  y2 = x2 + G(y1)
 
-    **Same parameters, different function: pretrained weights do not transfer.** Train from scratch, or fine-tune; `TwoStreams`
-    has the formula. Width, parameters and operations stay the same.
+    **The parameters are the same, but the function is different, so pretrained weights do not transfer.** Train from scratch, or
+    fine-tune. For the formula, see `TwoStreams`. The width and the numbers of parameters and operations stay the same.
 
     Args:
-        functions: Residual branches F(x, **context), from a tensor to one of the same shape: F, not x + F(x). They are used, not
-            copied, under the names `sequence.<block>.F` and `.G`: parameters stay shared with the rest of a network.
-        guard: Reaction to wrongly recomputed values. This and the other options are those of `ReversibleSequence`.
-        exact: Whether gradients equal those of stored activations to the last bit.
+        functions: Residual branches F(x, **context), each of which returns a tensor of the same shape as x. Pass F, not x + F(x).
+            The branches are not copied, so parameters stay shared with the rest of a network. They are registered as
+            `sequence.<block>.F` and `sequence.<block>.G`.
+        guard: Reaction if recomputed values are wrong. For this option and the following ones, see `ReversibleSequence`.
+        exact: Whether gradients are bit-identical to those of stored activations.
         memory_budget: Memory for activations.
-        chunks: Number of micro-batches per recomputed branch.
+        chunks: Number of micro-batches in which a recomputed branch is evaluated.
 
     Raises:
-        TypeError: If `functions` is a single module, or an entry is neither a module nor a pair of modules.
-        ValueError: In the first call, if a function returns another shape; the error names the block.
+        TypeError: If `functions` is a single module, or if an entry is neither a module nor a pair of modules.
+        ValueError: In the first call, if a branch returns a tensor of another shape. The message names the block.
 
     Examples:
         >>> pair = lambda: (torch.nn.Linear(8, 8), torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)))

@@ -31,21 +31,23 @@ class Coupling(Bijection, Stepwise):
         one (i-RevNet)    (x1, x2, ...) -> (x2, ..., combine(x1, F(x2, ...)))
         two (RevNet)      y1 = combine(x1, F(x2)),  y2 = combine(x2, G(y1))
 
-    In a `ReversibleSequence`, each conditioner runs exactly twice per training step. Called by itself, a coupling runs under
-    standard autograd. Streams may differ in shape.
+    In a `ReversibleSequence`, each conditioner is evaluated exactly twice per training step. If you call a coupling outside of a
+    sequence, it runs under standard autograd. The streams may have different shapes.
 
-    For a custom coupling, write `combine` and `separate`, and for normalizing flows `log_derivative`. They may use only their
-    arguments, and must not change them in place. A sequence refuses a parameter of the coupling itself, because it would get no
-    gradient; let a conditioner return it.
+    For a custom coupling, write the static methods `combine` and `separate`, and for normalizing flows also `log_derivative`.
+    These methods may use only their arguments, and must not change them in place. The coupling itself must not have parameters:
+    they would receive no gradient, so a sequence raises an error. Instead, let a conditioner return them.
 
     Args:
-        F: Conditioner of the first stream. It receives the other streams, and returns one tensor per name in `coefficients`,
-            each of the changed stream's shape; several as a tuple. They are cast to that stream's dtype.
-        G: Conditioner of the second stream, which receives the first one after its change. With G there are two streams.
+        F: Conditioner of the first stream. Its arguments are the other streams. It returns one tensor for each name in
+            `coefficients`, in the shape of the changed stream, or a tuple if there are several names. The tensors are cast to the
+            dtype of the changed stream.
+        G: Conditioner of the second stream. Its argument is the changed first stream. If G is given, there must be
+            exactly two streams.
 
     Raises:
-        TypeError: If a map of the class is not a static method, `coefficients` is not a tuple, or a conditioner is not a module.
-        ValueError: If a call has fewer than two streams, or the coefficients or the result of `combine` do not fit.
+        TypeError: If one of the three methods is not static, `coefficients` is not a tuple, or a conditioner is not a module.
+        ValueError: If a call has fewer than two streams, or if the shape of a coefficient or of the result of `combine` is wrong.
 
     Examples:
         >>> class Scaling(revflow.Coupling):
@@ -68,7 +70,7 @@ class Coupling(Bijection, Stepwise):
     """Names of the tensors that a conditioner returns."""
 
     ill_conditioned: ClassVar[bool] = False
-    """Whether `separate` loses digits. If it does, a sequence stores the stream that `combine` changes and never inverts it."""
+    """Whether `separate` loses digits. If so, the stream that `combine` changes is stored and never inverted."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -100,16 +102,16 @@ class Coupling(Bijection, Stepwise):
     @staticmethod
     @abstractmethod
     def combine(x: Tensor, *coefficients: Tensor) -> Tensor:
-        """The changed stream y, elementwise, with the shape and dtype of x."""
+        """Return the changed stream y, computed elementwise from x, with the shape and dtype of x."""
 
     @staticmethod
     @abstractmethod
     def separate(y: Tensor, *coefficients: Tensor) -> Tensor:
-        """The x that `combine` maps to y, with the shape and dtype of y."""
+        """Return the stream x that `combine` maps to y, with the shape and dtype of y."""
 
     @staticmethod
     def log_derivative(x: Tensor, *coefficients: Tensor) -> Tensor:
-        """log |d combine / d x|, elementwise, with the shape of x. Only log-determinants use it."""
+        """Return log |d combine / d x|, elementwise, with the shape of x. Only log-determinants require this method."""
         raise NotImplementedError(
             "this coupling has no log-determinant: write its static method log_derivative(x, *coefficients)"
         )
@@ -121,17 +123,17 @@ class Coupling(Bijection, Stepwise):
         return run_stepwise(self, INVERSE, streams, context)
 
     def log_det(self, *streams: Tensor, **context: Any) -> Tensor:
-        """log |det d forward / d streams|, one value per sample: shape (batch,)."""
+        """Return log |det d forward / d streams|, one value per sample, with shape (batch,)."""
         return run_plainly(Law(self, Passage(FORWARD, log_det=True)), streams, context)[-1]
 
     @property
     def translates(self) -> bool:
-        """Whether `combine` is x + t, so that the engine can differentiate it without a graph."""
+        """Whether `combine` is x + t. If so, the engine can differentiate it without a graph."""
         return self.combine is AdditiveCoupling.combine and self.separate is AdditiveCoupling.separate
 
     @property
     def unobserved(self) -> bool:
-        """Whether a call of this block runs only `Coupling.forward` or `Coupling.inverse`: no hook, no method of a subclass."""
+        """Whether a call of this block runs only `Coupling.forward` or `Coupling.inverse`, without hooks or overrides."""
         # The hooks are tested here, because a further function call per block would be measurable.
         kind = type(self)
         return (
@@ -146,7 +148,7 @@ class Coupling(Bijection, Stepwise):
         )
 
     def conditioners(self, streams: Streams) -> list[tuple[int, nn.Module]]:
-        """(index of the changed stream, conditioner), in the order of the forward pass."""
+        """Return (index of the changed stream, conditioner) for each conditioner, in the order of the forward pass."""
         if len(streams) < 2 or (self.G is not None and len(streams) != 2):
             expected = "two streams" if self.G is not None else "two streams or more"
             raise ValueError(f"{type(self).__name__} requires {expected}; got {len(streams)}")
@@ -155,7 +157,7 @@ class Coupling(Bijection, Stepwise):
     def evaluate(
         self, conditioner: nn.Module, target: Tensor, others: Sequence[Tensor], context: dict[str, Any]
     ) -> Streams:
-        """The conditioner's coefficients, checked for the shape of `target` and cast to its dtype."""
+        """Evaluate the conditioner. Return its coefficients, checked for the shape of `target` and cast to its dtype."""
         returned = conditioner(*others, **context)
         values = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
         if len(values) != len(self.coefficients):
@@ -183,10 +185,10 @@ class Coupling(Bijection, Stepwise):
 
 
 class AdditiveCoupling(Coupling):
-    """y = x + shift (NICE, Dinh et al. 2014), which preserves volume: the log-determinant is 0.
+    """The additive coupling y = x + shift (NICE, Dinh et al. 2014). It preserves volume, so its log-determinant is 0.
 
-    With two conditioners it is the block of RevNet (Gomez et al. 2017, section 3.1) and of CrevNet (Yu et al. 2019, eq. 2).
-    A conditioner returns one tensor, the shift.
+    A conditioner returns one tensor, the shift. With two conditioners, this coupling is the block of RevNet (Gomez et al. 2017,
+    section 3.1) and of CrevNet (Yu et al. 2019, eq. 2).
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
@@ -211,7 +213,7 @@ class AdditiveCoupling(Coupling):
 
 
 class AffineCoupling(Coupling):
-    """y = x exp(log_scale) + shift (RealNVP, Dinh et al. 2016, eq. 7).
+    """The affine coupling y = x exp(log_scale) + shift (RealNVP, Dinh et al. 2016, eq. 7).
 
     A conditioner returns (log_scale, shift).
 
@@ -242,11 +244,12 @@ class AffineCoupling(Coupling):
 
 
 class GatedCoupling(Coupling):
-    """y = (1 - g) x + g h with g = sigmoid(gate_logit): CrevNet's weighted sum (Yu et al. 2019, section 2.2).
+    """The gated coupling y = (1 - g) x + g h, with g = sigmoid(gate_logit): CrevNet's weighted sum (Yu et al. 2019, section 2.2).
 
-    A conditioner returns (gate_logit, h). Gates are computed in float32 or wider, and 1 - g as sigmoid(-gate_logit), which stays
-    positive when 1 - sigmoid rounds to zero. The inverse divides by 1 - g, so it loses about log2(1 / (1 - g)) bits. Therefore a
-    sequence stores the stream that the block changes: one stream per block. Gradients are then correct at any gate.
+    A conditioner returns (gate_logit, h). The gate g is computed in float32 or a wider dtype. The factor 1 - g is computed as
+    sigmoid(-gate_logit), which stays positive even if g rounds to 1. The inverse divides by 1 - g, so it loses about
+    log2(1 / (1 - g)) bits. Therefore, a sequence stores the stream that the block changes: one stream per block. With this stored
+    stream, gradients are correct for any gate value.
 
     Examples:
         >>> class GateAndValue(torch.nn.Linear):

@@ -24,7 +24,7 @@ _ESCAPE = -128
 
 
 class Residual(NamedTuple):
-    """The difference between a true value and its estimate, from which `Grid.restore` recovers the true value.
+    """The differences between true values and their estimates, from which `Grid.restore` recovers the true values.
 
     Examples:
         >>> class GateAndValue(torch.nn.Linear):
@@ -37,23 +37,26 @@ class Residual(NamedTuple):
     """
 
     codes: Tensor
-    """int8, of the stream's shape: true value - estimate, in units of the grid. -128 marks a value that does not fit a byte."""
+    """True value minus estimate, in units of the grid, as an int8 tensor in the shape of the stream.
+
+    The code -128 marks a difference that does not fit in a byte.
+    """
     escaped: Tensor
-    """One-dimensional, of the stream's dtype: the true values at the marks, in their order."""
+    """The true values at the marked positions, in order, as a one-dimensional tensor in the dtype of the stream."""
 
 
 @dataclass(frozen=True)
 class Grid:
     """A fixed-point grid: the multiples of 2^-bits. With 16 bits, float32 covers values up to 256 in steps of 1.5e-5.
 
-    More bits give finer steps and a smaller range. Streams that exceed the range raise an OverflowError, which names the number
-    of bits that would suffice.
+    With more bits, steps are finer and the range is smaller. If a stream exceeds the range, an OverflowError is raised. Its
+    message contains the number of bits that would suffice.
 
     Args:
-        bits: Number of bits after the binary point, from 1 to 52.
+        bits: Number of bits after the binary point, an integer from 1 to 52.
 
     Raises:
-        ValueError: If `bits` is not a whole number from 1 to 52.
+        ValueError: If `bits` is not an integer from 1 to 52.
 
     Examples:
         >>> grid = revflow.Grid(bits=16)
@@ -73,39 +76,39 @@ class Grid:
 
     @property
     def unit(self) -> float:
-        """The distance between two neighbours on the grid."""
+        """The distance between two neighboring values on the grid."""
         return 2.0**-self.bits
 
     def limit(self, dtype: torch.dtype) -> float:
-        """The absolute value up to which a tensor of `dtype` represents every multiple."""
+        """Return the absolute value up to which a tensor of `dtype` can represent every value on the grid."""
         return 2.0 ** (_significand(dtype) - self.bits)
 
     def round(self, x: Tensor) -> Tensor:
-        """The nearest multiple; ties go to the even one, and zeros are positive. Its derivative is taken as 1."""
+        """Round x to the grid. Ties round to even multiples, and zeros are positive. The derivative of rounding is taken as 1."""
         with torch.no_grad():
             rounded = torch.add(x.new_zeros(()), self._in_units(x), alpha=self.unit)
         # The difference and the sum are exact. Under autograd, the gradient passes the rounding unchanged.
         return x + (rounded - x).detach() if _differentiated() else rounded
 
     def add(self, x: Tensor, d: Tensor) -> Tensor:
-        """x + round(d), which is exact if x is on the grid and the sum within `limit`."""
+        """Return x + round(d). The sum is exact if x is on the grid and the sum does not exceed `limit`."""
         return x + self.round(d) if _differentiated() else torch.add(x, self._in_units(d), alpha=self.unit)
 
     def take_back(self, y: Tensor, d: Tensor) -> Tensor:
-        """y - round(d): the x from which `add` computed y."""
+        """Return y - round(d), which is the x from which `add` computed y."""
         return y - self.round(d) if _differentiated() else torch.sub(y, self._in_units(d), alpha=self.unit)
 
     def add_(self, x: Tensor, d: Tensor) -> Tensor:
-        """`add` in place; gradients must be off."""
+        """Run `add` in place. Gradients must be disabled."""
         return x.add_(self._in_units(d), alpha=self.unit)
 
     def take_back_(self, y: Tensor, d: Tensor) -> Tensor:
-        """`take_back` in place; gradients must be off."""
+        """Run `take_back` in place. Gradients must be disabled."""
         return y.sub_(self._in_units(d), alpha=self.unit)
 
     @torch.no_grad()
     def residual(self, x: Tensor, estimate: Tensor) -> Residual:
-        """The residual with which `restore` recovers x to the last bit from `estimate`, even if that is infinite or NaN."""
+        """Return the residual with which `restore` recovers x exactly, even if `estimate` is infinite or NaN."""
         codes = torch.sub(x, estimate).mul_(2.0**self.bits).to(torch.int8)
         error = torch.add(estimate, codes.to(x.dtype), alpha=self.unit).sub_(x)
         if not _any_escapes(codes, error):
@@ -115,7 +118,7 @@ class Grid:
 
     @torch.no_grad()
     def restore(self, estimate: Tensor, residual: Residual) -> Tensor:
-        """The x for which `residual` was computed with exactly this estimate."""
+        """Return the x for which `residual` was computed from exactly this estimate."""
         codes, escaped = residual
         x = torch.add(estimate, codes.to(estimate.dtype), alpha=self.unit)
         return x.masked_scatter_(codes.eq(_ESCAPE), escaped) if len(escaped) else x

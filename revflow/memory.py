@@ -26,7 +26,7 @@ from revflow._base.torch_private import FakeTensor, FakeTensorMode, TorchDispatc
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Memory of a step, in bytes beyond those that were alive before it.
+    """Memory that a step takes, in bytes, in addition to the memory in use before the step.
 
     Examples:
         >>> weight = torch.ones(1024)
@@ -35,11 +35,11 @@ class MemoryReport:
     """
 
     peak: int
-    """Largest number of bytes alive at one time."""
+    """Largest number of bytes in use at any one time."""
     kept: int
-    """Bytes alive after the step, its result included. After a forward pass these are the activations for the backward pass."""
+    """Number of bytes in use after the step, including its result. After a forward pass, these are the stored activations."""
     how: Literal["cuda", "tracked", "predicted"]
-    """Method: the CUDA allocator's counters, storages counted on the CPU, or storages counted under fake tensors."""
+    """Method of measurement: counters of the CUDA allocator, counted storages on the CPU, or counted storages of fake tensors."""
 
     def __str__(self) -> str:
         return f"peak {self.peak / 2**20:.1f} MiB, afterwards {self.kept / 2**20:.1f} MiB ({self.how})"
@@ -48,17 +48,17 @@ class MemoryReport:
 def measure_memory(
     step: Callable[[], object], *, device: torch.device | str = "cpu", predict: bool = False
 ) -> MemoryReport:
-    """Run `step()` and measure the memory that it allocates, in bytes beyond those that were alive before.
+    """Run `step()` and measure the memory that it takes, in bytes, in addition to the memory in use before the step.
 
     Args:
-        step: Code to measure, such as a forward pass or a training step. Its result counts as alive after the step.
-        device: Device on which the step runs: the CPU, or a CUDA device, whose allocator has counters.
-        predict: True to run the step under fake tensors, without allocating. The step must then make all its tensors itself,
-            also the model. Its parameters count; to leave them out, measure the model separately.
+        step: Function to measure, such as a forward pass or a training step. Its result counts as memory in use after the step.
+        device: Device on which the step runs: either the CPU or a CUDA device, whose allocator has counters.
+        predict: True to run the step with fake tensors, which allocate no memory. The step must then create all its tensors
+            itself, including the model. The parameters of the model count. To exclude them, measure the model separately.
 
     Raises:
         TypeError: If `step` cannot be called.
-        ValueError: If `device` is neither the CPU nor a CUDA device, unless `predict`.
+        ValueError: If `device` is neither the CPU nor a CUDA device, unless `predict` is set.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(64, 64)) for _ in range(8)])
@@ -96,19 +96,20 @@ class BatchMemory:
     """
 
     peaks: tuple[tuple[int, int], ...]
-    """(fixed bytes, bytes per sample) at each moment that is the peak for some batch sizes, from the largest batches on."""
+    """Pairs (fixed bytes, bytes per sample), one for each moment that is the peak at some batch sizes, largest batches first."""
 
     def peak(self, batch: int) -> int:
-        """Largest number of bytes alive at one time, with `batch` samples."""
+        """Return the largest number of bytes in use at any one time, for a batch size of `batch`."""
         return max(fixed + sample * batch for fixed, sample in self.peaks)
 
     def largest_batch(self, capacity: int) -> int:
-        """Largest batch whose peak is at most `capacity` bytes; 0 if there is none.
+        """Return the largest batch size whose peak is at most `capacity` bytes, or 0 if there is none.
 
-        A device needs more than the peak: for workspaces, the gaps of its allocator and, with CUDA, half a GiB of its own.
+        A device needs more memory than the peak: for workspaces, for gaps in its allocator and, with CUDA, half a GiB for CUDA
+        itself.
 
         Raises:
-            ValueError: If the peak does not grow with the batch, so that no batch is too large.
+            ValueError: If the peak does not grow with the batch size, so that no batch is too large.
         """
         limits = [(capacity - fixed) // sample for fixed, sample in self.peaks if sample]
         if not limits:
@@ -119,19 +120,20 @@ class BatchMemory:
 
 
 def predict_memory(step: Callable[[int], object]) -> BatchMemory:
-    """Predict a step's memory at every batch size, from one run under fake tensors.
+    """Predict the memory of a step for every batch size, from one run with fake tensors.
 
         memory = revflow.predict_memory(training_step)  # training_step(batch) makes the model and its input
         memory.peak(8), memory.largest_batch(16 * 2**30)
 
-    The run's batch is a large prime number, so that a tensor's bytes are a multiple of it only if they grow with the batch. From
-    a batch of 2 on, the peaks equal those of `measure_memory`. A batch of 1 may differ by a few streams: slices of one sample may
-    be contiguous although those of several are not, and are then shared instead of copied, or copied instead of shared.
+    The batch size of this run is a large prime number. The size of a tensor in bytes is thus a multiple of this number only
+    if the tensor grows with the batch. For batch sizes from 2 on, the peaks equal those of `measure_memory`. For a batch size of
+    1, the peak may differ by a few streams. Slices of a single sample may be contiguous even if slices of several samples are
+    not. Such slices may then be shared instead of copied, or copied instead of shared.
 
     Args:
-        step: Function of a batch size that makes all its tensors, also the model. The size of each tensor must be proportional
-            to the batch size or independent of it. The operations must not depend on it: no loop over samples, no
-            `memory_budget`.
+        step: Function that takes a batch size and creates all its tensors, including the model. The size of each tensor must be
+            either proportional to the batch size or independent of it. The sequence of operations must not depend on the batch
+            size, so loops over samples and `memory_budget` are not supported.
 
     Examples:
         >>> def step(batch):

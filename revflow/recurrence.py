@@ -21,34 +21,34 @@ from revflow.cell import RecurrentCell, RecurrentState
 
 
 class ReversibleRecurrence(nn.ModuleList):
-    """A stack of recurrent cells, trained through time.
+    """A stack of recurrent cells that is trained by backpropagation through time.
 
-    In training, each time step stores its input streams and the new states and memories, which the next one needs anyway. The
-    backward pass recomputes everything else, cell by cell. In total, every `update` is evaluated twice and every `mix` three
-    times. Gradients equal those of standard autograd. The gradient of a state or a stream that a time step returned sums up the
-    contributions of all operations after that time step.
+    It is a subclass of `nn.ModuleList`. In training, each time step stores its input streams and its new states and memories. The
+    next time step needs the states and memories in any case. The backward pass recomputes all other activations, cell by cell. In
+    total, every `update` is evaluated twice, and every `mix` is evaluated three times. Gradients equal those of standard
+    autograd. The gradient of a state or a stream that a time step returned is the sum of the contributions of all operations
+    after that time step.
 
     Args:
         cells: Recurrent cells, from the first to the last.
-        states: Storage of new states and memories until the backward pass:
-            `"kept"` stores them on the device, unchanged.
-            `"bfloat16"` stores them on the device, rounded to bfloat16. All later operations read the rounded values, so that
-                gradients are exactly those of the computed function.
-            `"offloaded"` stores them in the CPU's memory; on CUDA it is pinned, and copies overlap with the computation.
-            A number n stores those of every n-th time step, unchanged, and recomputes the others. Memory falls by a factor of
-                about n, and `update` runs 3 - 1 / n times in total.
-        guard: Reaction to wrongly recomputed values, as in `ReversibleSequence`. The guard compares the results of each cell's
+        states: Storage of new states and memories until the backward pass. `"kept"` stores them unchanged on the device.
+            `"bfloat16"` stores them on the device, rounded to bfloat16. All later operations use the rounded values, so gradients
+            are exactly those of the function that is computed. `"offloaded"` stores them in CPU memory. On CUDA, this memory is
+            pinned, and copies overlap with computation. If `states` is an integer n, only every n-th time step stores them
+            (unchanged), and the others are recomputed. The states then take about 1/n of the memory, and each `update` is
+            evaluated 3 - 1 / n times in total.
+        guard: Reaction if recomputed values are wrong, as in `ReversibleSequence`. The guard compares the results of each cell's
             second evaluation with the states of the forward pass.
 
-    Pass states from step to step as they are, in the dtype that they have: they are then found in the step that made them. The
-    result of an operation on them between two steps, such as a mask, is stored additionally, on the device.
+    Pass each state to the next time step exactly as it was returned, in the same dtype, so that the engine recognizes it. If you
+    change a state between two time steps, for example with a mask, the changed state is stored on the device in addition.
 
-    Under `revflow.ordinary_autograd`, `no_grad`, forward-mode differentiation, `torch.func`'s transforms and `torch.export` it
-    runs like any other module. Second derivatives are refused.
+    Under `revflow.ordinary_autograd`, `no_grad`, forward-mode differentiation, `torch.func` transforms and `torch.export`, a
+    recurrence runs like any other module. Second derivatives are not supported and raise an error.
 
     Raises:
-        TypeError: If a cell is not a RecurrentCell, a state is not a RecurrentState, or streams are not a tuple of tensors.
-        ValueError: If a state does not have one entry per cell, or `states` or `guard` has an unknown value.
+        TypeError: If a cell is not a `RecurrentCell`, a state is not a `RecurrentState`, or streams are not a tuple of tensors.
+        ValueError: If a state does not have one entry per cell, or if the value of `states` or `guard` is unknown.
 
     Examples:
         >>> class Cell(revflow.RecurrentCell):
@@ -84,11 +84,11 @@ class ReversibleRecurrence(nn.ModuleList):
     def forward(
         self, inputs: Sequence[Streams | None], state: RecurrentState, **context: Any
     ) -> tuple[list[Streams], RecurrentState]:
-        """The output streams of each time step, and the last state.
+        """Run all time steps. Return the output streams of each time step, and the last state.
 
         Args:
-            inputs: Streams of each time step; None feeds back the output of the step before.
-            state: State before the first time step.
+            inputs: Input streams of each time step. If an entry is None, the output of the previous time step is the input.
+            state: The state before the first time step.
         """
         outputs: list[Streams] = []
         for t, streams in enumerate(inputs):
@@ -101,7 +101,7 @@ class ReversibleRecurrence(nn.ModuleList):
         return outputs, state
 
     def step(self, streams: Streams, state: RecurrentState, **context: Any) -> tuple[Streams, RecurrentState]:
-        """One time step: the last cell's output streams, and the new state."""
+        """Run one time step. Return the output streams of the last cell, and the new state."""
         self._check(streams, state)
         if not engine_applies():
             return self.plain_step(streams, state, **context)
@@ -117,7 +117,7 @@ class ReversibleRecurrence(nn.ModuleList):
         return streams, RecurrentState(tuple(new for new, _ in results), tuple(left for _, left in results))
 
     def plain_step(self, streams: Streams, state: RecurrentState, **context: Any) -> tuple[Streams, RecurrentState]:
-        """`step` under standard autograd, which stores every activation."""
+        """Run `step` under standard autograd, which stores every activation."""
         memory = state.memories[-1]
         cells, memories = [], []
         for cell, its_state in zip(self._cells(), state.cells, strict=True):
@@ -129,9 +129,9 @@ class ReversibleRecurrence(nn.ModuleList):
         return streams, RecurrentState(tuple(cells), tuple(memories))
 
     def compile_cells(self, **options: Any) -> ReversibleRecurrence:
-        """Compile `update` and `mix` of every cell in place, with `torch.compile(..., **options)`; returns the recurrence.
+        """Compile `update` and `mix` of every cell in place with `torch.compile(..., **options)`, and return the recurrence.
 
-        The engine itself stays out of compiled graphs. This raises dynamo's limit of recompilations.
+        Compiled graphs do not include the engine. The method raises dynamo's limit of recompilations.
         """
         # A method needs up to 19 graphs: with and without gradients, in train and in eval mode, for the first time steps (whose
         # states may share one tensor of zeros) and the later ones, and for batches of one size and of any size.

@@ -36,49 +36,52 @@ _NOT_COMPILED = (
 class ReversibleSequence(BlockList):
     """A stack of invertible blocks that trains without storing the activations between them.
 
-    It is used like `nn.Sequential`. The backward pass recomputes each block's input from its output. After the forward pass only
-    the output stays in memory, at any depth. (A gated block also stores one stream.) Each conditioner runs twice per training
-    step, so a step takes about 4/3 of the time under standard autograd.
+    It is a subclass of `nn.Sequential`. The backward pass recomputes the input of each block from its output. After the forward
+    pass, only the output of the sequence stays in memory, at any depth. (A gated block also stores one stream.) Each conditioner
+    is evaluated twice per training step, so a step takes about 4/3 as long as under standard autograd.
 
     Args:
-        blocks: Couplings, bijections, or any modules with `forward(*streams, **context)` and `inverse(*streams, **context)`;
-            a dictionary gives them names. A ReversibleSequence among them counts as its blocks.
+        blocks: Couplings, other bijections, or any modules with `forward(*streams, **context)` and
+            `inverse(*streams, **context)`. To name them, pass a dictionary. A nested `ReversibleSequence` counts as its blocks.
         split_dim: Dimension along which a single tensor is split into halves.
-        guard: Reaction to recomputed values that differ from those of the forward pass; a few values per block are compared.
-            "warn" warns once per sequence above a first tolerance: 1e-4 of the largest stream in float32, 2e-2 under autocast.
-            It raises `ReconstructionError` above a second one: 1e-2, or 1e-1 under autocast. "raise" raises above the first,
-            "off" compares nothing. With `exact`, any bit that differs is an error.
-        exact: True for streams on a grid of 16 bits, or another `Grid`. Recomputed values and all gradients then equal those of
-            stored activations to the last bit. (Gradients of a tensor that is used several times within a block and also in
-            other blocks are summed in another order.) The input, and everything that a conditioner adds, is rounded to the
-            grid, also in `plain` and in inference; the gradient passes straight through. Couplings that do more than add store
-            one byte per value, and four more for each value that is all but overwritten (gates above 0.996).
-        memory_budget: Memory for activations: bytes, a size such as "6GiB", a share of the device's free memory such as 0.8
-            (of the memory that is free at first use), "all" or "none". The last blocks are stored, as many as fit, and the
-            others recompute. The first step with a new kind of input (shapes, dtypes, autocast, mode) recomputes everything
-            and measures; `plan` predicts the result. All calls that wait for their backward pass share the budget; the first
-            step with so many calls shows their number. The budget covers the streams' gradients, but neither the input nor the
-            parameters' gradients. A warning reports a budget that even full recomputation exceeds. Within
-            `torch.utils.checkpoint` and `save_on_cpu` all blocks recompute.
-        chunks: Number of micro-batches per recomputed conditioner, along dimension 0; the conditioner's activations take the
-            memory of one. The function is the same, up to rounding and the order in which random numbers are drawn. State that
-            moves at each evaluation (spectral norm's vectors, running averages) moves once per micro-batch. Tensors among the
-            keyword arguments are split as well: their first dimension must be the batch's, or of size 1. Conditioners that mix
-            samples (BatchNorm in train mode) are refused; with guard="off", only BatchNorm is.
+        guard: Reaction if recomputed values differ from those of the forward pass. A few values per block are compared. "warn"
+            warns once per sequence about errors above 1e-4 of the largest stream in float32 (2e-2 under autocast). Above 1e-2
+            (1e-1 under autocast), it raises `ReconstructionError`. "raise" raises this error from the lower tolerance on. "off"
+            disables the comparison. If `exact` is set, any difference is an error.
+        exact: True to round streams to a grid of 16 bits, or another `Grid`. Recomputed values and all gradients are then
+            bit-identical to those of stored activations. (One exception: gradients of a tensor that is used several times in a
+            block and also in other blocks are summed in another order.) The input, and everything that a conditioner adds to a
+            stream, is rounded to the grid, also in `plain` and in inference. The derivative of rounding is taken as 1.
+            Couplings that are not additive store one byte per value, and four more for each value that is almost completely
+            overwritten (gates above 0.996).
+        memory_budget: Memory for activations: a number of bytes, a size such as "6GiB", "all", "none", or a fraction such as
+            0.8 of the device's free memory (at first use). As many of the last blocks as fit are stored, and the others are
+            recomputed. The first step with a new kind of input (shapes, dtypes, autocast, mode) recomputes all blocks and
+            measures them; `plan` predicts the result. All calls with a pending backward pass share the budget; they are counted
+            in the first step that makes that many. The budget covers the gradients of streams, but neither the input nor the
+            gradients of parameters. If even full recomputation exceeds the budget, a warning is shown. Inside
+            `torch.utils.checkpoint` and `save_on_cpu`, all blocks are recomputed.
+        chunks: Number of micro-batches, along dimension 0, in which a recomputed conditioner is evaluated. Its activations then
+            take the memory of one micro-batch. The function is the same up to rounding and the order in which random numbers
+            are drawn. State that changes in each evaluation (vectors of spectral norm, running averages) changes once per
+            micro-batch. Tensors among the keyword arguments are also split, so the size of their first dimension must be the
+            batch size or 1. Conditioners that mix samples (BatchNorm in train mode) raise an error; with guard="off", only
+            BatchNorm does.
 
-    A tensor is split into two streams along `split_dim` and returned as one tensor; a tuple of streams is returned as a tuple.
-    Keyword arguments reach every block's conditioners. Tensors among them, also in lists or dictionaries, get gradients. Dropout,
-    autocast, train/eval mode and BatchNorm's statistics are the same in both evaluations. Do not change parameters, context or
-    the output in place before the backward pass; PyTorch raises an error if you do. Under `no_grad`, forward-mode
-    differentiation, `torch.func`'s transforms and `torch.export` it runs like any other module.
+    If the input is a single tensor, it is split into two streams along `split_dim`, and the output is a single tensor. If the
+    input is a tuple of streams, the output is a tuple. Keyword arguments are passed to every conditioner. Tensors among them,
+    also in lists or dictionaries, receive gradients. Dropout masks, autocast, train or eval mode and BatchNorm statistics are the
+    same in both evaluations. Do not change parameters, keyword arguments or the output in place before the backward pass;
+    otherwise, PyTorch raises an error. Under `no_grad`, forward-mode differentiation, `torch.func` transforms and
+    `torch.export`, a sequence runs like any other module.
 
-    `print(net)` shows a table of the blocks, with equal consecutive blocks in one line. It lists their parameters, and the
-    shapes of the streams that each block made in the last training step or `plan`. `print(net[0])` shows a block's modules.
+    `print(net)` shows a table of the blocks, with equal consecutive blocks in one line. It lists the number of parameters and
+    the shapes of the output streams in the last training step or `plan`. `print(net[0])` shows the modules of a block.
 
     Raises:
-        TypeError, ValueError, RuntimeError: If an argument, a block or its result does not fit. An error inside a block states
-            the block's number and the shapes of its streams. Second derivatives are refused; `plain` has them.
-        OverflowError: If `exact` is set and a stream exceeds the grid's range; it names the block whose output this is.
+        TypeError, ValueError, RuntimeError: If an argument, a block or its result is invalid, or if second derivatives are
+            computed (`plain` supports them). An error inside a block contains the block's number and the shapes of its streams.
+        OverflowError: If `exact` is set and a stream exceeds the range of the grid. The message names the block that returned it.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
@@ -111,7 +114,7 @@ class ReversibleSequence(BlockList):
 
     @property
     def memory_budget(self) -> MemoryBudget:
-        """The budget as it was given. Assigning a new one discards the measurements."""
+        """The memory budget, as given. Assigning a new budget discards the measurements."""
         return self._budget.given
 
     @memory_budget.setter
@@ -120,7 +123,7 @@ class ReversibleSequence(BlockList):
 
     @property
     def chunks(self) -> int:
-        """Number of micro-batches per recomputed conditioner."""
+        """Number of micro-batches in which a recomputed conditioner is evaluated."""
         return self._chunks
 
     @chunks.setter
@@ -131,35 +134,36 @@ class ReversibleSequence(BlockList):
 
     @property
     def exact(self) -> Grid | Literal[False]:
-        """The grid of exact arithmetic, or False."""
+        """The grid of exact arithmetic, or False if `exact` is not set."""
         return self._grid or False
 
     def forward(self, x: Tensor | Streams, **context: Any) -> Any:  # type: ignore[override]
-        """The last block's output: a tensor for a tensor, a tuple for a tuple of streams."""
+        """Return the output of the last block: a tensor if `x` is a tensor, or a tuple if `x` is a tuple of streams."""
         return self._run(x, context)[0]
 
     def inverse(self, y: Tensor | Streams, **context: Any) -> Any:
-        """The input that `forward` maps to `y`; differentiable, with the same memory savings as `forward`."""
+        """Return the input that `forward` maps to `y`. Like `forward`, this method is differentiable and saves memory."""
         return self._run(y, context, INVERSE)[0]
 
     def forward_with_log_det(self, x: Tensor | Streams, **context: Any) -> tuple[Any, Tensor]:
-        """The output y and log |det dy/dx|, one value per sample: shape (batch,), for normalizing flows.
+        """Return the output y and, for normalizing flows, log |det dy/dx|: one value per sample, in the shape (batch,).
 
-        The log-determinant is differentiable and costs no further evaluation. Custom blocks require `log_derivative`
-        (couplings) or `log_det` (bijections); NotImplementedError names a block that has neither.
+        The log-determinant is differentiable and requires no additional evaluation. Custom couplings must have
+        `log_derivative`, and other custom blocks `log_det`; otherwise, a NotImplementedError names the block.
         """
         y, log_det = self._run(x, context, log_det=True)
         return y, log_det
 
     def plain(self, x: Tensor | Streams, **context: Any) -> Any:
-        """`forward` under standard autograd, which stores every activation: the same function of the same parameters."""
+        """Run `forward` under standard autograd, which stores every activation. The function and parameters are the same."""
         return self._chain(x, context).run()[0]
 
     def forward_with_residuals(self, x: Tensor | Streams, **context: Any) -> tuple[Any, list[Residual]]:
-        """The output of `plain(x)`, and the residuals with which `inverse_with_residuals` recovers x to the last bit.
+        """Return the output of `plain(x)`, and the residuals with which `inverse_with_residuals` recovers x to the last bit.
 
-        There is one `Residual` per conditioner whose coupling does more than add, of one byte per value. `inverse` needs none:
-        it is exact if all couplings add, and approximate otherwise. RuntimeError unless the sequence is exact.
+        There is one `Residual`, with one byte per value, for each conditioner of a coupling that is not additive. `inverse` needs
+        no residuals: it is exact if all couplings are additive, and approximate otherwise. If the sequence is not exact, a
+        RuntimeError is raised.
         """
         residuals: list[Residual] = []
         y, _ = self._chain(x, context, residuals=self._checked_exact(residuals)).run()
@@ -167,7 +171,7 @@ class ReversibleSequence(BlockList):
 
     @torch.no_grad()
     def inverse_with_residuals(self, y: Tensor | Streams, residuals: Sequence[Residual], **context: Any) -> Any:
-        """The input of `forward_with_residuals`, rounded to the grid, from its output `y` and `residuals`; without a graph."""
+        """Recover the input of `forward_with_residuals`, rounded to the grid, from its results. No graph is built."""
         left = self._checked_exact(list(residuals))
         x, _ = self._chain(y, context, INVERSE, residuals=left).run()
         if left:
@@ -183,10 +187,10 @@ class ReversibleSequence(BlockList):
         return residuals
 
     def plan(self, x: Tensor | Streams, **context: Any) -> Plan:
-        """Predict which blocks a training step on such an input stores, and its memory and time.
+        """Predict which blocks a training step with an input like `x` stores, and the memory and time of the step.
 
-        Runs the forward pass five times and leaves buffers and random numbers as they were; nothing is trained. A block's time
-        is the median of three runs.
+        The forward pass runs five times. Buffers and random number generators do not change, and nothing is trained. The time of
+        a block is the median of three runs.
         """
         device = streams_of(x, self.split_dim)[0].device
         with torch.enable_grad(), undisturbed(self, device):
@@ -198,11 +202,11 @@ class ReversibleSequence(BlockList):
         return Plan(limit, table.costs, first_kept, table.peaks[first_kept], seconds)
 
     def compile_conditioners(self, **options: Any) -> ReversibleSequence:
-        """Compile the conditioner of every coupling in place, with `torch.compile(..., **options)`; returns the sequence.
+        """Compile the conditioner of every coupling in place with `torch.compile(..., **options)`, and return the sequence.
 
-        The engine itself stays out of compiled graphs. Compile all of a network or none of it. Both evaluations of a conditioner
-        must be compiled, or neither: otherwise dropout draws another mask in the second. At its limit of recompilations (8 per
-        function), dynamo runs a function uncompiled. Therefore this raises the limit to the number that the sequence may need.
+        Compiled graphs do not include the engine. Compile either all conditioners or none. If only one of a conditioner's two
+        evaluations were compiled, dropout would draw another mask in the other. When dynamo's limit of recompilations (8 per
+        function) is reached, a function runs uncompiled. Therefore, this method raises the limit as far as the sequence may need.
         """
         conditioners = conditioners_in(self)
         # For each shape of streams, dynamo compiles a conditioner with and without gradients, in train and in eval mode.

@@ -12,19 +12,20 @@ from revflow._verify.verification import Verification
 
 
 def verify(net: nn.Module, *inputs: Any, **context: Any) -> Verification:
-    """Compare a training step of `net(*inputs, **context)` with the engine to one under standard autograd.
+    """Compare a training step of `net(*inputs, **context)` on the engine with a training step under standard autograd.
 
-    It compares the gradients and measures memory and time. It also checks each block separately: its inverse, its determinism and
-    its log-derivative. The network stays as it was, because everything runs on copies. `print` the result for a report.
+    The function compares the gradients and measures memory and time. It also checks the inverse, the determinism and the
+    log-derivative of each block separately. All computations use copies, so the network does not change. To show a report,
+    `print` the result.
 
     Args:
         net: A `ReversibleSequence`, or a module that contains at least one.
-        *inputs: Arguments of the network. Floating-point tensors among them get gradients as well.
-        **context: Keyword arguments of the network, with gradients as above. The autocast context of the call applies.
+        *inputs: Arguments of the network. Gradients of the floating-point tensors among them are also compared.
+        **context: Keyword arguments of the network, treated like `inputs`. The autocast context of the call applies.
 
     Raises:
-        ValueError: If `net` does not contain a ReversibleSequence.
-        Exception: Errors of the network itself, except those of the backward pass, which the report lists as problems.
+        ValueError: If `net` does not contain a `ReversibleSequence`.
+        Exception: Any error of the network itself, except errors in the backward pass, which the report lists as problems.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])

@@ -11,7 +11,9 @@ Mode = Literal["warn", "raise", "off"]
 
 
 class ReconstructionError(RuntimeError):
-    """The backward pass did not recompute the input of a block. The gradients of this pass are wrong; do not use them.
+    """Raised if the backward pass recomputed the input of a block incorrectly. It is a subclass of RuntimeError.
+
+    The gradients of this backward pass are wrong. Do not use them.
 
     Examples:
         >>> class Noisy(torch.nn.Module):
@@ -31,7 +33,7 @@ class ReconstructionError(RuntimeError):
 
 
 class ReconstructionWarning(UserWarning):
-    """The backward pass recomputed the input of a block with a noticeable error.
+    """Shown if the backward pass recomputed the input of a block with a noticeable error. It is a subclass of UserWarning.
 
     Examples:
         >>> import warnings

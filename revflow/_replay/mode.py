@@ -26,7 +26,8 @@ this_thread = threading.local()
 def is_recomputing() -> bool:
     """Whether a backward pass is currently evaluating a conditioner for the second time.
 
-    Forward hooks, and modules that count or log their inputs, run in both evaluations of a step. This distinguishes the two.
+    Forward hooks, and modules that count or log their inputs, run in both evaluations of a conditioner. Call this function to
+    distinguish the evaluations.
 
     Examples:
         >>> class Counting(torch.nn.Linear):
@@ -51,10 +52,10 @@ def is_evaluating() -> bool:
 
 @contextmanager
 def ordinary_autograd() -> Iterator[None]:
-    """Within this context, all sequences and recurrences of a network run under standard autograd.
+    """A context in which all sequences and recurrences run under standard autograd.
 
-    They compute the same function and store every activation. Use it to compare gradients, memory or time. The context affects
-    the forward pass; the backward pass may run after it. For a single sequence, use `ReversibleSequence.plain`.
+    They compute the same function, but store every activation. Use this context to compare gradients, memory or time. It must
+    enclose the forward pass; the backward pass may run outside of it. For a single sequence, use `ReversibleSequence.plain`.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])

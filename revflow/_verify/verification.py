@@ -18,7 +18,10 @@ class Both(NamedTuple):
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of `verify`. `print` shows it as a report.
+    """The result of `verify`. To show it as a report, use `print`.
+
+    `gradients` and `reconstruction` have the fields `error` and `where`. `kept` and `peak` have the fields `engine` and `plain`,
+    for the engine and for standard autograd.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
@@ -27,26 +30,29 @@ class Verification:
     """
 
     gradients: Worst
-    """Largest error of a gradient of an input or parameter, and its name. The error is the norm of the difference from standard
-    autograd, relative to the gradient's norm (at least 1e-3 of the largest gradient's norm)."""
+    """Largest error of the gradient of an input or parameter, and the name of that input or parameter.
+
+    The error is the norm of the difference from the gradient under standard autograd. It is relative to the norm of the gradient,
+    or to 1e-3 of the largest gradient's norm if that is larger.
+    """
     reconstruction: Worst
-    """Largest error of a block's recomputed input, relative to the largest stream, and the block. Exact mode allows none."""
+    """Largest error of a block's recomputed input, relative to the largest stream, and the block. In exact mode, it must be 0."""
     evaluations: dict[str, int]
-    """Number of evaluations per training step: of each conditioner, and of each other block with its inverse."""
+    """Number of evaluations per training step, for each conditioner and for each other block (including its inverse)."""
     kept: Both | None
-    """Bytes alive after the forward pass; None on devices other than the CPU and CUDA."""
+    """Number of bytes in use after the forward pass; None if the device is neither the CPU nor a CUDA device."""
     peak: Both | None
-    """Largest number of bytes alive during the forward and backward pass, beyond those before it."""
+    """Largest number of bytes in use during the forward and backward pass, in addition to those in use before it."""
     time: float | None
     """Time of the forward and backward pass relative to standard autograd; None if the backward pass fails."""
     problems: tuple[str, ...]
-    """Descriptions of faults."""
+    """Descriptions of the faults that were found."""
     notes: tuple[str, ...]
     """Remarks that are not faults."""
 
     @property
     def ok(self) -> bool:
-        """Whether there are no problems."""
+        """Whether no problems were found."""
         return not self.problems
 
     def __str__(self) -> str:

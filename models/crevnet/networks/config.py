@@ -27,13 +27,13 @@ STATIC_CHANNELS: dict[Static, int] = {"road_map": 1, "connectivity": 8, "clock":
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Configuration that all video models share: input and predicted frames.
+    """The configuration options that all video models share.
 
     Args:
         name: name of the model.
-        channels: data channels of a frame (Traffic4cast 2019: volume, speed, heading).
-        static: inputs that are constant within a window and not predicted: `road_map`, `connectivity` (of roads with their
-            eight neighbours, from 2021's static files) and `clock` (time of day and day of the week).
+        channels: number of data channels per frame (Traffic4cast 2019 has three: volume, speed and heading).
+        static: inputs that are constant within a window and are not predicted: `road_map`, `connectivity` (roads to the eight
+            neighboring pixels, from the static files of 2021) and `clock` (time of day and day of the week).
         past: number of input frames.
         horizon: number of predicted frames.
 
@@ -44,13 +44,13 @@ class ModelConfig:
     """
 
     title: ClassVar[str]
-    """The model's name in tables."""
+    """Name of the model in tables."""
     score_name: ClassVar[str] = "MSE"
-    """The validation score by which checkpoints are compared; lower is better."""
+    """Name of the validation score by which checkpoints are compared. A lower score is better."""
     losses: ClassVar[tuple[Loss, ...]] = ("all", "future")
-    """The predictions that the training loss can cover, in addition to single future frames."""
+    """Values of `over` that `loss` supports, in addition to the number of a single future frame."""
     feeds_back: ClassVar[bool] = True
-    """Whether the model predicts frame by frame, so that training can use its own predictions as inputs."""
+    """Whether the model predicts frame by frame. If so, training can use its own predictions as inputs."""
 
     name: str
     channels: int = 3
@@ -68,7 +68,7 @@ class ModelConfig:
 
     @property
     def input_channels(self) -> int:
-        """Number of channels of the network's input: data and static channels."""
+        """Number of input channels of the network: data channels plus static channels."""
         return self.channels + self.static_channels
 
     @property
@@ -77,16 +77,16 @@ class ModelConfig:
 
     @property
     def score_tag(self) -> str:
-        """Name of the validation score in the logs."""
+        """Name under which the validation score is logged."""
         return f"val/{self.score_name.lower()}"
 
     @property
     def window(self) -> int:
-        """Number of frames in a training window."""
+        """Number of frames in a training window: `past` plus `horizon`."""
         return self.past + self.horizon
 
     def check_loss(self, over: Loss) -> None:
-        """Raise ValueError if the model does not support this loss."""
+        """Raise ValueError if the model does not support the loss that `over` selects."""
         if over not in self.losses and not (type(over) is int and 1 <= over <= self.horizon):
             raise ValueError(
                 f"the loss of {self.name} must be {', '.join(map(str, self.losses))}, or the number of one future frame, 1 to "
@@ -102,23 +102,23 @@ def check_at_least_one(name: str, value: int) -> None:
 
 @dataclass(frozen=True)
 class CrevNetConfig(ModelConfig):
-    """CrevNet's architecture.
+    """The configuration of CrevNet. For `channels`, `static`, `past` and `horizon`, see `ModelConfig`.
 
     Args:
         blocks: number of reversible blocks in each stage of the autoencoder. The paper counts a block as three layers.
-        strides: downsampling factor of each stage, 1 or 2. The frame itself is downsampled by 2 before the first stage.
-        bottleneck: ratio of a stream's width to its block's inner width.
+        strides: downsampling factor of each stage, 1 or 2. Frames are additionally downsampled by 2 before the first stage.
+        bottleneck: ratio of the number of channels of a stream to the number of channels inside a block.
         modules: number of reversible predictive modules.
-        cell: recurrent cell of each module.
-        attention: network that computes a module's gate: `deep` (three convolutions, 1x1, 3x3 and 1x1, with norms between
-            them) or `pointwise` (one 1x1 convolution).
-        clip: number of frames that the network processes and predicts at a time. With several, convolutions also extend over
-            time (three-dimensional), and each clip begins one frame after the previous one.
-        exact_bits: fractional bits of a grid (revflow.Grid) on which streams are computed, so that recomputed streams are
-            bit-identical; floating point without a grid if not given. 16 bits represent values up to 256 in float32.
-        states: storage of the modules' states h, c and m for the backward pass (revflow.ReversibleRecurrence): `kept`
-            (unchanged), `bfloat16` (rounded, in half the memory), `offloaded` (in CPU memory), or a number n, which stores
-            every n-th time step and recomputes the others.
+        cell: type of recurrent cell in each module.
+        attention: network that computes a module's gate: `deep` (1x1, 3x3 and 1x1 convolutions with normalization layers
+            between them) or `pointwise` (one 1x1 convolution).
+        clip: number of consecutive frames (a clip) that the network processes and predicts at a time. If it is greater than 1,
+            convolutions are three-dimensional and include time. Each clip begins one frame after the previous one.
+        exact_bits: number of fractional bits of the grid (revflow.Grid) to which streams are rounded. Recomputed streams are
+            then bit-identical. 16 bits represent values up to 256 in float32. By default, streams are not rounded to a grid.
+        states: storage of the modules' states h, c and m until the backward pass (revflow.ReversibleRecurrence): `kept`
+            (unchanged), `bfloat16` (rounded, half the memory), `offloaded` (in CPU memory), or an integer n (every n-th time
+            step is stored and the others are recomputed).
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1, 1), strides=(1, 2), modules=2)
@@ -168,14 +168,14 @@ class CrevNetConfig(ModelConfig):
 
     @property
     def grid(self) -> revflow.Grid | None:
-        """The grid of the streams in exact arithmetic; None in floating point."""
+        """The grid to which streams are rounded in exact arithmetic, or None without exact arithmetic."""
         import revflow
 
         return None if self.exact_bits is None else revflow.Grid(self.exact_bits)
 
     @property
     def downsampling(self) -> int:
-        """Total downsampling factor, to whose multiples the height and width of a frame are padded."""
+        """Total downsampling factor. The height and width of a frame are padded to multiples of this factor."""
         factor = 2
         for stride in self.strides:
             factor *= stride

@@ -20,9 +20,9 @@ Config = TypeVar("Config", bound=ModelConfig)
 
 
 class VideoModel(nn.Module, ABC, Generic[Config]):
-    """A network that predicts the next frames of a video, at any frame size.
+    """The base class of all models. A model is a network that predicts the next frames of a video, at any frame size.
 
-    Its methods raise ValueError for frames and static channels that do not match its configuration.
+    The methods raise ValueError if the frames or static channels do not match the configuration.
 
     Examples:
         >>> config = crevnet.MODELS["unet"].config(channels=1, static=(), past=4, horizon=2)
@@ -32,7 +32,7 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
     """
 
     channels_last: torch.memory_format = torch.channels_last
-    """The memory format that tensor cores require for its convolutions."""
+    """The memory format that tensor cores require for the model's convolutions."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -40,7 +40,12 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
 
     @abstractmethod
     def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
-        """The predictions on which the model is trained, from `frames` (B, T, C, H, W) and `static` (B, S, H, W)."""
+        """Return the predictions on which the model is trained.
+
+        Args:
+            frames: input frames (B, T, C, H, W).
+            static: static channels (B, S, H, W), if the configuration has any.
+        """
 
     @abstractmethod
     def loss(
@@ -50,32 +55,36 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
         over: Loss = "all",
         fed: Sequence[bool] | None = None,
     ) -> Tensor:
-        """The training loss, a scalar, within a window of past and future frames (B, past + horizon, C, H, W).
+        """Return the training loss, a scalar, for windows of past and future frames.
 
         Args:
-            frames: the window.
+            frames: windows of frames (B, past + horizon, C, H, W).
             static: static channels (B, S, H, W), if the configuration has any.
-            over: the predictions that the loss covers: "all", "future" (only the last `horizon` frames), or the number of one
-                future frame, 1 being the first.
-            fed: for each future frame but the last, whether the true frame is an input; if false, its prediction is the input
-                instead. All entries are true by default.
+            over: the predictions that the loss covers: "all", "future" (only the last `horizon` frames), or the number of a
+                single future frame, counted from 1.
+            fed: for each future frame except the last, whether the true frame is an input. If an entry is false, the predicted
+                frame is the input instead. By default, all entries are true.
         """
 
     @abstractmethod
     def generate(self, past: Tensor, static: Tensor | None = None, horizon: int | None = None) -> Tensor:
-        """The frames after `past` (B, T, C, H, W): (B, horizon, C, H, W), not clipped.
+        """Predict the frames that follow `past` and return them as a tensor (B, horizon, C, H, W). Values are not clipped.
 
-        The default horizon is the configuration's.
+        Args:
+            past: input frames (B, T, C, H, W).
+            static: static channels (B, S, H, W), if the configuration has any.
+            horizon: number of frames to predict. By default, the `horizon` of the configuration.
         """
 
     def check_generation(self, height: int, width: int) -> None:
-        """Raise ValueError, with the reason, if generating frames of that size would take unreasonably long."""
+        """Raise ValueError, with the reason, if generating frames of this size would take unreasonably long."""
 
     def scores(self, frames: Tensor, static: Tensor | None = None, number: int | None = None) -> Tensor:
-        """Validation scores of windows as in `loss`, (horizon,); their mean selects checkpoints, and lower is better.
+        """Return the validation scores, one per future frame, for windows as in `loss`. Lower scores are better.
 
-        A score is the mean squared error of one generated frame, clipped to [0, 1]. With `number`, the result is (1,): only the
-        score of that frame, 1 being the first.
+        A score is the mean squared error of one generated frame whose values are clipped to [0, 1]. Checkpoints are selected by
+        the mean of the scores. The result has the shape (horizon,). If `number` is given, the result has the shape (1,) and
+        contains only the score of that future frame, counted from 1.
         """
         past = self.config.past
         chosen = slice(number and number - 1, number)
@@ -83,7 +92,7 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
         return F.mse_loss(forecast, frames[:, past:][:, chosen], reduction="none").mean((0, 2, 3, 4))
 
     def compile_parts(self, **options: Any) -> None:
-        """Compile the expensive parts in place by `torch.compile(..., **options)`. The keys of the state dict do not change."""
+        """Compile the expensive parts in place with `torch.compile(..., **options)`. The keys of the state dict do not change."""
         for child in self.children():
             for part in child if isinstance(child, nn.ModuleList) else (child,):
                 part.compile(**options)

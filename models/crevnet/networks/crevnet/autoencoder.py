@@ -1,7 +1,7 @@
 """The two-way autoencoder: a bijection whose forward pass encodes and whose inverse decodes (Yu et al. 2019, section 2.1).
 
-Shapes: B batch, C channels of a frame, H x W its height and width, D the downsampling factor, N channels of one latent stream,
-K frames of a clip. In a network of clips, the dimension K follows the channels of a stream.
+Shapes: B batch, Ci channels of a frame, Hp x Wp its height and width, D the downsampling factor, N channels of one latent
+stream, K frames of a clip. In a network of clips, the dimension K follows the channels of a stream.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from crevnet.networks.config import CrevNetConfig
 from crevnet.networks.convolution import channels_last, convolution
 
 Latent = tuple[Tensor, Tensor]
-"""Two streams, each (B, N, H / D, W / D), or (B, N, K, H / D, W / D)."""
+"""Two streams, each (B, N, Hp / D, Wp / D), or (B, N, K, Hp / D, Wp / D)."""
 
 
 class TwoWayAutoencoder(nn.Module):
-    """Maps frames (B, C, H, W), or clips (B, K, C, H, W), to latents and back, with the same parameters in both directions.
+    """A reversible network that encodes frames as latents and, with the same parameters, decodes latents to frames.
 
-    Training stores no activation between blocks. The blocks are i-RevNet's, each with one coupling and a swap, as in the authors'
-    code. The frame is first unshuffled and then split, so the two streams start as its even and odd rows. H and W must be
-    multiples of D.
+    Training does not store the activations between blocks. As in the authors' code, the blocks are those of i-RevNet: each
+    consists of one coupling, followed by a swap of the two streams. A frame is pixel-unshuffled before it is split, so the
+    streams initially contain its even and its odd rows. The height and width of a frame must be multiples of D.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
@@ -49,7 +49,7 @@ class TwoWayAutoencoder(nn.Module):
         self._channels_last = channels_last(config.clip)
 
     def encode(self, frames: Tensor) -> Latent:
-        """E of the paper's eq. 1: the latent of frames (B, C, H, W), or of clips (B, K, C, H, W)."""
+        """Encode frames (B, Ci, Hp, Wp) or clips (B, K, Ci, Hp, Wp). This is the function E in eq. 1 of the paper."""
         # In the memory format of the weights, which streams, latents and states inherit.
         by_rows = next(self.parameters()).is_contiguous()
         layout = torch.contiguous_format if by_rows else self._channels_last
@@ -57,7 +57,7 @@ class TwoWayAutoencoder(nn.Module):
         return z1, z2
 
     def decode(self, latent: Latent) -> Tensor:
-        """E⁻¹ of the paper's eq. 4: the frames whose encoding is `latent`."""
+        """Return the frames or clips that `encode` maps to `latent`. This is the function E⁻¹ in eq. 4 of the paper."""
         frames: Tensor
         (frames,) = self.blocks.inverse(latent)
         return frames.movedim(1, -3)

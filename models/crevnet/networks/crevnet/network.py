@@ -23,11 +23,11 @@ from crevnet.networks.video_model import Model, VideoModel
 
 
 class CrevNet(VideoModel[CrevNetConfig]):
-    """Predicts the next frames of a video, at any frame size.
+    """CrevNet: a network that predicts the next frames of a video, at any frame size.
 
-    `forward` returns the one-step predictions on which it is trained, `generate` the frames after the past ones, and `loss` the
-    training loss. Training stores only the latent, the predicted frame and the predictor's states of each time step. revflow
-    recomputes everything within a frame and between modules.
+    `forward` returns the one-step predictions on which the model is trained, `loss` returns the training loss, and `generate`
+    returns the frames that follow the past frames. For each time step, training stores only the latent, the predicted frame and
+    the predictor's states. The backward pass recomputes all other activations of the autoencoder and the predictor.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
@@ -45,13 +45,14 @@ class CrevNet(VideoModel[CrevNetConfig]):
         self.predictor = Predictor(config)
 
     def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
-        """One-step predictions: entry t is the predicted frame t + K, from the true frames before it.
+        """Return one-step predictions: entry t is frame t + K, predicted from the true frames before it.
 
         Args:
-            frames: (B, T, C, H, W), floating point.
-            static: (B, S, H, W), if the configuration has static channels.
+            frames: input frames (B, T, C, H, W), floating point.
+            static: static channels (B, S, H, W), if the configuration has any.
 
-        Returns (B, T - K + 1, C, H, W).
+        Returns:
+            the predicted frames (B, T - K + 1, C, H, W).
         """
         self._check(frames, static, at_least=self.config.clip)
         latents = self._latents(frames, static, [True] * frames.shape[1])
@@ -60,18 +61,18 @@ class CrevNet(VideoModel[CrevNetConfig]):
     def loss(
         self, frames: Tensor, static: Tensor | None = None, over: Loss = "all", fed: Sequence[bool] | None = None
     ) -> Tensor:
-        """Mean squared error of the one-step predictions within a window of past and future frames (B, T, C, H, W).
+        """Return the mean squared error of the one-step predictions for windows of past and future frames.
 
-        As in the authors' code, it covers the whole clip that ends with each predicted frame.
+        As in the authors' code, the error is computed over the whole clip that ends with each predicted frame.
 
         Args:
-            frames: the window.
-            static: (B, S, H, W), if the configuration has static channels.
-            over: the predictions that the loss covers. With "all", "future" (only the last `horizon` frames), or the number of
-                one future frame, it covers the data channels inside the frame. With "padded" it covers all predictions with
-                padding and static channels, as in the authors' code (which sums over the steps).
-            fed: for each future frame but the last, whether the true frame is encoded; if false, the predicted latent is the
-                input instead, as in `generate`. All entries are true by default.
+            frames: windows of frames (B, T, C, H, W).
+            static: static channels (B, S, H, W), if the configuration has any.
+            over: the predictions that the loss covers: "all", "future" (only the last `horizon` frames), or the number of a
+                single future frame, counted from 1. In these cases, the loss excludes padding and static channels. "padded"
+                covers all predictions and includes both, as in the authors' code (which sums over the steps).
+            fed: for each future frame except the last, whether the true frame is encoded. If an entry is false, the predicted
+                latent is the input instead, as in `generate`. By default, all entries are true.
         """
         clip = self.config.clip
         self._check(frames, static, at_least=clip + 1)
@@ -93,15 +94,15 @@ class CrevNet(VideoModel[CrevNetConfig]):
     def generate(
         self, past: Tensor, static: Tensor | None = None, horizon: int | None = None, feedback: Feedback = "latent"
     ) -> Tensor:
-        """The frames after `past` (B, T, C, H, W): (B, horizon, C, H, W), not clipped.
+        """Predict the frames that follow `past` and return them as a tensor (B, horizon, C, H, W). Values are not clipped.
 
         Args:
-            past: the input frames.
-            static: (B, S, H, W), if the configuration has static channels.
-            horizon: number of frames; the configuration's by default.
-            feedback: the input of the next step. With "latent" it is the predicted latent, without encoding (the paper's section
-                2.1). With "frame" the prediction is decoded, its static channels, padding and past frames of its clip are
-                restored, and it is encoded (the authors' code).
+            past: input frames (B, T, C, H, W).
+            static: static channels (B, S, H, W), if the configuration has any.
+            horizon: number of frames to predict. By default, the `horizon` of the configuration.
+            feedback: the input of the next time step. "latent" uses the predicted latent directly (section 2.1 of the paper).
+                "frame" decodes the prediction and then encodes it again, as in the authors' code. Before the encoding, the
+                static channels, the padding and the past frames of the clip are restored.
         """
         self._check(past, static, at_least=self.config.clip)
         horizon, state = self._horizon(horizon), None
@@ -121,14 +122,15 @@ class CrevNet(VideoModel[CrevNetConfig]):
         return torch.stack(frames, 1)
 
     def padded(self, frames: Tensor, static: Tensor | None) -> Tensor:
-        """Frames (B, T, C, H, W) with static channels added and padded with zeros: (B, T, Ci, Hp, Wp)."""
+        """Return frames (B, T, C, H, W) with static channels added, then zero-padded: (B, T, Ci, Hp, Wp)."""
         self._check(frames, static)
         return self._pad(frames, static)
 
     def step(self, frame: Tensor, state: PredictorState | None = None) -> tuple[Tensor, PredictorState]:
-        """One time step: predict the next frame (B, Ci, Hp, Wp), or the next clip (B, K, Ci, Hp, Wp), and the next state.
+        """Run one time step and return the predicted frame (or clip) and the new state.
 
-        `frame` has the same shape. In exact arithmetic, the state contains the residuals that `recover` requires.
+        The input `frame` and the prediction have the same shape: (B, Ci, Hp, Wp), or (B, K, Ci, Hp, Wp) if K is greater than 1.
+        In exact arithmetic, the new state contains the residuals that `recover` requires.
         """
         latent = self.autoencoder.encode(frame)
         state = self.predictor.initial_state(latent) if state is None else state
@@ -136,21 +138,24 @@ class CrevNet(VideoModel[CrevNetConfig]):
         return self.autoencoder.decode(latent), state
 
     def recover(self, prediction: Tensor, before: PredictorState, after: PredictorState) -> Tensor:
-        """Eq. 5: the input frame of `step` from its predicted frame, (B, Ci, Hp, Wp), or the clip.
+        """Recover the input frame (or clip) of `step` from its prediction, by eq. 5 of the paper.
 
-        `Predictor.inverse` states the error. In exact arithmetic there is no error: the result is the input frame, rounded to the
-        grid.
+        In exact arithmetic, the result is exactly the input frame, rounded to the grid. Otherwise, the result has a rounding
+        error. For the size of this error, see `Predictor.inverse`.
 
         Args:
-            prediction: the frame that the step predicted.
-            before: the state before the step.
-            after: the state that the step returned; only its memories and residuals are used.
+            prediction: the frame or clip that `step` predicted.
+            before: the state before the time step.
+            after: the state that `step` returned. Only its memories and residuals are used.
         """
         return self.autoencoder.decode(self.predictor.inverse(self.autoencoder.encode(prediction), before, after))
 
     @torch.no_grad()
     def rebuilt(self, frames: Tensor) -> Iterator[Tensor]:
-        """Each of `frames` (B, T, Ci, Hp, Wp) but the first K, as `recover` computes it from the prediction of `step`."""
+        """Yield every frame of `frames` (B, T, Ci, Hp, Wp) except the first K, as recovered by `recover`.
+
+        Each frame is recovered from the prediction that `step` computes from it.
+        """
         state = None
         for clip in self._clips(frames):
             prediction, after = self.step(clip.squeeze(1), state)
@@ -159,7 +164,11 @@ class CrevNet(VideoModel[CrevNetConfig]):
             state = after
 
     def compile_parts(self, **options: Any) -> None:
-        """Compile the autoencoder's conditioners and the two parts of each predictive module, which the engine calls directly."""
+        """Compile the expensive parts in place with `torch.compile(..., **options)`.
+
+        These are the conditioners of the autoencoder, and `update` and `mix` of each predictive module. The keys of the state
+        dict do not change.
+        """
         self.autoencoder.blocks.compile_conditioners(**options)
         self.predictor.stack.compile_cells(**options)
 

@@ -22,7 +22,7 @@ Tensors = tuple[Tensor, ...]
 
 
 class PredictorState(NamedTuple):
-    """The predictor's state, which one time step passes to the next.
+    """The state of the predictor, a named tuple that one time step passes to the next.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
@@ -33,18 +33,28 @@ class PredictorState(NamedTuple):
     """
 
     cells: tuple[CellState, ...]
-    """h and c of every module."""
+    """The states h and c of each module."""
     memories: tuple[Tensor, ...]
-    """The memory m after every module; empty for ConvLSTM cells. The last one enters the first module in the next step."""
+    """The memory m that each module returned. In the next time step, the last entry is passed to the first module.
+
+    The tuple is empty for ConvLSTM cells, which have no memory.
+    """
     residuals: tuple[revflow.Residual, ...] = ()
-    """Residuals that each module's inverse requires in exact arithmetic; empty unless requested."""
+    """In exact arithmetic, the residual that the inverse of each module requires; empty unless requested."""
 
 
 class ReversiblePredictiveModule(revflow.RecurrentCell):
-    """(x1, x2) -> ((1 - g) x2 + g h, x1), with h = ConvRNN(x1) and g = sigmoid(attention(h)).
+    """A recurrent cell that maps (x1, x2) to ((1 - g) x2 + g h, x1), with h = ConvRNN(x1) and g = sigmoid(attention(h)).
 
-    The state is (h, c). The memory is m for an ST-LSTM, and empty for a ConvLSTM. g is computed in float32, and 1 - g as the
-    sigmoid of the negated logit. With a grid, the sum is rounded to the grid.
+    The state is (h, c). The memory is m for an ST-LSTM, and empty for a ConvLSTM. The gate g is computed in float32, and 1 - g is
+    computed as the sigmoid of the negated logit. If `grid` is given, the sum is rounded to the grid.
+
+    Args:
+        channels: number of channels of one stream.
+        cell: recurrent cell that computes h: `convlstm` or `st-lstm`.
+        grid: grid of exact arithmetic, or None.
+        attention: network that computes the logit of the gate: `deep` or `pointwise`, as in `CrevNetConfig`.
+        clip: number of frames per clip.
 
     Examples:
         >>> module = crevnet.ReversiblePredictiveModule(8, "convlstm")
@@ -71,12 +81,12 @@ class ReversiblePredictiveModule(revflow.RecurrentCell):
     def update(
         self, streams: Tensors, state: Tensors, memory: Tensors, context: dict[str, Any]
     ) -> tuple[CellState, Tensors]:
-        """The new state and memory, from stream x1 and the previous ones."""
+        """Return the new state and the new memory, computed from the stream x1 and the previous state and memory."""
         new, left = self.cell(streams[0], CellState(*state), memory[0] if memory else None)
         return new, () if left is None else (left,)
 
     def mix(self, streams: Tensors, state: Tensors, context: dict[str, Any]) -> Latent:
-        """The output streams, from the input streams and the new state."""
+        """Return the output streams, computed from the input streams and the new state."""
         x1, x2 = streams
         h = state[0]
         mixed = revflow.GatedCoupling.combine(x2, self.attention(h), h)
@@ -85,17 +95,17 @@ class ReversiblePredictiveModule(revflow.RecurrentCell):
     def inverse(
         self, streams: Latent, state: CellState, memory: Tensor | None, residual: revflow.Residual | None = None
     ) -> Latent:
-        """The module's input, from its output and the state and memory before the step.
+        """Return the module's input streams, computed from its output streams and from the previous state and memory.
 
-        It divides by 1 - g: in float32, the error is about 2⁻²³ / (1 - g) times the largest entry of x2 or h. With a `residual`
-        there is no error.
+        The inverse divides by 1 - g, so its error in float32 is about 2⁻²³ / (1 - g) times the largest entry of x2 or h. If a
+        `residual` is given, there is no error.
         """
         mixed, x1 = streams
         x2 = self._estimate(mixed, self.cell(x1, state, memory)[0].h)
         return x1, x2 if residual is None or self._grid is None else self._grid.restore(x2, residual)
 
     def residual(self, streams: Latent, outputs: Latent, h: Tensor) -> revflow.Residual:
-        """In exact arithmetic, the residual with which `inverse` recovers `streams` from `outputs` bit for bit."""
+        """Return the residual with which `inverse` recovers `streams` from `outputs` bit for bit. This requires a grid."""
         assert self._grid is not None
         return self._grid.residual(streams[1], self._estimate(outputs[0], h))
 
@@ -120,9 +130,9 @@ def _attention(kind: Attention, channels: int, clip: int) -> nn.Sequential:
 
 
 class Predictor(nn.Module):
-    """P of the paper's eq. 1: one time step of all modules.
+    """The predictor, P in eq. 1 of the paper: a stack of reversible predictive modules. One call is one time step.
 
-    The memory m passes up through the modules, and from the top module to the first module of the next step.
+    Each module passes its memory m up to the next module. The top module passes it to the first module of the next time step.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
@@ -146,7 +156,7 @@ class Predictor(nn.Module):
         self.has_memory = CELLS[config.cell].has_memory
 
     def initial_state(self, latent: Latent) -> PredictorState:
-        """The state before the first step: zeros, shaped for `latent`."""
+        """Return the state before the first time step: zeros in the shape of the streams of `latent`."""
         zeros = torch.zeros_like(latent[0])
         memories = (zeros,) * len(self.stack) if self.has_memory else ()
         return PredictorState((CellState(zeros, zeros),) * len(self.stack), memories)
@@ -154,7 +164,10 @@ class Predictor(nn.Module):
     def forward(
         self, latent: Latent, state: PredictorState, keep_residuals: bool = False
     ) -> tuple[Latent, PredictorState]:
-        """The next frame's latent and the next state, with residuals (in exact arithmetic) if `keep_residuals` is set."""
+        """Return the predicted latent of the next frame and the new state.
+
+        If `keep_residuals` is set, which requires exact arithmetic, the new state also contains residuals.
+        """
         memories = tuple((m,) for m in state.memories) or ((),) * len(self.stack)
         outputs, (cells, left) = self.stack.step(latent, revflow.RecurrentState(state.cells, memories))
         residuals = tuple(self._residuals(latent, cells)) if keep_residuals else ()
@@ -175,14 +188,18 @@ class Predictor(nn.Module):
             latent = outputs
 
     def inverse(self, latent: Latent, before: PredictorState, after: PredictorState) -> Latent:
-        """P⁻¹ of eq. 5: the step's input from its output, the state before the step, and the state after it.
+        """Recover the input latent of a time step from its output latent: P⁻¹ in eq. 5 of the paper.
 
-        Of the state after the step, only the memories between modules and the residuals are used. With residuals, the result is
-        exact. Without them, the error in float32 is at most about 2 · 2⁻²⁴ · A · M while gates stay below 0.98. Here A is the
-        largest product of 1 / (1 - g) over the modules that change one stream, and M the largest entry of a stream or h. With
-        larger gates, errors also cross to the other stream through h and grow faster. Gates saturate during training. This method
-        therefore serves to show which information a trained model preserves (in float64, if necessary), not to recompute
-        activations.
+        If `after` contains residuals, the result is exact. Without residuals, the error in float32 is at most about
+        2 · 2⁻²⁴ · A · M while all gates stay below 0.98. Here, A is the largest product of 1 / (1 - g) over the modules that
+        change the same stream, and M is the largest entry of a stream or of h. If gates are larger, errors also propagate through
+        h to the other stream and grow faster. Gates saturate during training. Therefore, use this method to examine which
+        information a trained model preserves (in float64, if necessary), not to recompute activations.
+
+        Args:
+            latent: the output latent of the time step.
+            before: the state before the time step.
+            after: the state after the time step. Only the memories between modules and the residuals are used.
         """
         entering: tuple[Tensor | None, ...] = (None,) * len(self.stack)
         if self.has_memory:

@@ -37,7 +37,9 @@ def test_memory_against_depth():
         [f"{gib[schedule, layers]:.2f}" for layers in (12, 72)] for schedule in ("plain", "reversible")
     )
     assert len(set(reversible)) == 1
-    sentence = "From 12 to 72 layers, it grows from {} to {} GiB with standard autograd and stays at {} GiB with revflow"
+    sentence = (
+        "From 12 to 72 layers, it grows from {} to {} GiB with standard autograd and stays at {} GiB with revflow"
+    )
     assert sentence.format(*plain, reversible[0]) in prose(ROOT / "README.md")
 
 

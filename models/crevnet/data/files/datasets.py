@@ -1,6 +1,6 @@
 """The dataset of frames in a day file: found, opened, checked and read, with errors that name the file.
 
-`_first_dataset` finds it: the first dataset outside all groups, whatever its name. `hdf5_reading.py` contains the checks.
+`_first_dataset` finds it: the first dataset outside all groups, under any name. `hdf5_reading.py` contains the checks.
 """
 
 import importlib
@@ -62,7 +62,7 @@ def one_line(error: Exception) -> str:
 
 
 def _first_dataset(file: h5py.File) -> h5py.Dataset:
-    """The first dataset outside all groups, whatever its name, checked."""
+    """The first dataset outside all groups, under any name, checked."""
     for name in names(file):
         item = file[name]
         if isinstance(item, h5py.Dataset):

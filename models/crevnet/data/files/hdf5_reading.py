@@ -2,7 +2,7 @@
 
 All code that reads HDF5 files opens them here. `hdf5_writing.py` writes them.
 
-- Day files: `datasets.py` finds the frames. It takes the first dataset outside all groups, whatever its name.
+- Day files: `datasets.py` finds the frames. It takes the first dataset outside all groups, under any name.
 - Test cases, submissions and generated files: `array_of` takes only the dataset `array`.
 
 All functions raise ValueError with the value found, the value expected and the remedy; the caller adds the file's name.

@@ -18,7 +18,8 @@ from lightning.fabric.utilities import move_data_to_device
 from crevnet.data.city_data import CityData
 from crevnet.evaluation.comparison import device, untrained
 from crevnet.evaluation.forecasts import Forecast, by_frame
-from crevnet.evaluation.scores import ENSEMBLE, NetworkForecast, Scores, mean_over_cities, score
+from crevnet.evaluation.network_forecast import NetworkForecast
+from crevnet.evaluation.scores import ENSEMBLE, Scores, mean_over_cities, score
 from crevnet.machine.errors import SettingsError
 from crevnet.machine.folders import make_folder
 from crevnet.networks.models import make_network

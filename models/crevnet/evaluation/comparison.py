@@ -21,7 +21,7 @@ from crevnet.evaluation.network_forecast import NetworkForecast
 from crevnet.evaluation.scores import Scores, score
 from crevnet.networks.config import CrevNetConfig, Feedback, ModelConfig
 from crevnet.networks.video_model import VideoModel
-from crevnet.training.checkpoints import load_network
+from crevnet.training.checkpoint_reading import load_network
 from crevnet.training.settings import load_settings
 
 

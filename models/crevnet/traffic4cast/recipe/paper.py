@@ -30,7 +30,7 @@ from crevnet.traffic4cast.recipe.settings import (
     refuse_changes,
     refuse_what_is_no_base,
 )
-from crevnet.training.checkpoints import checkpoint_path, load_network
+from crevnet.training.checkpoint_reading import checkpoint_path, load_network
 from crevnet.training.recipe_folders import base_run, city_run, frame_run, record, score_of, settings_file
 from crevnet.training.settings import RunSettings, save_yaml
 from crevnet.training.trainer import train

@@ -6,7 +6,7 @@ The benchmark measures epochs of the loader of `crevnet fit` by wall time, as wo
 makes new loaders, in random order. The first epoch of each is cold: it must start its workers and open its files, which are not
 in the system's page cache (that of a virtual machine's host may have them). The second is warm.
 
-The days are a synthetic city's, written in several layouts (bench/kit/day_layouts.py). The competition's organisers distributed
+The days are a synthetic city's, written in several layouts (bench/kit/day_layouts.py). The competition's organizers distributed
 a function for files to submit, which leaves the choice of chunks to h5py. The training days are assumed to be such files. A
 chunk is then (18, 62, 55, 1): a window of 12 time steps decompresses 18 or 36, and gathers its bytes one by one. `crevnet data
 synth` writes one frame per chunk. Uncompressed files show the rest of the cost: conversion, collation, and the transfer from

@@ -1,4 +1,4 @@
-"""Shared by the examples: scikit-learn's digits, in grey and in colour, training on them, and pictures.
+"""Shared by the examples: scikit-learn's digits, in gray and in color, training on them, and pictures.
 
 The data are 1,797 handwritten digits of 8 x 8 pixels with values from 0 to 16 (`sklearn.datasets.load_digits`, from the UCI
 repository). The package contains them: nothing is downloaded.
@@ -26,42 +26,42 @@ LEVELS = 17
 CLASSES = 10
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     images: Tensor
     """(N, 8, 8), whole numbers from 0 to 16, or (N, 3, 32, 32), about 0 to 1; float32."""
     labels: Tensor
     """(N,), int64, 0 to 9."""
 
-    def batch(self, size: int) -> Labelled:
+    def batch(self, size: int) -> Labeled:
         """So many of them, drawn at random."""
         chosen = torch.randint(len(self.labels), (size,))
-        return Labelled(self.images[chosen], self.labels[chosen])
+        return Labeled(self.images[chosen], self.labels[chosen])
 
 
-def digits() -> tuple[Labelled, Labelled]:
+def digits() -> tuple[Labeled, Labeled]:
     """1,437 digits for training and 360 held out, of each class the same share."""
     data = load_digits()
     images, labels = torch.from_numpy(data.images).float(), torch.from_numpy(data.target).long()
     training, held_out = train_test_split(range(len(labels)), test_size=360, random_state=0, stratify=labels)
-    return Labelled(images[training], labels[training]), Labelled(images[held_out], labels[held_out])
+    return Labeled(images[training], labels[training]), Labeled(images[held_out], labels[held_out])
 
 
-def coloured(grey: Labelled) -> Labelled:
-    """Digits in the shape of CIFAR's images: enlarged, in a random bright colour on a random dark ground, with noise."""
-    count = len(grey.images)
-    ink = nn.functional.interpolate(grey.images[:, None] / (LEVELS - 1), scale_factor=4, mode="bilinear")
-    ground, colour = torch.rand(2, count, 3, 1, 1) / 2
-    colour = colour + 0.5
-    return Labelled(ground + (colour - ground) * ink + 0.1 * torch.randn(count, 3, 32, 32), grey.labels)
+def colored(gray: Labeled) -> Labeled:
+    """Digits in the shape of CIFAR's images: enlarged, in a random bright color on a random dark ground, with noise."""
+    count = len(gray.images)
+    ink = nn.functional.interpolate(gray.images[:, None] / (LEVELS - 1), scale_factor=4, mode="bilinear")
+    ground, color = torch.rand(2, count, 3, 1, 1) / 2
+    color = color + 0.5
+    return Labeled(ground + (color - ground) * ink + 0.1 * torch.randn(count, 3, 32, 32), gray.labels)
 
 
-def train(net: nn.Module, training: Labelled, steps: int, batch: int = 64, learning_rate: float = 5e-3) -> list[float]:
-    """Train a classifier of coloured digits, in new colours at each step; returns the losses."""
+def train(net: nn.Module, training: Labeled, steps: int, batch: int = 64, learning_rate: float = 5e-3) -> list[float]:
+    """Train a classifier of colored digits, in new colors at each step; returns the losses."""
     optimizer = torch.optim.AdamW(net.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     losses = []
     for _ in range(steps):
-        images, labels = coloured(training.batch(batch))
+        images, labels = colored(training.batch(batch))
         loss = nn.functional.cross_entropy(net(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -72,7 +72,7 @@ def train(net: nn.Module, training: Labelled, steps: int, batch: int = 64, learn
 
 
 @torch.no_grad()
-def accuracy(net: nn.Module, held_out: Labelled) -> float:
+def accuracy(net: nn.Module, held_out: Labeled) -> float:
     """The share of images whose class `net`, in eval mode, finds."""
     net.eval()
     found = torch.cat([net(images).argmax(1) for images in held_out.images.split(100)])
@@ -94,7 +94,7 @@ def options(description: str | None, steps: int) -> argparse.Namespace:
 
 
 def draw(rows: dict[str, Tensor], path: Path) -> None:
-    """Write a picture: for each name a row of images, (N, 3, H, W) in [0, 1] or (N, H, W) in grey."""
+    """Write a picture: for each name a row of images, (N, 3, H, W) in [0, 1] or (N, H, W) in gray."""
     columns = max(map(len, rows.values()))
     figure, axes = plt.subplots(len(rows), columns, figsize=(columns, 1.05 * len(rows)), squeeze=False)
     for (name, images), line in zip(rows.items(), axes, strict=True):
@@ -108,10 +108,10 @@ def draw(rows: dict[str, Tensor], path: Path) -> None:
 
 
 class Curve(NamedTuple):
-    """How one of two networks is drawn: in the colours of the benchmarks."""
+    """How one of two networks is drawn: in the colors of the benchmarks."""
 
     name: str
-    colour: str
+    color: str
 
 
 STANDARD, REVERSIBLE = Curve("standard autograd", "#222222"), Curve("revflow", "#2a6fb8")
@@ -128,12 +128,12 @@ def draw_twins(
     figure = Figure((8.4, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for key, curve in curves.items():
-        left.plot(losses[key], color=curve.colour, linewidth=0.9)
+        left.plot(losses[key], color=curve.color, linewidth=0.9)
         sizes = [peak / 2**20 for peak in peaks[key]]
-        right.plot(places, sizes, "o-", color=curve.colour, markersize=4)
+        right.plot(places, sizes, "o-", color=curve.color, markersize=4)
         right.annotate(
             f"{curve.name}\n{sizes[-1]:.1f}", (places[-1], sizes[-1]), (6, 0), textcoords="offset points", va="center",
-            color=curve.colour, annotation_clip=False,
+            color=curve.color, annotation_clip=False,
         )  # fmt: skip
     left.set(xlabel="step", ylabel="training loss", ylim=0)
     right.set(xlabel=unit, ylabel="peak of a training step, MiB", xticks=places, ylim=0)

@@ -5,7 +5,7 @@ Its blocks are (x1, x2) -> (x2, x1 + F(x2)). Instead of pooling, an invertible d
 classes depend on the last layer's mean over positions, the only step that loses information. The image can therefore be
 recovered from the last layer of the trained classifier.
 
-The images are scikit-learn's digits, enlarged, each in a random bright colour on a random dark background, with noise. Colours
+The images are scikit-learn's digits, enlarged, each in a random bright color on a random dark background, with noise. Colors
 and noise do not affect the class, but are recovered too. Of the paper's two networks this is the one without padding, smaller.
 
     python examples/irevnet.py --out irevnet.png    # 28 seconds of one CPU core
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import revflow
-from digits import CLASSES, accuracy, coloured, digits, draw, options, train
+from digits import CLASSES, accuracy, colored, digits, draw, options, train
 
 
 class Split(revflow.Bijection):
@@ -88,7 +88,7 @@ def conditioner(channels: int, hidden: int) -> nn.Sequential:
 def main() -> None:
     a = options(__doc__, steps=200)
     training, held_out = digits()
-    held_out = coloured(held_out)
+    held_out = colored(held_out)
     net = IRevNet()
     train(net, training, a.steps)
     reached = accuracy(net, held_out)

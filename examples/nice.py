@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal
 
 import revflow
-from digits import LEVELS, Labelled, digits, draw, options
+from digits import LEVELS, Labeled, digits, draw, options
 
 PIXELS = 64
 STREAM = PIXELS // 2
@@ -90,43 +90,43 @@ def conditioner(hidden: int) -> nn.Sequential:
     )
 
 
-def dequantised(grey: Labelled) -> Tensor:
+def dequantized(gray: Labeled) -> Tensor:
     """Images in [0, 1], (N, 64): each whole number v from 0 to 16 anywhere in [v, v + 1) / 17."""
-    return (grey.images + torch.rand_like(grey.images)).flatten(1) / LEVELS
+    return (gray.images + torch.rand_like(gray.images)).flatten(1) / LEVELS
 
 
-def many(grey: Labelled) -> Tensor:
+def many(gray: Labeled) -> Tensor:
     """Each image with several noises."""
-    return torch.cat([dequantised(grey) for _ in range(20)])
+    return torch.cat([dequantized(gray) for _ in range(20)])
 
 
 def bits_per_dimension(log_prob: Tensor) -> float:
-    """The mean of -log2 p a pixel of the whole numbers, which the density of dequantised images bounds from above."""
+    """The mean of -log2 p a pixel of the whole numbers, which the density of dequantized images bounds from above."""
     return math.log2(LEVELS) - log_prob.mean().item() / math.log(2) / PIXELS
 
 
-def train(net: Nice, training: Labelled, steps: int, batch: int = 200, learning_rate: float = 2e-3) -> None:
+def train(net: Nice, training: Labeled, steps: int, batch: int = 200, learning_rate: float = 2e-3) -> None:
     """By maximum likelihood, with new noise at each step."""
     optimizer = torch.optim.Adam(net.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     for _ in range(steps):
-        loss = -net.log_prob(dequantised(training.batch(batch))).mean()
+        loss = -net.log_prob(dequantized(training.batch(batch))).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
 
 
-def histogram(training: Labelled, held_out: Labelled) -> float:
+def histogram(training: Labeled, held_out: Labeled) -> float:
     """Bits per dimension of whole numbers, each pixel by its own counts and Laplace's rule."""
     counts = nn.functional.one_hot(training.images.flatten(1).long(), LEVELS).sum(0) + 1.0
     chances = (counts / counts.sum(1, keepdim=True)).gather(1, held_out.images.flatten(1).long().T)
     return -chances.log2().mean().item()
 
 
-def baselines(training: Labelled, held_out: Labelled) -> dict[str, float]:
+def baselines(training: Labeled, held_out: Labeled) -> dict[str, float]:
     """Bits per dimension of what is fitted without training."""
-    x, y = many(training).double(), dequantised(held_out).double()
+    x, y = many(training).double(), dequantized(held_out).double()
     return {
         "a uniform density": math.log2(LEVELS),
         "a Gaussian of each pixel": bits_per_dimension(Normal(x.mean(0), x.std(0)).log_prob(y).sum(1)),
@@ -143,7 +143,7 @@ def main() -> None:
     train(net, training, a.steps)
     net.eval()
     with torch.no_grad():
-        reached = bits_per_dimension(net.log_prob(dequantised(held_out)))
+        reached = bits_per_dimension(net.log_prob(dequantized(held_out)))
     print(f"bits per dimension of {len(held_out.labels)} held-out digits, after {a.steps} steps")
     for name, bits in {**baselines(training, held_out), "NICE": reached}.items():
         print(f"  {name:26s} {bits:.2f}")

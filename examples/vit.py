@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import revflow
-from digits import LEVELS, REVERSIBLE, STANDARD, Labelled, digits, draw_twins
+from digits import LEVELS, REVERSIBLE, STANDARD, Labeled, digits, draw_twins
 
 Digits = tuple[Tensor, Tensor]
 """Images (N, 1, 8, 8) in [0, 1], labels (N)."""
@@ -34,7 +34,7 @@ DEPTHS = (4, 8, 16, 32)
 
 
 class Attention(nn.Module):
-    """Self-attention of normalised tokens: (N, tokens, width) -> the same."""
+    """Self-attention of normalized tokens: (N, tokens, width) -> the same."""
 
     def __init__(self, width: int, heads: int = 4) -> None:
         super().__init__()
@@ -94,8 +94,8 @@ def twins(layers: int, width: int) -> dict[str, VisionTransformer]:
     return found
 
 
-def with_channel(grey: Labelled) -> Digits:
-    return grey.images[:, None] / (LEVELS - 1), grey.labels
+def with_channel(gray: Labeled) -> Digits:
+    return gray.images[:, None] / (LEVELS - 1), gray.labels
 
 
 def train(net: nn.Module, data: Digits, steps: int, batch: int) -> list[float]:

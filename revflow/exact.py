@@ -188,9 +188,9 @@ class Extent:
                 f"narrower ones"
             )
         if enough < 1:
-            return f"{found}. Pass streams of a wider dtype, or normalise inside the conditioners"
+            return f"{found}. Pass streams of a wider dtype, or normalize inside the conditioners"
         return (
-            f"{found}. exact=revflow.Grid(bits={enough}) would cover this one. Or normalise inside the conditioners, or pass "
+            f"{found}. exact=revflow.Grid(bits={enough}) would cover this one. Or normalize inside the conditioners, or pass "
             f"streams of a wider dtype"
         )
 

@@ -1,6 +1,6 @@
 """The site's search finds the field's words: each query has its page among the first two results.
 
-The ranking is that of Material's search (lunr without stemming or length normalisation; every word is also a prefix), on the
+The ranking is that of Material's search (lunr without stemming or length normalization; every word is also a prefix), on the
 index that the build writes.
 """
 

@@ -123,7 +123,7 @@ def autoencoder(batch: int = 4, frame: int = 96, blocks: int = 4, device: torch.
 
 
 class Attention(nn.Module):
-    """Pre-normalised multi-head self-attention."""
+    """Pre-normalized multi-head self-attention."""
 
     def __init__(self, features: int, heads: int) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Attention(nn.Module):
 
 
 def mlp(features: int) -> nn.Sequential:
-    """Pre-normalised, four times as wide inside."""
+    """Pre-normalized, four times as wide inside."""
     return nn.Sequential(
         nn.LayerNorm(features), nn.Linear(features, 4 * features), nn.GELU(), nn.Linear(4 * features, features)
     )

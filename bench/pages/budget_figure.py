@@ -66,9 +66,9 @@ def draw_panel(axis: Axes, rows: Iterable[Row]) -> list[Point]:
             continue
         sizes, times = zip(*(p.place for p in its), strict=True)
         lows, highs = zip(*([min(q, LONGEST) for q in p.figures.quartiles] for p in its), strict=True)
-        axis.vlines(sizes, lows, highs, color=style.colour, alpha=0.3)
+        axis.vlines(sizes, lows, highs, color=style.color, alpha=0.3)
         axis.plot(
-            sizes, times, color=style.colour, marker=style.marker, markersize=12 if key == "plain" else 6,
+            sizes, times, color=style.color, marker=style.marker, markersize=12 if key == "plain" else 6,
             linestyle="-" if key == "revflow" else "none", markeredgewidth=0.6, markeredgecolor="white", clip_on=False,
             zorder=3 if key == "revflow" else 4,
         )  # fmt: skip
@@ -98,7 +98,7 @@ def label_points(axis: Axes, points: list[Point]) -> None:
     for key, point in named.items():
         ratio = point.figures.time_ratio
         late = f": {ratio:.2f} ↑" if ratio > LONGEST else ""
-        labels.append(Label(STYLES[key].name + late, point.place, STYLES[key].colour))
+        labels.append(Label(STYLES[key].name + late, point.place, STYLES[key].color))
     of_checkpoints = [p for p in points if p.row.setting.removeprefix("every ").isdecimal() and p.key == "checkpoint"]
-    numbers = [Label(p.row.setting.removeprefix("every "), p.place, STYLES[p.key].colour) for p in of_checkpoints]
+    numbers = [Label(p.row.setting.removeprefix("every "), p.place, STYLES[p.key].color) for p in of_checkpoints]
     place(axis, [*numbers, *labels], [*(p.place for p in points), *on_line])

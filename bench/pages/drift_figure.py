@@ -14,7 +14,7 @@ from pages.style import INK, PALE, TITLE
 class Style(NamedTuple):
     """How an arithmetic is drawn: blue, as all of revflow's."""
 
-    colour: str
+    color: str
     marker: str
     line: str
 
@@ -66,11 +66,11 @@ def draw_line(panel: Axes, errors: dict[int, float], label: str, style: Style, h
     if exact and not any(errors.values()):
         label = f"{SIGNS[style.marker]} {label}: 0, equal to the last bit"
     panel.plot(
-        [*errors], [*errors.values()], style.line, color=style.colour, marker=style.marker, linewidth=1 if exact else 1.8,
-        markersize=8 if exact else 5, markerfacecolor="none" if exact else style.colour, clip_on=False, zorder=3,
+        [*errors], [*errors.values()], style.line, color=style.color, marker=style.marker, linewidth=1 if exact else 1.8,
+        markersize=8 if exact else 5, markerfacecolor="none" if exact else style.color, clip_on=False, zorder=3,
     )  # fmt: skip
     end = max(errors)
     panel.annotate(
-        label, (end, errors[end]), (0, 9 + height * exact), textcoords="offset points", ha="right", color=style.colour,
+        label, (end, errors[end]), (0, 9 + height * exact), textcoords="offset points", ha="right", color=style.color,
         fontsize=9.5,
     )  # fmt: skip

@@ -25,7 +25,7 @@ class Label(NamedTuple):
 
     text: str
     point: tuple[float, float]
-    colour: str
+    color: str
 
 
 def place(axes: Axes, labels: Sequence[Label], points: Iterable[tuple[float, float]]) -> None:
@@ -52,15 +52,15 @@ def place(axes: Axes, labels: Sequence[Label], points: Iterable[tuple[float, flo
         is_far = max(abs(offset[0]) - size.width / scale / 2, abs(offset[1]) - size.height / scale / 2) > 12
         axes.annotate(
             label.text, label.point, offset, textcoords="offset points", ha="center", va="center", fontsize=SMALL,
-            color=label.colour, in_layout=False,
-            arrowprops={"arrowstyle": "-", "color": label.colour, "linewidth": 0.7, "shrinkB": 4} if is_far else None,
+            color=label.color, in_layout=False,
+            arrowprops={"arrowstyle": "-", "color": label.color, "linewidth": 0.7, "shrinkB": 4} if is_far else None,
         )  # fmt: skip
 
 
 def _candidates(
     axes: Axes, label: Label, size: tuple[float, float], scale: float
 ) -> Iterator[tuple[tuple[float, float], Bbox]]:
-    """Offsets of a label's centre in points, and the box that it then takes in pixels."""
+    """Offsets of a label's center in points, and the box that it then takes in pixels."""
     x, y = axes.transData.transform(label.point)
     width, height = size
     for distance in DISTANCES:

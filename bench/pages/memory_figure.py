@@ -12,7 +12,7 @@ from kit.schedules import PATCHED
 from pages.style import INK, SMALL, STYLES, TITLE, finish
 
 LIMITS = (16, 32)
-LIMIT_COLOUR = "#b00020"
+LIMIT_COLOR = "#b00020"
 ENDS = 36, 18
 """Ends of the bars' axes, in GiB. Longer bars are cut there, and have their sizes: they would squeeze the others."""
 
@@ -50,8 +50,8 @@ def draw_bars(rows: list[Row]) -> Figure:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 1.6 + 0.17 * places[-1]), sharey=True, width_ratios=(2, 1), layout="constrained"
     )
-    colours = [STYLES[row.schedule].colour for row in rows]
-    bars(left, places, [row.measured_peak / GIB for row in rows], colours, ENDS[0])
+    colors = [STYLES[row.schedule].color for row in rows]
+    bars(left, places, [row.measured_peak / GIB for row in rows], colors, ENDS[0])
     left.set_xlabel(
         f"peak of a training step with a batch of {rows[0].batch}, GiB;\n"
         "left of the white mark: parameters, gradients, Adam"
@@ -64,7 +64,7 @@ def draw_bars(rows: list[Row]) -> Figure:
     if len(growth) < len(rows):
         right.set_visible(False)
     else:
-        bars(right, places, growth, colours, ENDS[1])
+        bars(right, places, growth, colors, ENDS[1])
         right.set_xlabel("growth per additional\nsequence, GiB")
         right.tick_params(axis="y", length=0)
     settings = {
@@ -72,7 +72,7 @@ def draw_bars(rows: list[Row]) -> Figure:
     }
     left.set_yticks([sum(its) / len(its) for its in settings.values()], [*settings], fontsize=SMALL)
     left.set_ylim(places[-1] + 0.8, places[0] - 0.8)
-    explain_colours(figure, {row.schedule for row in rows})
+    explain_colors(figure, {row.schedule for row in rows})
     return figure
 
 
@@ -89,15 +89,15 @@ def places_of(rows: list[Row]) -> list[float]:
 def draw_limits(axes: Axes) -> None:
     for limit in LIMITS:
         if limit < axes.get_xlim()[1]:
-            axes.axvline(limit, color=LIMIT_COLOUR, linewidth=1, linestyle=(0, (4, 2)), zorder=0)
+            axes.axvline(limit, color=LIMIT_COLOR, linewidth=1, linestyle=(0, (4, 2)), zorder=0)
             axes.annotate(
                 f"{limit} GiB", (limit, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
-                fontsize=SMALL, color=LIMIT_COLOUR, ha="center",
+                fontsize=SMALL, color=LIMIT_COLOR, ha="center",
             )  # fmt: skip
 
 
-def explain_colours(figure: Figure, schedules: set[str]) -> None:
-    patches = [Patch(color=s.colour, label=s.name) for name, s in STYLES.items() if name in schedules]
+def explain_colors(figure: Figure, schedules: set[str]) -> None:
+    patches = [Patch(color=s.color, label=s.name) for name, s in STYLES.items() if name in schedules]
     figure.legend(handles=patches, loc="outside upper center", ncols=len(patches), frameon=False, fontsize=SMALL)
 
 
@@ -106,10 +106,10 @@ def name_of(row: Row) -> str:
     return f"{MODEL_NAMES[row.model]} {setting}".strip()
 
 
-def bars(axes: Axes, places: list[float], sizes: list[float], colours: list[str], longest: float) -> None:
+def bars(axes: Axes, places: list[float], sizes: list[float], colors: list[str], longest: float) -> None:
     """Bars on a linear axis. One that is longer than the axis has a gap in front of its end, and its size behind."""
     end = min(1.15 * max(sizes), longest)
-    axes.barh(places, [min(size, end) for size in sizes], color=colours, height=0.84)
+    axes.barh(places, [min(size, end) for size in sizes], color=colors, height=0.84)
     axes.set_xlim(0, end)
     for place, size in zip(places, sizes, strict=True):
         text = f"{size:,.2f}" if size < 10 else f"{size:,.1f}" if size < 100 else f"{size:,.0f}"
@@ -137,7 +137,7 @@ def draw_lines(axis: str, lines: list[list[Row]]) -> Figure:
             first = line[0]
             style = "-" if first.patch == 1 else "--" if first.patch == 2 else ":"
             places, sizes = [getattr(row, axis) for row in line], [beyond_model(row) / GIB for row in line]
-            panel.plot(places, sizes, style, color=STYLES[first.schedule].colour, marker="o", markersize=4)
+            panel.plot(places, sizes, style, color=STYLES[first.schedule].color, marker="o", markersize=4)
         panel.set_title(name, loc="left", fontsize=TITLE)
         panel.set_xlabel(AXIS_NAMES[axis])
         panel.set_xlim(left=0)
@@ -157,5 +157,5 @@ def label_ends(panel: Axes, axis: str, lines: list[list[Row]]) -> None:
         lowest = max(size, lowest + distance)
         panel.annotate(
             f"{name} {size:.2f}", (1.02, lowest), xycoords=("axes fraction", "data"), fontsize=SMALL, va="center",
-            color=style.colour, annotation_clip=False,
+            color=style.color, annotation_clip=False,
         )  # fmt: skip

@@ -48,7 +48,7 @@ def draw_panel(axis: Axes, rows: Sequence[Row]) -> None:
     axis.set_yticks(range(len(names)), names, fontsize=SMALL)
     axis.set_ylim(len(names) - 0.4, -0.6)
     for y, (row, figures) in enumerate(timed):
-        draw_bar(axis, y, STYLES[row.method].colour, figures)
+        draw_bar(axis, y, STYLES[row.method].color, figures)
     for y, note in enumerate(without, len(timed)):
         axis.annotate(note, (0, y), (4, 0), **TEXT, style="italic")
     axis.axvline(1, color=INK, linewidth=0.8, linestyle=":")
@@ -59,9 +59,9 @@ def draw_panel(axis: Axes, rows: Sequence[Row]) -> None:
     axis.spines["left"].set_visible(False)
 
 
-def draw_bar(axis: Axes, y: int, colour: str, figures: Figures) -> None:
-    axis.barh(y, figures.forward, height=0.66, color=colour)
-    axis.barh(y, figures.backward, left=figures.forward, height=0.66, color=colour, alpha=BACKWARD, linewidth=0)
+def draw_bar(axis: Axes, y: int, color: str, figures: Figures) -> None:
+    axis.barh(y, figures.forward, height=0.66, color=color)
+    axis.barh(y, figures.backward, left=figures.forward, height=0.66, color=color, alpha=BACKWARD, linewidth=0)
     axis.plot(figures.quartiles, (y, y), color=INK, linewidth=1)
     end = max(figures.quartiles[1], figures.forward + figures.backward)
     axis.annotate(f"{figures.time_ratio:.2f}", (end, y), (4, 0), **TEXT)

@@ -1,4 +1,4 @@
-"""The common style of the figures: one name, colour and marker per method, and axes without frames."""
+"""The common style of the figures: one name, color and marker per method, and axes without frames."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SMALL, TITLE = 8.5, 11
 
 
 class Style(NamedTuple):
-    """The name, colour and marker of a method."""
+    """The name, color and marker of a method."""
 
     name: str
-    colour: str
+    color: str
     marker: str = "o"
 
 

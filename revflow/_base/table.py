@@ -54,6 +54,6 @@ def _look(name: str, block: nn.Module, shapes: Shapes) -> tuple[str, str, str, i
 
 
 def _streams(shapes: Sequence[torch.Size]) -> str:
-    """The shapes, in which neighbours that are equal are counted: 2 x (8, 16, 32, 32)."""
+    """The shapes, in which neighbors that are equal are counted: 2 x (8, 16, 32, 32)."""
     runs = [(tuple(shape), len([*run])) for shape, run in groupby(shapes)]
     return ", ".join(f"{count} x {shape}" if count > 1 else f"{shape}" for shape, count in runs)

@@ -19,7 +19,7 @@ INEXACT = (
     "Then derive it from revflow.Coupling, which stores the digits that rounding loses. revflow.verify(net, x) finds the cause."
 )
 _DRIFT = (
-    "Normalise inside the conditioners, make the sequence shorter, or pass streams in float64. (A norm over a nearly constant "
+    "Normalize inside the conditioners, make the sequence shorter, or pass streams in float64. (A norm over a nearly constant "
     "image has the opposite effect: it multiplies rounding errors, unless its eps is larger than they are.)"
 )
 

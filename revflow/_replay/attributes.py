@@ -84,7 +84,7 @@ class Attributes:
     def lend(self) -> list[Held]:
         """Put the attributes into their state before the first evaluation; returns the argument of `give_back`.
 
-        Switches get their values after the first evaluation instead, so that the second one does not repeat an initialisation.
+        Switches get their values after the first evaluation instead, so that the second one does not repeat an initialization.
         """
         held: list[Held] = []
         for holder, switches in self._switches:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 LAZY = (
-    "a {} is not initialised: it has had no input yet, and so has no parameters. Call the network once within "
+    "a {} is not initialized: it has had no input yet, and so has no parameters. Call the network once within "
     "`with torch.no_grad():` before training"
 )
 
@@ -40,7 +40,7 @@ def changes_refused(user: str, parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.data.copy_(copy)
     if changed:
         raise RuntimeError(
-            f"{user} changed a parameter of shape {tuple(changed[0][0].shape)}, which is put back. A block that initialises "
+            f"{user} changed a parameter of shape {tuple(changed[0][0].shape)}, which is put back. A block that initializes "
             f"itself from its first input must do so before training: call the network once within `with torch.no_grad():`"
         )
 

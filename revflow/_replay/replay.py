@@ -67,7 +67,7 @@ class Replay(Drawing):
     """Attributes and buffers in which the last evaluation left tensors of its graph."""
     place, is_followed = "", False
     """Set by the guard: the module's place, and whether the tensors that the evaluations create are followed."""
-    renormalised: Sequence[Tensor] = ()
+    renormalized: Sequence[Tensor] = ()
     """Tables of embeddings with max_norm, which scale their rows down in each evaluation."""
     _moved: Sequence[Buffer] = ()
     _hooked: Sequence[Tensor] = ()
@@ -109,7 +109,7 @@ class Replay(Drawing):
                 self._foreign.append(m)
                 refuse_sharded(m)
                 if getattr(m, "max_norm", None) is not None:
-                    self.renormalised = [*self.renormalised, *m._parameters.values()]  # type: ignore[list-item]
+                    self.renormalized = [*self.renormalized, *m._parameters.values()]  # type: ignore[list-item]
             for child in own["_modules"].values():
                 if child is not None and child not in seen:
                     seen.add(child)
@@ -144,13 +144,13 @@ class Replay(Drawing):
 
         It hides the changes of embeddings with max_norm, which scale their tables in each evaluation.
         """
-        return [p.data if any(p is r for r in self.renormalised) else p for p in self.parameters]
+        return [p.data if any(p is r for r in self.renormalized) else p for p in self.parameters]
 
     def _evaluation_context(self, given: ProcessSettings) -> AbstractContextManager[Any, Any]:
         """A context with the settings `given`, for the evaluation of foreign modules; an empty one if nothing would differ."""
-        if self.renormalised:
+        if self.renormalized:
             stack = ExitStack()
-            stack.enter_context(unchanged_versions(self.renormalised))
+            stack.enter_context(unchanged_versions(self.renormalized))
             stack.enter_context(EvaluationContext(given))
             return stack
         # Attention's fast path exists only in eval mode.
@@ -281,8 +281,8 @@ class Replay(Drawing):
     def refusing_changes_of_parameters(self, user: str) -> AbstractContextManager[None]:
         """A context for a further evaluation, which must not change parameters; they are checked if a buffer changed before.
 
-        The first evaluation of a block that initialises itself sets a flag, in a buffer. A further evaluation gets the flag's
-        earlier value, and would initialise the block again.
+        The first evaluation of a block that initializes itself sets a flag, in a buffer. A further evaluation gets the flag's
+        earlier value, and would initialize the block again.
         """
         has_changed_buffer = any(buffer.before is not None for buffer in self.buffers)
         return changes_refused(user, self.parameters if has_changed_buffer else ())

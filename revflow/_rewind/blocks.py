@@ -57,7 +57,7 @@ class BlockCall:
                 self.foreign.append(part)
             if part.buffers or not part.is_known:
                 self._moving.append(part)
-        if self.foreign and any([part.renormalised for part in self.foreign]):
+        if self.foreign and any([part.renormalized for part in self.foreign]):
             self.checked = [p for part in self.replays for p in part.checked]
         self.samples: Streams = ()
         """Values of the block's input that the guard stored."""

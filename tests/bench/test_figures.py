@@ -52,14 +52,14 @@ def test_bars_of_memory_are_linear_and_cut_with_their_sizes(drawn):
     assert {"369", "60.3", "62.7"} <= {text.get_text() for text in left.texts}
 
 
-def test_a_method_has_one_colour(drawn):
+def test_a_method_has_one_color(drawn):
     """In the lines of one figure and the bars of another."""
     lines = {to_hex(line.get_color()) for panel in drawn["budget"].axes for line in panel.lines}
-    assert lines <= {style.colour for style in STYLES.values()}
+    assert lines <= {style.color for style in STYLES.values()}
     bars = {to_hex(bar.get_facecolor()) for panel in drawn["speed"].axes for bar in panel.patches}
-    assert bars <= {style.colour for style in STYLES.values()}
+    assert bars <= {style.color for style in STYLES.values()}
     names = [style.name for style in STYLES.values()]
-    assert len({*names}) == len({style.colour for style in STYLES.values()}) == len(names) - 1  # revflow has two keys
+    assert len({*names}) == len({style.color for style in STYLES.values()}) == len(names) - 1  # revflow has two keys
 
 
 def test_every_method_and_schedule_has_a_style():

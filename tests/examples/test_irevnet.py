@@ -8,7 +8,7 @@ from torch import nn
 
 import irevnet
 import revflow
-from digits import coloured, digits
+from digits import colored, digits
 
 
 @pytest.fixture
@@ -16,14 +16,14 @@ def net():
     """In float64 and eval mode, small, with running statistics that are not the initial ones."""
     torch.manual_seed(0)
     net = irevnet.IRevNet(blocks=2, stages=2, hidden=4)
-    net(coloured(digits()[0].batch(16)).images)
+    net(colored(digits()[0].batch(16)).images)
     return net.double().eval()
 
 
 @pytest.fixture
 def images():
     torch.manual_seed(1)
-    return coloured(digits()[1].batch(4)).images.double()
+    return colored(digits()[1].batch(4)).images.double()
 
 
 def unshuffled(x):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import nice
-from digits import Labelled, digits
+from digits import Labeled, digits
 
 
 @pytest.fixture
@@ -66,15 +66,15 @@ def test_samples_come_of_logistic_noise(net):
 
 def test_bits_of_a_uniform_density():
     assert nice.bits_per_dimension(torch.zeros(5)) == pytest.approx(math.log2(17))
-    x = nice.dequantised(digits()[1])
+    x = nice.dequantized(digits()[1])
     assert x.shape == (360, 64) and x.min() >= 0 and x.max() < 1
 
 
 def test_histogram_by_hand():
     """Two images that are 0 everywhere and one that is 16: by Laplace's rule 0 has a chance of 3 in 20, 16 of 2."""
     flat = [torch.full((1, 8, 8), value) for value in (0.0, 0.0, 16.0)]
-    training = Labelled(torch.cat(flat), torch.zeros(3, dtype=torch.int64))
-    held_out = Labelled(flat[2], torch.zeros(1, dtype=torch.int64))
+    training = Labeled(torch.cat(flat), torch.zeros(3, dtype=torch.int64))
+    held_out = Labeled(flat[2], torch.zeros(1, dtype=torch.int64))
     found = nice.histogram(training, held_out)
     assert found == pytest.approx(-math.log2(2 / 20), rel=1e-6)
 

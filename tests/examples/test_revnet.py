@@ -8,13 +8,13 @@ from torch import nn
 
 import revflow
 import revnet
-from digits import coloured, digits
+from digits import colored, digits
 
 
 @pytest.fixture
 def batch():
     torch.manual_seed(1)
-    return coloured(digits()[0].batch(8))
+    return colored(digits()[0].batch(8))
 
 
 def by_hand(net, x):

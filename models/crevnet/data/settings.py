@@ -21,7 +21,7 @@ class DataSettings:
             <root>/<CITY>/training/YYYY-MM-DD_<CITY>_8ch.h5. Videos: <root>/training/*.h5.
         protocol: kind of data in the folder. Movies are videos in HDF5 files (frames, H, W, C), uint8 or int16 in 0..255, or
             floating point in [0, 1].
-        heading_order: order of the heading channels (2021). The organisers' own files disagree about it.
+        heading_order: order of the heading channels (2021). The organizers' own files disagree about it.
         cities: names of the cities, by default all.
         training_split: name of the folders of training days within each city.
         training_dates: dates of the training days, YYYY-MM-DD, by default all. A list, or a text file with one date per line.

@@ -30,7 +30,7 @@ def last_frame(horizon: int) -> Forecast:
 
 
 def mean_of_three(horizon: int) -> Forecast:
-    """The mean of the last three frames, repeated: the organisers' baseline."""
+    """The mean of the last three frames, repeated: the organizers' baseline."""
     return lambda past, _: _repeated(past[:, -3:].mean(1), horizon)
 
 

@@ -1,4 +1,4 @@
-"""Shared parts of all figures: colours (suitable for colour-blind readers), grids of frames, and writing files."""
+"""Shared parts of all figures: colors (suitable for color-blind readers), grids of frames, and writing files."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Frames = NDArray[np.float32]
 """(T, C, H, W) in [0, 1]."""
 
 VALUE_COLORS, ERROR_COLORS = "magma", "RdBu_r"
-"""Colour maps of non-negative values and of signed values."""
+"""Color maps of non-negative values and of signed values."""
 MODEL = "#D55E00"
 OTHERS = ("#000000", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")
-"""Colours of lines (Okabe and Ito 2008): the trained model's, and those of the forecasts it is compared with."""
+"""Colors of lines (Okabe and Ito 2008): the trained model's, and those of the forecasts it is compared with."""
 
 
 def frame_grid(rows: int, columns: int, height: int, width: int) -> tuple[Figure, NDArray[np.object_]]:
-    """A figure with axes (rows, columns) for frames of height x width, with space for titles and colour bars."""
+    """A figure with axes (rows, columns) for frames of height x width, with space for titles and color bars."""
     size = 2.6
     figure, axes = plt.subplots(
         rows, columns, figsize=(size * columns * width / height + 1.6, size * rows + 0.6), squeeze=False,
@@ -44,7 +44,7 @@ def frame_grid(rows: int, columns: int, height: int, width: int) -> tuple[Figure
 
 
 def draw_frame(axis: Axes, image: NDArray[np.floating], lowest: float, highest: float, title: str) -> AxesImage:
-    """Draw an image (H, W), in the colour map of errors if `lowest` is negative, else in that of values."""
+    """Draw an image (H, W), in the color map of errors if `lowest` is negative, else in that of values."""
     axis.set_xticks([])
     axis.set_yticks([])
     axis.set_title(title, fontsize=9)
@@ -52,7 +52,7 @@ def draw_frame(axis: Axes, image: NDArray[np.floating], lowest: float, highest: 
 
 
 def brightest(image: NDArray[np.floating], least: float = 1 / 255) -> float:
-    """The upper end of the colour scale: the 99.9 % quantile of the values, at least `least`."""
+    """The upper end of the color scale: the 99.9 % quantile of the values, at least `least`."""
     return max(float(np.quantile(image, 0.999)), least)
 
 

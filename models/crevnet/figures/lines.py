@@ -80,8 +80,8 @@ def error_by_hour_figure(errors: Mapping[str, NDArray[np.float64]], title: str) 
 def _error_figure(errors: Mapping[str, NDArray[np.float64]], places: Sequence[int], title: str) -> tuple[Figure, Axes]:
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     (model, found), *others = errors.items()
-    for (name, values), colour, marker in zip(others, OTHERS, _MARKERS, strict=False):
-        axis.plot(places, values, color=colour, marker=marker, markersize=4, linewidth=1, label=name)
+    for (name, values), color, marker in zip(others, OTHERS, _MARKERS, strict=False):
+        axis.plot(places, values, color=color, marker=marker, markersize=4, linewidth=1, label=name)
     axis.plot(places, found, color=MODEL, marker="o", linewidth=2.5, label=model)
     axis.set_ylim(bottom=0)
     axis.set_ylabel("mean squared error\n(values in [0, 1])")

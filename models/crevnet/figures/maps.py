@@ -12,13 +12,13 @@ from crevnet.data.files.layouts import Layout
 from crevnet.figures.canvas import Frames, brightest, draw_frame, frame_grid
 
 _LEAST = 1e-12
-"""Smallest range of a colour scale."""
+"""Smallest range of a color scale."""
 
 
 def error_maps_figure(maps: Mapping[str, NDArray[np.float64]], title: str, layout: Layout) -> Figure:
     """The mean squared error of each pixel for two forecasts, and their difference. One row per channel.
 
-    `maps` maps a forecast's name to its errors (C, H, W); the trained model comes first. Both share a colour scale.
+    `maps` maps a forecast's name to its errors (C, H, W); the trained model comes first. Both share a color scale.
     """
     (name, found), (other, beside) = maps.items()
     figure, axes = frame_grid(len(found), 3, *found.shape[1:])

@@ -2,7 +2,7 @@
 
 `<City>/<City>_test/YYYYMMDD_100m_bins.h5` contains a day (288, 495, 436, 3), zero except for the 12 frames before each of five
 slots. The answer is a file with the same name, (5, 3, 495, 436, 3) uint8. The score is the mean squared error of values / 255.
-Source: the organisers' readme and baselines, https://github.com/iarai/NeurIPS2019-traffic4cast.
+Source: the organizers' readme and baselines, https://github.com/iarai/NeurIPS2019-traffic4cast.
 
 The truth is the full day, in `<City>/<City>_test_truth/`, with the same name. This layout is the project's own.
 """

@@ -27,7 +27,7 @@ from crevnet.traffic4cast.settings import Task
 
 SLOTS = 288
 """Number of slots in a day, which files of hours do not contain."""
-_LAST_START = 240  # the organisers' latest, since a slot is stored in one byte
+_LAST_START = 240  # the organizers' latest, since a slot is stored in one byte
 _A_MONDAY = date(2018, 1, 1)
 
 

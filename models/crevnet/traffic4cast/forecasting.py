@@ -31,7 +31,7 @@ CaseForecast = Callable[[Case], np.ndarray]
 
 
 def submitted(values: np.ndarray) -> np.ndarray:
-    """Values in a submission's format: uint8, clipped to 0..255 and rounded half to even, like the organisers' baselines.
+    """Values in a submission's format: uint8, clipped to 0..255 and rounded half to even, like the organizers' baselines.
 
     Raises DataError for values that are not finite.
     """

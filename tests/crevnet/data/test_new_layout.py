@@ -40,7 +40,7 @@ def radar(points, tmp_path):
     return root
 
 
-def test_its_files_are_found_and_recognised(radar):
+def test_its_files_are_found_and_recognized(radar):
     days = open_days(radar, layout=layout_named("radar"))
     assert [(day.city, day.date) for day in days] == [("radar", "20240101"), ("radar", "20240102")]
     assert type(layout_of(days[0].path)).__name__ == "Radar"

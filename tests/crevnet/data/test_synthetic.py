@@ -187,7 +187,7 @@ def test_volume_follows_the_hours(written):
 # --- trips
 
 
-def test_mornings_lead_to_the_centre_and_evenings_away(network):
+def test_mornings_lead_to_the_center_and_evenings_away(network):
     demand = TripDemand(network, 20.0, np.random.default_rng(0))
 
     def gain(hour):

@@ -66,7 +66,7 @@ def line(axis, label):
 
 
 def images(figure):
-    """The images of a figure's rows, colour bars left out."""
+    """The images of a figure's rows, color bars left out."""
     return [axis.get_images()[0].get_array() for axis in figure.axes if axis.get_images()]
 
 

@@ -14,8 +14,8 @@ def vpn(task=TASK):
     return make("vpn", task, width=6, dilations=DILATIONS, decoder_blocks=2)
 
 
-def colour(feature, features, channels):
-    """The colour channel that a feature stands for: blocks of almost equal size."""
+def color(feature, features, channels):
+    """The color channel that a feature stands for: blocks of almost equal size."""
     return feature * channels // features
 
 
@@ -24,7 +24,7 @@ def masked(weight, channels, mask):
     weight = weight.copy()
     middle = weight.shape[-1] // 2
     for out, inside, i, j in np.ndindex(*weight.shape):
-        own, seen = colour(out, weight.shape[0], channels), colour(inside, weight.shape[1], channels)
+        own, seen = color(out, weight.shape[0], channels), color(inside, weight.shape[1], channels)
         before = (i, j) < (middle, middle)
         here = (i, j) == (middle, middle) and (seen < own or (seen == own and mask == "B"))
         if not (before or here):

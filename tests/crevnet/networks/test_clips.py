@@ -31,7 +31,7 @@ DEEP = replace(SMALL, static=(), cell="convlstm", attention="deep", clip=2, past
 
 
 def conv(x, layer, stride=1):
-    """A frame of the output from the frame itself and its neighbours in time, each by its slice of the kernel."""
+    """A frame of the output from the frame itself and its neighbors in time, each by its slice of the kernel."""
     kernel, size = layer.weight, layer.weight.shape[2]
     beyond = torch.zeros_like(x[:, :, 0])
     frames = [beyond] * (size // 2) + list(x.unbind(2)) + [beyond] * (size // 2)

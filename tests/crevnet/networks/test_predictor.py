@@ -150,7 +150,7 @@ def test_predictor_inverse(cell, modules):
 
 @torch.no_grad()
 def test_inverse_in_float32_keeps_to_its_stated_bound():
-    """The bound of Predictor.inverse's docstring, for freshly initialised modules with gates about 0.5, 0.88 and 0.98."""
+    """The bound of Predictor.inverse's docstring, for freshly initialized modules with gates about 0.5, 0.88 and 0.98."""
     for bias in (0.0, 2.0, 4.0):
         torch.manual_seed(0)
         exact = Predictor(config("st-lstm", 6)).double()

@@ -72,7 +72,7 @@ def test_a_block_that_outgrows_the_grid_is_named(make, way, guard):
     net = revflow.ReversibleSequence(blocks, exact=True, guard=guard)
     message = (
         r"^the output of block wild \(\w+Coupling\) reaches (29[5-9]|30\d|59\d|60\d)[.\d]*; on a grid of 16 bits float32 covers "
-        r"values below 256\. exact=revflow\.Grid\(bits=1[45]\) would cover this one\. Or normalise"
+        r"values below 256\. exact=revflow\.Grid\(bits=1[45]\) would cover this one\. Or normalize"
     )
     with pytest.raises(OverflowError, match=message):
         go(net, frames(), way)
@@ -190,7 +190,7 @@ class Stateful(Conditioner):
 
 
 class Shrinking(Scale):
-    """Two neighbours become one. (A scale above one parts them, and is exact.)"""
+    """Two neighbors become one. (A scale above one parts them, and is exact.)"""
 
     def __init__(self):
         super().__init__()

@@ -65,7 +65,7 @@ def floats(dtype):
 
 
 def expected_round(x, bits):
-    """Python rounds a fraction to the even one of two neighbours; its whole numbers know no -0."""
+    """Python rounds a fraction to the even one of two neighbors; its whole numbers know no -0."""
     return multiples([round(Fraction(v) * 2**bits) for v in x.double().tolist()], x.dtype, bits)
 
 

@@ -311,7 +311,7 @@ def growing(depth, by, guard="warn"):
     return chain(*(revflow.AdditiveCoupling(Growing(by)) for _ in range(depth)), guard=guard)
 
 
-DRIFT = "Normalise inside the conditioners"
+DRIFT = "Normalize inside the conditioners"
 
 
 class TestDrift:
@@ -334,7 +334,7 @@ class TestDrift:
         net, x = growing(12, 4).double(), image()
         step(net, x)
 
-    def test_normalised_it_is_none(self):
+    def test_normalized_it_is_none(self):
         torch.manual_seed(0)
         net = chain(*(revflow.AdditiveCoupling(nn.Sequential(Growing(4), nn.GroupNorm(2, 4))) for _ in range(24)))
         step(net, frames())

@@ -85,7 +85,7 @@ def test_in_a_recurrence(make, mode, states):
     assert_right(recurrence(make, states).train(mode == "train"), through_time(), steps=2)
 
 
-def quantised(outputs=4):
+def quantized(outputs=4):
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, outputs))
     net.qconfig = quantization.get_default_qat_qconfig("x86")
     return quantization.prepare_qat(net.train())
@@ -93,8 +93,8 @@ def quantised(outputs=4):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("coupling", [revflow.AdditiveCoupling, revflow.AffineCoupling])
-def test_fused_observers_of_quantisation_aware_training(coupling):
-    make = quantised if coupling is revflow.AdditiveCoupling else lambda: Halved(quantised(8))
+def test_fused_observers_of_quantization_aware_training(coupling):
+    make = quantized if coupling is revflow.AdditiveCoupling else lambda: Halved(quantized(8))
     torch.manual_seed(0)
     net = revflow.ReversibleSequence([coupling(make()) for _ in range(3)], split_dim=-1)
     inputs = [torch.randn(6, 8) * scale for scale in (1, 4, 2)]

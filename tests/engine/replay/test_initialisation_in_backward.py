@@ -1,4 +1,4 @@
-"""Blocks that initialise themselves from data: in an inverse that fails, in an inverse pass, inside of other modules."""
+"""Blocks that initialize themselves from data: in an inverse that fails, in an inverse pass, inside of other modules."""
 
 import copy
 
@@ -11,28 +11,28 @@ from engine.against_plain import Body, assert_right, frames, squared
 
 
 class Norm(revflow.Bijection):
-    """Initialises itself in whichever direction is called first; the flag is a buffer, as in a checkpoint."""
+    """Initializes itself in whichever direction is called first; the flag is a buffer, as in a checkpoint."""
 
     def __init__(self):
         super().__init__()
         self.shift, self.log_scale = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
-        self.register_buffer("is_initialised", torch.tensor(0, dtype=torch.uint8))
+        self.register_buffer("is_initialized", torch.tensor(0, dtype=torch.uint8))
 
-    def initialise(self, x, factor):
-        if not self.is_initialised:
+    def initialize(self, x, factor):
+        if not self.is_initialized:
             self.set(factor * x.detach().mean(0), (factor * x.detach()).std(0).log())
-            self.is_initialised.fill_(1)
+            self.is_initialized.fill_(1)
 
     def set(self, shift, log_scale):
         self.shift.detach().copy_(shift)
         self.log_scale.detach().copy_(log_scale)
 
     def forward(self, *streams):
-        self.initialise(streams[0], 1)
+        self.initialize(streams[0], 1)
         return tuple((s - self.shift) * (-self.log_scale).exp() for s in streams)
 
     def inverse(self, *streams):
-        self.initialise(streams[0], 3)
+        self.initialize(streams[0], 3)
         return tuple(s * self.log_scale.exp() + self.shift for s in streams)
 
 
@@ -53,7 +53,7 @@ class OfAnotherShape(Norm):
 
 
 class Holding(revflow.Bijection):
-    """Holds the block that initialises itself."""
+    """Holds the block that initializes itself."""
 
     def __init__(self):
         super().__init__()
@@ -128,13 +128,13 @@ def test_a_flag_that_is_an_attribute_needs_no_remedy():
     class Flagged(Norm):
         def __init__(self):
             super().__init__()
-            del self.is_initialised
-            self.is_initialised = False
+            del self.is_initialized
+            self.is_initialized = False
 
-        def initialise(self, x, factor):
-            if not self.is_initialised:
+        def initialize(self, x, factor):
+            if not self.is_initialized:
                 self.set(factor * x.detach().mean(0), (factor * x.detach()).std(0).log())
-                self.is_initialised = True
+                self.is_initialized = True
 
     x = frames()
     assert_right(network(Flagged), squared(x), [x], steps=2)

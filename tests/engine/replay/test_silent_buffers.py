@@ -30,7 +30,7 @@ class Queue(Body):
 
 
 class Codebook(Body):
-    """Moves a codebook towards its input, and quantises with the codebook of before."""
+    """Moves a codebook towards its input, and quantizes with the codebook of before."""
 
     def __init__(self, outputs=4):
         super().__init__(outputs)
@@ -46,7 +46,7 @@ class Codebook(Body):
 
 
 class Flag(Body):
-    """Initialises a shift at its first call; a buffer of truth values tells whether that is done."""
+    """Initializes a shift at its first call; a buffer of truth values tells whether that is done."""
 
     def __init__(self, outputs=4):
         super().__init__(outputs)
@@ -232,14 +232,14 @@ def observed(outputs=4, shared=None):
     return nn.Sequential(body, shared) if shared is not None else body
 
 
-def fake_quantiser():
+def fake_quantizer():
     return quantization.get_default_qat_qconfig("x86").activation()
 
 
-def quantised(kind):
+def quantized(kind):
     torch.manual_seed(0)
     if kind == "two conditioners with one observer":
-        shared = fake_quantiser()
+        shared = fake_quantizer()
         blocks = [revflow.AdditiveCoupling(observed(4, shared), observed(4, shared)) for _ in range(2)]
     elif kind == "gated":
         blocks = [revflow.GatedCoupling(Halved(observed(8)), Halved(observed(8))) for _ in range(2)]
@@ -250,8 +250,8 @@ def quantised(kind):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("kind", ["two conditioners with one observer", "gated", "budget"])
-def test_fused_fake_quantisers_whose_range_moves_then_stands_still(kind):
-    net = quantised(kind)
+def test_fused_fake_quantizers_whose_range_moves_then_stands_still(kind):
+    net = quantized(kind)
     for step, scale in enumerate((1, 5, 2, 9)):
         if step == 2:
             net.apply(quantization.disable_observer)
@@ -259,21 +259,21 @@ def test_fused_fake_quantisers_whose_range_moves_then_stands_still(kind):
         assert_right(net, squared(x), [x], tolerance=1e-4)
 
 
-class QuantisedCell(Cell):
+class QuantizedCell(Cell):
     def __init__(self, body):
         super().__init__(body)
-        self.quantise = fake_quantiser()
+        self.quantize = fake_quantizer()
 
     def update(self, streams, state, memory, context):
         (state,), memory = super().update(streams, state, memory, context)
-        return (self.quantise(state),), memory
+        return (self.quantize(state),), memory
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("states", ["kept", 2, "offloaded"])
-def test_a_fused_fake_quantiser_in_a_cell(states):
+def test_a_fused_fake_quantizer_in_a_cell(states):
     torch.manual_seed(2)
-    net = revflow.ReversibleRecurrence([QuantisedCell(Body()) for _ in range(2)], states=states)
+    net = revflow.ReversibleRecurrence([QuantizedCell(Body()) for _ in range(2)], states=states)
     inputs = [(3**t * torch.randn(3, 4, generator=torch.Generator().manual_seed(t)),) for t in range(4)]
     first = revflow.RecurrentState(((torch.zeros(3, 4),),) * 2, ((), ()))
     assert_right(net, lambda given: sum(o[0].square().sum() for o in given(inputs, first)[0]), tolerance=1e-4, steps=2)

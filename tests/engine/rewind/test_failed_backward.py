@@ -12,14 +12,14 @@ from engine.against_plain import assert_right, frames, squared
 
 
 class ActNorm(revflow.Bijection):
-    """Initialises itself from its first input, whichever way it comes (Glow, Kingma and Dhariwal 2018)."""
+    """Initializes itself from its first input, whichever way it comes (Glow, Kingma and Dhariwal 2018)."""
 
     def __init__(self, width=4):
         super().__init__()
         self.shift, self.log_scale = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         self.register_buffer("ready", torch.tensor(False))
 
-    def initialise(self, x):
+    def initialize(self, x):
         if not self.ready:
             self.write(x.detach())
             self.ready.fill_(True)
@@ -29,11 +29,11 @@ class ActNorm(revflow.Bijection):
         self.log_scale.data.copy_(x.std(0).log())
 
     def forward(self, *streams, **context):
-        self.initialise(streams[0])
+        self.initialize(streams[0])
         return tuple((s - self.shift) * (-self.log_scale).exp() for s in streams)
 
     def inverse(self, *streams, **context):
-        self.initialise(streams[0] * 3 + 1)
+        self.initialize(streams[0] * 3 + 1)
         return tuple(s * self.log_scale.exp() + self.shift for s in streams)
 
 
@@ -55,7 +55,7 @@ def chain(make):
 
 
 @pytest.mark.parametrize("make", [ActNorm, UnderNoGrad, OfOne])
-def test_a_block_that_initialises_itself_in_its_inverse(make):
+def test_a_block_that_initializes_itself_in_its_inverse(make):
     net, x = chain(make), frames()
     loss = net(x).square().sum()
     before = copy.deepcopy(net.state_dict())

@@ -254,7 +254,7 @@ def test_state_that_leads_both_ways_astray_alike_is_seen(kind, options):
 def test_a_lazy_conditioner_is_refused_until_it_has_seen_an_input():
     lazy = nn.Sequential(nn.LazyConv2d(3, 1), nn.Tanh(), nn.LazyConv2d(4, 1))
     net, x = revflow.ReversibleSequence([revflow.AdditiveCoupling(lazy)]), image(dtype=torch.float32).requires_grad_()
-    with pytest.raises(RuntimeError, match=r"block 0 \(AdditiveCoupling\).*a LazyConv2d is not initialised"):
+    with pytest.raises(RuntimeError, match=r"block 0 \(AdditiveCoupling\).*a LazyConv2d is not initialized"):
         net(x)
     with torch.no_grad():
         net(x)

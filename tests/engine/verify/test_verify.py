@@ -248,11 +248,11 @@ def test_what_training_refuses_is_a_problem(guard):
 
 @pytest.mark.parametrize(("count", "others"), [(1, ""), (3, ", as do 2 other blocks")])
 def test_changing_buffers_are_one_note(count, others):
-    class Normalised(nn.Sequential):
+    class Normalized(nn.Sequential):
         def __init__(self):
             super().__init__(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
 
-    net = revflow.ReversibleSequence([revflow.AdditiveCoupling(Normalised()) for _ in range(count)])
+    net = revflow.ReversibleSequence([revflow.AdditiveCoupling(Normalized()) for _ in range(count)])
     report = revflow.verify(net, image(dtype=torch.float32))
     assert report.ok, report
     buffers = "F.0.running_mean, F.0.running_var, F.0.num_batches_tracked"

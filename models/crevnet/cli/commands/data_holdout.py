@@ -1,4 +1,4 @@
-"""Make test cases with truth from validation days, to practise a submission on."""
+"""Make test cases with truth from validation days, to practice a submission on."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def protocol(name: ProtocolName, heading_order: HeadingOrder = "ne-se-sw-nw") ->
 
     Args:
         name: the year.
-        heading_order: order of the four pairs of volume and speed in 2021. The organisers' own files disagree: their code of
+        heading_order: order of the four pairs of volume and speed in 2021. The organizers' own files disagree: their code of
             December 2021 has ne-se-sw-nw, their readme of September 2022 ne-nw-se-sw.
     """
     if name == "2019":

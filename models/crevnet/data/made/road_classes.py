@@ -13,18 +13,18 @@ def road_classes(
 ) -> np.ndarray:
     """The road class of each street, (S,)."""
     roads = _Roads(junctions, streets)
-    centre, ring_radius = districts.centres[0], 1.3 * districts.radii[0]
+    center, ring_radius = districts.centers[0], 1.3 * districts.radii[0]
     outside = districts.extent.max()
     angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
     around = np.stack([np.sin(angles), np.cos(angles)], axis=1)
     if 2.4 * ring_radius < districts.extent.min():
-        ring = centre + ring_radius * around
+        ring = center + ring_radius * around
         for one, other in zip(ring, np.roll(ring, 1, axis=0), strict=True):
             roads.join(one, other, MOTORWAY)
         for direction in around[::3]:
-            roads.join(centre + ring_radius * direction, centre + outside * direction, MOTORWAY)
+            roads.join(center + ring_radius * direction, center + outside * direction, MOTORWAY)
     for direction in around[1::2]:
-        roads.join(centre, centre + outside * direction, ARTERIAL)
+        roads.join(center, center + outside * direction, ARTERIAL)
     hubs = _hubs(junctions, districts, rng)
     for number, hub in enumerate(hubs):
         for other in np.linalg.norm(hubs - hub, axis=1).argsort()[1:4]:
@@ -64,7 +64,7 @@ class _Roads:
 
 
 def _hubs(junctions: np.ndarray, districts: Districts, rng: np.random.Generator) -> np.ndarray:
-    """Junctions spread over the city, (M, 2), about 2 km apart in the centre and 5 km outside."""
+    """Junctions spread over the city, (M, 2), about 2 km apart in the center and 5 km outside."""
     spacing = 20 + 30 * (1 - districts.urbanity(junctions))
     hubs = junctions[:1]
     for number in rng.permutation(len(junctions)):
@@ -74,7 +74,7 @@ def _hubs(junctions: np.ndarray, districts: Districts, rng: np.random.Generator)
 
 
 def smoothed(junctions: np.ndarray, streets: np.ndarray, road_class: np.ndarray, rounds: int = 6) -> np.ndarray:
-    """Straighten arterials and motorways: move each inner junction towards the midpoint of its neighbours."""
+    """Straighten arterials and motorways: move each inner junction towards the midpoint of its neighbors."""
     one, other = streets[road_class > LOCAL].T
     degree = np.bincount(np.concatenate([one, other]), minlength=len(junctions))
     inner = (degree == 2)[:, None]

@@ -1,8 +1,8 @@
 """A random road network of a city, drawn on pixels of 100 m.
 
-Junctions lie on a warped, jittered lattice, close together in the centre and far apart outside. The streets between
+Junctions lie on a warped, jittered lattice, close together in the center and far apart outside. The streets between
 them are the Gabriel graph of the junctions, which is planar and connected: two junctions are joined if the circle whose
-diameter connects them contains no third. Shortest paths between the centre, the sub-centres and the city's edge become
+diameter connects them contains no third. Shortest paths between the center, the sub-centers and the city's edge become
 arterials. Those along a ring, and along the radials outside it, become motorways. Both are smoothed by moving junctions.
 
 Points are (row, column) in pixels, rows counted southwards as in Traffic4cast's frames. Each street is two directed
@@ -31,7 +31,7 @@ class RoadNetwork:
 
     Attributes:
         junctions: (N, 2) float64, row and column.
-        urbanity: (N,) float64 in [0, 1], 1 in the city's centre.
+        urbanity: (N,) float64 in [0, 1], 1 in the city's center.
         tail, head: (E,) int64, the first and last junction of an edge.
         road_class: (E,) int64, LOCAL, ARTERIAL or MOTORWAY.
         length: (E,) float64, in metres.

@@ -4,7 +4,7 @@ import numpy as np
 
 from crevnet.data.made.districts import Districts
 
-_BLOCK = 4.0  # distance of two junctions in the centre, in pixels
+_BLOCK = 4.0  # distance of two junctions in the center, in pixels
 
 
 def draw_streets(districts: Districts, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -26,7 +26,7 @@ def _junctions(districts: Districts, rng: np.random.Generator) -> np.ndarray:
         phase = rng.uniform(0, 2 * np.pi)
         wave = np.sin(2 * np.pi * points @ (direction / np.linalg.norm(direction)) / wavelength + phase)
         points = points + 0.06 * wavelength * wave[:, None] * shift / np.linalg.norm(shift)
-    # Every junction in the centre, every second one in the suburbs, every fourth outside, in both directions.
+    # Every junction in the center, every second one in the suburbs, every fourth outside, in both directions.
     noise = rng.normal(0, 0.06, len(points))
     urbanity = districts.urbanity(points) + noise
     level = np.where(urbanity > 0.55, 1, np.where(urbanity > 0.12, 2, 4))
@@ -36,9 +36,9 @@ def _junctions(districts: Districts, rng: np.random.Generator) -> np.ndarray:
     return inside
 
 
-def _streets(junctions: np.ndarray, rng: np.random.Generator, neighbours: int = 16) -> np.ndarray:
+def _streets(junctions: np.ndarray, rng: np.random.Generator, neighbors: int = 16) -> np.ndarray:
     """The Gabriel graph of the junctions with some streets removed at random, (S, 2) pairs of junctions."""
-    count = min(neighbours, len(junctions) - 1)
+    count = min(neighbors, len(junctions) - 1)
     nearest = np.empty((len(junctions), count), dtype=np.int64)
     squares = np.empty((len(junctions), count))
     for block in np.array_split(np.arange(len(junctions)), max(1, len(junctions) // 256)):
@@ -47,7 +47,7 @@ def _streets(junctions: np.ndarray, rng: np.random.Generator, neighbours: int = 
         order = np.take_along_axis(order, np.take_along_axis(square, order, axis=1).argsort(axis=1), axis=1)[:, 1:]
         nearest[block] = order
         squares[block] = np.take_along_axis(square, order, axis=1)
-    # A third point k in the circle over ij is nearer to i than j is, so searching i's neighbours is sufficient.
+    # A third point k in the circle over ij is nearer to i than j is, so searching i's neighbors is sufficient.
     between = ((junctions[nearest][:, :, None] - junctions[nearest][:, None]) ** 2).sum(axis=-1)  # (N, j, k)
     inside = squares[:, None, :] + between < squares[:, :, None] * (1 - 1e-9)
     joined = ~inside.any(axis=2)

@@ -27,7 +27,7 @@ _VEHICLE = np.dtype(
         ("position", np.float64),  # metres from the edge's start
         ("pace", np.float64),  # this driver's speed relative to the others
         ("district", np.int64),  # the trip's destination
-        ("remaining", np.float64),  # the trip ends at this distance from the district's centre, in seconds
+        ("remaining", np.float64),  # the trip ends at this distance from the district's center, in seconds
     ]
 )
 
@@ -48,20 +48,20 @@ class Records:
 class TripDemand:
     """Start times, origins and destinations of trips in a network.
 
-    A district is the set of junctions nearest, in travel time, to one of K centres that are far apart. `density` multiplies
+    A district is the set of junctions nearest, in travel time, to one of K centers that are far apart. `density` multiplies
     the number of trips.
     """
 
     def __init__(self, network: RoadNetwork, density: float, rng: np.random.Generator) -> None:
-        kilometres = network.length.sum() / 2000
-        centres = _far_apart(network.junctions, int(np.clip(kilometres / _DISTRICT_KM, 4, 64)), rng)
-        #: Seconds (K, N) from each junction to each district's centre, and the edge (K, N) to take there.
-        self.times, self.exits = network.routes(centres)
+        kilometers = network.length.sum() / 2000
+        centers = _far_apart(network.junctions, int(np.clip(kilometers / _DISTRICT_KM, 4, 64)), rng)
+        #: Seconds (K, N) from each junction to each district's center, and the edge (K, N) to take there.
+        self.times, self.exits = network.routes(centers)
         self.district = self.times.argmin(axis=0)
         self._homes = np.cumsum(1.15 - network.urbanity)
         self._work = np.cumsum(0.05 + network.urbanity**2)
         free_trip = self.times[self.district[self._sample(self._work, 4096, rng)], self._sample(self._homes, 4096, rng)]
-        self._busiest_rate = density * _VEHICLES_PER_KM * kilometres / free_trip.mean()
+        self._busiest_rate = density * _VEHICLES_PER_KM * kilometers / free_trip.mean()
 
     def departures(self, hour: float, weekday: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The trips that start in one step: origin and destination junctions, both (T,) int64. Monday is weekday 0."""

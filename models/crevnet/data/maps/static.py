@@ -19,7 +19,7 @@ Maps = Mapping[Static, Mapping[str, torch.Tensor]]
 """Static input (except the clock) -> city -> float32 (channels, H, W) in [0, 1]."""
 
 DIRECTIONS = ("N", "NE", "E", "SE", "S", "SW", "W", "NW")
-"""Directions of a pixel's eight neighbours, in the order of 2021's static files (`data_layout.py` of the organisers)."""
+"""Directions of a pixel's eight neighbors, in the order of 2021's static files (`data_layout.py` of the organizers)."""
 
 
 class StaticInputs:
@@ -69,7 +69,7 @@ def static_maps(
 def read_static(path: Path, size: tuple[int, int]) -> torch.Tensor:
     """A city's static file of 2021, float32 (9, H, W) in [0, 1]: the road map, then the connectivity by `DIRECTIONS`.
 
-    The file has integers in 0..255; 255 means that a road leads to that neighbour. Raises DataError for an unusable file.
+    The file has integers in 0..255; 255 means that a road leads to that neighbor. Raises DataError for an unusable file.
     """
     if not path.exists():
         raise DataError(

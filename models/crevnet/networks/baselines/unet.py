@@ -1,6 +1,6 @@
 """U-Net (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597): all future frames from the past ones, without recurrence.
 
-This is the baseline of Traffic4cast's organisers in 2021, https://github.com/iarai/NeurIPS2021-traffic4cast, baselines/unet.py
+This is the baseline of Traffic4cast's organizers in 2021, https://github.com/iarai/NeurIPS2021-traffic4cast, baselines/unet.py
 and baselines_configs.py. Theirs is https://github.com/jvanvugt/pytorch-unet with padding, batch norm and transposed convolutions.
 """
 

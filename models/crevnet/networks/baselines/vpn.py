@@ -178,7 +178,7 @@ class ResidualMultiplicativeBlock(nn.Module):
     Args:
         width: channels c inside the block.
         dilation: dilation of the 3x3 convolutions.
-        masked_groups: if given, all convolutions are masked, with this number of colour channels.
+        masked_groups: if given, all convolutions are masked, with this number of color channels.
     """
 
     def __init__(self, width: int, dilation: int = 1, masked_groups: int | None = None) -> None:
@@ -208,15 +208,15 @@ class MultiplicativeUnit(nn.Module):
 
 
 class MaskedConv2d(nn.Conv2d):
-    """A convolution over only earlier values: rows above, pixels to the left, and earlier colour channels of the same pixel.
+    """A convolution over only earlier values: rows above, pixels to the left, and earlier color channels of the same pixel.
 
-    Mask B also includes the value's own colour channel; mask A does not. The features are divided into consecutive groups of
-    (almost) equal size, one for each colour channel.
+    Mask B also includes the value's own color channel; mask A does not. The features are divided into consecutive groups of
+    (almost) equal size, one for each color channel.
 
     Args:
         inside, outside: number of input and output channels.
         kernel: height and width, odd.
-        groups: number of colour channels.
+        groups: number of color channels.
         sees_own_group: whether to use mask B instead of mask A.
     """
 
@@ -224,11 +224,11 @@ class MaskedConv2d(nn.Conv2d):
 
     def __init__(self, inside: int, outside: int, kernel: int, groups: int, sees_own_group: bool = True) -> None:
         super().__init__(inside, outside, kernel, padding=kernel // 2)
-        mask, centre = torch.zeros(outside, inside, kernel, kernel), kernel // 2
-        mask[:, :, :centre] = 1
-        mask[:, :, centre, :centre] = 1
+        mask, center = torch.zeros(outside, inside, kernel, kernel), kernel // 2
+        mask[:, :, :center] = 1
+        mask[:, :, center, :center] = 1
         seen, own = (torch.arange(count) * groups // count for count in (inside, outside))
-        mask[:, :, centre, centre] = (seen <= own[:, None] if sees_own_group else seen < own[:, None]).float()
+        mask[:, :, center, center] = (seen <= own[:, None] if sees_own_group else seen < own[:, None]).float()
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

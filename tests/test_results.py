@@ -37,7 +37,9 @@ def test_memory_against_depth():
         [f"{gib[schedule, layers]:.2f}" for layers in (12, 72)] for schedule in ("plain", "reversible")
     )
     assert len(set(reversible)) == 1
-    sentence = "from 12 to 72 layers. Standard autograd grows from {} to {} GiB, and revflow stays at {} GiB"
+    sentence = (
+        "From 12 to 72 layers, it grows from {} to {} GiB with standard autograd and stays at {} GiB with revflow"
+    )
     assert sentence.format(*plain, reversible[0]) in prose(ROOT / "README.md")
 
 
@@ -136,7 +138,7 @@ def test_the_experiment(first_heading, named):
 def test_the_models_that_score_better_are_named():
     _, rows = table("docs/experiment.md", "MSE, at equal memory and time")
     crevnet, *_, unet = (float(cell.split()[0]) for cell in rows[0][1:])
-    said = "CrevNet does not have the best score: U-Net's is better on synthetic cities"
+    said = "CrevNet does not have the best score: the U-Net's score is better on synthetic cities"
     assert unet < crevnet and said in prose(ROOT / "README.md")
 
 

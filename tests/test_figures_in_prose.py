@@ -24,7 +24,7 @@ QUOTED = [
     ("docs/crevnet.md", "scores on two held-out days", "crevnet-tiny-cpu.md", ["Two held-out days"]),
     (
         "docs/exact.md",
-        "100 blocks are off by 5.5e-7, those of 1,000 blocks by 8.8e-6",
+        "100 blocks are off by 5.5e-7, and those of 1,000 blocks by 8.8e-6",
         "drift-cpu.md",
         ["5.5e-07", "8.8e-06"],
     ),

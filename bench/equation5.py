@@ -15,7 +15,7 @@ import torch
 
 from crevnet import CrevNet, ReversiblePredictiveModule
 from crevnet.data.city_data import CityData
-from crevnet.training.checkpoints import load_network
+from crevnet.training.checkpoint_reading import load_network
 from crevnet.training.settings import RunSettings, load_settings
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from gpu_stages.pages import write_stage, write_summary
+from gpu_stages.outcome_files import write_stage, write_summary
 from gpu_stages.process import Outcome, run
 from gpu_stages.stage import STAGES, Setup, Stage
 

@@ -22,19 +22,22 @@ class Stage:
     name: str
     title: str
     limit: float
-    """Seconds out of nine minutes. With other --minutes or fewer stages, the stage gets the same share."""
+    """Seconds. The limits of all stages must sum to exactly 540, which are nine minutes.
+
+    With other --minutes or fewer stages, the stage gets the same share.
+    """
     function: str
     """module:name of a function of a `Setup` that yields rows. A string, so that only the stage's own process imports it."""
 
 
 STAGES = (
-    Stage("memory", "Memory of a training step, measured and predicted", 110, "gpu_stages.peaks:rows"),
-    Stage("capacity", "Largest batches under a memory cap", 80, "gpu_stages.batches:rows"),
+    Stage("memory", "Memory of a training step, measured and predicted", 110, "gpu_stages.memory:rows"),
+    Stage("capacity", "Largest batches under a memory cap", 80, "gpu_stages.capacity:rows"),
     Stage("correctness", "Correctness on the device", 95, "gpu_stages.correctness:rows"),
     Stage("tradeoff", "Memory against time of a training step", 60, "gpu_stages.tradeoff:rows"),
-    Stage("speed", "Time of a training step", 60, "gpu_stages.pace:rows"),
-    Stage("training", "A training run under a memory cap, stopped and resumed", 100, "gpu_stages.training_run:rows"),
-    Stage("loading", "Loading against the pace of training", 35, "gpu_stages.loaders:rows"),
+    Stage("speed", "Time of a training step", 60, "gpu_stages.speed:rows"),
+    Stage("training", "A training run under a memory cap, stopped and resumed", 100, "gpu_stages.training:rows"),
+    Stage("loading", "Loading against the pace of training", 35, "gpu_stages.loading:rows"),
 )
 
 

@@ -4,6 +4,9 @@ All are optional. The extra `bench` installs revtorch and revlib. memcnn declare
 but uses neither:
 
     pip install --no-deps memcnn==1.5.2
+
+To compare another library, write its function here, and add it to `libraries`, to `STYLES` in bench/pages/style.py, and to the
+extra `bench` in setup.py.
 """
 
 from __future__ import annotations
@@ -18,8 +21,6 @@ from torch import Tensor, nn
 
 from kit.methods import Method, Passes, UnfitError
 from kit.networks import Network, Streams, conditioner_of, is_coupling
-
-PEERS = ("memcnn", "revtorch", "revlib")
 
 
 def libraries() -> list[Method]:
@@ -131,3 +132,7 @@ def inverse_of(module: Any) -> Callable[..., Any]:
     """A method that the type `nn.Module` does not have."""
     inverse: Callable[..., Any] = module.inverse
     return inverse
+
+
+PEERS = tuple(method.name for method in libraries())
+"""Their names, which are also those of the packages."""

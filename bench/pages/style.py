@@ -26,7 +26,8 @@ class Style(NamedTuple):
     marker: str = "o"
 
 
-# Methods of bench/kit/methods.py and schedules of bench/kit/schedules.py. revflow's variants are blue.
+# Methods of bench/kit/methods.py, libraries of bench/kit/libraries.py and schedules of bench/kit/schedules.py. All need a style.
+# revflow's variants are blue.
 STYLES = {
     "plain": Style("standard autograd", INK, "*"),
     "checkpoint": Style("checkpointing", "#c2571a", "s"),

@@ -10,7 +10,7 @@ import yaml
 import experiment
 from crevnet.data.made.synthetic import SyntheticCity, write_city
 from crevnet.traffic4cast.recipe.paper import FINAL, STAGES
-from crevnet.training.checkpoints import load_checkpoint
+from crevnet.training.checkpoint_reading import load_checkpoint
 from crevnet.training.settings import load_settings
 from kit.experiment_plan import CREVNET, RATES, TUNING, Plan, Planned, TrainingStep, settings_of
 from pages.experiment_tables import MODELS, TRAINED_ON, UNTRAINED, Row, page

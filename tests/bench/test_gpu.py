@@ -21,7 +21,10 @@ import capacity
 import gpu
 import memory
 from crevnet.training.failures import TrainingError
-from gpu_stages import cuda_tests, loaders, peaks, training_run
+from gpu_stages import cuda_tests
+from gpu_stages import loading as loading_stage
+from gpu_stages import memory as memory_stage
+from gpu_stages import training as training_stage
 from gpu_stages.stage import STAGES, Setup, Stage
 from kit import device_memory, rates
 from kit.memory_row import Row
@@ -240,10 +243,10 @@ def test_the_parts_of_the_difference_add_up(monkeypatch):
     names = ("crevnet", "tiny", "plain", "32-true", 1, 6, 1, 2, 24, 20)
     measured = Row(*names, "cuda", 1, peak=130, allocated=140, reserved=200, first=150)
     monkeypatch.setattr(memory, "on_cuda", lambda _: measured)
-    monkeypatch.setattr(peaks, "live_tensors", lambda *_: 110)
+    monkeypatch.setattr(memory_stage, "live_tensors", lambda *_: 110)
     prediction = Future()
     prediction.set_result([Row(*names, "predicted", 1, peak=100)])
-    row = peaks.compared(training, prediction)
+    row = memory_stage.compared(training, prediction)
     parts = {name: row[f"{name}_bytes"] for name in ("operators", "workspace", "rounding", "cached")}
     assert parts == {"operators": 10, "workspace": 20, "rounding": 10, "cached": 60}
     assert row["predicted_bytes"] + sum(parts.values()) == row["reserved_bytes"] == 200
@@ -251,7 +254,7 @@ def test_the_parts_of_the_difference_add_up(monkeypatch):
     monkeypatch.setattr(memory, "on_cuda", lambda _: replace(measured, peak=None, note="out of memory"))
     failed = Future()
     failed.set_exception(ValueError("planted"))
-    row = peaks.compared(replace(training, model="vpn"), failed)
+    row = memory_stage.compared(replace(training, model="vpn"), failed)
     assert row["requested_bytes"] is row["difference_bytes"] is None
     assert row["note"] == "out of memory; not predicted: planted"
 
@@ -322,14 +325,14 @@ def test_a_batch_that_does_not_fit_is_a_row_and_a_smaller_one_is_tried(monkeypat
         folder.mkdir(exist_ok=True)
         if base.data.batch_size > 8:
             raise TrainingError("out of memory: lower the batch") from torch.OutOfMemoryError("CUDA")
-        return training_run.empty(base) | {"steps": int(seconds)}
+        return training_stage.empty(base) | {"steps": int(seconds)}
 
-    monkeypatch.setattr(training_run, "run", run)
-    monkeypatch.setattr(training_run, "city", lambda setup: tmp_path)
+    monkeypatch.setattr(training_stage, "run", run)
+    monkeypatch.setattr(training_stage, "city", lambda setup: tmp_path)
     setup = Setup("cuda", False, tmp_path, tmp_path, time.monotonic() + 60)
-    base = training_run.settings(setup)
+    base = training_stage.settings(setup)
     assert (base.training.precision, base.data.batch_size, base.model.past) == ("16-mixed", 14, 9)
-    found = [*training_run.stopped_and_resumed(base, setup, 40, 50)]
+    found = [*training_stage.stopped_and_resumed(base, setup, 40, 50)]
     assert [(row["batch"], row["steps"]) for row in found] == [(14, None), (11, None), (8, 40), (8, 50)]
     assert [row["note"] for row in found] == ["out of memory within 16 GiB"] * 2 + [""] * 2
     assert not [*tmp_path.glob("16-mixed-*")]  # gigabytes
@@ -337,12 +340,12 @@ def test_a_batch_that_does_not_fit_is_a_row_and_a_smaller_one_is_tried(monkeypat
 
 def test_without_a_training_run_its_pace_is_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        loaders.loading, "demand", lambda step, peak: loaders.loading.Demand(3.0, f"batch {step.batch}")
+        loading_stage.loading, "demand", lambda step, peak: loading_stage.loading.Demand(3.0, f"batch {step.batch}")
     )
     setup = Setup("cuda", False, tmp_path, tmp_path, 0)
     rows = [{"sequences_per_second": 2.0}, {"sequences_per_second": None}, {"sequences_per_second": 5.0}]
     stored = {"device": "cuda", "toy": True, "rows": rows}
     (tmp_path / "training.json").write_text(json.dumps(stored))
-    assert loaders.pace(setup) == (3.0, "batch 14")  # that run was of another size
+    assert loading_stage.pace(setup) == (3.0, "batch 14")  # that run was of another size
     (tmp_path / "training.json").write_text(json.dumps(stored | {"toy": False}))
-    assert loaders.pace(setup) == (5.0, "stage training")
+    assert loading_stage.pace(setup) == (5.0, "stage training")

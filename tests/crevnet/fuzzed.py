@@ -22,7 +22,7 @@ from crevnet.traffic4cast.challenge2021 import Challenge2021
 from crevnet.traffic4cast.checking import Submission, problems
 from crevnet.traffic4cast.files import writing_array
 from crevnet.traffic4cast.submission import zip_submission
-from crevnet.training.checkpoints import load_checkpoint
+from crevnet.training.checkpoint_reading import load_checkpoint
 from crevnet.training.settings import load_settings
 
 SEALED, WHOLE = 0.03, 0.0

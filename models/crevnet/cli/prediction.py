@@ -16,7 +16,7 @@ from crevnet.data.chosen_window import choose_window, default_channel
 from crevnet.data.city_data import CityData
 from crevnet.data.errors import DataError
 from crevnet.data.files.days import DayFile
-from crevnet.data.files.hdf5_files import writing_hdf5
+from crevnet.data.files.hdf5_writing import writing_hdf5
 from crevnet.data.files.sealed import seal
 from crevnet.evaluation.comparison import trained
 from crevnet.machine.files import shown

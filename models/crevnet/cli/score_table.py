@@ -27,7 +27,7 @@ class Measure(NamedTuple):
     best: Callable[[Iterable[float]], float]
 
 
-MEASURES = {
+PRINTED = {
     "mse": Measure("MSE", ".3e", min),
     "mae": Measure("MAE", ".3e", min),
     "psnr": Measure("PSNR, dB", ".2f", max),
@@ -49,7 +49,7 @@ def score_tables(
     bests = _bests(scores)
     yield from fitting_tables("", [*scores], {"": _overview(scores, layout)}, width, bests, _without(scores))
     names = [layout.channel_name(c) for c in range(channels)], [layout.lead(horizon) for horizon in horizons]
-    for name, measure in MEASURES.items():
+    for name, measure in PRINTED.items():
         if measure.title not in bests:
             continue
         kinds = zip(("channel", "horizon"), names, strict=True)
@@ -82,17 +82,17 @@ def fitting_tables(
 
 
 def _overview(scores: Mapping[str, Scores], layout: Layout) -> Columns:
-    columns = {m.title: [format(getattr(s, name), m.format) for s in scores.values()] for name, m in MEASURES.items()}
+    columns = {m.title: [format(getattr(s, name), m.format) for s in scores.values()] for name, m in PRINTED.items()}
     columns["summed"] = [format(s.mse_summed, ".2f") for s in scores.values()]
     if layout.has_roads:
-        columns["on roads"] = [format(s.mse_on_roads, MEASURES["mse"].format) for s in scores.values()]
+        columns["on roads"] = [format(s.mse_on_roads, PRINTED["mse"].format) for s in scores.values()]
     return columns
 
 
 def _bests(scores: Mapping[str, Scores]) -> dict[str, int]:
     """The row of the best value of each measure, if there is one."""
     bests = {}
-    for name, measure in MEASURES.items():
+    for name, measure in PRINTED.items():
         values = [getattr(s, name) for s in scores.values()]
         known = [value for value in values if not math.isnan(value)]
         if known:

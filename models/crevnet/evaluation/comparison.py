@@ -17,10 +17,11 @@ from crevnet.data.maps.slot_means import slot_means
 from crevnet.data.settings import DataSettings
 from crevnet.evaluation import forecasts
 from crevnet.evaluation.forecasts import Forecast
-from crevnet.evaluation.scores import NetworkForecast, Scores, score
+from crevnet.evaluation.network_forecast import NetworkForecast
+from crevnet.evaluation.scores import Scores, score
 from crevnet.networks.config import CrevNetConfig, Feedback, ModelConfig
 from crevnet.networks.video_model import VideoModel
-from crevnet.training.checkpoints import load_network
+from crevnet.training.checkpoint_reading import load_network
 from crevnet.training.settings import load_settings
 
 

@@ -18,7 +18,7 @@ from crevnet.evaluation.error_sums import ErrorSums, error_sums
 from crevnet.figures.curves import learning_curves
 from crevnet.networks.config import CrevNetConfig, Feedback, ModelConfig
 from crevnet.networks.crevnet.network import CrevNet
-from crevnet.training.checkpoints import load_network
+from crevnet.training.checkpoint_reading import load_network
 from crevnet.training.settings import load_settings
 
 

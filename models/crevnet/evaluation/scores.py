@@ -7,7 +7,7 @@ equally.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,10 +17,6 @@ from torch import Tensor
 
 from crevnet.evaluation.forecasts import Forecast, Window
 from crevnet.evaluation.metrics import MEASURES, measure
-from crevnet.networks.config import Feedback, ModelConfig
-from crevnet.networks.video_model import VideoModel
-
-StaticOf = Callable[[ModelConfig, Window], Tensor | None]
 
 ENSEMBLE = "mean of the runs"
 
@@ -118,35 +114,6 @@ def predictions(
         seen, truth = batch["frames"][:, :past], batch["frames"][:, past:]
         found = {name: forecast(seen, batch)[:, chosen] for name, forecast in forecasts.items()}
         yield batch, truth[:, chosen], found
-
-
-class NetworkForecast:
-    """A trained network as a forecast. Its input is the last frames, as many as in its training.
-
-    Args:
-        network: the trained network.
-        static_of: returns the static channels (B, S, H, W) of a model for a batch of windows, or None.
-        feedback: input of CrevNet's next step, by default latents. Other models always feed back frames.
-        horizon: number of frames to forecast, by default that of its training.
-    """
-
-    def __init__(
-        self,
-        network: VideoModel[Any],
-        static_of: StaticOf,
-        feedback: Feedback | None = None,
-        horizon: int | None = None,
-    ) -> None:
-        self._network = network.eval()
-        self._static_of, self._horizon = static_of, horizon
-        self._options = {} if feedback is None else {"feedback": feedback}
-
-    def __call__(self, past: Tensor, window: Window) -> Tensor:
-        config, device = self._network.config, next(self._network.parameters()).device
-        static = self._static_of(config, window)
-        seen = past[:, -config.past :].to(device)
-        static = None if static is None else static.to(device)
-        return self._network.generate(seen, static, self._horizon, **self._options).to(past)
 
 
 def mean_over_cities(by_city: Mapping[str, Mapping[str, Scores]]) -> dict[str, Scores]:

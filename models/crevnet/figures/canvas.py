@@ -23,7 +23,7 @@ from crevnet.machine.files import replace_file, shown
 Frames = NDArray[np.float32]
 """(T, C, H, W) in [0, 1]."""
 
-VALUES, ERRORS = "magma", "RdBu_r"
+VALUE_COLORS, ERROR_COLORS = "magma", "RdBu_r"
 """Color maps of non-negative values and of signed values."""
 MODEL = "#D55E00"
 OTHERS = ("#000000", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")
@@ -48,7 +48,7 @@ def draw_frame(axis: Axes, image: NDArray[np.floating], lowest: float, highest: 
     axis.set_xticks([])
     axis.set_yticks([])
     axis.set_title(title, fontsize=9)
-    return axis.imshow(image, vmin=lowest, vmax=highest, cmap=ERRORS if lowest < 0 else VALUES)
+    return axis.imshow(image, vmin=lowest, vmax=highest, cmap=ERROR_COLORS if lowest < 0 else VALUE_COLORS)
 
 
 def brightest(image: NDArray[np.floating], least: float = 1 / 255) -> float:

@@ -1,4 +1,4 @@
-"""Figures, animations and log images of forecasts, and figures of single frames."""
+"""Figures (PNG) and animations (GIF) of forecasts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crevnet.data.files.layouts import Layout
-from crevnet.figures.canvas import ERRORS, VALUES, Frames, brightest, draw_frame, frame_grid
+from crevnet.figures.canvas import VALUE_COLORS, Frames, brightest, draw_frame, frame_grid
 from crevnet.machine.files import replace_file
 
-_SHEET_PIXELS = 160
 _BASELINE = "mean of last three"
 """The naive baseline in pictures, which needs only the input frames."""
 
@@ -73,7 +72,7 @@ def forecast_animation(
     highest = brightest(true)
     figure, axes = plt.subplots(1, len(videos), figsize=(9.6, 4.1), layout="constrained")
     images = [
-        axis.imshow(frames[0], vmin=0, vmax=highest, cmap=VALUES)
+        axis.imshow(frames[0], vmin=0, vmax=highest, cmap=VALUE_COLORS)
         for axis, frames in zip(axes, videos.values(), strict=True)
     ]
     figure.colorbar(images[-1], ax=axes.tolist(), fraction=0.03, label=f"{layout.channel_name(channel)}, in [0, 1]")
@@ -97,32 +96,3 @@ def forecast_animation(
     plt.close(figure)
     first, *others = pictures
     replace_file(path, partial(first.save, format="GIF", save_all=True, append_images=others, duration=333, loop=0))
-
-
-def day_figure(frame: Frames, road_map: Frames, title: str, layout: Layout) -> Figure:
-    """One frame (C, H, W), one panel per channel, and the road map (H, W)."""
-    panels = [(layout.channel_name(c), frame[c]) for c in range(len(frame))] + [("road map", road_map)]
-    height, width = road_map.shape
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4 * len(panels) * width / height, 4.6), squeeze=False, layout="constrained"
-    )
-    for axis, (name, image) in zip(axes[0], panels, strict=True):
-        axis.imshow(image, vmin=0, vmax=brightest(image), cmap=VALUES)
-        axis.set_title(name, fontsize=10)
-        axis.set_axis_off()
-    figure.suptitle(title, fontsize=11)
-    return figure
-
-
-def forecast_sheet(truth: Frames, forecast: Frames, channel: int = 1) -> NDArray[np.uint8]:
-    """A forecast as an image for logs, uint8 (height, width, 3): rows of truth, prediction and error, one column per frame.
-
-    Larger frames are subsampled to at most 160 pixels per side.
-    """
-    true, predicted = truth[:, channel], forecast[:, channel]
-    highest = brightest(true)
-    step = -(-max(true.shape[1:]) // _SHEET_PIXELS)
-    rows = [(true / highest, VALUES), (predicted / highest, VALUES), ((predicted - true) / highest / 2 + 0.5, ERRORS)]
-    pictures = [plt.get_cmap(name)(np.concatenate([*frames[:, ::step, ::step]], 1))[..., :3] for frames, name in rows]
-    sheet: NDArray[np.uint8] = np.rint(np.concatenate(pictures) * 255).astype(np.uint8)
-    return sheet

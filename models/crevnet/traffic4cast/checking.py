@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from crevnet.data.errors import DataError
-from crevnet.data.files.safe_h5 import UNREADABLE, array_of, check_unpacked_sizes, opened_file
+from crevnet.data.files.hdf5_reading import UNREADABLE, array_of, check_unpacked_sizes, opened_file
 from crevnet.machine.files import check_regular
 from crevnet.traffic4cast.interface import CaseFile
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from crevnet.data.errors import DataError, refuse_undamaged
 from crevnet.data.files.days import DayFile
-from crevnet.data.files.hdf5_files import writing_hdf5
+from crevnet.data.files.hdf5_reading import UNREADABLE, array_of, opened_file
+from crevnet.data.files.hdf5_writing import writing_hdf5
 from crevnet.data.files.protocol import Protocol
-from crevnet.data.files.safe_h5 import UNREADABLE, array_of, opened_file
 from crevnet.data.files.sealed import seal
 
 _MARK = "held_out_from"

@@ -22,7 +22,7 @@ from crevnet.evaluation.comparison import check_forecasts, device
 from crevnet.machine.files import quoted
 from crevnet.networks.config import Feedback, Static
 from crevnet.traffic4cast.interface import Case
-from crevnet.training.checkpoints import load_network
+from crevnet.training.checkpoint_reading import load_network
 from crevnet.training.recipe_folders import base_run, city_run, frame_run, record
 from crevnet.training.settings import load_settings
 

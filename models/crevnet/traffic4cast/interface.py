@@ -1,7 +1,8 @@
 """Interface of a challenge: files of test cases, each answered by one file of predictions, and the unit of errors.
 
 Shapes: P scored horizons, and frames of C channels and H x W pixels. Values are uint8, 0..255. In all challenges the score is
-the mean squared error in the challenge's unit, averaged over a file, over a city's files, and over cities.
+the mean squared error in the challenge's unit, averaged over a file, over a city's files, and over cities. The score is computed
+in `competition_scores.py`; a challenge only defines the unit.
 """
 
 from __future__ import annotations

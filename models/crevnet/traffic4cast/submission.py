@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from crevnet.data.errors import DataError, refuse_undamaged
-from crevnet.data.files.safe_h5 import UNREADABLE, array_of, opened_file
+from crevnet.data.files.hdf5_reading import UNREADABLE, array_of, opened_file
 from crevnet.data.made.made_files import text_attribute
 from crevnet.machine.files import replacing
 from crevnet.traffic4cast.files import writing_array

@@ -29,7 +29,8 @@ from crevnet.machine.files import quoted, remove_unfinished
 from crevnet.machine.folders import only_process
 from crevnet.machine.processes import launched
 from crevnet.networks.video_model import VideoModel
-from crevnet.training.checkpoints import AtomicCheckpointIO, Checkpoints, checkpoint_path, load_network, resumable_steps
+from crevnet.training.checkpoint_reading import checkpoint_path, load_network, resumable_steps
+from crevnet.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from crevnet.training.failures import explained
 from crevnet.training.monitoring import ValidationPicture
 from crevnet.training.recipe_folders import is_recipe

@@ -17,7 +17,7 @@ from crevnet.data.flips import FLIPS, Flip, FlippedWindows
 from crevnet.data.sampling import EpochShuffle
 from crevnet.data.settings import DataSettings
 from crevnet.data.windows import Windows
-from crevnet.training.checkpoints import load_network
+from crevnet.training.checkpoint_reading import load_network
 from crevnet.training.trainer import train
 
 HEIGHT, WIDTH = 21, 14

@@ -105,7 +105,7 @@ def test_killed_in_the_middle_of_a_file(source, tmp_path):
     code = """
 import os, signal, sys
 from pathlib import Path
-from crevnet.data.files import hdf5_files
+from crevnet.data.files import hdf5_writing
 from crevnet.data.made.repack import repack
 class Killed(bytes):
     def __getitem__(self, rest):
@@ -114,7 +114,7 @@ written = []
 def half_of_the_third(image):
     written.append(1)
     return memoryview(image) if len(written) < 3 else Killed(image[: len(image) // 2])
-hdf5_files.memoryview = half_of_the_third
+hdf5_writing.memoryview = half_of_the_third
 repack(Path(sys.argv[1]), Path(sys.argv[2]))
 """
     assert run(code, source, target)[0] == -signal.SIGKILL

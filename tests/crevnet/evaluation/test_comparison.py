@@ -11,7 +11,7 @@ import torch
 from crevnet.data.files.days import open_days
 from crevnet.data.maps.static import StaticInputs
 from crevnet.networks.baselines.unet import UNetConfig
-from crevnet.training.checkpoints import load_network
+from crevnet.training.checkpoint_reading import load_network
 from crevnet.training.trainer import train
 
 UNET = UNetConfig(past=5, horizon=2, static=("clock", "road_map"), depth=2, width=2)

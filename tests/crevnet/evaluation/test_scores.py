@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from crevnet import CrevNet, CrevNetConfig
-from crevnet.evaluation.scores import NetworkForecast, Scores, Scoring, mean_over_cities, score
+from crevnet.evaluation.network_forecast import NetworkForecast
+from crevnet.evaluation.scores import Scores, Scoring, mean_over_cities, score
 
 
 def scores_of(*batches):

@@ -18,7 +18,7 @@ from crevnet.data.files.layout_2019 import TRAFFIC4CAST_2019
 from crevnet.evaluation.error_sums import ErrorSums, error_sums
 from crevnet.evaluation.run_figures import run_figures
 from crevnet.figures.curves import Curve, learning_curves
-from crevnet.training.checkpoints import load_network
+from crevnet.training.checkpoint_reading import load_network
 from crevnet.training.settings import load_settings
 from crevnet.training.trainer import train
 

@@ -12,7 +12,7 @@ from baseline_nets import TINY
 
 from crevnet import MODELS, make_network
 from crevnet.cli import main
-from crevnet.training.checkpoints import load_network
+from crevnet.training.checkpoint_reading import load_network
 from crevnet.training.settings import TrainingSettings, load_settings
 from crevnet.training.task import VideoModelTask
 

@@ -16,7 +16,7 @@ from crevnet.machine.errors import SettingsError
 from crevnet.networks.baselines import vpn
 from crevnet.traffic4cast.recipe.paper import Recipe
 from crevnet.traffic4cast.recipe.settings import FineTuning, RecipeSettings, load_recipe
-from crevnet.training.checkpoints import checkpoint_path, load_checkpoint, load_network
+from crevnet.training.checkpoint_reading import checkpoint_path, load_checkpoint, load_network
 from crevnet.training.failures import DivergedError, explained
 from crevnet.training.recipe_folders import begun_runs
 from crevnet.training.settings import load_settings

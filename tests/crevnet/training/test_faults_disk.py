@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from processes import at_call, end, kill, start
 
-from crevnet.data.files.hdf5_files import writing_hdf5
+from crevnet.data.files.hdf5_writing import writing_hdf5
 from crevnet.machine.files import NoRoomError, remove_unfinished, replace_file, replacing
 
 SLOT = 14  # of days of 20 slots, to predict after the 12 that a test case shows

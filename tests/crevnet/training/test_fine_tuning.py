@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from crevnet import CrevNet
-from crevnet.training.checkpoints import load_checkpoint, load_network
+from crevnet.training.checkpoint_reading import load_checkpoint, load_network
 from crevnet.training.settings import load_settings
 from crevnet.training.trainer import train
 

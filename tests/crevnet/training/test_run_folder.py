@@ -10,7 +10,7 @@ from crevnet import PRESETS, CrevNetConfig
 from crevnet.data.errors import DataError
 from crevnet.data.settings import DataSettings
 from crevnet.machine.errors import SettingsError
-from crevnet.training.checkpoints import load_network
+from crevnet.training.checkpoint_reading import load_network
 from crevnet.training.settings import RunSettings, TrainingSettings, load_settings
 from crevnet.training.trainer import train
 

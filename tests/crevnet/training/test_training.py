@@ -16,7 +16,7 @@ from crevnet import CrevNet
 from crevnet.data.city_data import CityData
 from crevnet.data.errors import DataError
 from crevnet.data.settings import DataSettings
-from crevnet.training.checkpoints import load_network
+from crevnet.training.checkpoint_reading import load_network
 from crevnet.training.settings import load_settings
 from crevnet.training.task import VideoModelTask
 from crevnet.training.trainer import train

@@ -22,8 +22,8 @@ def add_options(parser: CommandParser) -> None:
 def run(options: Any) -> None:
     from crevnet.cli.score_table import score_tables
     from crevnet.evaluation.comparison import compare
-    from crevnet.evaluation.score_file import check_score_file, write_score_file
     from crevnet.evaluation.scores import mean_over_cities
+    from crevnet.evaluation.scores_json import check_score_file, write_score_file
 
     runs = options.run
     if len(set(runs)) < len(runs):

@@ -26,7 +26,7 @@ def add_options(parser: CommandParser) -> None:
 
 
 def run(options: Any) -> None:
-    from crevnet.training.checkpoints import checkpoint_path
+    from crevnet.training.checkpoint_reading import checkpoint_path
     from crevnet.training.trainer import train
 
     settings = RunSettings(options.model, options.data, options.training)

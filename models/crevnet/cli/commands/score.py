@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from crevnet.data.files.days import DayFile
     from crevnet.data.settings import DataSettings
     from crevnet.traffic4cast.checking import Submission
+    from crevnet.traffic4cast.competition_scores import CompetitionScores
     from crevnet.traffic4cast.interface import CaseFile, Challenge
-    from crevnet.traffic4cast.scoring import CompetitionScores
 
 
 def add_options(parser: CommandParser) -> None:
@@ -35,9 +35,9 @@ def add_options(parser: CommandParser) -> None:
 
 
 def run(options: Any) -> None:
-    from crevnet.evaluation.score_file import check_score_file, write_score_file
+    from crevnet.evaluation.scores_json import check_score_file, write_score_file
     from crevnet.traffic4cast.challenges import challenge
-    from crevnet.traffic4cast.scoring import mean_over_cities
+    from crevnet.traffic4cast.competition_scores import mean_competition_scores
 
     paths, data, chosen = options.submission, options.data, challenge_of(options)
     check_score_file(options.json)
@@ -50,7 +50,7 @@ def run(options: Any) -> None:
         file.truth(0)  # a missing truth is reported now, not after minutes
     days = _training_days(replace(data, cities=sorted({file.city for file in files})), options.truth)
     by_city = _scores(submissions, files, days, asked)
-    mean = mean_over_cities(by_city)
+    mean = mean_competition_scores(by_city)
     print_tables(_tables(mean, by_city, asked))
     everything = {"mean over cities": mean, **by_city}
     scores = {city: {name: asdict(s) for name, s in of_city.items()} for city, of_city in everything.items()}
@@ -89,8 +89,8 @@ def _scores(
     submissions: Mapping[str, Submission], files: Sequence[CaseFile], days: Sequence[DayFile], asked: Challenge
 ) -> dict[str, dict[str, CompetitionScores]]:
     """The scores of each city's submissions and naive baselines."""
+    from crevnet.traffic4cast.competition_scores import score_city
     from crevnet.traffic4cast.forecasting import SlotMean, naive_forecasts
-    from crevnet.traffic4cast.scoring import score_city
 
     naive = naive_forecasts(asked.protocol)
     by_city = {}

@@ -93,7 +93,7 @@ def _details(folder: Path, settings: RunSettings, curves: dict[str, Curve]) -> T
     import numpy as np
 
     from crevnet.cli.value_names import written
-    from crevnet.training.checkpoints import checkpoint_path
+    from crevnet.training.checkpoint_reading import checkpoint_path
 
     table = _rows("details")
     for which in ("best", "last"):

@@ -100,7 +100,7 @@ def _members(
 
 
 def _digest(run: Path, checkpoint: str) -> str:
-    from crevnet.training.checkpoints import checkpoint_path
+    from crevnet.training.checkpoint_reading import checkpoint_path
 
     with checkpoint_path(run, checkpoint).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

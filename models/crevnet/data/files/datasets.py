@@ -1,4 +1,7 @@
-"""The dataset of frames in an HDF5 file: opened, checked and read, with errors that name the file."""
+"""The dataset of frames in a day file: found, opened, checked and read, with errors that name the file.
+
+`_first_dataset` finds it: the first dataset outside all groups, under any name. `hdf5_reading.py` contains the checks.
+"""
 
 import importlib
 from collections.abc import Iterator
@@ -9,8 +12,8 @@ import h5py
 import numpy as np
 
 from crevnet.data.errors import DataError, refuse_undamaged
+from crevnet.data.files.hdf5_reading import UNREADABLE, all_datasets, check_dataset, names, open_file
 from crevnet.data.files.layouts import Layout
-from crevnet.data.files.safe_h5 import UNREADABLE, all_datasets, check_dataset, names, open_file
 from crevnet.machine.files import check_regular
 
 
@@ -59,6 +62,7 @@ def one_line(error: Exception) -> str:
 
 
 def _first_dataset(file: h5py.File) -> h5py.Dataset:
+    """The first dataset outside all groups, under any name, checked."""
     for name in names(file):
         item = file[name]
         if isinstance(item, h5py.Dataset):

@@ -8,8 +8,8 @@ import h5py
 import numpy as np
 
 from crevnet.data.errors import DataError, refuse_undamaged
-from crevnet.data.files.hdf5_files import writing_hdf5
-from crevnet.data.files.safe_h5 import UNREADABLE, array_of, opened_file
+from crevnet.data.files.hdf5_reading import UNREADABLE, array_of, opened_file
+from crevnet.data.files.hdf5_writing import writing_hdf5
 from crevnet.data.files.sealed import seal
 from crevnet.machine.files import NoRoomError
 

@@ -21,8 +21,8 @@ import numpy as np
 
 from crevnet.data.errors import DataError
 from crevnet.data.files.datasets import naming, opened
-from crevnet.data.files.hdf5_files import hdf5_in_memory
-from crevnet.data.files.safe_h5 import all_datasets
+from crevnet.data.files.hdf5_reading import all_datasets
+from crevnet.data.files.hdf5_writing import hdf5_in_memory
 from crevnet.data.files.sealed import seal
 from crevnet.data.made.made_files import text_attribute
 from crevnet.machine.files import NoRoomError, replacing

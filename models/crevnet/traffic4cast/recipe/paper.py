@@ -18,7 +18,8 @@ from lightning.fabric.utilities import move_data_to_device
 from crevnet.data.city_data import CityData
 from crevnet.evaluation.comparison import device, untrained
 from crevnet.evaluation.forecasts import Forecast, by_frame
-from crevnet.evaluation.scores import ENSEMBLE, NetworkForecast, Scores, mean_over_cities, score
+from crevnet.evaluation.network_forecast import NetworkForecast
+from crevnet.evaluation.scores import ENSEMBLE, Scores, mean_over_cities, score
 from crevnet.machine.errors import SettingsError
 from crevnet.machine.folders import make_folder
 from crevnet.networks.models import make_network
@@ -29,7 +30,7 @@ from crevnet.traffic4cast.recipe.settings import (
     refuse_changes,
     refuse_what_is_no_base,
 )
-from crevnet.training.checkpoints import checkpoint_path, load_network
+from crevnet.training.checkpoint_reading import checkpoint_path, load_network
 from crevnet.training.recipe_folders import base_run, city_run, frame_run, record, score_of, settings_file
 from crevnet.training.settings import RunSettings, save_yaml
 from crevnet.training.trainer import train

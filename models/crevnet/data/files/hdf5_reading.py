@@ -1,4 +1,9 @@
-"""The only access to HDF5 files, which may be untrusted: a file's declarations are checked before any of its values are read.
+"""Checked reading of HDF5 files, which may be untrusted: a file's declarations are checked before any of its values are read.
+
+All code that reads HDF5 files opens them here. `hdf5_writing.py` writes them.
+
+- Day files: `datasets.py` finds the frames. It takes the first dataset outside all groups, under any name.
+- Test cases, submissions and generated files: `array_of` takes only the dataset `array`.
 
 All functions raise ValueError with the value found, the value expected and the remedy; the caller adds the file's name.
 

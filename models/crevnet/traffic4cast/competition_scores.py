@@ -92,12 +92,14 @@ def score_city(
     return {name: table.scores() for name, table in tables.items()}
 
 
-def mean_over_cities(by_city: Mapping[str, Mapping[str, CompetitionScores]]) -> dict[str, CompetitionScores]:
+def mean_competition_scores(by_city: Mapping[str, Mapping[str, CompetitionScores]]) -> dict[str, CompetitionScores]:
     """The mean over cities, as in the competition; for an hour, over the cities with predictions in it."""
-    return {name: _mean([scores[name] for scores in by_city.values()]) for name in next(iter(by_city.values()))}
+    return {
+        name: _mean_of_cities([scores[name] for scores in by_city.values()]) for name in next(iter(by_city.values()))
+    }
 
 
-def _mean(cities: Sequence[CompetitionScores]) -> CompetitionScores:
+def _mean_of_cities(cities: Sequence[CompetitionScores]) -> CompetitionScores:
     hours = sorted({hour for city in cities for hour in city.mse_by_hour})
     return CompetitionScores(
         mse=float(np.mean([city.mse for city in cities])),

@@ -58,7 +58,7 @@ def compare(name: str, extent: speed.Extent, options: Namespace, device: torch.d
     torch.manual_seed(0)
     set_precision(options.precision)
     for row in speed.compare(name, extent, options, device, METHODS):
-        if row.method not in PEERS:  # which do not apply to CrevNet
+        if row.method not in PEERS:  # on CrevNet, the row of a library has only a note: no library applies to it
             yield {
                 "network": row.network,
                 "precision": row.precision,

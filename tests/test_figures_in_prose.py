@@ -57,8 +57,8 @@ QUOTED = [
     ),
     (
         "docs/crevnet.md",
-        "differs from float64's by 2.7e-5 to 1.1e-3. In a window of uniform noise it differs by 1.5e-3. Standard autograd's "
-        "rounding errors are smaller: 5.0e-7 to 1.3e-5",
+        "the relative error is 2.7e-5 to 1.1e-3. For a window of uniform noise, it is 1.5e-3. The errors of standard autograd in "
+        "float32 are smaller: 5.0e-7 to 1.3e-5",
         "rounding-cpu.md",
         [
             "2.7% | 1.3e-05 | 1.1e-03 |",

@@ -80,7 +80,7 @@ QUOTED = [
         ["4.27", "5.28", "4.13"],
     ),
     ("docs/scaling.md", "7.2 minutes with a batch of 1", "paper-step-cpu.md", ["time: 7.2 min"]),
-    ("docs/scaling.md", "`paper` has 446,340,532 parameters", "paper-step-cpu.md", ["parameters: 446,340,532"]),
+    ("docs/scaling.md", "`paper` preset has 446,340,532 parameters", "paper-step-cpu.md", ["parameters: 446,340,532"]),
     (
         "docs/data.md",
         "reads 677 frames per second instead of 138. One worker process reads 320 instead of 114",
@@ -174,7 +174,7 @@ def test_bytes_that_devices_exchange():
 def test_memory_of_a_device_among_several():
     copy = 4 * 446_340_532 / 2**30
     text = prose(ROOT / "docs/scaling.md")
-    assert f"A copy of `paper`'s parameters is {copy:.2f} GiB" in text
+    assert f"One copy of the `paper` model's parameters takes up {copy:.2f} GiB" in text
     _, rows = table("docs/scaling.md", "`paper`, without activations")
     gib = [[re.sub(" GiB.*", "", cell) for cell in cells] for _, *cells in rows]
     assert gib == [

@@ -101,7 +101,7 @@ QUOTED = [
     ),
     (
         "docs/which-when.md",
-        "saves at most 0.03 of the time of a standard autograd step",
+        "saves at most 3% of the time of a standard autograd step",
         "budget-cpu.md",
         ["the gap is 0.01 to 0.03"],
     ),

@@ -101,13 +101,13 @@ QUOTED = [
     ),
     (
         "docs/which-when.md",
-        "saves at most 0.03 of the time of a standard autograd step",
+        "saves at most 3% of the time of a standard autograd step",
         "budget-cpu.md",
         ["the gap is 0.01 to 0.03"],
     ),
     (
         "docs/coming-from.md",
-        "the additional time is 0.1 of the time",
+        "this takes an additional 10% of the time of a standard autograd step",
         "budget-cpu.md",
         ["1.38 for convolutions compared with 1.28"],
     ),

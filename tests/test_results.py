@@ -107,7 +107,7 @@ def test_memory_against_time(network):
 
 def test_memory_against_checkpointing():
     expected = by_method("budget-cpu.csv", "convolutions")
-    _, rows = table("docs/which-when.md", "32 blocks of convolutions")
+    _, rows = table("docs/which-when.md", "method, for 32 convolutional blocks")
     assert len(rows) == 3
     for method, memory, time in rows:
         line = expected[method]

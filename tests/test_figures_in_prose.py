@@ -33,7 +33,7 @@ QUOTED = [
     ("docs/exact.md", "and 6 to 8% longer for gated", "exact-cpu.md", ["+5.6 %", "+7.9 %"]),
     (
         "docs/promises.md",
-        "In float32: 3e-6 untrained, 4e-3 after the demo",
+        "in float32, 3e-6 for an untrained network and 4e-3 after the demo",
         "crevnet-tiny-cpu.md",
         ["3.7e-3 in float32", "1.7e-6 to 2.6e-6"],
     ),

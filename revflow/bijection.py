@@ -15,7 +15,7 @@ class Bijection(nn.Module, ABC):
     """The base class of all invertible blocks, including custom blocks.
 
     A subclass must define `forward` and `inverse`. Both methods take streams and return a tuple of streams, and each inverts the
-    other. If a sequence is called with keyword arguments, these arguments are passed to both methods. In a `ReversibleSequence`,
+    other. Keyword arguments of a call to the sequence are passed to both methods. In a `ReversibleSequence`,
     such a block is evaluated three times per training step: forward, inverse, and forward with a graph. If the block is a
     coupling, derive it from `Coupling`, which requires only two evaluations.
 

@@ -64,6 +64,9 @@ class RecurrentCell(nn.Module, ABC):
     def forward(
         self, streams: Streams, state: Tensors, memory: Tensors = (), **context: Any
     ) -> tuple[Streams, Tensors, Tensors]:
-        """Run one time step of only this cell under standard autograd. Return output streams, new state and new memory."""
+        """Run one time step of only this cell under standard autograd.
+
+        Return the output streams, the new state and the new memory.
+        """
         state, memory = self.update(streams, state, memory, context)
         return self.mix(streams, state, context), state, memory

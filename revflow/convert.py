@@ -83,7 +83,7 @@ def reversible(
         (F, G)    y1 = x1 + F(x2),  y2 = x2 + G(y1)
 
     **The parameters are the same, but the function is different, so pretrained weights do not transfer.** Train from scratch, or
-    fine-tune. For the formula, see `TwoStreams`. The width, the number of parameters and the number of operations stay the
+    fine-tune. For the formula, see `TwoStreams`. The width, the number of parameters and the number of operations remain the
     same.
 
     Args:
@@ -97,7 +97,7 @@ def reversible(
 
     Raises:
         TypeError: If `functions` is a single module, or if an entry is neither a module nor a pair of modules.
-        ValueError: In the first call, if a branch returns a tensor of a different shape. The message names the block.
+        ValueError: If a branch returns a tensor of a different shape in the first call. The message names the block.
 
     Examples:
         >>> pair = lambda: (torch.nn.Linear(8, 8), torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)))

@@ -24,7 +24,9 @@ _ESCAPE = -128
 
 
 class Residual(NamedTuple):
-    """The differences between true values and their estimates. `Grid.restore` recovers the true values from both.
+    """The differences between true values and their estimates.
+
+    `Grid.restore` recovers the true values from the estimates and these differences.
 
     Examples:
         >>> class GateAndValue(torch.nn.Linear):

@@ -18,7 +18,7 @@ Attention = Literal["deep", "pointwise"]
 Loss = Literal["all", "future", "padded"] | int
 """The predictions that a loss covers; a number selects one future frame, 1 being the first."""
 Feedback = Literal["latent", "frame"]
-"""The input of CrevNet's next step in a forecast: the latent of the predicted frame, or the decoded frame."""
+"""The input to CrevNet's next step in a forecast: the latent of the predicted frame, or the decoded frame."""
 Static = Literal["road_map", "connectivity", "clock"]
 
 STATIC_CHANNELS: dict[Static, int] = {"road_map": 1, "connectivity": 8, "clock": 4}

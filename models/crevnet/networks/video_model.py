@@ -20,7 +20,7 @@ Config = TypeVar("Config", bound=ModelConfig)
 
 
 class VideoModel(nn.Module, ABC, Generic[Config]):
-    """The base class of all models. A model is a network that predicts the next frames of a video. The frame size is arbitrary.
+    """The base class of all models. A model is a network that predicts the next frames of a video. Frames may have any size.
 
     The methods raise a ValueError if the frames or static channels do not match the configuration.
 

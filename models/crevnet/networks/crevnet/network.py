@@ -23,7 +23,7 @@ from crevnet.networks.video_model import Model, VideoModel
 
 
 class CrevNet(VideoModel[CrevNetConfig]):
-    """The CrevNet network, which predicts the next frames of a video. The frame size is arbitrary.
+    """The CrevNet network, which predicts the next frames of a video. Frames may have any size.
 
     `forward` returns the one-step predictions from which the training loss is computed. `loss` returns the training loss, and
     `generate` returns the frames that follow the past frames. For each time step, only the latent, the predicted frame and the

@@ -14,10 +14,10 @@ Streams = tuple[Tensor, ...]
 class Bijection(nn.Module, ABC):
     """The base class of all invertible blocks, including custom blocks.
 
-    Write `forward` and `inverse`. Each takes streams and returns a tuple of streams, and each is the inverse of the other. The
-    keyword arguments of a call of the sequence are passed to both. In a `ReversibleSequence`, such a block is evaluated three
-    times per training step: forward, inverse, and forward with a graph. If the block is a coupling, derive it from `Coupling`,
-    which requires only two evaluations.
+    A subclass must define `forward` and `inverse`. Both methods take streams and return a tuple of streams, and each inverts the
+    other. Keyword arguments of a call to the sequence are passed to both methods. In a `ReversibleSequence`,
+    such a block is evaluated three times per training step: forward, inverse, and forward with a graph. If the block is a
+    coupling, derive it from `Coupling`, which requires only two evaluations.
 
     Examples:
         >>> class Negation(revflow.Bijection):
@@ -40,9 +40,9 @@ class Bijection(nn.Module, ABC):
         """Return the input that `forward` maps to `streams`, a tuple with one tensor per stream."""
 
     def log_det(self, *streams: Tensor, **context: Any) -> Tensor:
-        """Return log |det d forward / d streams|, one value per sample, with shape (batch,).
+        """Return log |det d forward / d streams| as a tensor of shape (batch,), with one value per sample.
 
-        Only `forward_with_log_det` calls this method.
+        This method is called only by `ReversibleSequence.forward_with_log_det`.
         """
         raise NotImplementedError(f"a {type(self).__name__} has no log-determinant: write its method log_det")
 
@@ -51,17 +51,17 @@ class PixelUnshuffle(Bijection):
     """Invertible downsampling of every stream: (..., C, H, W) -> (..., factor² C, H / factor, W / factor).
 
     The new channels are ordered by (row offset, column offset, channel), as in i-RevNet (Jacobsen et al. 2018, section 3.1). If
-    the factor is 2, one half of the channels thus contains the even rows, and the other half contains the odd rows.
+    the factor is 2, the first half of the channels contains the even rows, and the second half contains the odd rows.
     `torch.nn.PixelUnshuffle` orders the channels by (channel, row offset, column offset). With that order, splitting the channels
-    into halves would separate the original channels.
+    in half would separate the original channels from one another.
 
     Args:
-        factor: Downsampling factor of both H and W.
-        channel_dim: Dimension of C, by default the dimension before H and W. For inputs of three-dimensional convolutions, use
+        factor: Downsampling factor for both H and W.
+        channel_dim: Dimension of C; by default, the dimension before H and W. For inputs to three-dimensional convolutions, use
             1: (B, C, D, H, W) -> (B, factor² C, D, H / factor, W / factor).
 
     Raises:
-        ValueError: If H or W is not a multiple of `factor`, or if, in `inverse`, C is not a multiple of `factor` squared.
+        ValueError: If H or W is not a multiple of `factor` or, in `inverse`, if C is not a multiple of `factor` squared.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.PixelUnshuffle(2)])

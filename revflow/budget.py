@@ -106,7 +106,7 @@ class Table:
 class Plan:
     """The schedule of a training step for one kind of input: which blocks are stored, and which are recomputed.
 
-    `print(plan)` shows a table.
+    `print(plan)` prints a table.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
@@ -118,13 +118,13 @@ class Plan:
     budget: int | None
     """The memory budget in bytes, or None if there is no limit."""
     costs: tuple[Cost, ...]
-    """The memory costs of each block, in the order in which the blocks run."""
+    """The memory cost of each block, in the order in which the blocks run."""
     first_kept: int
     """Index of the first stored block. All later blocks are also stored, and all earlier blocks are recomputed."""
     peak: int
-    """Expected peak of activations and their gradients, in bytes. It excludes the input and the gradients of parameters."""
+    """Expected peak memory of activations and their gradients, in bytes. It excludes the input and parameter gradients."""
     seconds: tuple[float, ...]
-    """Time of the forward pass of each block, in seconds."""
+    """Duration of each block's forward pass, in seconds."""
 
     @property
     def kept(self) -> int:
@@ -133,12 +133,12 @@ class Plan:
 
     @property
     def transient(self) -> int:
-        """Largest possible error of `peak`, in bytes. It is the largest temporary memory that inverting a block takes."""
+        """Largest possible error of `peak`, in bytes: the largest amount of temporary memory used to invert a block."""
         return max((cost.transient for cost in self.costs), default=0)
 
     @property
     def time_ratio(self) -> float:
-        """Expected time of a training step, relative to standard autograd. One backward pass counts as two forward passes."""
+        """Expected time of a training step, relative to standard autograd. The backward pass is counted as two forward passes."""
         total = 3 * sum(self.seconds)
         return 1 + sum(self.seconds[: self.first_kept]) / total if total else 1.0
 

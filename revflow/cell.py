@@ -11,7 +11,7 @@ from revflow._base.streams import Streams, Tensors
 
 
 class RecurrentState(NamedTuple):
-    """A named tuple: the state that one time step passes to the next.
+    """The state passed from one time step to the next, a named tuple.
 
     Examples:
         >>> h = torch.zeros(2, 4)
@@ -23,15 +23,15 @@ class RecurrentState(NamedTuple):
     cells: tuple[Tensors, ...]
     """The state of each cell, as a tuple of tensors. These tensors may have any shape."""
     memories: tuple[Tensors, ...]
-    """The memory that each cell returned. In the next time step, the last memory is passed to the first cell."""
+    """The memory returned by each cell. In the next time step, the last memory is passed to the first cell."""
 
 
 class RecurrentCell(nn.Module, ABC):
     """The base class for the cells of a `ReversibleRecurrence`. A cell computes output streams and a new state.
 
-    A memory is a tuple of tensors that each cell passes to the next cell. The last cell passes it to the first cell of the next
-    time step. The tuple may be empty. Put all expensive operations into `update`: in training, `update` is evaluated twice per
-    time step, and `mix` is evaluated three times.
+    Each cell passes its memory, a tuple of tensors, to the next cell. The last cell passes its memory to the first cell in the
+    next time step. The tuple may be empty. Put all expensive operations in `update`: during training, `update` is evaluated only
+    twice per time step, whereas `mix` is evaluated three times.
 
     Examples:
         >>> class Cell(revflow.RecurrentCell):
@@ -55,7 +55,7 @@ class RecurrentCell(nn.Module, ABC):
     def update(
         self, streams: Streams, state: Tensors, memory: Tensors, context: dict[str, Any]
     ) -> tuple[Tensors, Tensors]:
-        """Return the new state and the new memory. Each tensor has the same shape as the tensor that it replaces."""
+        """Return the new state and the new memory. Each tensor must have the same shape as the tensor that it replaces."""
 
     @abstractmethod
     def mix(self, streams: Streams, state: Tensors, context: dict[str, Any]) -> Streams:
@@ -64,6 +64,9 @@ class RecurrentCell(nn.Module, ABC):
     def forward(
         self, streams: Streams, state: Tensors, memory: Tensors = (), **context: Any
     ) -> tuple[Streams, Tensors, Tensors]:
-        """Run one time step of only this cell under standard autograd. Return the streams, the state and the memory."""
+        """Run one time step of only this cell under standard autograd.
+
+        Return the output streams, the new state and the new memory.
+        """
         state, memory = self.update(streams, state, memory, context)
         return self.mix(streams, state, context), state, memory

@@ -21,15 +21,16 @@ from revflow.sequence import ReversibleSequence
 
 
 class TwoStreams(nn.Module):
-    """A module with two internal streams that maps one tensor to one tensor.
+    """A module that maps one tensor to one tensor and has two internal streams.
 
-    Both streams start as the input x, and the output is their mean, with the shape and dtype of x. (Rev-ViT concatenates the
-    streams instead, for a head of twice the width.) The attribute `sequence` is the `ReversibleSequence`, which takes and returns
-    both streams. The mean cannot be inverted, but the two streams can, with `net.sequence.inverse((y1, y2))`.
+    Both streams start as the input x, and the output is their mean, with the shape and dtype of x. (In Rev-ViT, the streams are
+    concatenated instead, so the head is twice as wide.) The `sequence` attribute is the `ReversibleSequence`, which takes and
+    returns both streams. The input cannot be recovered from the mean, but `net.sequence.inverse((y1, y2))` recovers it from the
+    two output streams y1 and y2.
 
-    Each branch reads the stream that the previous branch changed. This stream is x plus the outputs of the previous branch and of
-    every second branch before it, not of all earlier branches. The mean of both streams is x plus half the sum of the outputs of
-    all branches, whereas a residual network computes x plus the whole sum.
+    The input to each branch is the stream that the previous branch changed. This stream is x plus the outputs of the previous
+    branch and every second branch before that one, not of all earlier branches. The mean of both streams is x plus half the sum
+    of all branch outputs, whereas a residual network computes x plus the full sum.
 
     Examples:
         >>> net = revflow.reversible([torch.nn.Linear(8, 8) for _ in range(6)])
@@ -72,30 +73,31 @@ def reversible(
     memory_budget: MemoryBudget = "none",
     chunks: int = 1,
 ) -> TwoStreams:
-    """Turn the residual branches of a network into a network that trains without storing activations.
+    """Convert the residual branches of a network into a network that trains without storing activations.
 
-    If the network contains `for F in functions: x = x + F(x)`, replace this loop by `net = reversible(functions)` and
+    If the network contains `for F in functions: x = x + F(x)`, replace this loop with `net = reversible(functions)` and
     `x = net(x)`. A pair (F, G), such as a transformer's attention and MLP, each with its normalization, becomes one block. If the
-    same functions are not paired, the result is the same, but there are twice as many blocks.
+    same functions are passed individually, the result is the same, but there are twice as many blocks.
 
         F         (x1, x2) -> (x2, x1 + F(x2))
         (F, G)    y1 = x1 + F(x2),  y2 = x2 + G(y1)
 
     **The parameters are the same, but the function is different, so pretrained weights do not transfer.** Train from scratch, or
-    fine-tune. For the formula, see `TwoStreams`. The width and the numbers of parameters and operations stay the same.
+    fine-tune. For the formula, see `TwoStreams`. The width, the number of parameters and the number of operations remain the
+    same.
 
     Args:
         functions: Residual branches F(x, **context), each of which returns a tensor of the same shape as x. Pass F, not x + F(x).
-            The branches are not copied, so parameters stay shared with the rest of a network. They are registered as
-            `sequence.<block>.F` and `sequence.<block>.G`.
-        guard: Reaction if recomputed values are wrong. For this option and the following ones, see `ReversibleSequence`.
-        exact: Whether gradients are bit-identical to those of stored activations.
-        memory_budget: Memory for activations.
+            The branches are not copied, so their parameters remain shared with the original network. The branches are
+            registered as `sequence.<block>.F` and `sequence.<block>.G`.
+        guard: Reaction to incorrect recomputed values. For this option and the following ones, see `ReversibleSequence`.
+        exact: Whether to make gradients bit-identical to those computed with stored activations.
+        memory_budget: Memory available for activations.
         chunks: Number of micro-batches in which a recomputed branch is evaluated.
 
     Raises:
         TypeError: If `functions` is a single module, or if an entry is neither a module nor a pair of modules.
-        ValueError: In the first call, if a branch returns a tensor of another shape. The message names the block.
+        ValueError: If a branch returns a tensor of a different shape in the first call. The message names the block.
 
     Examples:
         >>> pair = lambda: (torch.nn.Linear(8, 8), torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)))

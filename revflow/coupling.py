@@ -26,27 +26,28 @@ from revflow.bijection import Bijection, Streams
 
 
 class Coupling(Bijection, Stepwise):
-    """The base class of couplings, with one conditioner F or with two, F and G.
+    """The base class of couplings, which have either one conditioner, F, or two conditioners, F and G.
 
         one (i-RevNet)    (x1, x2, ...) -> (x2, ..., combine(x1, F(x2, ...)))
         two (RevNet)      y1 = combine(x1, F(x2)),  y2 = combine(x2, G(y1))
 
-    In a `ReversibleSequence`, each conditioner is evaluated exactly twice per training step. If you call a coupling outside of a
+    In a `ReversibleSequence`, each conditioner is evaluated exactly twice per training step. If you call a coupling outside a
     sequence, it runs under standard autograd. The streams may have different shapes.
 
-    For a custom coupling, write the static methods `combine` and `separate`, and for normalizing flows also `log_derivative`.
-    These methods may use only their arguments, and must not change them in place. The coupling itself must not have parameters:
-    they would receive no gradient, so a sequence raises an error. Instead, let a conditioner return them.
+    A custom coupling must define the static methods `combine` and `separate` and, for normalizing flows, also `log_derivative`.
+    These methods may use only their arguments and must not change them in place. The coupling itself must not have parameters:
+    a sequence raises an error for them, because they would receive no gradient. Instead, define the parameters in a conditioner,
+    and let the conditioner return them.
 
     Args:
-        F: Conditioner of the first stream. Its arguments are the other streams. It returns one tensor for each name in
-            `coefficients`, in the shape of the changed stream, or a tuple if there are several names. The tensors are cast to the
-            dtype of the changed stream.
-        G: Conditioner of the second stream. Its argument is the changed first stream. If G is given, there must be
-            exactly two streams.
+        F: Conditioner for the first stream. It is called with the other streams and returns one tensor for each name in
+            `coefficients`; if there are several names, it returns a tuple. Each tensor must have the same shape as the changed
+            stream, and is cast to the dtype of that stream.
+        G: Conditioner for the second stream. It is called with the changed first stream. If G is given, there must be exactly
+            two streams.
 
     Raises:
-        TypeError: If one of the three methods is not static, `coefficients` is not a tuple, or a conditioner is not a module.
+        TypeError: If a conditioner is not a module, if `coefficients` is not a tuple, or if one of the methods is not static.
         ValueError: If a call has fewer than two streams, or if the shape of a coefficient or of the result of `combine` is wrong.
 
     Examples:
@@ -67,10 +68,10 @@ class Coupling(Bijection, Stepwise):
     """
 
     coefficients: ClassVar[tuple[str, ...]]
-    """Names of the tensors that a conditioner returns."""
+    """Names of the tensors returned by a conditioner."""
 
     ill_conditioned: ClassVar[bool] = False
-    """Whether `separate` loses digits. If so, the stream that `combine` changes is stored and never inverted."""
+    """Whether `separate` loses precision. If so, the stream that `combine` changes is stored and not recomputed."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -111,7 +112,7 @@ class Coupling(Bijection, Stepwise):
 
     @staticmethod
     def log_derivative(x: Tensor, *coefficients: Tensor) -> Tensor:
-        """Return log |d combine / d x|, elementwise, with the shape of x. Only log-determinants require this method."""
+        """Return the elementwise log |d combine / d x|, with the shape of x. Only log-determinants require this method."""
         raise NotImplementedError(
             "this coupling has no log-determinant: write its static method log_derivative(x, *coefficients)"
         )
@@ -123,17 +124,17 @@ class Coupling(Bijection, Stepwise):
         return run_stepwise(self, INVERSE, streams, context)
 
     def log_det(self, *streams: Tensor, **context: Any) -> Tensor:
-        """Return log |det d forward / d streams|, one value per sample, with shape (batch,)."""
+        """Return log |det d forward / d streams| as a tensor of shape (batch,), with one value per sample."""
         return run_plainly(Law(self, Passage(FORWARD, log_det=True)), streams, context)[-1]
 
     @property
     def translates(self) -> bool:
-        """Whether `combine` is x + t. If so, the engine can differentiate it without a graph."""
+        """Whether `combine` computes x + t. If so, the engine can differentiate it without a graph."""
         return self.combine is AdditiveCoupling.combine and self.separate is AdditiveCoupling.separate
 
     @property
     def unobserved(self) -> bool:
-        """Whether a call of this block runs only `Coupling.forward` or `Coupling.inverse`, without hooks or overrides."""
+        """Whether a call to this block runs only `Coupling.forward` or `Coupling.inverse`, without hooks or overrides."""
         # The hooks are tested here, because a further function call per block would be measurable.
         kind = type(self)
         return (
@@ -148,7 +149,7 @@ class Coupling(Bijection, Stepwise):
         )
 
     def conditioners(self, streams: Streams) -> list[tuple[int, nn.Module]]:
-        """Return (index of the changed stream, conditioner) for each conditioner, in the order of the forward pass."""
+        """Return the pairs (index of the changed stream, conditioner), in the order of the forward pass."""
         if len(streams) < 2 or (self.G is not None and len(streams) != 2):
             expected = "two streams" if self.G is not None else "two streams or more"
             raise ValueError(f"{type(self).__name__} requires {expected}; got {len(streams)}")
@@ -157,7 +158,7 @@ class Coupling(Bijection, Stepwise):
     def evaluate(
         self, conditioner: nn.Module, target: Tensor, others: Sequence[Tensor], context: dict[str, Any]
     ) -> Streams:
-        """Evaluate the conditioner. Return its coefficients, checked for the shape of `target` and cast to its dtype."""
+        """Evaluate the conditioner. Check the shape of its coefficients, cast them to the dtype of `target`, and return them."""
         returned = conditioner(*others, **context)
         values = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
         if len(values) != len(self.coefficients):
@@ -187,8 +188,8 @@ class Coupling(Bijection, Stepwise):
 class AdditiveCoupling(Coupling):
     """The additive coupling y = x + shift (NICE, Dinh et al. 2014). It preserves volume, so its log-determinant is 0.
 
-    A conditioner returns one tensor, the shift. With two conditioners, this coupling is the block of RevNet (Gomez et al. 2017,
-    section 3.1) and of CrevNet (Yu et al. 2019, eq. 2).
+    A conditioner returns one tensor, the shift. With two conditioners, this coupling is the block used in RevNet (Gomez et al.
+    2017, section 3.1) and CrevNet (Yu et al. 2019, eq. 2).
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
@@ -248,8 +249,8 @@ class GatedCoupling(Coupling):
 
     A conditioner returns (gate_logit, h). The gate g is computed in float32 or a wider dtype. The factor 1 - g is computed as
     sigmoid(-gate_logit), which stays positive even if g rounds to 1. The inverse divides by 1 - g, so it loses about
-    log2(1 / (1 - g)) bits. Therefore, a sequence stores the stream that the block changes: one stream per block. With this stored
-    stream, gradients are correct for any gate value.
+    log2(1 / (1 - g)) bits of precision. Therefore, a sequence stores one stream per gated block: the stream that the block
+    changes. Because this stream is stored, gradients are correct for any gate value.
 
     Examples:
         >>> class GateAndValue(torch.nn.Linear):

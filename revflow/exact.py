@@ -24,7 +24,9 @@ _ESCAPE = -128
 
 
 class Residual(NamedTuple):
-    """The differences between true values and their estimates, from which `Grid.restore` recovers the true values.
+    """The differences between true values and their estimates.
+
+    `Grid.restore` recovers the true values from the estimates and these differences.
 
     Examples:
         >>> class GateAndValue(torch.nn.Linear):
@@ -37,20 +39,20 @@ class Residual(NamedTuple):
     """
 
     codes: Tensor
-    """True value minus estimate, in units of the grid, as an int8 tensor in the shape of the stream.
+    """True value minus estimate, in units of the grid, as an int8 tensor with the shape of the stream.
 
     The code -128 marks a difference that does not fit in a byte.
     """
     escaped: Tensor
-    """The true values at the marked positions, in order, as a one-dimensional tensor in the dtype of the stream."""
+    """The true values at the marked positions, in order, as a one-dimensional tensor with the dtype of the stream."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A fixed-point grid: the multiples of 2^-bits. With 16 bits, float32 covers values up to 256 in steps of 1.5e-5.
+    """A fixed-point grid: the multiples of 2^-bits. With 16 bits, float32 can represent values up to 256 in steps of 1.5e-5.
 
-    With more bits, steps are finer and the range is smaller. If a stream exceeds the range, an OverflowError is raised. Its
-    message contains the number of bits that would suffice.
+    More bits result in smaller steps, but also in a smaller range. If a stream exceeds the range, an OverflowError is raised. If
+    fewer bits would suffice, the error message states a suitable number.
 
     Args:
         bits: Number of bits after the binary point, an integer from 1 to 52.
@@ -84,18 +86,21 @@ class Grid:
         return 2.0 ** (_significand(dtype) - self.bits)
 
     def round(self, x: Tensor) -> Tensor:
-        """Round x to the grid. Ties round to even multiples, and zeros are positive. The derivative of rounding is taken as 1."""
+        """Round x to the grid. Ties are rounded to even multiples, and zeros are positive.
+
+        The derivative of rounding is treated as 1.
+        """
         with torch.no_grad():
             rounded = torch.add(x.new_zeros(()), self._in_units(x), alpha=self.unit)
         # The difference and the sum are exact. Under autograd, the gradient passes the rounding unchanged.
         return x + (rounded - x).detach() if _differentiated() else rounded
 
     def add(self, x: Tensor, d: Tensor) -> Tensor:
-        """Return x + round(d). The sum is exact if x is on the grid and the sum does not exceed `limit`."""
+        """Return x + round(d). The sum is exact if x is on the grid and the sum is within `limit`."""
         return x + self.round(d) if _differentiated() else torch.add(x, self._in_units(d), alpha=self.unit)
 
     def take_back(self, y: Tensor, d: Tensor) -> Tensor:
-        """Return y - round(d), which is the x from which `add` computed y."""
+        """Return y - round(d). This is the x from which `add` computed y."""
         return y - self.round(d) if _differentiated() else torch.sub(y, self._in_units(d), alpha=self.unit)
 
     def add_(self, x: Tensor, d: Tensor) -> Tensor:
@@ -118,7 +123,7 @@ class Grid:
 
     @torch.no_grad()
     def restore(self, estimate: Tensor, residual: Residual) -> Tensor:
-        """Return the x for which `residual` was computed from exactly this estimate."""
+        """Recover x from its residual. `estimate` must be bit-identical to the estimate for which `residual` was computed."""
         codes, escaped = residual
         x = torch.add(estimate, codes.to(estimate.dtype), alpha=self.unit)
         return x.masked_scatter_(codes.eq(_ESCAPE), escaped) if len(escaped) else x

@@ -26,7 +26,7 @@ from revflow._base.torch_private import FakeTensor, FakeTensorMode, TorchDispatc
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Memory that a step takes, in bytes, in addition to the memory in use before the step.
+    """Memory used by a step, in bytes, in addition to the memory in use before the step.
 
     Examples:
         >>> weight = torch.ones(1024)
@@ -37,9 +37,12 @@ class MemoryReport:
     peak: int
     """Largest number of bytes in use at any one time."""
     kept: int
-    """Number of bytes in use after the step, including its result. After a forward pass, these are the stored activations."""
+    """Number of bytes in use after the step, including its result.
+
+    After a forward pass, these bytes are the stored activations.
+    """
     how: Literal["cuda", "tracked", "predicted"]
-    """Method of measurement: counters of the CUDA allocator, counted storages on the CPU, or counted storages of fake tensors."""
+    """Measurement method: CUDA allocator counters, counted storages on the CPU, or counted storages of fake tensors."""
 
     def __str__(self) -> str:
         return f"peak {self.peak / 2**20:.1f} MiB, afterwards {self.kept / 2**20:.1f} MiB ({self.how})"
@@ -48,13 +51,14 @@ class MemoryReport:
 def measure_memory(
     step: Callable[[], object], *, device: torch.device | str = "cpu", predict: bool = False
 ) -> MemoryReport:
-    """Run `step()` and measure the memory that it takes, in bytes, in addition to the memory in use before the step.
+    """Run `step()` and measure the memory that it uses, in bytes, in addition to the memory in use before the step.
 
     Args:
         step: Function to measure, such as a forward pass or a training step. Its result counts as memory in use after the step.
-        device: Device on which the step runs: either the CPU or a CUDA device, whose allocator has counters.
-        predict: True to run the step with fake tensors, which allocate no memory. The step must then create all its tensors
-            itself, including the model. The parameters of the model count. To exclude them, measure the model separately.
+        device: Device on which the step runs, either the CPU or a CUDA device.
+        predict: Whether to run the step with fake tensors, which allocate no memory. The step must then create all its tensors
+            itself, including the model. The report includes the parameters of the model. To exclude them, measure the model
+            separately.
 
     Raises:
         TypeError: If `step` cannot be called.
@@ -87,7 +91,7 @@ def measure_memory(
 
 @dataclass(frozen=True)
 class BatchMemory:
-    """Predicted memory of a step, in bytes, as a function of its batch size.
+    """Predicted memory of a step, in bytes, as a function of the batch size.
 
     Examples:
         >>> memory = revflow.predict_memory(lambda batch: torch.zeros(batch, 1024).sum())
@@ -96,7 +100,10 @@ class BatchMemory:
     """
 
     peaks: tuple[tuple[int, int], ...]
-    """Pairs (fixed bytes, bytes per sample), one for each moment that is the peak at some batch sizes, largest batches first."""
+    """Pairs (fixed bytes, bytes per sample), in descending order of batch size.
+
+    Each pair describes a moment in the step at which memory peaks for a range of batch sizes.
+    """
 
     def peak(self, batch: int) -> int:
         """Return the largest number of bytes in use at any one time, for a batch size of `batch`."""
@@ -105,8 +112,8 @@ class BatchMemory:
     def largest_batch(self, capacity: int) -> int:
         """Return the largest batch size whose peak is at most `capacity` bytes, or 0 if there is none.
 
-        A device needs more memory than the peak: for workspaces, for gaps in its allocator and, with CUDA, half a GiB for CUDA
-        itself.
+        In practice, a step requires more device memory than its peak: for workspaces, for allocator fragmentation and, on CUDA
+        devices, half a GiB for CUDA itself.
 
         Raises:
             ValueError: If the peak does not grow with the batch size, so that no batch is too large.
@@ -120,15 +127,15 @@ class BatchMemory:
 
 
 def predict_memory(step: Callable[[int], object]) -> BatchMemory:
-    """Predict the memory of a step for every batch size, from one run with fake tensors.
+    """Predict the memory of a step for every batch size from a single run with fake tensors.
 
         memory = revflow.predict_memory(training_step)  # training_step(batch) makes the model and its input
         memory.peak(8), memory.largest_batch(16 * 2**30)
 
-    The batch size of this run is a large prime number. The size of a tensor in bytes is thus a multiple of this number only
-    if the tensor grows with the batch. For batch sizes from 2 on, the peaks equal those of `measure_memory`. For a batch size of
-    1, the peak may differ by a few streams. Slices of a single sample may be contiguous even if slices of several samples are
-    not. Such slices may then be shared instead of copied, or copied instead of shared.
+    The batch size of this run is a large prime number. A tensor's size in bytes is thus a multiple of this number only if the
+    tensor grows with the batch size. For batch sizes of 2 or more, the peaks equal those measured by `measure_memory`. For a
+    batch size of 1, the peak may differ by the size of a few streams: slices of a single sample may be contiguous even if slices
+    of several samples are not. Such slices may then be shared instead of copied, or vice versa.
 
     Args:
         step: Function that takes a batch size and creates all its tensors, including the model. The size of each tensor must be

@@ -23,25 +23,25 @@ from revflow.cell import RecurrentCell, RecurrentState
 class ReversibleRecurrence(nn.ModuleList):
     """A stack of recurrent cells that is trained by backpropagation through time.
 
-    It is a subclass of `nn.ModuleList`. In training, each time step stores its input streams and its new states and memories. The
-    next time step needs the states and memories in any case. The backward pass recomputes all other activations, cell by cell. In
-    total, every `update` is evaluated twice, and every `mix` is evaluated three times. Gradients equal those of standard
-    autograd. The gradient of a state or a stream that a time step returned is the sum of the contributions of all operations
-    after that time step.
+    It is a subclass of `nn.ModuleList`. During training, the input streams, new states and new memories of each time step are
+    stored. (The next time step requires the states and memories in any case.) The backward pass recomputes all other activations,
+    cell by cell. In total, every `update` is evaluated twice, and every `mix` is evaluated three times. Gradients equal those
+    computed by standard autograd. The gradient of a state or stream returned by a time step is the sum of the contributions of
+    all later operations.
 
     Args:
         cells: Recurrent cells, from the first to the last.
-        states: Storage of new states and memories until the backward pass. `"kept"` stores them unchanged on the device.
-            `"bfloat16"` stores them on the device, rounded to bfloat16. All later operations use the rounded values, so gradients
-            are exactly those of the function that is computed. `"offloaded"` stores them in CPU memory. On CUDA, this memory is
-            pinned, and copies overlap with computation. If `states` is an integer n, only every n-th time step stores them
-            (unchanged), and the others are recomputed. The states then take about 1/n of the memory, and each `update` is
-            evaluated 3 - 1 / n times in total.
-        guard: Reaction if recomputed values are wrong, as in `ReversibleSequence`. The guard compares the results of each cell's
-            second evaluation with the states of the forward pass.
+        states: Storage method for new states and memories until the backward pass: `"kept"` (unchanged, on the device),
+            `"bfloat16"` (rounded to bfloat16, on the device), `"offloaded"` (in CPU memory), or an integer n. In `"bfloat16"`
+            mode, all later operations use the rounded values, so gradients are exact for the function that is computed. In
+            `"offloaded"` mode with CUDA, the CPU memory is pinned, and copies overlap with computation. If an integer n is given,
+            the states and memories of every n-th time step are stored unchanged, and the others are recomputed. The states then
+            use about 1/n of the memory, and each `update` is evaluated 3 - 1 / n times in total.
+        guard: Reaction to incorrect recomputed values, as in `ReversibleSequence`. The guard compares the results of each cell's
+            second evaluation with the states from the forward pass.
 
     Pass each state to the next time step exactly as it was returned, in the same dtype, so that the engine recognizes it. If you
-    change a state between two time steps, for example with a mask, the changed state is stored on the device in addition.
+    change a state between two time steps, for example with a mask, the changed state is also stored on the device.
 
     Under `revflow.ordinary_autograd`, `no_grad`, forward-mode differentiation, `torch.func` transforms and `torch.export`, a
     recurrence runs like any other module. Second derivatives are not supported and raise an error.
@@ -84,10 +84,10 @@ class ReversibleRecurrence(nn.ModuleList):
     def forward(
         self, inputs: Sequence[Streams | None], state: RecurrentState, **context: Any
     ) -> tuple[list[Streams], RecurrentState]:
-        """Run all time steps. Return the output streams of each time step, and the last state.
+        """Run all time steps. Return the output streams of each time step and the last state.
 
         Args:
-            inputs: Input streams of each time step. If an entry is None, the output of the previous time step is the input.
+            inputs: Input streams for each time step. If an entry is None, the output of the previous time step is used.
             state: The state before the first time step.
         """
         outputs: list[Streams] = []
@@ -101,7 +101,7 @@ class ReversibleRecurrence(nn.ModuleList):
         return outputs, state
 
     def step(self, streams: Streams, state: RecurrentState, **context: Any) -> tuple[Streams, RecurrentState]:
-        """Run one time step. Return the output streams of the last cell, and the new state."""
+        """Run one time step. Return the output streams of the last cell and the new state."""
         self._check(streams, state)
         if not engine_applies():
             return self.plain_step(streams, state, **context)
@@ -129,9 +129,9 @@ class ReversibleRecurrence(nn.ModuleList):
         return streams, RecurrentState(tuple(cells), tuple(memories))
 
     def compile_cells(self, **options: Any) -> ReversibleRecurrence:
-        """Compile `update` and `mix` of every cell in place with `torch.compile(..., **options)`, and return the recurrence.
+        """Compile each cell's `update` and `mix` methods in place with `torch.compile(..., **options)`. Return the recurrence.
 
-        Compiled graphs do not include the engine. The method raises dynamo's limit of recompilations.
+        The engine is not part of the compiled graphs. This method increases dynamo's recompilation limit.
         """
         # A method needs up to 19 graphs: with and without gradients, in train and in eval mode, for the first time steps (whose
         # states may share one tensor of zeros) and the later ones, and for batches of one size and of any size.

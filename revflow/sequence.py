@@ -36,52 +36,52 @@ _NOT_COMPILED = (
 class ReversibleSequence(BlockList):
     """A stack of invertible blocks that trains without storing the activations between them.
 
-    It is a subclass of `nn.Sequential`. The backward pass recomputes the input of each block from its output. After the forward
-    pass, only the output of the sequence stays in memory, at any depth. (A gated block also stores one stream.) Each conditioner
-    is evaluated twice per training step, so a step takes about 4/3 as long as under standard autograd.
+    It is a subclass of `nn.Sequential`. The backward pass recomputes the input to each block from the block's output. After the
+    forward pass, only the output of the sequence remains in memory, at any depth. (For a gated block, one stream is also stored.)
+    Each conditioner is evaluated twice per training step, so a step takes about 4/3 as long as under standard autograd.
 
     Args:
         blocks: Couplings, other bijections, or any modules with `forward(*streams, **context)` and
-            `inverse(*streams, **context)`. To name them, pass a dictionary. A nested `ReversibleSequence` counts as its blocks.
-        split_dim: Dimension along which a single tensor is split into halves.
-        guard: Reaction if recomputed values differ from those of the forward pass. A few values per block are compared. "warn"
-            warns once per sequence about errors above 1e-4 of the largest stream in float32 (2e-2 under autocast). Above 1e-2
-            (1e-1 under autocast), it raises `ReconstructionError`. "raise" raises this error from the lower tolerance on. "off"
-            disables the comparison. If `exact` is set, any difference is an error.
-        exact: True to round streams to a grid of 16 bits, or another `Grid`. Recomputed values and all gradients are then
-            bit-identical to those of stored activations. (One exception: gradients of a tensor that is used several times in a
-            block and also in other blocks are summed in another order.) The input, and everything that a conditioner adds to a
-            stream, is rounded to the grid, also in `plain` and in inference. The derivative of rounding is taken as 1.
-            Couplings that are not additive store one byte per value, and four more for each value that is almost completely
-            overwritten (gates above 0.996).
+            `inverse(*streams, **context)`. To name blocks, pass a dictionary. Nested sequences are treated as lists of blocks.
+        split_dim: Dimension along which a single tensor is split in half.
+        guard: Reaction to recomputed values that differ from those of the forward pass. A few values per block are compared. In
+            "warn" mode, a warning is shown once per sequence if an error exceeds 1e-4 of the largest stream in float32 (2e-2
+            under autocast). Above 1e-2 (1e-1 under autocast), a `ReconstructionError` is raised. In "raise" mode, this error is
+            raised above the lower tolerance. "off" disables the comparison. If `exact` is set, any difference is an error.
+        exact: True to round streams to a grid of 16 bits, or a different `Grid`. Recomputed values and all gradients are then
+            bit-identical to those computed with stored activations. (One exception: if a tensor is used several times in a block
+            and also in other blocks, its gradients are summed in a different order.) The input, and everything that a conditioner
+            adds to a stream, is rounded to the grid, including in `plain` and in inference. The derivative of rounding is treated
+            as 1. For a coupling that is not additive, one byte per value is stored, plus four bytes for each value that is almost
+            completely overwritten (gates above 0.996).
         memory_budget: Memory for activations: a number of bytes, a size such as "6GiB", "all", "none", or a fraction such as
             0.8 of the device's free memory (at first use). As many of the last blocks as fit are stored, and the others are
-            recomputed. The first step with a new kind of input (shapes, dtypes, autocast, mode) recomputes all blocks and
-            measures them; `plan` predicts the result. All calls with a pending backward pass share the budget; they are counted
-            in the first step that makes that many. The budget covers the gradients of streams, but neither the input nor the
-            gradients of parameters. If even full recomputation exceeds the budget, a warning is shown. Inside
+            recomputed. In the first step with a new kind of input (shapes, dtypes, autocast, mode), all blocks are recomputed and
+            measured. To predict the result, use `plan`. All calls with a pending backward pass share the budget; they are counted
+            in the first step that makes so many calls. The budget includes the gradients of streams, but neither the input nor
+            parameter gradients. If even full recomputation exceeds the budget, a warning is shown. Inside
             `torch.utils.checkpoint` and `save_on_cpu`, all blocks are recomputed.
-        chunks: Number of micro-batches, along dimension 0, in which a recomputed conditioner is evaluated. Its activations then
-            take the memory of one micro-batch. The function is the same up to rounding and the order in which random numbers
-            are drawn. State that changes in each evaluation (vectors of spectral norm, running averages) changes once per
-            micro-batch. Tensors among the keyword arguments are also split, so the size of their first dimension must be the
-            batch size or 1. Conditioners that mix samples (BatchNorm in train mode) raise an error; with guard="off", only
-            BatchNorm does.
+        chunks: Number of micro-batches, along dimension 0, in which a recomputed conditioner is evaluated. Only the activations
+            of one micro-batch are then in memory at a time. The results are the same except for rounding and the order in which
+            random numbers are drawn. State that changes in each evaluation (spectral-norm vectors, running averages) changes once
+            per micro-batch. Tensors among the keyword arguments are also split, so the size of their first dimension must be the
+            batch size or 1. Conditioners that mix samples (such as BatchNorm in train mode) cause an error. If `guard` is "off",
+            only BatchNorm causes an error.
 
     If the input is a single tensor, it is split into two streams along `split_dim`, and the output is a single tensor. If the
     input is a tuple of streams, the output is a tuple. Keyword arguments are passed to every conditioner. Tensors among them,
-    also in lists or dictionaries, receive gradients. Dropout masks, autocast, train or eval mode and BatchNorm statistics are the
-    same in both evaluations. Do not change parameters, keyword arguments or the output in place before the backward pass;
-    otherwise, PyTorch raises an error. Under `no_grad`, forward-mode differentiation, `torch.func` transforms and
-    `torch.export`, a sequence runs like any other module.
+    including those in lists or dictionaries, receive gradients. Dropout masks, autocast settings, train or eval mode and
+    BatchNorm statistics are the same in both evaluations. Do not change parameters, keyword arguments or the output in place
+    before the backward pass; otherwise, PyTorch raises an error. Under `no_grad`, forward-mode differentiation, `torch.func`
+    transforms and `torch.export`, a sequence runs like any other module.
 
-    `print(net)` shows a table of the blocks, with equal consecutive blocks in one line. It lists the number of parameters and
-    the shapes of the output streams in the last training step or `plan`. `print(net[0])` shows the modules of a block.
+    `print(net)` prints a table of the blocks, with identical consecutive blocks on one line. The table lists parameter counts
+    and the output stream shapes from the last training step or `plan` call. `print(net[0])` prints the modules of a block.
 
     Raises:
         TypeError, ValueError, RuntimeError: If an argument, a block or its result is invalid, or if second derivatives are
-            computed (`plain` supports them). An error inside a block contains the block's number and the shapes of its streams.
-        OverflowError: If `exact` is set and a stream exceeds the range of the grid. The message names the block that returned it.
+            computed (`plain` supports them). The message of an error in a block contains the block's number and stream shapes.
+        OverflowError: If `exact` is set and a stream exceeds the range of the grid. The message names the block.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
@@ -114,7 +114,7 @@ class ReversibleSequence(BlockList):
 
     @property
     def memory_budget(self) -> MemoryBudget:
-        """The memory budget, as given. Assigning a new budget discards the measurements."""
+        """The memory budget as it was given. Assigning a new budget discards the measurements."""
         return self._budget.given
 
     @memory_budget.setter
@@ -146,10 +146,10 @@ class ReversibleSequence(BlockList):
         return self._run(y, context, INVERSE)[0]
 
     def forward_with_log_det(self, x: Tensor | Streams, **context: Any) -> tuple[Any, Tensor]:
-        """Return the output y and, for normalizing flows, log |det dy/dx|: one value per sample, in the shape (batch,).
+        """Return the output y and, for normalizing flows, log |det dy/dx|, which has one value per sample: shape (batch,).
 
-        The log-determinant is differentiable and requires no additional evaluation. Custom couplings must have
-        `log_derivative`, and other custom blocks `log_det`; otherwise, a NotImplementedError names the block.
+        The log-determinant is differentiable and requires no additional evaluation. Custom couplings must define
+        `log_derivative`, and other custom blocks must define `log_det`. Otherwise, a NotImplementedError names the block.
         """
         y, log_det = self._run(x, context, log_det=True)
         return y, log_det
@@ -159,11 +159,11 @@ class ReversibleSequence(BlockList):
         return self._chain(x, context).run()[0]
 
     def forward_with_residuals(self, x: Tensor | Streams, **context: Any) -> tuple[Any, list[Residual]]:
-        """Return the output of `plain(x)`, and the residuals with which `inverse_with_residuals` recovers x to the last bit.
+        """Return the output of `plain(x)` and the residuals with which `inverse_with_residuals` recovers x bit for bit.
 
-        There is one `Residual`, with one byte per value, for each conditioner of a coupling that is not additive. `inverse` needs
-        no residuals: it is exact if all couplings are additive, and approximate otherwise. If the sequence is not exact, a
-        RuntimeError is raised.
+        For each conditioner of a coupling that is not additive, there is one `Residual`, with one byte per value. `inverse` uses
+        no residuals: it is exact if all couplings are additive, and approximate otherwise. If `exact` is not set, a RuntimeError
+        is raised.
         """
         residuals: list[Residual] = []
         y, _ = self._chain(x, context, residuals=self._checked_exact(residuals)).run()
@@ -171,7 +171,7 @@ class ReversibleSequence(BlockList):
 
     @torch.no_grad()
     def inverse_with_residuals(self, y: Tensor | Streams, residuals: Sequence[Residual], **context: Any) -> Any:
-        """Recover the input of `forward_with_residuals`, rounded to the grid, from its results. No graph is built."""
+        """Recover the input to `forward_with_residuals`, rounded to the grid, from its results. No graph is built."""
         left = self._checked_exact(list(residuals))
         x, _ = self._chain(y, context, INVERSE, residuals=left).run()
         if left:
@@ -187,10 +187,10 @@ class ReversibleSequence(BlockList):
         return residuals
 
     def plan(self, x: Tensor | Streams, **context: Any) -> Plan:
-        """Predict which blocks a training step with an input like `x` stores, and the memory and time of the step.
+        """Predict which blocks are stored in a training step with an input like `x`, and the memory and time of the step.
 
-        The forward pass runs five times. Buffers and random number generators do not change, and nothing is trained. The time of
-        a block is the median of three runs.
+        The forward pass is run five times. Buffers and random number generators do not change, and nothing is trained. Each
+        block's time is the median of three runs.
         """
         device = streams_of(x, self.split_dim)[0].device
         with torch.enable_grad(), undisturbed(self, device):
@@ -202,11 +202,11 @@ class ReversibleSequence(BlockList):
         return Plan(limit, table.costs, first_kept, table.peaks[first_kept], seconds)
 
     def compile_conditioners(self, **options: Any) -> ReversibleSequence:
-        """Compile the conditioner of every coupling in place with `torch.compile(..., **options)`, and return the sequence.
+        """Compile the conditioner of every coupling in place with `torch.compile(..., **options)`. Return the sequence.
 
-        Compiled graphs do not include the engine. Compile either all conditioners or none. If only one of a conditioner's two
-        evaluations were compiled, dropout would draw another mask in the other. When dynamo's limit of recompilations (8 per
-        function) is reached, a function runs uncompiled. Therefore, this method raises the limit as far as the sequence may need.
+        The engine is not part of the compiled graphs. Compile either all conditioners or none. If only one of a conditioner's two
+        evaluations were compiled, dropout masks would differ. When dynamo's recompilation limit (8 per function) is reached, a
+        function runs uncompiled. Therefore, this method increases the limit to the number that the sequence may require.
         """
         conditioners = conditioners_in(self)
         # For each shape of streams, dynamo compiles a conditioner with and without gradients, in train and in eval mode.

@@ -12,20 +12,20 @@ from revflow._verify.verification import Verification
 
 
 def verify(net: nn.Module, *inputs: Any, **context: Any) -> Verification:
-    """Compare a training step of `net(*inputs, **context)` on the engine with a training step under standard autograd.
+    """Compare a training step of `net(*inputs, **context)` run by the engine with one under standard autograd.
 
     The function compares the gradients and measures memory and time. It also checks the inverse, the determinism and the
-    log-derivative of each block separately. All computations use copies, so the network does not change. To show a report,
-    `print` the result.
+    log-derivative of each block separately. All computations use copies, so the network does not change. To show the result as a
+    report, use `print`.
 
     Args:
         net: A `ReversibleSequence`, or a module that contains at least one.
-        *inputs: Arguments of the network. Gradients of the floating-point tensors among them are also compared.
-        **context: Keyword arguments of the network, treated like `inputs`. The autocast context of the call applies.
+        *inputs: Positional arguments for the network. The gradients of floating-point tensors among them are also compared.
+        **context: Keyword arguments for the network, treated like `inputs`. An active autocast context also applies to the steps.
 
     Raises:
         ValueError: If `net` does not contain a `ReversibleSequence`.
-        Exception: Any error of the network itself, except errors in the backward pass, which the report lists as problems.
+        Exception: If the network itself raises an error in the forward pass. Errors in the backward pass are listed as problems.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])

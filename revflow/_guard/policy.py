@@ -11,9 +11,9 @@ Mode = Literal["warn", "raise", "off"]
 
 
 class ReconstructionError(RuntimeError):
-    """Raised if the backward pass recomputed the input of a block incorrectly. It is a subclass of RuntimeError.
+    """The error raised if the backward pass recomputes the input to a block incorrectly. It is a subclass of RuntimeError.
 
-    The gradients of this backward pass are wrong. Do not use them.
+    The gradients computed in this backward pass are wrong. Do not use them.
 
     Examples:
         >>> class Noisy(torch.nn.Module):
@@ -33,7 +33,9 @@ class ReconstructionError(RuntimeError):
 
 
 class ReconstructionWarning(UserWarning):
-    """Shown if the backward pass recomputed the input of a block with a noticeable error. It is a subclass of UserWarning.
+    """The warning shown if the backward pass recomputes the input to a block with a noticeable error.
+
+    It is a subclass of UserWarning.
 
     Examples:
         >>> import warnings

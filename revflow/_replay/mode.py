@@ -24,10 +24,10 @@ this_thread = threading.local()
 
 
 def is_recomputing() -> bool:
-    """Whether a backward pass is currently evaluating a conditioner for the second time.
+    """Return whether a backward pass is currently evaluating a conditioner for the second time.
 
     Forward hooks, and modules that count or log their inputs, run in both evaluations of a conditioner. Call this function to
-    distinguish the evaluations.
+    distinguish between the two evaluations.
 
     Examples:
         >>> class Counting(torch.nn.Linear):
@@ -52,10 +52,11 @@ def is_evaluating() -> bool:
 
 @contextmanager
 def ordinary_autograd() -> Iterator[None]:
-    """A context in which all sequences and recurrences run under standard autograd.
+    """A context manager that makes all sequences and recurrences run under standard autograd.
 
-    They compute the same function, but store every activation. Use this context to compare gradients, memory or time. It must
-    enclose the forward pass; the backward pass may run outside of it. For a single sequence, use `ReversibleSequence.plain`.
+    Sequences and recurrences then compute the same function, but every activation is stored. Use this context to compare
+    gradients, memory or time. The context must enclose the forward pass; the backward pass may run outside the context. For a
+    single sequence, use `ReversibleSequence.plain`.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])

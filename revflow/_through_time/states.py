@@ -16,7 +16,7 @@ from revflow._base.host_memory import in_host_memory
 from revflow._base.streams import Tensors
 
 States = Literal["kept", "bfloat16", "offloaded"] | int
-"""The type of the argument `states` of `ReversibleRecurrence`, which selects how states are stored."""
+"""The type of the `states` argument of `ReversibleRecurrence`, which selects how states are stored."""
 
 
 class Storage:

@@ -30,25 +30,28 @@ class Verification:
     """
 
     gradients: Worst
-    """Largest error of the gradient of an input or parameter, and the name of that input or parameter.
+    """Largest gradient error of any input or parameter, and the name of that input or parameter.
 
-    The error is the norm of the difference from the gradient under standard autograd. It is relative to the norm of the gradient,
-    or to 1e-3 of the largest gradient's norm if that is larger.
+    The error is the norm of the difference from the gradient under standard autograd. This norm is divided by the norm of the
+    gradient or by 1e-3 of the largest gradient norm, whichever is larger.
     """
     reconstruction: Worst
-    """Largest error of a block's recomputed input, relative to the largest stream, and the block. In exact mode, it must be 0."""
+    """Largest error of a recomputed block input, relative to the largest stream, and the name of that block.
+
+    In exact mode, the error must be 0.
+    """
     evaluations: dict[str, int]
-    """Number of evaluations per training step, for each conditioner and for each other block (including its inverse)."""
+    """Number of evaluations per training step, for each conditioner and each block without one (including its inverse)."""
     kept: Both | None
     """Number of bytes in use after the forward pass; None if the device is neither the CPU nor a CUDA device."""
     peak: Both | None
-    """Largest number of bytes in use during the forward and backward pass, in addition to those in use before it."""
+    """Largest number of bytes in use during the forward and backward passes, in addition to those in use before them."""
     time: float | None
-    """Time of the forward and backward pass relative to standard autograd; None if the backward pass fails."""
+    """Time of the forward and backward passes relative to standard autograd; None if the backward pass fails."""
     problems: tuple[str, ...]
-    """Descriptions of the faults that were found."""
+    """Descriptions of the problems that were found."""
     notes: tuple[str, ...]
-    """Remarks that are not faults."""
+    """Remarks that do not indicate problems."""
 
     @property
     def ok(self) -> bool:

@@ -18,7 +18,7 @@ Attention = Literal["deep", "pointwise"]
 Loss = Literal["all", "future", "padded"] | int
 """The predictions that a loss covers; a number selects one future frame, 1 being the first."""
 Feedback = Literal["latent", "frame"]
-"""The input of CrevNet's next step in a forecast: the latent of the predicted frame, or the decoded frame."""
+"""The input to CrevNet's next step in a forecast: the latent of the predicted frame, or the decoded frame."""
 Static = Literal["road_map", "connectivity", "clock"]
 
 STATIC_CHANNELS: dict[Static, int] = {"road_map": 1, "connectivity": 8, "clock": 4}
@@ -27,13 +27,13 @@ STATIC_CHANNELS: dict[Static, int] = {"road_map": 1, "connectivity": 8, "clock":
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The configuration options that all video models share.
+    """The configuration options shared by all video models.
 
     Args:
         name: name of the model.
-        channels: number of data channels per frame (Traffic4cast 2019 has three: volume, speed and heading).
+        channels: number of data channels per frame (three in Traffic4cast 2019: volume, speed and heading).
         static: inputs that are constant within a window and are not predicted: `road_map`, `connectivity` (roads to the eight
-            neighboring pixels, from the static files of 2021) and `clock` (time of day and day of the week).
+            neighboring pixels, from the 2021 static files) and `clock` (time of day and day of the week).
         past: number of input frames.
         horizon: number of predicted frames.
 
@@ -48,9 +48,9 @@ class ModelConfig:
     score_name: ClassVar[str] = "MSE"
     """Name of the validation score by which checkpoints are compared. A lower score is better."""
     losses: ClassVar[tuple[Loss, ...]] = ("all", "future")
-    """Values of `over` that `loss` supports, in addition to the number of a single future frame."""
+    """Values of `over` supported by `loss`, in addition to the number of a single future frame."""
     feeds_back: ClassVar[bool] = True
-    """Whether the model predicts frame by frame. If so, training can use its own predictions as inputs."""
+    """Whether the model predicts frame by frame. If so, its own predictions can be used as inputs during training."""
 
     name: str
     channels: int = 3
@@ -86,7 +86,7 @@ class ModelConfig:
         return self.past + self.horizon
 
     def check_loss(self, over: Loss) -> None:
-        """Raise ValueError if the model does not support the loss that `over` selects."""
+        """Raise a ValueError if the model does not support the loss selected by `over`."""
         if over not in self.losses and not (type(over) is int and 1 <= over <= self.horizon):
             raise ValueError(
                 f"the loss of {self.name} must be {', '.join(map(str, self.losses))}, or the number of one future frame, 1 to "
@@ -105,18 +105,20 @@ class CrevNetConfig(ModelConfig):
     """The configuration of CrevNet. For `channels`, `static`, `past` and `horizon`, see `ModelConfig`.
 
     Args:
-        blocks: number of reversible blocks in each stage of the autoencoder. The paper counts a block as three layers.
-        strides: downsampling factor of each stage, 1 or 2. Frames are additionally downsampled by 2 before the first stage.
-        bottleneck: ratio of the number of channels of a stream to the number of channels inside a block.
+        blocks: number of reversible blocks in each autoencoder stage. The paper counts each block as three layers.
+        strides: downsampling factor of each stage, 1 or 2. Frames are also downsampled by a factor of 2 before the
+            first stage.
+        bottleneck: ratio of the number of stream channels to the number of channels inside a block.
         modules: number of reversible predictive modules.
         cell: type of recurrent cell in each module.
         attention: network that computes a module's gate: `deep` (1x1, 3x3 and 1x1 convolutions with normalization layers
             between them) or `pointwise` (one 1x1 convolution).
-        clip: number of consecutive frames (a clip) that the network processes and predicts at a time. If it is greater than 1,
-            convolutions are three-dimensional and include time. Each clip begins one frame after the previous one.
+        clip: number of consecutive frames (a clip) that are processed and predicted together. If it is greater than 1,
+            convolutions are three-dimensional and extend over time. Each clip begins one frame after the previous one.
         exact_bits: number of fractional bits of the grid (revflow.Grid) to which streams are rounded. Recomputed streams are
-            then bit-identical. 16 bits represent values up to 256 in float32. By default, streams are not rounded to a grid.
-        states: storage of the modules' states h, c and m until the backward pass (revflow.ReversibleRecurrence): `kept`
+            then bit-identical to the original ones. With 16 bits, float32 can represent values up to 256. By default, streams are
+            not rounded to a grid.
+        states: storage method for the states h, c and m until the backward pass (revflow.ReversibleRecurrence): `kept`
             (unchanged), `bfloat16` (rounded, half the memory), `offloaded` (in CPU memory), or an integer n (every n-th time
             step is stored and the others are recomputed).
 
@@ -168,7 +170,7 @@ class CrevNetConfig(ModelConfig):
 
     @property
     def grid(self) -> revflow.Grid | None:
-        """The grid to which streams are rounded in exact arithmetic, or None without exact arithmetic."""
+        """The grid to which streams are rounded in exact arithmetic, or None if exact arithmetic is not used."""
         import revflow
 
         return None if self.exact_bits is None else revflow.Grid(self.exact_bits)
@@ -183,7 +185,7 @@ class CrevNetConfig(ModelConfig):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Number of channels of one stream in each stage."""
+        """Number of channels per stream in each stage."""
         width, widths = 2 * self.input_channels, []
         for stride in self.strides:
             width *= stride**2

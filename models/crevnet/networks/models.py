@@ -20,7 +20,7 @@ MODELS: dict[str, Model] = {name: model_named(name) for name in get_args(ModelNa
 
 
 def make_network(config: ModelConfig) -> VideoModel[Any]:
-    """Create a network with this configuration and random weights.
+    """Create a network with random weights from a configuration.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)

@@ -20,9 +20,9 @@ Config = TypeVar("Config", bound=ModelConfig)
 
 
 class VideoModel(nn.Module, ABC, Generic[Config]):
-    """The base class of all models. A model is a network that predicts the next frames of a video, at any frame size.
+    """The base class of all models. A model is a network that predicts the next frames of a video. Frames may have any size.
 
-    The methods raise ValueError if the frames or static channels do not match the configuration.
+    The methods raise a ValueError if the frames or static channels do not match the configuration.
 
     Examples:
         >>> config = crevnet.MODELS["unet"].config(channels=1, static=(), past=4, horizon=2)
@@ -40,11 +40,11 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
 
     @abstractmethod
     def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
-        """Return the predictions on which the model is trained.
+        """Return the predictions from which the training loss is computed.
 
         Args:
             frames: input frames (B, T, C, H, W).
-            static: static channels (B, S, H, W), if the configuration has any.
+            static: static channels (B, S, H, W), if the configuration includes any.
         """
 
     @abstractmethod
@@ -55,36 +55,36 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
         over: Loss = "all",
         fed: Sequence[bool] | None = None,
     ) -> Tensor:
-        """Return the training loss, a scalar, for windows of past and future frames.
+        """Return the scalar training loss for windows of past and future frames.
 
         Args:
             frames: windows of frames (B, past + horizon, C, H, W).
-            static: static channels (B, S, H, W), if the configuration has any.
-            over: the predictions that the loss covers: "all", "future" (only the last `horizon` frames), or the number of a
-                single future frame, counted from 1.
-            fed: for each future frame except the last, whether the true frame is an input. If an entry is false, the predicted
-                frame is the input instead. By default, all entries are true.
+            static: static channels (B, S, H, W), if the configuration includes any.
+            over: predictions over which the loss is computed: "all", "future" (only the last `horizon` frames), or the number of
+                a single future frame, counted from 1.
+            fed: for each future frame except the last, whether the true frame is the input to the next time step. If an entry is
+                false, the predicted frame is used instead. By default, all entries are true.
         """
 
     @abstractmethod
     def generate(self, past: Tensor, static: Tensor | None = None, horizon: int | None = None) -> Tensor:
-        """Predict the frames that follow `past` and return them as a tensor (B, horizon, C, H, W). Values are not clipped.
+        """Predict the frames that follow `past` and return them as a tensor (B, horizon, C, H, W). The values are not clipped.
 
         Args:
             past: input frames (B, T, C, H, W).
-            static: static channels (B, S, H, W), if the configuration has any.
-            horizon: number of frames to predict. By default, the `horizon` of the configuration.
+            static: static channels (B, S, H, W), if the configuration includes any.
+            horizon: number of frames to predict; by default, `config.horizon`.
         """
 
     def check_generation(self, height: int, width: int) -> None:
-        """Raise ValueError, with the reason, if generating frames of this size would take unreasonably long."""
+        """Raise a ValueError that states the reason if generating frames of this size would take unreasonably long."""
 
     def scores(self, frames: Tensor, static: Tensor | None = None, number: int | None = None) -> Tensor:
-        """Return the validation scores, one per future frame, for windows as in `loss`. Lower scores are better.
+        """Return one validation score per future frame, for windows of the same form as those passed to `loss`.
 
-        A score is the mean squared error of one generated frame whose values are clipped to [0, 1]. Checkpoints are selected by
-        the mean of the scores. The result has the shape (horizon,). If `number` is given, the result has the shape (1,) and
-        contains only the score of that future frame, counted from 1.
+        Lower scores are better. Each score is the mean squared error of one generated frame, with values clipped to [0, 1].
+        Checkpoints are selected by the mean of these scores. The result has the shape (horizon,). If `number` is given, the
+        result has the shape (1,) and contains only the score of the future frame with this number, counted from 1.
         """
         past = self.config.past
         chosen = slice(number and number - 1, number)
@@ -92,7 +92,7 @@ class VideoModel(nn.Module, ABC, Generic[Config]):
         return F.mse_loss(forecast, frames[:, past:][:, chosen], reduction="none").mean((0, 2, 3, 4))
 
     def compile_parts(self, **options: Any) -> None:
-        """Compile the expensive parts in place with `torch.compile(..., **options)`. The keys of the state dict do not change."""
+        """Compile the expensive parts in place with `torch.compile(..., **options)`. The state dict keys do not change."""
         for child in self.children():
             for part in child if isinstance(child, nn.ModuleList) else (child,):
                 part.compile(**options)

@@ -20,11 +20,11 @@ Latent = tuple[Tensor, Tensor]
 
 
 class TwoWayAutoencoder(nn.Module):
-    """A reversible network that encodes frames as latents and, with the same parameters, decodes latents to frames.
+    """A reversible network that encodes frames into latents and decodes latents into frames with the same parameters.
 
-    Training does not store the activations between blocks. As in the authors' code, the blocks are those of i-RevNet: each
-    consists of one coupling, followed by a swap of the two streams. A frame is pixel-unshuffled before it is split, so the
-    streams initially contain its even and its odd rows. The height and width of a frame must be multiples of D.
+    The activations between blocks are not stored during training. As in the authors' code, i-RevNet blocks are used: each block
+    consists of one coupling, followed by a swap of the two streams. A frame is pixel-unshuffled before it is split, so one
+    stream initially contains the even rows and the other the odd rows. The height and width of a frame must be multiples of D.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
@@ -49,7 +49,7 @@ class TwoWayAutoencoder(nn.Module):
         self._channels_last = channels_last(config.clip)
 
     def encode(self, frames: Tensor) -> Latent:
-        """Encode frames (B, Ci, Hp, Wp) or clips (B, K, Ci, Hp, Wp). This is the function E in eq. 1 of the paper."""
+        """Encode frames (B, Ci, Hp, Wp) or clips (B, K, Ci, Hp, Wp). This method is E in eq. 1 of the paper."""
         # In the memory format of the weights, which streams, latents and states inherit.
         by_rows = next(self.parameters()).is_contiguous()
         layout = torch.contiguous_format if by_rows else self._channels_last
@@ -57,7 +57,7 @@ class TwoWayAutoencoder(nn.Module):
         return z1, z2
 
     def decode(self, latent: Latent) -> Tensor:
-        """Return the frames or clips that `encode` maps to `latent`. This is the function E⁻¹ in eq. 4 of the paper."""
+        """Return the frames or clips that `encode` maps to `latent`. This method is E⁻¹ in eq. 4 of the paper."""
         frames: Tensor
         (frames,) = self.blocks.inverse(latent)
         return frames.movedim(1, -3)

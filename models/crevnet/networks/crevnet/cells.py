@@ -44,18 +44,18 @@ class ConvLSTMCell(nn.Module):
         nn.Module.register_load_state_dict_pre_hook(self, partial(_join, {"gates": "ifgo"}))
 
     def forward(self, x: Tensor, state: CellState, memory: Tensor | None) -> tuple[CellState, Tensor | None]:
-        """Run one time step and return the new state and the unchanged `memory`."""
+        """Run one time step. Return the new state, and `memory` unchanged."""
         i, f, g, o = self.gates(torch.cat((x, state.h), 1)).chunk(4, 1)
         c = torch.sigmoid(f) * state.c + torch.sigmoid(i) * torch.tanh(g)
         return CellState(torch.sigmoid(o) * torch.tanh(c), c), memory
 
 
 class STLSTMCell(nn.Module):
-    """The spatiotemporal LSTM cell (ST-LSTM) of CrevNet's authors, based on PredRNN (Wang et al. 2017).
+    """The spatiotemporal LSTM cell (ST-LSTM) used by CrevNet's authors, based on PredRNN (Wang et al. 2017).
 
-    The gates i, f and g are computed from [x, h, c], and the new c is f c + i g. The gates i', f' and g' are computed from
-    [x, m, c] with the new c, and the new memory m is f' m + i' g'. The gate o is computed from [x, h, c, m] with the new c and m,
-    and the new h is o tanh(W [c, m]). Within one time step, each module passes its memory m up to the next module.
+    The gates i, f and g are computed from [x, h, c], and the new c is f c + i g. Using the new c, the gates i', f' and g' are
+    computed from [x, m, c], and the new memory m is f' m + i' g'. Using the new c and m, the gate o is computed from
+    [x, h, c, m], and the new h is o tanh(W [c, m]). Within one time step, each module passes its memory m up to the next module.
 
     Examples:
         >>> from crevnet.networks.crevnet.cells import CellState
@@ -76,7 +76,7 @@ class STLSTMCell(nn.Module):
         nn.Module.register_load_state_dict_pre_hook(self, partial(_join, {"temporal": "ifg", "spatial": "ifg"}))
 
     def forward(self, x: Tensor, state: CellState, memory: Tensor | None) -> tuple[CellState, Tensor | None]:
-        """Run one time step and return the new state and the new memory m."""
+        """Run one time step. Return the new state and the new memory m."""
         assert memory is not None
         c = _gated(self.temporal(torch.cat((x, state.h, state.c), 1)), state.c)
         m = _gated(self.spatial(torch.cat((x, memory, c), 1)), memory)

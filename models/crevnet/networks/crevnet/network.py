@@ -23,11 +23,12 @@ from crevnet.networks.video_model import Model, VideoModel
 
 
 class CrevNet(VideoModel[CrevNetConfig]):
-    """CrevNet: a network that predicts the next frames of a video, at any frame size.
+    """The CrevNet network, which predicts the next frames of a video. Frames may have any size.
 
-    `forward` returns the one-step predictions on which the model is trained, `loss` returns the training loss, and `generate`
-    returns the frames that follow the past frames. For each time step, training stores only the latent, the predicted frame and
-    the predictor's states. The backward pass recomputes all other activations of the autoencoder and the predictor.
+    `forward` returns the one-step predictions from which the training loss is computed. `loss` returns the training loss, and
+    `generate` returns the frames that follow the past frames. For each time step, only the latent, the predicted frame and the
+    predictor's states are stored during training. The backward pass recomputes all other activations of the autoencoder and the
+    predictor.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
@@ -45,11 +46,11 @@ class CrevNet(VideoModel[CrevNetConfig]):
         self.predictor = Predictor(config)
 
     def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
-        """Return one-step predictions: entry t is frame t + K, predicted from the true frames before it.
+        """Return the one-step predictions. Entry t is the prediction of frame t + K, computed from the true frames before it.
 
         Args:
-            frames: input frames (B, T, C, H, W), floating point.
-            static: static channels (B, S, H, W), if the configuration has any.
+            frames: floating-point input frames (B, T, C, H, W).
+            static: static channels (B, S, H, W), if the configuration includes any.
 
         Returns:
             the predicted frames (B, T - K + 1, C, H, W).
@@ -63,16 +64,18 @@ class CrevNet(VideoModel[CrevNetConfig]):
     ) -> Tensor:
         """Return the mean squared error of the one-step predictions for windows of past and future frames.
 
-        As in the authors' code, the error is computed over the whole clip that ends with each predicted frame.
+        For each prediction, the error is computed over the whole clip that ends with the predicted frame. (The authors'
+        code does the same.)
 
         Args:
             frames: windows of frames (B, T, C, H, W).
-            static: static channels (B, S, H, W), if the configuration has any.
-            over: the predictions that the loss covers: "all", "future" (only the last `horizon` frames), or the number of a
-                single future frame, counted from 1. In these cases, the loss excludes padding and static channels. "padded"
-                covers all predictions and includes both, as in the authors' code (which sums over the steps).
-            fed: for each future frame except the last, whether the true frame is encoded. If an entry is false, the predicted
-                latent is the input instead, as in `generate`. By default, all entries are true.
+            static: static channels (B, S, H, W), if the configuration includes any.
+            over: predictions over which the loss is computed: "all", "future" (only the last `horizon` frames), or the number of
+                a single future frame, counted from 1. For these values, padding and static channels are excluded. If "padded" is
+                given, the loss covers all predictions and also padding and static channels, as in the authors' code. (That code
+                sums over the time steps instead of averaging.)
+            fed: for each future frame except the last, whether the true frame is encoded as the input to the next time step. If
+                an entry is false, the predicted latent is used instead, as in `generate`. By default, all entries are true.
         """
         clip = self.config.clip
         self._check(frames, static, at_least=clip + 1)
@@ -94,15 +97,15 @@ class CrevNet(VideoModel[CrevNetConfig]):
     def generate(
         self, past: Tensor, static: Tensor | None = None, horizon: int | None = None, feedback: Feedback = "latent"
     ) -> Tensor:
-        """Predict the frames that follow `past` and return them as a tensor (B, horizon, C, H, W). Values are not clipped.
+        """Predict the frames that follow `past` and return them as a tensor (B, horizon, C, H, W). The values are not clipped.
 
         Args:
             past: input frames (B, T, C, H, W).
-            static: static channels (B, S, H, W), if the configuration has any.
-            horizon: number of frames to predict. By default, the `horizon` of the configuration.
-            feedback: the input of the next time step. "latent" uses the predicted latent directly (section 2.1 of the paper).
-                "frame" decodes the prediction and then encodes it again, as in the authors' code. Before the encoding, the
-                static channels, the padding and the past frames of the clip are restored.
+            static: static channels (B, S, H, W), if the configuration includes any.
+            horizon: number of frames to predict; by default, `config.horizon`.
+            feedback: input to the next time step. If it is "latent", the predicted latent is used directly (section 2.1 of the
+                paper). If it is "frame", the prediction is decoded and then encoded again, as in the authors' code. Before
+                encoding, the static channels, the padding and the past frames of the clip are restored.
         """
         self._check(past, static, at_least=self.config.clip)
         horizon, state = self._horizon(horizon), None
@@ -122,7 +125,7 @@ class CrevNet(VideoModel[CrevNetConfig]):
         return torch.stack(frames, 1)
 
     def padded(self, frames: Tensor, static: Tensor | None) -> Tensor:
-        """Return frames (B, T, C, H, W) with static channels added, then zero-padded: (B, T, Ci, Hp, Wp)."""
+        """Append the static channels to `frames` (B, T, C, H, W), pad with zeros, and return the result (B, T, Ci, Hp, Wp)."""
         self._check(frames, static)
         return self._pad(frames, static)
 
@@ -130,7 +133,7 @@ class CrevNet(VideoModel[CrevNetConfig]):
         """Run one time step and return the predicted frame (or clip) and the new state.
 
         The input `frame` and the prediction have the same shape: (B, Ci, Hp, Wp), or (B, K, Ci, Hp, Wp) if K is greater than 1.
-        In exact arithmetic, the new state contains the residuals that `recover` requires.
+        In exact arithmetic, the new state also contains the residuals that `recover` requires.
         """
         latent = self.autoencoder.encode(frame)
         state = self.predictor.initial_state(latent) if state is None else state
@@ -138,23 +141,23 @@ class CrevNet(VideoModel[CrevNetConfig]):
         return self.autoencoder.decode(latent), state
 
     def recover(self, prediction: Tensor, before: PredictorState, after: PredictorState) -> Tensor:
-        """Recover the input frame (or clip) of `step` from its prediction, by eq. 5 of the paper.
+        """From a prediction, recover the frame (or clip) that was passed to `step`, using eq. 5 of the paper.
 
-        In exact arithmetic, the result is exactly the input frame, rounded to the grid. Otherwise, the result has a rounding
-        error. For the size of this error, see `Predictor.inverse`.
+        In exact arithmetic, the result is bit-identical to the input frame after rounding to the grid. Otherwise, the result
+        contains a rounding error. For the size of this error, see `Predictor.inverse`.
 
         Args:
-            prediction: the frame or clip that `step` predicted.
+            prediction: the frame or clip predicted by `step`.
             before: the state before the time step.
-            after: the state that `step` returned. Only its memories and residuals are used.
+            after: the state returned by `step`. Only its memories and residuals are used.
         """
         return self.autoencoder.decode(self.predictor.inverse(self.autoencoder.encode(prediction), before, after))
 
     @torch.no_grad()
     def rebuilt(self, frames: Tensor) -> Iterator[Tensor]:
-        """Yield every frame of `frames` (B, T, Ci, Hp, Wp) except the first K, as recovered by `recover`.
+        """Recover each frame of `frames` (B, T, Ci, Hp, Wp) except the first K, and yield the recovered frames.
 
-        Each frame is recovered from the prediction that `step` computes from it.
+        `step` computes a prediction from each frame, and `recover` then computes the frame from this prediction.
         """
         state = None
         for clip in self._clips(frames):
@@ -166,8 +169,8 @@ class CrevNet(VideoModel[CrevNetConfig]):
     def compile_parts(self, **options: Any) -> None:
         """Compile the expensive parts in place with `torch.compile(..., **options)`.
 
-        These are the conditioners of the autoencoder, and `update` and `mix` of each predictive module. The keys of the state
-        dict do not change.
+        These parts are the autoencoder's conditioners and the `update` and `mix` methods of each predictive module. The state
+        dict keys do not change.
         """
         self.autoencoder.blocks.compile_conditioners(**options)
         self.predictor.stack.compile_cells(**options)

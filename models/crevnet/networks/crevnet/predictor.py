@@ -22,7 +22,7 @@ Tensors = tuple[Tensor, ...]
 
 
 class PredictorState(NamedTuple):
-    """The state of the predictor, a named tuple that one time step passes to the next.
+    """The state of the predictor: a named tuple passed from one time step to the next.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
@@ -35,25 +35,25 @@ class PredictorState(NamedTuple):
     cells: tuple[CellState, ...]
     """The states h and c of each module."""
     memories: tuple[Tensor, ...]
-    """The memory m that each module returned. In the next time step, the last entry is passed to the first module.
+    """The memory m returned by each module. In the next time step, the last entry is passed to the first module.
 
     The tuple is empty for ConvLSTM cells, which have no memory.
     """
     residuals: tuple[revflow.Residual, ...] = ()
-    """In exact arithmetic, the residual that the inverse of each module requires; empty unless requested."""
+    """In exact arithmetic, the residuals required to invert the modules. The tuple is empty unless `keep_residuals` is true."""
 
 
 class ReversiblePredictiveModule(revflow.RecurrentCell):
     """A recurrent cell that maps (x1, x2) to ((1 - g) x2 + g h, x1), with h = ConvRNN(x1) and g = sigmoid(attention(h)).
 
-    The state is (h, c). The memory is m for an ST-LSTM, and empty for a ConvLSTM. The gate g is computed in float32, and 1 - g is
-    computed as the sigmoid of the negated logit. If `grid` is given, the sum is rounded to the grid.
+    The state is (h, c). The memory is m for an ST-LSTM and empty for a ConvLSTM. The gate g is computed in float32, and 1 - g is
+    computed as the sigmoid of the negated logit. If `grid` is given, the sum (1 - g) x2 + g h is rounded to the grid.
 
     Args:
-        channels: number of channels of one stream.
-        cell: recurrent cell that computes h: `convlstm` or `st-lstm`.
-        grid: grid of exact arithmetic, or None.
-        attention: network that computes the logit of the gate: `deep` or `pointwise`, as in `CrevNetConfig`.
+        channels: number of channels per stream.
+        cell: type of recurrent cell that computes h: `convlstm` or `st-lstm`.
+        grid: grid for exact arithmetic, or None if exact arithmetic is not used.
+        attention: network that computes the gate logit: `deep` or `pointwise`, as in `CrevNetConfig`.
         clip: number of frames per clip.
 
     Examples:
@@ -97,15 +97,15 @@ class ReversiblePredictiveModule(revflow.RecurrentCell):
     ) -> Latent:
         """Return the module's input streams, computed from its output streams and from the previous state and memory.
 
-        The inverse divides by 1 - g, so its error in float32 is about 2⁻²³ / (1 - g) times the largest entry of x2 or h. If a
-        `residual` is given, there is no error.
+        The inverse divides by 1 - g, so its error in float32 is about 2⁻²³ / (1 - g) times the largest entry of x2 or h. If
+        `residual` is given, the result is exact.
         """
         mixed, x1 = streams
         x2 = self._estimate(mixed, self.cell(x1, state, memory)[0].h)
         return x1, x2 if residual is None or self._grid is None else self._grid.restore(x2, residual)
 
     def residual(self, streams: Latent, outputs: Latent, h: Tensor) -> revflow.Residual:
-        """Return the residual with which `inverse` recovers `streams` from `outputs` bit for bit. This requires a grid."""
+        """Return the residual with which `inverse` recovers `streams` from `outputs` bit for bit. This method requires a grid."""
         assert self._grid is not None
         return self._grid.residual(streams[1], self._estimate(outputs[0], h))
 
@@ -130,9 +130,10 @@ def _attention(kind: Attention, channels: int, clip: int) -> nn.Sequential:
 
 
 class Predictor(nn.Module):
-    """The predictor, P in eq. 1 of the paper: a stack of reversible predictive modules. One call is one time step.
+    """The predictor (P in eq. 1 of the paper), a stack of reversible predictive modules. Each call runs one time step.
 
-    Each module passes its memory m up to the next module. The top module passes it to the first module of the next time step.
+    Each module passes its memory m up to the next module. The top module passes its memory to the first module in the
+    next time step.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
@@ -156,7 +157,7 @@ class Predictor(nn.Module):
         self.has_memory = CELLS[config.cell].has_memory
 
     def initial_state(self, latent: Latent) -> PredictorState:
-        """Return the state before the first time step: zeros in the shape of the streams of `latent`."""
+        """Return the state before the first time step: zeros with the same shape as the streams of `latent`."""
         zeros = torch.zeros_like(latent[0])
         memories = (zeros,) * len(self.stack) if self.has_memory else ()
         return PredictorState((CellState(zeros, zeros),) * len(self.stack), memories)
@@ -166,7 +167,7 @@ class Predictor(nn.Module):
     ) -> tuple[Latent, PredictorState]:
         """Return the predicted latent of the next frame and the new state.
 
-        If `keep_residuals` is set, which requires exact arithmetic, the new state also contains residuals.
+        If `keep_residuals` is true, the new state also contains residuals. This option requires exact arithmetic.
         """
         memories = tuple((m,) for m in state.memories) or ((),) * len(self.stack)
         outputs, (cells, left) = self.stack.step(latent, revflow.RecurrentState(state.cells, memories))
@@ -188,13 +189,13 @@ class Predictor(nn.Module):
             latent = outputs
 
     def inverse(self, latent: Latent, before: PredictorState, after: PredictorState) -> Latent:
-        """Recover the input latent of a time step from its output latent: P⁻¹ in eq. 5 of the paper.
+        """Recover the input latent of a time step from its output latent. This method is P⁻¹ in eq. 5 of the paper.
 
-        If `after` contains residuals, the result is exact. Without residuals, the error in float32 is at most about
-        2 · 2⁻²⁴ · A · M while all gates stay below 0.98. Here, A is the largest product of 1 / (1 - g) over the modules that
-        change the same stream, and M is the largest entry of a stream or of h. If gates are larger, errors also propagate through
-        h to the other stream and grow faster. Gates saturate during training. Therefore, use this method to examine which
-        information a trained model preserves (in float64, if necessary), not to recompute activations.
+        If `after` contains residuals, the result is exact. Otherwise, the error in float32 is at most about 2 · 2⁻²⁴ · A · M if
+        all gates are below 0.98. Here, A is the largest product of 1 / (1 - g) over the modules that change the same stream, and
+        M is the largest entry of any stream or of h. For larger gates, errors also propagate through h to the other stream and
+        grow faster. Because gates saturate during training, do not use this method to recompute activations. Use it to examine
+        which information a trained model preserves, in float64 if necessary.
 
         Args:
             latent: the output latent of the time step.

@@ -113,7 +113,7 @@ QUOTED = [
     ),
     (
         "docs/experiment.md",
-        "it takes 830 steps in the time in which the U-Net takes 7,145",
+        "it completes 830 steps in the time that the U-Net needs for 7,145",
         "experiment-cities.md",
         ["| 830 |", "| 7,145 |"],
     ),

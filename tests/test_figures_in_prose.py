@@ -113,7 +113,7 @@ QUOTED = [
     ),
     (
         "docs/experiment.md",
-        "it takes 830 steps in the time in which the U-Net takes 7,145",
+        "it completes 830 steps in the time that the U-Net needs for 7,145",
         "experiment-cities.md",
         ["| 830 |", "| 7,145 |"],
     ),
@@ -152,7 +152,7 @@ def test_what_an_example_reached(row):
 
 
 def test_what_the_autoencoder_alone_leaves_is_more_than_three_quarters():
-    assert "stores the predictor's activations, which are more than three quarters of the total" in prose(
+    assert "the predictor's activations, which account for more than three quarters of the total" in prose(
         ROOT / "docs/crevnet.md"
     )
     kept = {(line["preset"], line["schedule"]): int(line["one_more"]) for line in stored("memory-predicted.csv")}

@@ -87,9 +87,8 @@ def reversible(
     same.
 
     Args:
-        functions: Residual branches F(x, **context), each of which returns a tensor of the same shape as x. Pass F, not x + F(x).
-            The branches are not copied, so their parameters remain shared with the original network. The branches are
-            registered as `sequence.<block>.F` and `sequence.<block>.G`.
+        functions: Residual branches F(x, **context) that return tensors of the shape of x. Pass F, not x + F(x). The branches are
+            not copied; they are registered as `sequence.<block>.F` and `sequence.<block>.G`.
         guard: Reaction to incorrect recomputed values. For this option and the following ones, see `ReversibleSequence`.
         exact: Whether to make gradients bit-identical to those computed with stored activations.
         memory_budget: Memory available for activations.

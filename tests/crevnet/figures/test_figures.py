@@ -163,17 +163,19 @@ def test_rebuilt_input_is_the_last_frame_seen(run, points, drawn):
         assert f"difference, at most {np.abs(values).max():.1e}" in titles
 
 
-def test_curves_of_a_resumed_run_hold_each_step_once(tmp_path):
+def test_curves_of_a_resumed_run_hold_each_step_once(tmp_path, caplog):
     for first, last, value in ((0, 6, 1.0), (4, 9, 2.0)):
         writer = SummaryWriter(tmp_path / "tensorboard", purge_step=first)
         for step in range(first, last):
             writer.add_scalar("train/loss", value, step)
+            writer.add_image("prediction", np.zeros((3, 2, 2)), step)
         writer.close()
         for path in (tmp_path / "tensorboard").glob("events.*"):  # their names hold the second
             if not path.name.endswith("first"):
                 path.rename(path.with_name(f"events.out.tfevents.{first:010d}.first"))
     found = learning_curves(tmp_path)["train/loss"]
     assert found.steps.tolist() == list(range(9)) and found.values.tolist() == [1.0] * 4 + [2.0] * 5
+    assert not caplog.records  # TensorBoard does not report the pictures that it drops
 
 
 # --- the command

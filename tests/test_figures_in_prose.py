@@ -33,7 +33,7 @@ QUOTED = [
     ("docs/exact.md", "and 6 to 8% longer for gated", "exact-cpu.md", ["+5.6 %", "+7.9 %"]),
     (
         "docs/promises.md",
-        "in float32, 3e-6 for an untrained network and 4e-3 after the demo",
+        "in float32, 3e-6 for an untrained network and 4e-3 for the network trained by `make demo`",
         "crevnet-tiny-cpu.md",
         ["3.7e-3 in float32", "1.7e-6 to 2.6e-6"],
     ),
@@ -75,7 +75,7 @@ QUOTED = [
     ),
     (
         "docs/scaling.md",
-        "4.3 in one process, 5.3 under DDP, and 4.1 under FSDP",
+        "4.3 with a single process, 5.3 with DDP, and 4.1 with FSDP",
         "scaling-memory-cpu.md",
         ["4.27", "5.28", "4.13"],
     ),
@@ -107,7 +107,7 @@ QUOTED = [
     ),
     (
         "docs/coming-from.md",
-        "this takes an additional 10% of the time of a standard autograd step",
+        "this adds 10% of the duration of a standard autograd step",
         "budget-cpu.md",
         ["1.38 for convolutions compared with 1.28"],
     ),

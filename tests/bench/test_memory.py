@@ -196,7 +196,7 @@ def test_out_of_memory_is_a_row(monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("schedule", ["plain", "reversible"])
 def test_on_a_gpu_the_allocators_peak_is_near_the_predicted_one(schedule):
     training = replace(TINY, schedule=schedule, height=128, width=112, device=torch.device("cuda"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from revflow._base.memory_size import MemoryBudget
 from revflow._guard.policy import Mode
-from revflow.budget import Plan
+from revflow.budget import Budget, Plan
 from revflow.coupling import AdditiveCoupling
 from revflow.exact import Grid
 from revflow.sequence import ReversibleSequence
@@ -52,12 +52,12 @@ class TwoStreams(nn.Module):
         return mean
 
     @property
-    def memory_budget(self) -> MemoryBudget:
+    def memory_budget(self) -> MemoryBudget | Budget:
         """The memory budget of `sequence`."""
         return self.sequence.memory_budget
 
     @memory_budget.setter
-    def memory_budget(self, budget: MemoryBudget) -> None:
+    def memory_budget(self, budget: MemoryBudget | Budget) -> None:
         self.sequence.memory_budget = budget
 
     def plan(self, x: Tensor, **context: Any) -> Plan:
@@ -70,7 +70,7 @@ def reversible(
     *,
     guard: Mode = "warn",
     exact: bool | Grid = False,
-    memory_budget: MemoryBudget = "none",
+    memory_budget: MemoryBudget | Budget = "none",
     chunks: int = 1,
 ) -> TwoStreams:
     """Convert the residual branches of a network into a network that trains without storing activations.

@@ -24,7 +24,7 @@ from revflow._rewind.chain import ChainCall, streams_of, values_are_hidden
 from revflow._rewind.direction import FORWARD, INVERSE, Direction
 from revflow._rewind.passage import Passage
 from revflow._rewind.tape import Tape
-from revflow.budget import Budget, Plan
+from revflow.budget import Budget, Plan, keeper_of
 from revflow.exact import Extent, Grid, Residual
 
 _NOT_COMPILED = (
@@ -98,7 +98,7 @@ class ReversibleSequence(BlockList):
         *,
         guard: Mode = "warn",
         exact: bool | Grid = False,
-        memory_budget: MemoryBudget = "none",
+        memory_budget: MemoryBudget | Budget = "none",
         chunks: int = 1,
     ) -> None:
         super().__init__(blocks)
@@ -107,19 +107,19 @@ class ReversibleSequence(BlockList):
             raise TypeError(f"exact must be True, False or a revflow.Grid; got {exact!r}")
         self._grid = Grid() if exact is True else exact or None
         self._guard = Guard(guard, exact=self._grid is not None)
-        self._budget = Budget(memory_budget)
+        self.memory_budget = memory_budget
         self.chunks = chunks
         self._shapes: dict[str, list[torch.Size]] = {}
         """By block: the shapes of its output streams, for the repr."""
 
     @property
-    def memory_budget(self) -> MemoryBudget:
+    def memory_budget(self) -> MemoryBudget | Budget:
         """The memory budget as it was given. Assigning a new budget discards the measurements."""
-        return self._budget.given
+        return self._memory_budget
 
     @memory_budget.setter
-    def memory_budget(self, budget: MemoryBudget) -> None:
-        self._budget = Budget(budget)
+    def memory_budget(self, budget: MemoryBudget | Budget) -> None:
+        self._memory_budget, self._keeper = budget, keeper_of(budget)
 
     @property
     def chunks(self) -> int:
@@ -195,11 +195,11 @@ class ReversibleSequence(BlockList):
         device = streams_of(x, self.split_dim)[0].device
         with torch.enable_grad(), undisturbed(self, device):
             chain = self._chain(x, context, tape=Tape(context, self.chunks))
-            limit, table, first_kept = self._budget.schedule(chain)
+            limit, menu, option = self._keeper.plan_of(chain)
         with torch.no_grad(), undisturbed(self, device):
             _, *runs = [self._chain(x, context).seconds() for _ in range(4)]  # The first one warms up.
         seconds = tuple(median(of_block) for of_block in zip(*runs, strict=True))
-        return Plan(limit, table.costs, first_kept, table.peaks[first_kept], seconds)
+        return Plan(limit, menu.costs, *option.choice, option.peak, seconds)
 
     def compile_conditioners(self, **options: Any) -> ReversibleSequence:
         """Compile the conditioner of every coupling in place with `torch.compile(..., **options)`. Return the sequence.
@@ -264,7 +264,7 @@ class ReversibleSequence(BlockList):
     def _run(
         self, x: Tensor | Streams, context: dict[str, Any], direction: Direction = FORWARD, log_det: bool = False
     ) -> tuple[Any, Any]:
-        if engine_applies() and not self._budget.keeps_all:
+        if engine_applies() and not self._keeper.stores_all:
             refuse_replica(self)
             return self._on_a_tape(x, context, direction, log_det)
         return self._chain(x, context, direction, log_det).run()
@@ -276,7 +276,7 @@ class ReversibleSequence(BlockList):
     ) -> tuple[Any, Any]:
         tape = Tape(context, self.chunks, witness_of(self._guard))
         chain = self._chain(x, context, direction, log_det, tape)
-        return self._budget.run(chain) if self._budget.is_limited else chain.run()
+        return self._keeper.run(chain) if self._keeper.is_limited else chain.run()
 
     def _chain(
         self,

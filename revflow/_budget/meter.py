@@ -15,8 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from revflow._base.streams import Streams
+from revflow._budget.costs import Cost
 from revflow._replay.mode import ordinary_autograd
-from revflow.budget import Cost
 
 
 class MeasuredBlock(Protocol):

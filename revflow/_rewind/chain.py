@@ -14,6 +14,7 @@ from revflow._base.errors import BLOCK_ERRORS, with_place
 from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Context, Streams
 from revflow._base.torch_private import FakeTensor, is_transformed
+from revflow._budget.costs import Choice, SequenceMenu
 from revflow._budget.meter import Meter
 from revflow._replay.autocast import autocast_state
 from revflow._rewind.arithmetic import OnGrid
@@ -23,8 +24,11 @@ from revflow._rewind.hooked import through_observed
 from revflow._rewind.laws import Law
 from revflow._rewind.passage import Passage, is_bound
 from revflow._rewind.plain import run_plainly, run_whole, total
-from revflow.budget import Result, Table
 from revflow.exact import Extent
+
+
+Result = tuple[Any, Any]
+"""The output of a call, a tensor or a tuple of streams, and the log-determinant or None."""
 
 
 class ChainCall:
@@ -63,11 +67,12 @@ class ChainCall:
             tuple([p.requires_grad for _, block in self._blocks for p in block.parameters()]),
         )
 
-    def run(self, first_kept: int | None = None, lifetime: Tensor | None = None) -> Result:
+    def run(self, choice: Choice | None = None, lifetime: Tensor | None = None) -> Result:
         """The output, and the log-determinant if it is computed. Streams that are joined are one tensor, others a tuple.
 
-        From the block of index `first_kept` on, standard autograd stores all activations. The graph holds `lifetime`.
+        All blocks recompute if no choice is given. The graph holds `lifetime`.
         """
+        first_kept = None if choice is None else choice.first_stored
         passage, streams, context = self._passage, self._streams, self._context
         self._streams = ()  # so that blocks can free them
         if first_kept == 0:
@@ -115,13 +120,18 @@ class ChainCall:
     def device(self) -> torch.device:
         return self._streams[0].device
 
-    def measured(self, lifetime: Tensor | None = None) -> tuple[Result, Table]:
-        """The result of `run(None, lifetime)`, which recomputes all blocks, and a table of the costs that it measured."""
+    @property
+    def label(self) -> str:
+        """The call's name in a printed plan."""
+        return f"{self._passage.direction.name}, {len(self._blocks)} blocks"
+
+    def measured(self, lifetime: Tensor | None = None) -> tuple[Result, SequenceMenu]:
+        """The result of `run(None, lifetime)`, which recomputes all blocks, and the options whose costs it measured."""
         of_blocks = [t for _, block in self._blocks for t in (*block.parameters(), *block.buffers())]
         tape, is_exact = self._passage.tape, self._passage.arithmetic.is_exact
         assert tape is not None
         meter = tape.meter = Meter([*of_blocks, *tape.arguments.tensors])
-        return self.run(None, lifetime), Table(meter.costs, self._join is not None, is_exact)
+        return self.run(None, lifetime), SequenceMenu(meter.costs, self._join is not None, is_exact)
 
     def seconds(self) -> list[float]:
         """The time of each block's forward pass, in seconds, without a tape."""

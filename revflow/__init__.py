@@ -9,7 +9,9 @@ from revflow._verify.verification import Verification as Verification
 from revflow._version import __version__ as __version__
 from revflow.bijection import Bijection as Bijection
 from revflow.bijection import PixelUnshuffle as PixelUnshuffle
+from revflow.budget import Budget as Budget
 from revflow.budget import Plan as Plan
+from revflow.budget import StepPlan as StepPlan
 from revflow.cell import RecurrentCell as RecurrentCell
 from revflow.cell import RecurrentState as RecurrentState
 from revflow.convert import TwoStreams as TwoStreams

@@ -9,14 +9,17 @@ from typing import Any, overload
 import torch
 from torch import nn
 
+from revflow._base.memory_size import MemoryBudget
 from revflow._base.streams import Streams
 from revflow._base.torch_private import allow_recompilations
 from revflow._guard.policy import Guard, Mode
 from revflow._replay.mode import engine_applies
 from revflow._replay.refusals import refuse_replica
-from revflow._through_time.functions import run
+from revflow._through_time.call import StepCall, run_plainly
+from revflow._through_time.functions import Results
 from revflow._through_time.states import States, storage_of
 from revflow._through_time.steps import StepInput
+from revflow.budget import Budget, keeper_of
 from revflow.cell import RecurrentCell, RecurrentState
 
 
@@ -64,13 +67,30 @@ class ReversibleRecurrence(nn.ModuleList):
         >>> outputs[-1][0].sum().backward()
     """
 
-    def __init__(self, cells: Iterable[RecurrentCell], *, states: States = "kept", guard: Mode = "warn") -> None:
+    def __init__(
+        self,
+        cells: Iterable[RecurrentCell],
+        *,
+        states: States = "kept",
+        guard: Mode = "warn",
+        memory_budget: MemoryBudget | Budget = "min",
+    ) -> None:
         super().__init__()
         self._storage, self._guard, self._states = storage_of(states), Guard(guard), states
+        self.memory_budget = memory_budget
         for k, cell in enumerate(cells):
             if not isinstance(cell, RecurrentCell):
                 raise TypeError(f"cell {k} must be a revflow.RecurrentCell; got a {type(cell).__name__}")
             self.append(cell)
+
+    @property
+    def memory_budget(self) -> MemoryBudget | Budget:
+        """The memory budget as it was given. Assigning a new budget discards the measurements."""
+        return self._memory_budget
+
+    @memory_budget.setter
+    def memory_budget(self, budget: MemoryBudget | Budget) -> None:
+        self._memory_budget, self._keeper = budget, keeper_of(budget)
 
     @overload
     def __getitem__(self, index: slice) -> ReversibleRecurrence: ...
@@ -78,7 +98,9 @@ class ReversibleRecurrence(nn.ModuleList):
     def __getitem__(self, index: int) -> nn.Module: ...
     def __getitem__(self, index: slice | int) -> nn.Module:
         if isinstance(index, slice):
-            return ReversibleRecurrence(self._cells()[index], states=self._states, guard=self._guard.mode)
+            return ReversibleRecurrence(
+                self._cells()[index], states=self._states, guard=self._guard.mode, memory_budget=self.memory_budget
+            )
         return super().__getitem__(index)
 
     def forward(
@@ -103,30 +125,20 @@ class ReversibleRecurrence(nn.ModuleList):
     def step(self, streams: Streams, state: RecurrentState, **context: Any) -> tuple[Streams, RecurrentState]:
         """Run one time step. Return the output streams of the last cell and the new state."""
         self._check(streams, state)
-        if not engine_applies():
+        if not engine_applies() or self._keeper.stores_all:
             return self.plain_step(streams, state, **context)
         refuse_replica(self)
-        return self._recomputed_step(streams, state, context)  # type: ignore[no-any-return]
+        return _outputs(self._run(StepInput(streams, state.cells, state.memories[-1], context)))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _recomputed_step(
-        self, streams: Streams, state: RecurrentState, context: dict[str, Any]
-    ) -> tuple[Streams, RecurrentState]:
-        given = StepInput(streams, state.cells, state.memories[-1], context)
-        streams, results = run(self._cells(), given, self._storage, self._guard)
-        return streams, RecurrentState(tuple(new for new, _ in results), tuple(left for _, left in results))
+    def _run(self, given: StepInput) -> Results:
+        call = StepCall(self._cells(), given, self._storage, self._guard)
+        return self._keeper.run(call) if self._keeper.is_limited else call.run()
 
     def plain_step(self, streams: Streams, state: RecurrentState, **context: Any) -> tuple[Streams, RecurrentState]:
         """Run `step` under standard autograd, which stores every activation."""
-        memory = state.memories[-1]
-        cells, memories = [], []
-        for cell, its_state in zip(self._cells(), state.cells, strict=True):
-            new, left = cell.update(streams, its_state, memory, context)
-            its_state, memory = (tuple(map(self._storage.rounded, tensors)) for tensors in (new, left))
-            streams = cell.mix(streams, its_state, context)
-            cells.append(its_state)
-            memories.append(memory)
-        return streams, RecurrentState(tuple(cells), tuple(memories))
+        given = StepInput(streams, state.cells, state.memories[-1], context)
+        return _outputs(run_plainly(self._cells(), given, self._storage))
 
     def compile_cells(self, **options: Any) -> ReversibleRecurrence:
         """Compile each cell's `update` and `mix` methods in place with `torch.compile(..., **options)`. Return the recurrence.
@@ -164,3 +176,8 @@ class ReversibleRecurrence(nn.ModuleList):
 
     def _cells(self) -> list[RecurrentCell]:
         return list(self)  # type: ignore[arg-type]
+
+
+def _outputs(results: Results) -> tuple[Streams, RecurrentState]:
+    streams, of_cells = results
+    return streams, RecurrentState(tuple(new for new, _ in of_cells), tuple(left for _, left in of_cells))

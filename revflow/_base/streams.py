@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +14,14 @@ Streams = Tensors
 Context = dict[str, Any]
 """The keyword arguments of a call, which reach every conditioner."""
 Gradients = Sequence[Tensor | None]
+
+
+class CellValues(NamedTuple):
+    """The input of a recurrent cell, or its output."""
+
+    streams: Streams
+    state: Tensors
+    memory: Tensors
 
 
 def versions_of(streams: Sequence[Tensor]) -> list[int]:

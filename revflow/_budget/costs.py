@@ -71,16 +71,14 @@ class Menu(ABC):
     carried = 0
     """Bytes of gradients that wait in the backward pass while other calls run: those of a recurrence's states."""
 
-    def __init__(self, options: Sequence[Option], work: int) -> None:
-        """`options`: the first one recomputes everything."""
+    def __init__(self, least: Option, options: Sequence[Option], work: int) -> None:
+        """`least` is the option that recomputes everything."""
         self.work = work
         """The work of one forward pass."""
-        self.least = options[0]
-        # No option below the least peak: with a falling budget, the peak must not rise when everything is recomputed.
-        allowed = [o for o in options if o.peak >= self.least.peak]
-        self.by_peak = _rising(sorted(allowed, key=lambda o: (o.peak, -o.spared)))
+        self.least = least
+        self.by_peak = _rising(sorted(options, key=lambda o: (o.peak, -o.spared)))
         """Options of rising peak, each of which saves more work than the one before."""
-        self.by_held = _hull(_rising(sorted(allowed, key=lambda o: (o.held, -o.spared))))
+        self.by_held = _hull(_rising(sorted(options, key=lambda o: (o.held, -o.spared))))
         """Options of rising held bytes, each of which saves less work per additional byte than the one before."""
 
     @property
@@ -137,8 +135,7 @@ class SequenceMenu(Menu):
             for count in range(0, len(offered) + 1, 1 + len(offered) // _MOST_SETS)
             for option in self._options(frozenset(offered[:count]))
         ]
-        options.sort(key=lambda option: option.spared)
-        super().__init__(options, sum(cost.work for cost in costs))
+        super().__init__(self.option(Choice(len(costs))), options, sum([cost.work for cost in costs]))
 
     def option(self, choice: Choice) -> Option:
         """The consequences of a choice."""

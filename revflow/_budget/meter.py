@@ -93,6 +93,7 @@ class Meter:
             anchors=_nbytes(anchors),
             transient=max(self._transients) + joined_gradients,
             gradient=max(self._gradients) * slices,
+            work=sum(self._saved.values()),
         )
 
     def step(self, t: Streams, temporary: int) -> None:

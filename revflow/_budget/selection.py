@@ -40,6 +40,7 @@ def planned(menus: Sequence[Menu], available: int) -> Selection:
             continue
         option = last.by_peak[found]
         total, saved = carried + max(peak, held + option.peak), spared + option.spared
+        # No plan below the least peak: with a falling budget, the peak must not rise when everything is recomputed.
         if total >= least.peak and (saved, -total) > key:
             best, key = Selection((*options, option), total, saved), (saved, -total)
     return best

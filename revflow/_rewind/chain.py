@@ -26,7 +26,6 @@ from revflow._rewind.passage import Passage, is_bound
 from revflow._rewind.plain import run_plainly, run_whole, total
 from revflow.exact import Extent
 
-
 Result = tuple[Any, Any]
 """The output of a call, a tensor or a tuple of streams, and the log-determinant or None."""
 

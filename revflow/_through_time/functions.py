@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -26,22 +27,20 @@ from revflow._base.errors import BLOCK_ERRORS, with_place
 from revflow._base.second_derivative import once
 from revflow._base.streams import Gradients, Streams, Tensors
 from revflow._base.torch_private import is_going_to_run, node_type
-from revflow._guard.policy import Guard
 from revflow._replay.refusals import refuse_compiled_autograd
 from revflow._rewind.graph import alias_of, leaf, not_leaves
 from revflow._through_time.passes import BackwardPass, running
-from revflow._through_time.states import Storage, Unpacked
+from revflow._through_time.states import Unpacked
 from revflow._through_time.steps import Origin, StepInput, TimeStep
-from revflow.cell import RecurrentCell
+
+Results = tuple[Streams, list[tuple[Tensors, Tensors]]]
+"""The output streams of a time step, and the new state and memory of every cell."""
 
 
-def run(
-    cells: Sequence[RecurrentCell], given: StepInput, storage: Storage, guard: Guard
-) -> tuple[Streams, list[tuple[Tensors, Tensors]]]:
-    """Run a time step: its output streams, and the new state and memory of every cell."""
+def run(step: TimeStep, given: StepInput, lifetime: Tensor | None = None) -> Results:
+    """Run a time step that is recomputed in the backward pass. The graph holds `lifetime`."""
     streams, states, memory, _ = given
     before = given.before
-    step = TimeStep(cells, given, _origin_of(before), storage, guard)
     anchor = tuple([s.detach() for s in streams])
     own = [t.detach() for t, place in zip(before, step.origin.places, strict=True) if place is None]
     results: list[Tensor] = []
@@ -61,14 +60,14 @@ def run(
         step.like = [(t.dtype, t.device) for t in results]
         leaving = step.watch.see(tuple([s.detach() for s in streams]))
         moved = step.moved()
-        saved = (*anchor, *own, *moved, *leaving)
+        saved = (*anchor, *own, *moved, *leaving, *([] if lifetime is None else [lifetime]))
         step.like_saved = len(own), len(moved), len(leaving)
         ended: Tensors = _StepEnd.apply(step, nodes, saved, *streams, *results)  # type: ignore[no-untyped-call]
         streams, results = ended[: len(streams)], [*ended[len(streams) : -1]]
     return streams, step.by_cell(results)
 
 
-def _origin_of(tensors: Sequence[Tensor]) -> Origin:
+def origin_of(tensors: Sequence[Tensor]) -> Origin:
     """The step before, if one of the tensors is its result, and their places among its results."""
     ends = [_end_of(t) for t in tensors]
     end = next(filter(None, ends), None)
@@ -96,8 +95,9 @@ class _Update(torch.autograd.Function):
         ctx.step, ctx.k, ctx.layout = step, k, [t.stride() for t in inputs]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[len(inputs) :])
+        first = partial(cell.first, step, given, context)
         with step.watch.remember(f"cell {k}", cell.update):
-            return tuple(chain(*cell.first(step, given, context)))
+            return tuple(chain(*(first() if step.meter is None else step.meter.first(first, given))))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
@@ -169,6 +169,9 @@ def _earlier_step(ctx: Any, now: BackwardPass) -> TimeStep | None:
     That evaluation adds this step's gradients of the parameters to its own.
     """
     k, end = ctx.k, ctx.step.origin.end
+    if now.has_stored_steps:
+        # Autograd already adds up the parameters' gradients of the stored steps. A second sum would take as much again.
+        return None
     while end is not None:
         node = end.nodes[k] if k < len(end.nodes) else None
         if (
@@ -212,6 +215,26 @@ class _StepEnd(torch.autograd.Function):
         if torch.is_grad_enabled():
             return once(_replay_mixes, ctx, grads, _saved(ctx, running())[-1:])
         return _replay_mixes(ctx, grads)
+
+
+def end_stored(lifetime: Tensor, outputs: Tensors) -> Tensors:
+    """The outputs of a stored step, with a graph that holds `lifetime` until it is freed."""
+    return _StoredEnd.apply(lifetime, *outputs) if outputs else outputs  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _StoredEnd(torch.autograd.Function):
+    """The identity, which saves a tensor as a token of its graph's lifetime, and announces a stored step."""
+
+    @staticmethod
+    def forward(ctx: Any, lifetime: Tensor, *tensors: Tensor) -> Tensors:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(lifetime)
+        return tuple([t.view_as(t) for t in tensors])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        running().has_stored_steps = True
+        return (None, *grads)
 
 
 def _replay_mixes(end: Any, grads: Gradients) -> Gradients:

@@ -25,6 +25,8 @@ class BackwardPass:
         """By time step: the states and memories after it."""
         self.sums: dict[tuple[object, int], list[Tensor | None]] = {}
         """By time step and cell: the gradients of the cell's parameters from later steps."""
+        self.has_stored_steps = False
+        """Whether standard autograd stores some steps that this pass has reached."""
         self.done: set[tuple[object, int]] = set()
         """The cells that were evaluated, each with its time step."""
         self.found: dict[Guard, list[Found]] = {}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from revflow._base.host_memory import in_host_memory
 from revflow._base.streams import Tensors
+from revflow._budget.step_costs import Handling
 
 States = Literal["kept", "bfloat16", "offloaded"] | int
 """The type of the `states` argument of `ReversibleRecurrence`, which selects how states are stored."""
@@ -26,6 +27,8 @@ class Storage:
     """Whether to start unpacking the results of an earlier step while a later one is recomputed."""
     rounds = False
     """Whether states lose digits."""
+    handling = Handling(stored=1, unpacked=0, repeated=0)
+    """The memory and the work of a recomputed step."""
 
     def rounded(self, tensor: Tensor) -> Tensor:
         """A new state, before anything uses it."""
@@ -47,6 +50,7 @@ class EveryNth(Storage):
 
     def __init__(self, n: int) -> None:
         self._n = n
+        self.handling = Handling(stored=1 / n, unpacked=n, repeated=1 - 1 / n)
 
     def stores(self, number: int) -> bool:
         return (number + 1) % self._n == 0
@@ -59,6 +63,7 @@ class InBfloat16(Storage):
     """
 
     rounds = True
+    handling = Handling(stored=0.5, unpacked=2, repeated=0)
 
     def rounded(self, tensor: Tensor) -> Tensor:
         if not _is_wider(tensor.dtype):
@@ -78,6 +83,7 @@ class Offloaded(Storage):
     """In the CPU's memory; from a CUDA device in pinned memory, copied while the device computes."""
 
     prefetches = True
+    handling = Handling(stored=0, unpacked=3, repeated=0)
 
     def pack(self, results: Tensors) -> Tensors:
         with in_host_memory():

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from revflow._base.streams import Context, Streams, Tensors
+from revflow._base.streams import CellValues, Context, Streams, Tensors
 from revflow._base.torch_private import is_going_to_run
+from revflow._budget.step_meter import StepMeter
 from revflow._guard.policy import Guard
 from revflow._guard.recurrences import Watch
 from revflow._replay.arguments import Arguments
@@ -25,14 +26,6 @@ from revflow._rewind.graph import aliases_of
 from revflow._through_time.passes import BackwardPass
 from revflow._through_time.states import Like, Storage
 from revflow.cell import RecurrentCell
-
-
-class CellValues(NamedTuple):
-    """The input of a cell, or its output."""
-
-    streams: Streams
-    state: Tensors
-    memory: Tensors
 
 
 class CellCall:
@@ -59,6 +52,8 @@ class CellCall:
         state, memory = step.rounded(state), step.rounded(memory)
         taken += state  # an input of mix
         versions += [t._version for t in state]
+        if step.meter is not None:
+            step.meter.updated()
         given, aliases = CellValues(given.streams, state, ()), CellValues(aliases.streams, tuple(aliases_of(state)), ())
         streams = self.mix.first(step.draws, self.module.mix, aliases.streams, aliases.state, context)
         _check("mix", "streams", streams, given.streams)
@@ -165,6 +160,8 @@ class TimeStep:
         self.number: int = before.step.number + 1 if before is not None and before.step.storage is storage else 0
         """The number of steps before this one in an unbroken sequence."""
         self.is_stored = storage.stores(self.number)
+        self.meter: StepMeter | None = None
+        """Measures the forward pass; None if its costs are known, or not needed."""
         self.like: list[Like] = []
         """The dtypes and devices of its results."""
         self.like_saved = 0, 0, 0

@@ -32,7 +32,7 @@ _KINDS_OF_INPUT = 64
 
 
 class Cost(NamedTuple):
-    """Memory of one block, in bytes."""
+    """Memory of one block, in bytes, and its work."""
 
     position: str
     """The block's name in the sequence."""
@@ -49,10 +49,13 @@ class Cost(NamedTuple):
     anchors: int
     """Tensors that a recomputed block stores for its inversion."""
     transient: int
-    """Temporary memory of the block's inversion, other than the streams and their gradients: its graph, and the gradient of the
-    graph's largest tensor."""
+    """Temporary memory of the block's inversion, without streams: its graph, and the gradient of the graph's largest tensor."""
     gradient: int
     """The gradient of the graph's largest tensor, which a stored block needs as well."""
+    work: int = 0  # of the block's forward pass, in the unit of `_budget.work`
+    output: int = 0
+    """Bytes of the conditioners' outputs if these are stored; 0 if they cannot be stored, or if that spares nothing."""
+    spared: int = 0  # the part of `work` that the second evaluation then skips
 
 
 class Table:

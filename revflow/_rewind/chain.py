@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence
 from typing import Any
 from weakref import ref
 
@@ -63,10 +63,13 @@ class ChainCall:
             tuple([p.requires_grad for _, block in self._blocks for p in block.parameters()]),
         )
 
-    def run(self, first_kept: int | None = None, lifetime: Tensor | None = None) -> Result:
+    def run(
+        self, first_kept: int | None = None, lifetime: Tensor | None = None, outputs_kept: Container[int] = ()
+    ) -> Result:
         """The output, and the log-determinant if it is computed. Streams that are joined are one tensor, others a tuple.
 
-        From the block of index `first_kept` on, standard autograd stores all activations. The graph holds `lifetime`.
+        From the block of index `first_kept` on, standard autograd stores all activations. Of the blocks before it, those in
+        `outputs_kept` store the outputs of their conditioners. The graph holds `lifetime`.
         """
         passage, streams, context = self._passage, self._streams, self._context
         self._streams = ()  # so that blocks can free them
@@ -83,6 +86,8 @@ class ChainCall:
         for k, (name, block) in enumerate(self._blocks):
             if k == first_kept and passage.tape is not None:
                 passage, streams, log_dets = _without_tape(passage, streams, log_dets)
+            if outputs_kept and passage.tape is not None:
+                passage.tape.keeps_outputs = k in outputs_kept
             if extent is not None:
                 extent.source = name, block
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +41,8 @@ run_backward: Callable[..., Any] = torch.autograd.Variable._execution_engine.run
 """The core of torch.autograd.grad. The checks of arguments that it omits take as long as a small conditioner's backward pass."""
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 """The function below torch.set_grad_enabled, without the cost of a context manager."""
+unseen_by_modes: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
+"""A context in which no mode of `__torch_function__` sees what is called."""
 is_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 """Whether autocast is on for any device type."""
 has_internal_overlap: Callable[[Tensor], int] = torch._debug_has_internal_overlap
@@ -55,6 +57,11 @@ ReentrantCheckpoint: type = CheckpointFunction._backward_cls
 def node_type(function: type[torch.autograd.Function]) -> type:
     """The type of the nodes that an autograd Function leaves in a graph."""
     return function._backward_cls
+
+
+def packet_of(operator: Any) -> Any:
+    """The operator without its overload, as `torch.utils.flop_counter` lists it."""
+    return operator._overloadpacket
 
 
 _count_holders = getattr(torch._C, "_storage_Use_Count", None)
@@ -75,6 +82,13 @@ def has_global_hook() -> bool:
 def has_own_hook(module: nn.Module) -> bool:
     """Whether a call of this module would run a hook that was registered on it."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a call of this module runs compiled code."""
+    return module._compiled_call_impl is not None or any(
+        hasattr(getattr(module, method, None), "_torchdynamo_orig_callable") for method in ("forward", "update", "mix")
+    )
 
 
 def compile_call(module: nn.Module, **options: Any) -> None:

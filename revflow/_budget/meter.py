@@ -1,22 +1,31 @@
-"""The memory that standard autograd would take for each block, measured in a forward pass.
+"""The memory that standard autograd would take for each block, and the block's work, measured in a forward pass.
 
 Each block runs with a graph. Hooks count the tensors that the graph saves, and drop them after each conditioner, so that the
-measurement itself takes little memory.
+measurement itself takes little memory. A mode counts the work of all operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from revflow._base.streams import Streams
+from revflow._base.torch_private import is_compiled
 from revflow._budget.costs import Cost
+from revflow._budget.work import OPERATIONS_PER_BYTE, Work
 from revflow._replay.mode import ordinary_autograd
+
+
+class MeasuredPart(Protocol):
+    """A part of a block: the evaluation of one conditioner, or of the block as a whole."""
+
+    modules: list[nn.Module]
 
 
 class MeasuredBlock(Protocol):
@@ -28,7 +37,7 @@ class MeasuredBlock(Protocol):
     passage: Any
 
     @property
-    def replays(self) -> Sequence[object]: ...
+    def replays(self) -> Sequence[MeasuredPart]: ...
 
     def first(self, streams: Streams, leaves: Sequence[Tensor]) -> tuple[Streams, Streams]: ...
 
@@ -48,6 +57,13 @@ class Meter:
         self._transients: list[int] = []
         self._gradients: list[int] = []
         """By conditioner of this block: temporary bytes of its inversion, and the largest gradient among them."""
+        self._work = Work()
+        self._at_last_save = 0
+        """The work done when a conditioner's graph saved its last tensor."""
+        self._is_read = False
+        """Whether a conditioner differentiates something itself, and so reads the graph's tensors in its evaluation."""
+        self._output = self._spared = 0
+        """Of this block."""
         self._held: list[list[Tensor]] = []
         """The tensors that the conditioner's graph holds, each in a list that can be emptied."""
         self._counted: list[StorageWeakRef] = []
@@ -58,17 +74,26 @@ class Meter:
         known = self._given.keys() | _storages([*streams, *leaves, *call.parameters]).keys()
         self._saved, self._of_conditioner, self._transients, self._gradients = {}, {}, [], []
         self._counted.clear()
+        self._work, self._output, self._spared = Work(), 0, 0
+        is_opaque = any(is_compiled(module) for part in call.replays for module in part.modules)
 
         def pack(tensor: Tensor) -> list[Tensor]:
             new = {key: size for key, size in _storages([tensor]).items() if key not in known}
             self._of_conditioner.update(new)
+            self._at_last_save = self._work.total
             if tensor.layout == torch.strided:
                 self._counted.append(StorageWeakRef(tensor.untyped_storage()))
             self._held.append([tensor.detach()])  # An alias, because the tensor itself may refer to the graph.
             return self._held[-1]
 
+        def unpack(held: list[Tensor]) -> Tensor:
+            self._is_read = True
+            return held[0]
+
         # In the second evaluation of a conditioner, a sequence inside it stores everything. So it must here.
-        with ordinary_autograd(), torch.enable_grad(), saved_tensors_hooks(pack, lambda held: held[0]):
+        # The mode would make dynamo compile a block once more.
+        counting = nullcontext() if is_opaque else self._work
+        with ordinary_autograd(), torch.enable_grad(), saved_tensors_hooks(pack, unpack), counting:
             outputs, kept = call.first(streams, leaves)
         results = outputs[: len(outputs) - call.passage.log_det]
         self.costs.append(self._cost(call, streams, results, kept))
@@ -93,8 +118,20 @@ class Meter:
             anchors=_nbytes(anchors),
             transient=max(self._transients) + joined_gradients,
             gradient=max(self._gradients) * slices,
-            work=sum(self._saved.values()),
+            work=self._work.total or OPERATIONS_PER_BYTE * sum(self._saved.values()),
+            output=self._output if self._spared else 0,
+            spared=self._spared,
         )
+
+    def evaluation(self, evaluate: Callable[..., Streams], can_be_kept: bool, *arguments: Any) -> Streams:
+        """The coefficients that a conditioner returns. Measures what storing them takes, and what it spares."""
+        self._is_read, self._at_last_save = False, self._work.total
+        t = evaluate(*arguments)
+        spared = self._work.total - self._at_last_save
+        if spared and can_be_kept and not self._is_read:
+            self._spared += spared
+            self._output += sum(_storages(t).values())
+        return t
 
     def step(self, t: Streams, temporary: int) -> None:
         """A conditioner has returned `t`. `temporary`: bytes needed to apply these values to the stream and to invert that."""

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from revflow._base.streams import Tensors
-from revflow._budget.work import WorkCounter
+from revflow._budget.work import Work
 from revflow._replay.mode import ordinary_autograd
 
 
@@ -26,9 +26,7 @@ class Recording:
         """`known`: storages that do not count, by address."""
         self.saved: dict[int, int] = {}
         """Storages that the graph saves, with their sizes in bytes."""
-        self.counter = WorkCounter()
-        self.work_at_last_save = 0
-        """The work done when the last tensor was saved."""
+        self.work = Work()
         self._known = frozenset(known)
         self._held: list[list[Tensor]] = []
         """The tensors that the graph holds, each in a list that can be emptied."""
@@ -40,7 +38,7 @@ class Recording:
         """A context in which an evaluation is recorded."""
         # In the second evaluation of a conditioner, a sequence inside it stores everything. So it must here.
         hooks = saved_tensors_hooks(self._pack, lambda held: held[0])
-        with ordinary_autograd(), torch.enable_grad(), hooks, self.counter:
+        with ordinary_autograd(), torch.enable_grad(), hooks, self.work:
             yield
 
     def drop(self) -> None:
@@ -50,7 +48,6 @@ class Recording:
         self._held.clear()
 
     def _pack(self, tensor: Tensor) -> list[Tensor]:
-        self.work_at_last_save = self.counter.work
         self.saved |= {key: size for key, size in storages([tensor]).items() if key not in self._known}
         if tensor.layout == torch.strided:
             self._counted.append(StorageWeakRef(tensor.untyped_storage()))

@@ -40,7 +40,7 @@ class StepMeter:
                 results=sum(results.values()),
                 gradient=max(recording.saved.values(), default=0),
                 update=self._update,
-                mix=recording.counter.work - self._update,
+                mix=recording.work.total - self._update,
             )
         )
         return CellValues(*[without_graph(tensors, taken) for tensors in made])
@@ -48,7 +48,7 @@ class StepMeter:
     def updated(self) -> None:
         """The cell's `update` has run; its `mix` follows."""
         assert self._recording is not None
-        self._update = self._recording.counter.work
+        self._update = self._recording.work.total
 
 
 def _without(sizes: dict[int, int], others: dict[int, int]) -> dict[int, int]:

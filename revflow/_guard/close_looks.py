@@ -11,6 +11,7 @@ from weakref import ref
 
 from torch import nn
 
+from revflow._base.torch_private import is_compiled
 from revflow._guard.escapes import FirstRecorder, FirstTensors, SecondRecorder
 from revflow._replay.replay import Replay
 
@@ -33,7 +34,7 @@ class CloseLooks:
         # The name contains the number of hooks: a hook that is registered later may store tensors that did not leave before.
         place += f"/{sum([len(m._forward_hooks) + len(m._forward_pre_hooks) for m in replay.modules])} hooks"
         replay.place = place
-        replay.is_followed = self.looks(place, replay, _LOOKS) and not any(map(_is_compiled, replay.modules))
+        replay.is_followed = self.looks(place, replay, _LOOKS) and not any(map(is_compiled, replay.modules))
         return replay.is_followed
 
     def remember(self) -> FirstRecorder:
@@ -67,7 +68,7 @@ class CloseLooks:
         if not switches or switches in seen or len(seen) > _MOST_SWITCHES:
             return False
         seen.add(switches)
-        return not any(map(_is_compiled, replay.modules))
+        return not any(map(is_compiled, replay.modules))
 
 
 class _Look(NamedTuple):
@@ -80,10 +81,3 @@ class _Look(NamedTuple):
     @classmethod
     def at(cls, replay: Replay, times: int) -> _Look:
         return cls(tuple(map(ref, replay.modules)), tuple(replay.modes), times)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether the module is compiled. Dynamo would compile it once more under a mode that follows it."""
-    return module._compiled_call_impl is not None or any(
-        hasattr(getattr(module, method, None), "_torchdynamo_orig_callable") for method in ("forward", "update", "mix")
-    )

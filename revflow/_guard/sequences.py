@@ -1,11 +1,12 @@
 """The guard of sequences: it compares the inputs that the backward pass recomputes with those of the forward pass.
 
 The forward pass stores a few values of each block's input. The backward pass takes the same values of the recomputed input. They
-are compared once, at the end of the sequence's backward pass: on a GPU, that is one wait instead of one per block. Two cases
+are compared once, at the end of the sequence's backward pass: on a GPU, that is one wait instead of one per block. Three cases
 differ:
 
 - A block that stores a stream as an anchor recomputes nothing. Its outputs of both evaluations are compared instead.
 - Of a block that the engine uses only through `forward` and `inverse`, the outputs are compared in addition to the input.
+- Of a block that stores the outputs of its conditioners, activations are compared in addition to the input.
 
 The error of a block is the largest difference, relative to the largest value in any stream of the sequence. If the output is many
 times as large as the input, the input may have lost its digits although that error is small. So the first block's error is also
@@ -42,6 +43,7 @@ from revflow._guard.messages import INEXACT, drowned, inaccurate
 from revflow._guard.missing_gradients import refuse_missing_gradients
 from revflow._guard.policy import Guard
 from revflow._guard.precision import tolerance_of
+from revflow._guard.samples import counts, extremes, rescale, samples_of
 from revflow._guard.tolerance import LOW_PRECISION, LOW_STREAMS, TOLERANCES, Tolerance
 from revflow._replay.arguments import Arguments
 from revflow._replay.replay import Replay
@@ -84,6 +86,10 @@ class Seen:
         self.call = call
         self.before: list[Tensor] = []
         self.again: list[Tensor] = []
+        self.of_activations: list[int] = []
+        """The positions of those values that are not of streams."""
+        self.is_low = False
+        """Whether one of these activations has 8 to 11 bits."""
         self._witness = witness
 
     def output(self, before: Tensor, again: Tensor) -> None:
@@ -98,6 +104,13 @@ class Seen:
     def outputs_again(self, again: Streams) -> None:
         """Add the recomputed outputs of such a block."""
         self.again += self._witness.samples(again)
+
+    def activations(self, before: Streams, again: Sequence[Tensor]) -> None:
+        """Add activations of a second evaluation, and the values that the forward pass stored of them."""
+        self.of_activations += range(len(self.before), len(self.before) + len(before))
+        self.is_low |= any([t.is_floating_point() and t.dtype not in TOLERANCES for t in again])
+        self.before += before
+        self.again += self._witness.activations(again)
 
     @property
     def place(self) -> str:
@@ -146,11 +159,15 @@ class Witness:
 
     def samples(self, streams: Streams) -> Streams:
         """Values of each stream, at the same places each time; in exact arithmetic each followed by its fingerprint."""
-        values = [v for v in map(unwrapped, streams) if _counts(v)]
+        values = [v for v in map(unwrapped, streams) if counts(v)]
         if not self.guard.exact:
             return tuple([torch.take(v, self._places(v)) for v in values])
         # The few values find a change that leaves the sum as it was: a permutation.
         return tuple([e for v in values for e in (torch.take(v, self._places(v)), fingerprint(v))])
+
+    def activations(self, tensors: Sequence[Tensor]) -> Streams:
+        """As `samples`, of activations."""
+        return samples_of(tensors, self._places, self.guard.exact)
 
     def remember(self, call: Block) -> AbstractContextManager[Any, Any]:
         """A mode that records the tensors of a block's first evaluations; an empty context if they are not followed closely."""
@@ -159,7 +176,7 @@ class Witness:
 
     def begin(self, outputs: Streams) -> Evidence:
         """Begin a backward pass, at the sequence's output."""
-        return Evidence(_extremes(outputs), [])
+        return Evidence(extremes(outputs), [])
 
     def watch(self, evidence: Evidence, call: Block) -> Seen:
         """The record of a block that is about to be inverted."""
@@ -174,13 +191,13 @@ class Witness:
         if self.guard.exact:
             self._judge_exactly(evidence.blocks, before, again)
             return
-        extremes = evidence.outputs, _extremes(inputs)
-        if not (before and all(extremes)):
+        ends = evidence.outputs, extremes(inputs)
+        if not (before and all(ends)):
             return
         home = before[0].device
         a, b = (torch.stack([s.to(home) for s in samples]) for samples in (before, again))
-        ends = [torch.stack([e.to(home) for e in found]).abs().amax().expand(len(a)) for found in extremes]
-        found = torch.stack(((b - a).abs().amax(1), a.abs().amax(1), *ends))
+        largest = [torch.stack([e.to(home) for e in found]).abs().amax().expand(len(a)) for found in ends]
+        found = torch.stack(((b - a).abs().amax(1), a.abs().amax(1), *largest))
         if isinstance(found, FakeTensor) or found.is_meta:
             return
         errors, sizes, (output, *_), (own, *_) = found.tolist()
@@ -188,6 +205,7 @@ class Witness:
             return  # the loss has overflowed under standard autograd too
         if not math.isfinite(own):
             errors[-1] = math.inf  # the stored values are right, but others are not finite
+        rescale(evidence.blocks, errors, sizes)
         self._judge(evidence.blocks, errors, max(output, *sizes) or 1.0, max(1.0, own))
 
     def _judge_exactly(self, blocks: list[Seen], before: list[Tensor], again: list[Tensor]) -> None:
@@ -251,18 +269,6 @@ class Witness:
         return places
 
 
-def _counts(stream: Tensor) -> bool:
-    """Whether a stream is compared. Empty ones have no values; integers have neither gradients nor rounding errors."""
-    return bool(stream.numel()) and (stream.is_floating_point() or stream.is_complex())
-
-
-def _extremes(streams: Streams) -> list[Tensor]:
-    """The smallest and the largest value of each stream. Each takes one pass over the stream, and no copy."""
-    values = [v for v in map(unwrapped, streams) if _counts(v)]
-    parts = [torch.view_as_real(v.resolve_conj()) if v.is_complex() else v for v in values]
-    return [end for part in parts for end in (part.amin(), part.amax())]
-
-
 def _differ(before: list[Tensor], again: list[Tensor], device: torch.device) -> list[bool]:
     """Which tensors are not equal to their counterparts."""
     a, b = (torch.stack([s.to(device) for s in samples]) for samples in (before, again))
@@ -281,4 +287,5 @@ def _of_streams(block: Seen) -> Tolerance:
 
 def _tolerance(block: Seen) -> Tolerance:
     """The tolerance for the precision of the streams and of the conditioners."""
-    return tolerance_of(block.again, block.call.replays)
+    found = tolerance_of(block.again, block.call.replays)
+    return max(found, LOW_PRECISION) if block.is_low else found

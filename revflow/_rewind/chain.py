@@ -71,10 +71,10 @@ class ChainCall:
 
         All blocks recompute if no choice is given. The graph holds `lifetime`.
         """
-        first_kept = None if choice is None else choice.first_stored
+        first_stored, outputs_stored = choice or (None, frozenset())
         passage, streams, context = self._passage, self._streams, self._context
         self._streams = ()  # so that blocks can free them
-        if first_kept == 0:
+        if first_stored == 0:
             passage = passage._replace(tape=None)
         if is_bound(passage):
             # Dense copies, so that both evaluations of a conditioner get the same strides; `clone` preserves channels_last.
@@ -85,8 +85,10 @@ class ChainCall:
         log_dets: list[Tensor] = []
         node = None
         for k, (name, block) in enumerate(self._blocks):
-            if k == first_kept and passage.tape is not None:
+            if k == first_stored and passage.tape is not None:
                 passage, streams, log_dets = _without_tape(passage, streams, log_dets)
+            if outputs_stored and passage.tape is not None:
+                passage.tape.keeps_outputs = k in outputs_stored
             if extent is not None:
                 extent.source = name, block
             try:

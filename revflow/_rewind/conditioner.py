@@ -6,8 +6,9 @@ value inverts the change, the graph gives the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from revflow._replay.replay import Replay
 from revflow._rewind.graph import aliases_of, edges, gradients, is_ours, laid_out, leaf, not_leaves
 from revflow._rewind.laws import Law
 from revflow._rewind.passage import RewindInputs, is_built_in
+from revflow._rewind.skeleton import Capture, Skeleton, can_keep
 from revflow._rewind.tape import Tape
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ _RETURN = "Let a conditioner return it, as one more coefficient"
 
 class ConditionerCall(Replay):
     """A conditioner in one call: its evaluation in both passes, and the change that it makes to its target stream."""
+
+    skeleton: Skeleton | None = None
+    """The graph of the first evaluation if its coefficients are stored; otherwise a second evaluation computes them."""
 
     def __init__(self, law: Law, tape: Tape, target: int, conditioner: nn.Module, device: torch.device) -> None:
         super().__init__(conditioner, device)
@@ -44,11 +49,15 @@ class ConditionerCall(Replay):
         others = now[:k] + now[k + 1 :]
         taken = [*others, *leaves] if leaves else others
         versions = versions_of(taken)
-        if not self.is_known:  # it may register hooks on its arguments, which belong only to this evaluation
+        evaluate = law.block.evaluate
+        if tape.keeps_outputs or tape.meter is not None:
+            evaluate, others, leaves = self._prepared(others, leaves)
+        if not self.is_known and self.skeleton is None:
+            # It may register hooks on its arguments, which belong only to this evaluation.
             others, leaves = aliases_of(others), aliases_of(leaves)
         context = tape.arguments.filled(leaves)
         reachable = tape.arguments.watch(context)
-        t = self.first(tape.draws, law.block.evaluate, self._conditioner, x, others, context)
+        t = coefficients = self.first(tape.draws, evaluate, self._conditioner, x, others, context)
         if reachable is not None:
             reachable.refuse_changes(self._conditioner)
         if versions_of(taken) != versions:
@@ -56,6 +65,8 @@ class ConditionerCall(Replay):
                 f"the conditioner {type(self._conditioner).__name__} changed its input in place (for example by a first "
                 f"layer with inplace=True), which cannot be inverted; let it work on a copy (inplace=False)"
             )
+        if self.skeleton is not None:
+            t = tuple([c.detach() for c in t])  # so that the streams do not refer to the skeleton
         now[k] = y = law.apply(x, *t)
         self._strides = [s.stride() for s in (*others, y)]
         if law.arithmetic.extent is not None:
@@ -63,10 +74,43 @@ class ConditionerCall(Replay):
         if tape.meter is not None:
             tape.meter.step(t, 0 if law.translates else 2 * y.nbytes)
         stored: Streams = (x,) if law.stores_target else ()
-        if self.stores and not stored:
+        if law.stores and not stored:
             with torch.no_grad():  # gradients are on while the pass is measured
                 stored = law.arithmetic.residual(x, law.undo(y, *t))
+        if self.skeleton is not None:
+            stored += self._kept(self.skeleton, coefficients)
         return stored, law.log_det(x, y, t) if law.computes_log_det else None
+
+    def _prepared(
+        self, others: list[Tensor], leaves: Sequence[Tensor]
+    ) -> tuple[Callable[..., Streams], list[Tensor], Sequence[Tensor]]:
+        """The first evaluation, with its inputs, if it is measured or builds a skeleton."""
+        tape, evaluate = self._tape, self.law.block.evaluate
+        can_be_kept = tape.chunks == 1 and can_keep(self, others, leaves)
+        if tape.meter is not None:
+            return partial(tape.meter.evaluation, evaluate, can_be_kept), others, leaves
+        if not can_be_kept:
+            return evaluate, others, leaves
+        skeleton = self.skeleton = Skeleton(self, tape.witness is not None)
+        return partial(skeleton.first, evaluate), *skeleton.entered(others, leaves)
+
+    def _kept(self, skeleton: Skeleton, coefficients: Streams) -> Streams:
+        """The stored coefficients, with their graph, and the guard's few values: `undo` needs both.
+
+        Autograd saves them. So the skeleton is freed with the sequence's graph.
+        """
+        law, witness, recent = self.law, self._tape.witness, skeleton.recent()
+        if versions_of(coefficients) != skeleton.versions:
+            raise RuntimeError(
+                f"{type(law.block).__name__}.{law.direction.apply} changed its arguments in place, which are still needed: let "
+                f"it return a new tensor"
+            )
+        if not any(c.requires_grad for c in coefficients):
+            self.skeleton = None
+            return ()
+        samples = () if witness is None else witness.activations(recent)
+        self.stores = law.stores + len(coefficients) + len(samples)
+        return *coefficients, *samples
 
     def undo(self, now: list[Tensor], grads: list[Tensor | None], given: RewindInputs) -> Gradients:
         """Bring the streams in `now`, and their gradients in `grads`, from after the change to before it.
@@ -76,22 +120,26 @@ class ConditionerCall(Replay):
         """
         k = self.target
         inputs = [*map(leaf, now[:k] + now[k + 1 :], self._strides, given.needs[:k] + given.needs[k + 1 :])]
-        wanted = (*inputs, *given.leaves, *given.own)
-        if self.is_known:
+        wanted, capture = (*inputs, *given.leaves, *given.own), None
+        if self.skeleton is not None and (t := self._coefficients(given.stored)):
+            capture, inputs, wanted, followed = self._captured(now[k], inputs, t, given)
+            others, given = inputs, given._replace(stored=given.stored[: self.law.stores])
+        elif self.is_known:
             t, others, followed = self._evaluated(now[k], inputs, given.leaves, given.own), inputs, None
         else:
             t, others, followed = self._observed(now[k], inputs, given)
         through = self._through_translation if self.law.translates else self._through_map
         targets, outputs, output_grads = through(now, grads[k], t, given)
         if targets and given.seen is not None and not is_built_in(self.law.block):
-            given.seen.graph(self.law.direction.apply, outputs, (*targets, *wanted), remedy=_RETURN)
+            known = () if self.skeleton is None else (self.skeleton.token,)
+            given.seen.graph(self.law.direction.apply, outputs, (*targets, *wanted, *known), remedy=_RETURN)
         # The other streams are outputs too. So autograd itself adds the gradients that each gets on both ways, in the same
         # order as without the engine.
         ends = edges((*outputs, *others))
         output_grads += (*grads[:k], *grads[k + 1 :])
         del t, outputs, others  # their values are freed unless the graph needs them
-        found = gradients(ends, (*targets, *wanted), output_grads)
-        del ends  # and with it the rest of the graph
+        found = gradients(ends, (*targets, *wanted), output_grads, capture is not None)
+        del ends, capture  # and with them the rest of the graph
         if given.seen is not None and not self.is_known:
             given.seen.escapes(followed, self)
         if targets:
@@ -119,6 +167,36 @@ class ConditionerCall(Replay):
             wanted = (*inputs, *given.leaves, *given.own)
             seen.graph("a conditioner", t, wanted, self._conditioner, self._tape.arguments)
         return t, others, followed
+
+    def _coefficients(self, stored: Streams) -> Streams:
+        """The stored coefficients; none if hooks for saved tensors, such as those of `save_on_cpu`, have removed their graph."""
+        assert self.skeleton is not None
+        coefficients = stored[self.law.stores : self.law.stores + self.skeleton.count]
+        return coefficients if any([c.requires_grad for c in coefficients]) else ()
+
+    def _captured(
+        self, target: Tensor, inputs: list[Tensor], t: Streams, given: RewindInputs
+    ) -> tuple[Capture, list[Tensor], Streams, SecondRecorder | None]:
+        """The second evaluation if the coefficients are stored: it only fills in their graph.
+
+        Returns what it captured, the places in that graph where the gradients of the other streams and of all inputs arrive,
+        and the guard's record.
+        """
+        skeleton, seen, conditioner = self.skeleton, given.seen, self._conditioner
+        assert skeleton is not None
+        skeleton.refuse_other_needs(given.own, conditioner)
+        followed = None if seen is None or self.is_known else seen.follow(self)
+        with followed or nullcontext():
+            others, leaves = skeleton.entered(inputs, given.leaves)
+            evaluate = partial(skeleton.again, conditioner, self.law.block.evaluate)
+            context = self._tape.arguments.filled(leaves)
+            capture = self.again(given.own, evaluate, conditioner, target, others, context)
+        if seen is not None:
+            if not self.is_known:
+                seen.graph("a conditioner", t, (*given.own, skeleton.token), conditioner, self._tape.arguments)
+            seen.activations(given.stored[self.law.stores + len(t) :], [capture.tensor(n) for n in skeleton.compared])
+        entrances, of_leaves = skeleton.entrances(inputs, given.leaves)
+        return capture, entrances, (*entrances, *of_leaves, *given.own), followed
 
     def _through_translation(
         self, now: list[Tensor], grad: Tensor | None, t: Streams, given: RewindInputs

@@ -118,7 +118,9 @@ def _edge(output: Tensor) -> GradientStart:
     return GradientEdge(output.grad_fn, output.output_nr)
 
 
-def gradients(ends: Sequence[GradientStart], inputs: Streams, grads: Gradients) -> Gradients:
+def gradients(
+    ends: Sequence[GradientStart], inputs: Streams, grads: Gradients, retain_graph: bool = False
+) -> Gradients:
     """The gradients of `inputs`; None for an input that requires none, or on which the ends do not depend.
 
     This is torch.autograd.grad without its checks of the arguments, which double its time for small conditioners.
@@ -135,7 +137,7 @@ def gradients(ends: Sequence[GradientStart], inputs: Streams, grads: Gradients) 
         found: Gradients = run_backward(
             tuple([e for e, _ in known]),
             tuple([g for _, g in known]),
-            False,  # retain_graph
+            retain_graph,
             False,  # create_graph
             wanted,
             allow_unreachable=True,

@@ -27,6 +27,8 @@ class Tape:
     def __init__(self, context: Context, chunks: int = 1, witness: Witness | None = None) -> None:
         self.arguments, self.draws = Arguments(context), Draws()
         self.chunks, self.witness = chunks, witness
+        self.keeps_outputs = False
+        """Whether the block that runs next stores the outputs of its conditioners."""
         self.meter: Meter | None = None
         """Measures the forward pass; None if its costs are known, or not needed."""
         self._entries: dict[int, Entry] = {}

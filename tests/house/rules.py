@@ -25,7 +25,9 @@ CORE = (
     "revflow/_replay/mode.py",
     "revflow/_replay/replay.py",
     *sorted(
-        f"revflow/_rewind/{file.name}" for file in (ROOT / "revflow/_rewind").glob("*.py") if file.stem != "slices"
+        f"revflow/_rewind/{file.name}"
+        for file in (ROOT / "revflow/_rewind").glob("*.py")
+        if file.stem not in ("skeleton", "slices")
     ),
 )
 

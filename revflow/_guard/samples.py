@@ -1,0 +1,70 @@
+"""The values that the guard compares, of streams and of activations.
+
+A block that stores the outputs of its conditioners recomputes its input from them. So the input is right even if the second
+evaluation of a conditioner differs from the first, and only the gradients would be wrong. Therefore the guard also compares a few
+values of such a conditioner's last activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from revflow._base.streams import Streams
+from revflow._base.torch_private import unwrapped
+from revflow.exact import fingerprint
+
+
+class Compared(Protocol):
+    """The record of a block, with the attributes that are used here."""
+
+    before: list[Tensor]
+    of_activations: list[int]
+
+
+def counts(stream: Tensor) -> bool:
+    """Whether a stream is compared. Empty ones have no values; integers have neither gradients nor rounding errors."""
+    return bool(stream.numel()) and (stream.is_floating_point() or stream.is_complex())
+
+
+def extremes(streams: Streams) -> list[Tensor]:
+    """The smallest and the largest value of each stream. Each takes one pass over the stream, and no copy."""
+    values = [v for v in map(unwrapped, streams) if counts(v)]
+    parts = [torch.view_as_real(v.resolve_conj()) if v.is_complex() else v for v in values]
+    return [end for part in parts for end in (part.amin(), part.amax())]
+
+
+def samples_of(tensors: Sequence[Tensor], places: Callable[[Tensor], Tensor], is_exact: bool) -> Streams:
+    """Values of each tensor at its `places`, as float32 or a wider dtype; in exact arithmetic each followed by its fingerprint.
+
+    Values that are not finite, such as those of a mask, count as zero.
+    """
+    samples: list[Tensor] = []
+    for tensor in tensors:
+        values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+        taken = torch.take(values, places(values))
+        taken = taken.to(torch.promote_types(taken.dtype, torch.float32))
+        samples.append(torch.nan_to_num(taken, 0.0, 0.0, 0.0))
+        if is_exact:
+            samples.append(fingerprint(values if values.is_floating_point() else values.to(torch.float32)))
+    return tuple(samples)
+
+
+def rescale(blocks: Sequence[Compared], errors: list[float], sizes: list[float]) -> None:
+    """Make the errors of activations comparable to those of streams, in place.
+
+    The `errors` and `sizes` are those of all blocks' values. The error of an activation, relative to its own size, becomes one of
+    the block's largest stream. Its size no longer counts.
+    """
+    begin = 0
+    for block in blocks:
+        if block.of_activations:
+            which = {begin + k for k in block.of_activations}
+            largest = max([sizes[k] for k in range(begin, begin + len(block.before)) if k not in which], default=0.0)
+            for k in which:
+                errors[k] *= (largest or max(sizes)) / (sizes[k] or 1.0)
+                sizes[k] = 0.0
+        begin += len(block.before)

@@ -1,0 +1,292 @@
+"""A conditioner's graph without its values: the forward pass builds it, and a second evaluation fills it in.
+
+A block that stores its conditioners' outputs is inverted without evaluating them: x = y - t needs only t. The second evaluation
+then serves only the gradients. A graph needs only the tensors that operations save. So the evaluation stops as soon as the last
+of them is saved, often before the most expensive operation: a convolution saves its input before it runs.
+
+But an evaluation that stops returns no output, and so no graph to differentiate. Therefore the first evaluation builds the graph.
+Hooks drop each tensor that the graph saves, and leave its number in its place: the graph is a skeleton, and takes no memory. The
+second evaluation captures the tensors under the same numbers, for as long as a backward pass runs through the skeleton.
+(`torch.utils.checkpoint` stops early in the same way.)
+
+The skeleton begins at `_Enter`. If it began at leaves with the values of the streams, it would hold the streams' memory. `_Enter`
+returns aliases of the streams, and depends only on a token. The engine takes the gradients where they arrive at this node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import compress
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, saved_tensors_hooks
+
+from revflow._base.streams import Streams, versions_of
+from revflow._base.torch_private import (
+    FakeTensor,
+    is_compiled,
+    is_traceable_wrapper_subclass,
+    set_grad_enabled,
+    unseen_by_modes,
+)
+from revflow._replay.replay import Replay
+
+_COMPARED = 2
+"""The number of captured tensors that the guard compares. Two, since the last operation may save a constant and an activation."""
+
+Description = tuple[torch.Size, torch.dtype, torch.device]
+
+
+class Entrance(GradientEdge):
+    """The place in a skeleton where the gradient of an input arrives. `graph.edges` and `gradients` treat it as a leaf."""
+
+    requires_grad = True
+    grad_fn = None
+    _backward_hooks = None
+
+
+class Skeleton:
+    """The graph of one evaluation, without its values.
+
+    The hooks of the graph refer to this object. It refers to nothing but the graph's beginning, so there is no reference cycle.
+    """
+
+    def __init__(self, replay: Replay, is_compared: bool) -> None:
+        """`is_compared`: whether the guard compares captured tensors."""
+        self.token = torch.empty(0, requires_grad=True)
+        self._begin: Tensor | None = None
+        """An output of `_Enter`, which prevents that node from being freed while no other node leads to it."""
+        self._described: list[Description] = []
+        """By number: the tensors that the graph saves."""
+        self._captures: WeakSet[Capture] = WeakSet()
+        """The second evaluations whose backward pass is running. All captured the same values."""
+        self._which: list[bool] = []
+        """The inputs that begin at `_Enter`."""
+        self._needs = [p.requires_grad for p in replay.parameters]
+        self._recent = _Recent(replay.parameters) if is_compared else None
+        self.compared: list[int] = []
+        """The numbers of the tensors that the guard compares."""
+        self.count = 0
+        self.versions: list[int] = []
+        """Of the coefficients that the evaluation returned."""
+
+    def entered(self, streams: Sequence[Tensor], leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The inputs of an evaluation: aliases that require a gradient, for a stream of real numbers even if it needs none."""
+        tensors = [*streams, *leaves]
+        which = [s.is_floating_point() or s.is_complex() for s in streams] + [t.requires_grad for t in leaves]
+        if self._begin is not None and which != self._which:
+            raise RuntimeError(
+                "requires_grad of a tensor among the keyword arguments changed between the forward and the backward pass"
+            )
+        self._which = which
+        with _GradientsOn():
+            begin, *entered = _enter(self.token, [*compress(tensors, which)])  # type: ignore[no-untyped-call]
+        if self._begin is None:
+            self._begin = begin
+        if self._recent is not None:
+            self._recent.skip(tensors)
+        rest = iter(entered)
+        inputs = [next(rest) if is_entered else t.detach() for t, is_entered in zip(tensors, which, strict=True)]
+        return inputs[: len(streams)], inputs[len(streams) :]
+
+    def entrances(self, streams: Sequence[Tensor], leaves: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
+        """For each input that requires a gradient its entrance, for the others the input itself."""
+        assert self._begin is not None
+        node, number = self._begin.grad_fn, 0
+        found: list[Any] = []
+        for tensor, is_entered in zip((*streams, *leaves), self._which, strict=True):
+            number += is_entered
+            found.append(Entrance(node, number) if tensor.requires_grad else tensor)  # type: ignore[arg-type]
+        return found[: len(streams)], found[len(streams) :]
+
+    def first(self, evaluate: Callable[..., Streams], *arguments: Any) -> Streams:
+        """The first evaluation, which builds the skeleton."""
+        with _GradientsOn(), saved_tensors_hooks(self._describe, self._filled):
+            coefficients = evaluate(*arguments)
+        self.count, self.versions = len(coefficients), versions_of(coefficients)
+        return coefficients
+
+    def recent(self) -> list[Tensor]:
+        """Tensors for the guard to compare. To be called once, after the first evaluation."""
+        recent, self._recent = self._recent, None
+        self.compared, tensors = ([], []) if recent is None else recent.taken()
+        return tensors
+
+    def again(self, conditioner: nn.Module, evaluate: Callable[..., Streams], *arguments: Any) -> Capture:
+        """The second evaluation, up to the last tensor that the graph saves. The skeleton is filled while the result exists."""
+        capture = Capture(self._described, type(conditioner).__name__)
+        try:
+            if self._described:
+                with saved_tensors_hooks(capture.take, lambda alias: alias):
+                    evaluate(*arguments)
+        except _Stop:
+            pass
+        capture.refuse_early_end()
+        self._captures.add(capture)
+        return capture
+
+    def refuse_other_needs(self, parameters: Sequence[Tensor], conditioner: nn.Module) -> None:
+        """Refuse parameters that were frozen or released since the first evaluation: the graph would save other tensors."""
+        if [p.requires_grad for p in parameters] != self._needs:
+            raise RuntimeError(
+                f"requires_grad of a parameter of the conditioner {type(conditioner).__name__} changed between the forward and "
+                f"the backward pass: change it between training steps"
+            )
+
+    def _describe(self, tensor: Tensor) -> int:
+        number = len(self._described)
+        self._described.append((tensor.shape, tensor.dtype, tensor.device))
+        if self._recent is not None:
+            self._recent.put(number, tensor)
+        return number
+
+    def _filled(self, number: int) -> Tensor:
+        capture = next(iter(self._captures), None)
+        if capture is None:
+            raise RuntimeError(_ESCAPED)
+        return capture.tensor(number)
+
+
+class Capture:
+    """The tensors that one second evaluation captured."""
+
+    def __init__(self, expected: list[Description], conditioner: str) -> None:
+        self._expected, self._conditioner = expected, conditioner
+        self._taken: list[tuple[Tensor, int]] = []
+        """Aliases, since a tensor itself may refer to the graph; and their versions."""
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """A hook that captures the next tensor."""
+        number = len(self._taken)
+        if number == len(self._expected):
+            raise _Stop  # the conditioner has caught the first one
+        found, expected = (tensor.shape, tensor.dtype, tensor.device), self._expected[number]
+        if found != expected:
+            raise RuntimeError(
+                f"the conditioner {self._conditioner} computed other tensors in its second evaluation: one of shape "
+                f"{tuple(found[0])}, {found[1]}, on {found[2]}, and not one of shape {tuple(expected[0])}, {expected[1]}, on "
+                f"{expected[2]}. {_DIFFERS}"
+            )
+        alias = tensor.detach()
+        self._taken.append((alias, alias._version))
+        if number + 1 == len(self._expected):
+            raise _Stop
+        return alias
+
+    def refuse_early_end(self) -> None:
+        if len(self._taken) < len(self._expected):
+            raise RuntimeError(
+                f"the conditioner {self._conditioner} saved {len(self._taken)} tensors for gradients in its second evaluation, "
+                f"and {len(self._expected)} in its first. {_DIFFERS}"
+            )
+
+    def tensor(self, number: int) -> Tensor:
+        tensor, version = self._taken[number]
+        if tensor._version != version:
+            raise RuntimeError(
+                f"the conditioner {self._conditioner} modified a tensor of shape {tuple(tensor.shape)} by an inplace operation, "
+                f"although its gradient needs that tensor: let it return a new one"
+            )
+        return tensor
+
+
+class _Recent:
+    """The tensors that a graph saved last, of those that depend on the evaluation's inputs or on random numbers."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._shapes = {_shape(p) for p in parameters}
+        self._skipped: set[int] = set()
+        self.skip(parameters)
+        self._found: dict[bool, list[tuple[int, Tensor, int]]] = {True: [], False: []}
+        """Number, alias and version. A tensor shaped as a parameter may be a copy of it: it counts if there is no other."""
+
+    def skip(self, tensors: Sequence[Tensor]) -> None:
+        """Do not compare these: parameters and inputs."""
+        self._skipped |= {_storage(t) for t in tensors if t.layout == torch.strided}
+
+    def put(self, number: int, tensor: Tensor) -> None:
+        if tensor.layout != torch.strided or not tensor.numel() or _storage(tensor) in self._skipped:
+            return
+        alias = tensor.detach()
+        found = self._found[_shape(tensor) not in self._shapes]
+        found[:] = [*(f for f in found if _storage(f[1]) != _storage(alias)), (number, alias, alias._version)][
+            -_COMPARED:
+        ]
+
+    def taken(self) -> tuple[list[int], list[Tensor]]:
+        """Their numbers, and the tensors. Those that were modified later are left out: the second evaluation may not do that."""
+        found = [(n, t) for n, t, version in self._found[True] or self._found[False] if t._version == version]
+        return [n for n, _ in found], [t for _, t in found]
+
+
+class _Stop(BaseException):
+    """Ends a second evaluation. Not an Exception, which the conditioner's code may catch."""
+
+
+class _GradientsOn:
+    """A context with gradients on, which the guard's mode must not count as one of the conditioner's own."""
+
+    def __enter__(self) -> None:
+        with unseen_by_modes():
+            set_grad_enabled(True)
+
+    def __exit__(self, *_: object) -> None:
+        with unseen_by_modes():
+            set_grad_enabled(False)
+
+
+class _Enter(torch.autograd.Function):
+    """The beginning of a skeleton: aliases of tensors, which depend only on a token."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, tensors: list[Tensor]) -> Streams:
+        begin = tensors[0] if tensors else token
+        # Of `detach`, not views: a conditioner may change its own input in place, which is found by the version counter.
+        return (begin.new_empty(0, dtype=torch.float32), *[t.detach() for t in tensors])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(_ESCAPED)
+
+
+# Function.apply without its preparations for functorch's transforms, under which there is no tape.
+_enter = super(torch.autograd.Function, _Enter).apply
+
+_ESCAPED = (
+    "a loss depends on a tensor that left a conditioner by another way than its result, for example through an attribute, a "
+    "forward hook or a list. It gives no gradient, since the block stores no activations. Return it through a stream of its own "
+    "(docs/blocks.md, auxiliary losses), or store it without a graph: `.detach()`"
+)
+_DIFFERS = (
+    "Both evaluations must compute the same: avoid random numbers that are not torch's, and state outside of parameters and "
+    "buffers, that change what is computed"
+)
+
+
+def can_keep(replay: Replay, streams: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
+    """Whether the output of this conditioner can be stored for such inputs.
+
+    Parameters that another module has computed have a graph of their own, which would become part of the skeleton. A tensor
+    subclass may wrap several tensors. A compiled conditioner runs as a whole, and saves its tensors at the end.
+    """
+    return (
+        any(t.requires_grad for t in (*streams, *leaves, *replay.parameters))
+        and all(type(t) is Tensor or isinstance(t, FakeTensor) for t in streams)
+        and not any(map(is_traceable_wrapper_subclass, (*leaves, *replay.parameters)))
+        and len({t.device for t in streams}) == 1
+        and all(p.is_leaf for p in replay.parameters)
+        and not any(map(is_compiled, replay.modules))
+    )
+
+
+def _storage(tensor: Tensor) -> int:
+    cdata: int = tensor.untyped_storage()._cdata
+    return cdata
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    """The sizes without their order: linear layers save their weight transposed."""
+    return tuple(sorted(tensor.shape))

@@ -8,7 +8,7 @@ computed from these bytes (`_budget.costs`, `_budget.selection`); no further ste
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from revflow._base.memory_size import MemoryBudget, size
 from revflow._budget.costs import Cost
@@ -63,6 +63,17 @@ class Budget:
             planned.append(PlannedCall(label, menu.unit, units, stored, outputs, option.held, share))
         ratio = 1 + (work - plan.spared) / (3 * work) if work else 1.0
         return StepPlan(limit, tuple(planned), plan.peak, ratio)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the limit in bytes, the measured costs and the orders of calls, as plain values for a checkpoint."""
+        return self._keeper.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with the plans of `state_dict`, so that the first step already follows them.
+
+        A limit in bytes that was passed to the constructor is not replaced.
+        """
+        self._keeper.load(state_dict)
 
     def __repr__(self) -> str:
         return f"Budget({self.memory!r})"

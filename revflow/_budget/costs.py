@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, NamedTuple
+from itertools import accumulate
+from typing import Any, ClassVar, NamedTuple
 
 
 class Cost(NamedTuple):
@@ -86,6 +87,11 @@ class Menu(ABC):
         """The option that saves the most work."""
         return self.by_peak[-1]
 
+    @property
+    @abstractmethod
+    def measured(self) -> list[Any]:
+        """The measured costs as plain values, of which `saved_costs.restored` makes the same menu."""
+
     @abstractmethod
     def parts(self, choice: Choice) -> tuple[int, int, int]:
         """The number of units that are stored, of those whose outputs are stored, and of all."""
@@ -114,8 +120,8 @@ def _gain(a: Option, b: Option) -> float:
     return (b.spared - a.spared) / (b.held - a.held)
 
 
-_MOST_SETS = 100
-"""Sets of stored outputs that are compared for one call."""
+_MOST_STARTS, _MOST_SETS = 100, 50
+"""First stored blocks that are compared for one call, and for each of them, sets of stored outputs."""
 
 
 class SequenceMenu(Menu):
@@ -125,24 +131,48 @@ class SequenceMenu(Menu):
 
     def __init__(self, costs: Sequence[Cost], joined: bool, rounded: bool) -> None:
         """`joined`: whether the output's streams are copied into one tensor; `rounded`: whether the input is copied to a grid."""
-        self.costs, self._rounded = tuple(costs), rounded
+        self.costs, self._joined, self._rounded = tuple(costs), joined, rounded
         self._output = costs[-1].outputs * (1 + joined) if costs else 0
         self._suffixes = self._stored_blocks()
-        offered = [k for k, cost in enumerate(costs) if cost.spared > 0 and cost.output > 0]
-        offered.sort(key=lambda k: (-costs[k].spared / costs[k].output, -k))  # of equal ones, the last is freed first
-        options = [
-            option
-            for count in range(0, len(offered) + 1, 1 + len(offered) // _MOST_SETS)
-            for option in self._options(frozenset(offered[:count]))
-        ]
-        super().__init__(self.option(Choice(len(costs))), options, sum([cost.work for cost in costs]))
+        self._work = [*accumulate([cost.work for cost in reversed(costs)], initial=0)][::-1]
+        """By number of the first stored block: the work of the stored blocks."""
+        super().__init__(self.option(Choice(len(costs))), [*map(self.option, self._choices())], self._work[0])
 
-    def option(self, choice: Choice) -> Option:
-        """The consequences of a choice."""
-        return next(o for o in self._options(choice.outputs) if o.choice == choice)
+    @property
+    def measured(self) -> list[Any]:
+        return [[*map(list, self.costs)], self._joined, self._rounded]
 
     def parts(self, choice: Choice) -> tuple[int, int, int]:
         return len(self.costs) - choice.first_stored, len(choice.outputs), len(self.costs)
+
+    def option(self, choice: Choice) -> Option:
+        """The consequences of a choice.
+
+        Inverting a block takes its streams, their gradients and its temporary memory, while the tensors that the blocks up to
+        this one have stored are alive.
+        """
+        first_stored, outputs = choice
+        peak, stored = self._suffixes[first_stored]
+        inverting = held = 0
+        spared = self._work[first_stored]
+        for k, cost in enumerate(self.costs[:first_stored]):
+            held += cost.anchors
+            if k in outputs:
+                held += cost.output
+                spared += cost.spared
+            inverting = max(inverting, held + 2 * cost.outputs + cost.transient)
+        return Option(choice, max(peak + held, inverting), held + stored, spared)
+
+    def _choices(self) -> Iterator[Choice]:
+        """Each first stored block, with the outputs of earlier blocks that save the most work per byte."""
+        costs, count = self.costs, len(self.costs)
+        offered = [k for k, cost in enumerate(costs) if cost.spared > 0 and cost.output > 0]
+        offered.sort(key=lambda k: (-costs[k].spared / costs[k].output, -k))  # of equal ones, the last is freed first
+        for first_stored in range(count, -1, -1 - count // _MOST_STARTS):
+            before = [k for k in offered if k < first_stored]
+            for number in range(0, len(before) + 1, 1 + len(before) // _MOST_SETS):
+                yield Choice(first_stored, frozenset(before[:number]))
+        yield Choice(0)
 
     def _stored_blocks(self) -> list[tuple[int, int]]:
         """By number of the first stored block: the peak and the held bytes of the blocks from that one on.
@@ -162,24 +192,3 @@ class SequenceMenu(Menu):
             boundary = cost.inputs if k or self._rounded else 0  # The input of the whole call is the caller's.
             found.append((boundary + max(backward, stored + output), boundary + stored + own_output))
         return found[::-1]
-
-    def _options(self, outputs: frozenset[int]) -> Iterator[Option]:
-        """Every first stored block, together with these stored outputs of blocks before it.
-
-        Inverting a block takes its streams, their gradients and its temporary memory, while the tensors that the blocks up to
-        this one have stored are alive.
-        """
-        costs, end = self.costs, max(outputs, default=-1)
-        rest = sum([cost.work for cost in costs])
-        inverting = held = spared = 0
-        for k, (peak, stored) in enumerate(self._suffixes):
-            if k > end:
-                yield Option(Choice(k, outputs), max(peak + held, inverting), held + stored, spared + rest)
-            if k < len(costs):
-                cost = costs[k]
-                held += cost.anchors
-                rest -= cost.work
-                if k in outputs:
-                    held += cost.output
-                    spared += cost.spared
-                inverting = max(inverting, held + 2 * cost.outputs + cost.transient)

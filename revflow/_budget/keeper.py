@@ -21,6 +21,7 @@ from revflow._base.memory_size import MemoryBudget, parse, size
 from revflow._base.torch_private import hooks_saved_tensors
 from revflow._base.user_warnings import warn
 from revflow._budget.costs import Choice, Menu, Option
+from revflow._budget.saved_costs import restored, saved
 from revflow._budget.selection import Selection, planned
 
 _log = logging.getLogger("revflow.budget")
@@ -42,6 +43,10 @@ class BudgetedCall(Protocol[M]):
         """All that determines the costs: calls of equal kinds have equal costs."""
 
     @property
+    def fingerprint(self) -> str:
+        """As `kind`, in a text that is the same in another process."""
+
+    @property
     def label(self) -> str:
         """The call's name in a printed plan."""
 
@@ -53,6 +58,14 @@ class BudgetedCall(Protocol[M]):
 
     def measured(self, lifetime: Tensor | None = None) -> tuple[Any, M]:
         """The result of `run(None, lifetime)`, and the options that were measured on the way."""
+
+
+class Measured(NamedTuple):
+    """What is known of a kind of call."""
+
+    label: str
+    fingerprint: str
+    menu: Menu
 
 
 class Learned(NamedTuple):
@@ -73,8 +86,10 @@ class Keeper:
         """The limit in bytes; None until it is known."""
         self._numbers: dict[Hashable, int] = {}
         """The number of each kind of call."""
-        self._menus: dict[int, tuple[str, Menu]] = {}
-        """By kind: the label of such calls, and their options."""
+        self._menus: dict[int, Measured] = {}
+        """By kind: what was measured."""
+        self._restored: dict[str, list[int]] = {}
+        """By fingerprint: the kinds of a loaded state that no call has had yet."""
         self._orders: dict[Order, Learned | None] = {}
         """Orders of which none begins with another one; None until an order is planned."""
         self._pending: dict[object, tuple[int, int]] = {}
@@ -83,7 +98,7 @@ class Keeper:
 
     def __getstate__(self) -> dict[str, object]:
         # A copy of the modules has no graphs, and its calls have not been measured.
-        return {**self.__dict__, "_numbers": {}, "_menus": {}, "_orders": {}, "_pending": {}}
+        return {**self.__dict__, "_numbers": {}, "_menus": {}, "_restored": {}, "_orders": {}, "_pending": {}}
 
     @property
     def is_limited(self) -> bool:
@@ -106,14 +121,15 @@ class Keeper:
             # The hooks decide where tensors are stored, so their memory is unknown. torch.utils.checkpoint also requires that
             # both of its runs save the same tensors.
             return call.run()
-        kind, lifetime = self._number(call.kind), torch.empty(0)
+        kind, lifetime = self._number(call), torch.empty(0)
         order = (*[pending for pending, _ in [*self._pending.values()]], kind)
         if kind in self._menus:
             option = self._option(order, call.device)
             result = call.run(option.choice, lifetime)
         else:
+            label, fingerprint = call.label, call.fingerprint  # before the run, which frees the call's inputs
             result, menu = call.measured(lifetime)
-            self._learn(kind, call.label, menu)
+            self._learn(kind, Measured(label, fingerprint, menu))
             option = menu.least
         self._note(order)
         self._count(kind, option.held, lifetime)
@@ -121,11 +137,11 @@ class Keeper:
 
     def plan_of(self, call: BudgetedCall[M]) -> tuple[int | None, M, Option]:
         """The limit in bytes, the options, and the one that is chosen, of a step with only such a call."""
-        kind, label, device = self._number(call.kind), call.label, call.device
+        kind, label, fingerprint, device = self._number(call), call.label, call.fingerprint, call.device
         _, menu = call.measured()
         if isinstance(self._limit, str):
             return None, menu, menu.most if self.stores_all else menu.least
-        self._learn(kind, label, menu)
+        self._learn(kind, Measured(label, fingerprint, menu))
         self._note((kind,))
         limit = self._limit_on(device)
         return limit, menu, planned([menu], limit).options[0]
@@ -137,23 +153,45 @@ class Keeper:
         if order is None or self._bytes is None:
             return None
         plan = self._planned(order, self._bytes).plan
-        return self._bytes, [(*self._menus[k], o) for k, o in zip(order, plan.options, strict=True)], plan
+        known = [self._menus[kind] for kind in order]
+        return self._bytes, [(m.label, m.menu, o) for m, o in zip(known, plan.options, strict=True)], plan
 
-    def _number(self, kind: Hashable) -> int:
-        """The number of a kind of call."""
+    def state(self) -> dict[str, Any]:
+        """The limit, the measured costs and the orders, as plain values."""
+        return {
+            "limit": self._bytes,
+            "kinds": [[kind, m.label, m.fingerprint, saved(m.menu)] for kind, m in self._menus.items()],
+            "orders": [*map(list, self._orders)],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from a state. A limit in bytes that was given explicitly stays."""
+        if not isinstance(self._limit, int):
+            self._bytes = state["limit"]
+        numbers = {kind: next(_counter) for kind, *_ in state["kinds"]}
+        self._numbers, self._restored, self._menus = {}, {}, {}
+        for kind, label, fingerprint, values in state["kinds"]:
+            self._menus[numbers[kind]] = Measured(label, fingerprint, restored(values))
+            self._restored.setdefault(fingerprint, []).append(numbers[kind])
+        self._orders = {tuple([numbers[kind] for kind in order]): None for order in state["orders"]}
+
+    def _number(self, call: BudgetedCall[Menu]) -> int:
+        """The number of the call's kind."""
+        kind = call.kind
         number = self._numbers.get(kind)
         if number is None:
-            number = self._numbers[kind] = next(_counter)
+            loaded = self._restored.get(call.fingerprint) if self._restored else None
+            number = self._numbers[kind] = loaded.pop(0) if loaded else next(_counter)
         return number
 
-    def _learn(self, kind: int, label: str, menu: Menu) -> None:
+    def _learn(self, kind: int, measured: Measured) -> None:
         """Remember the options of a kind of call."""
         if len(self._menus) == _MOST_KINDS:
             oldest = next(iter(self._menus))
             del self._menus[oldest]
             self._numbers = {k: n for k, n in self._numbers.items() if n != oldest}
             self._orders = {order: found for order, found in self._orders.items() if oldest not in order}
-        self._menus[kind] = label, menu
+        self._menus[kind] = measured
 
     def _note(self, order: Order) -> None:
         """Remember an order, which replaces those that it continues."""
@@ -166,7 +204,7 @@ class Keeper:
 
     def _option(self, order: Order, device: torch.device) -> Option:
         """The option of the last call of an order, which may continue."""
-        _, menu = self._menus[order[-1]]
+        menu = self._menus[order[-1]].menu
         # Of several continuations the longest one, which leaves most memory for the calls to come.
         known = max([o for o in self._orders if o[: len(order)] == order], key=len, default=None)
         if known is None:
@@ -179,7 +217,7 @@ class Keeper:
     def _planned(self, order: Order, limit: int) -> Learned:
         learned = self._orders[order]
         if learned is None:
-            menus = [self._menus[kind][1] for kind in order]
+            menus = [self._menus[kind].menu for kind in order]
             plan = planned(menus, limit)
             held = accumulate([option.held for option in plan.options], initial=0)
             learned = self._orders[order] = Learned(plan, tuple(held))

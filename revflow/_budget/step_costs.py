@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from revflow._budget.costs import Choice, Menu, Option
 
@@ -43,7 +43,7 @@ class StepMenu(Menu):
 
     def __init__(self, costs: Sequence[CellCost], streams: int, handling: Handling) -> None:
         """`streams`: the bytes of the step's input streams."""
-        self._cells = len(costs)
+        self._costs, self._streams, self._handling = tuple(costs), streams, handling
         results = sum([cost.results for cost in costs])
         made, graph = sum([cost.streams for cost in costs]), sum([cost.graph for cost in costs])
         gradient = max([cost.gradient for cost in costs], default=0)
@@ -60,5 +60,9 @@ class StepMenu(Menu):
         self.carried = results
         super().__init__(least, [least, most], update + mix)
 
+    @property
+    def measured(self) -> list[Any]:
+        return [[*map(list, self._costs)], self._streams, list(self._handling)]
+
     def parts(self, choice: Choice) -> tuple[int, int, int]:
-        return 0 if choice.first_stored else self._cells, 0, self._cells
+        return 0 if choice.first_stored else len(self._costs), 0, len(self._costs)

@@ -15,6 +15,7 @@ from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Context, Streams
 from revflow._base.torch_private import FakeTensor, is_transformed
 from revflow._budget.costs import Choice, SequenceMenu
+from revflow._budget.fingerprint import fingerprint
 from revflow._budget.meter import Meter
 from revflow._replay.autocast import autocast_state
 from revflow._rewind.arithmetic import OnGrid
@@ -52,13 +53,20 @@ class ChainCall:
         self._shapes = shapes
 
     @property
-    def kind(self) -> Hashable:
+    def kind(self) -> tuple[Hashable, ...]:
         """All that determines the memory use of the call."""
         direction, _, log_det, tape = self._passage
         assert tape is not None
         given = (*self._streams, *tape.arguments.tensors)
         return (
-            (direction, log_det, tape.chunks, tuple(autocast_state(self.device)), self._join is None),
+            (
+                direction.name,
+                self._passage.arithmetic.is_exact,
+                log_det,
+                tape.chunks,
+                tuple(autocast_state(self.device)),
+                self._join is None,
+            ),
             tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in given]),
             tape.arguments.switches,
             tuple([ref(block) for _, block in self._blocks]),  # not its id, which another block may get
@@ -120,6 +128,12 @@ class ChainCall:
     @property
     def device(self) -> torch.device:
         return self._streams[0].device
+
+    @property
+    def fingerprint(self) -> str:
+        """As `kind`, in a text that is the same in another process."""
+        options, given, switches, _, *flags = self.kind  # type: ignore[misc]
+        return fingerprint(options, given, switches, flags, [block for _, block in self._blocks])
 
     @property
     def label(self) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from revflow._base.streams import Tensors
 from revflow._budget.costs import Choice
+from revflow._budget.fingerprint import fingerprint
 from revflow._budget.step_costs import StepMenu
 from revflow._budget.step_meter import StepMeter
 from revflow._guard.policy import Guard
@@ -30,7 +31,7 @@ class StepCall:
         self._origin = origin_of(given.before)
 
     @property
-    def kind(self) -> Hashable:
+    def kind(self) -> tuple[Hashable, ...]:
         """All that determines the memory use of the step."""
         streams, _, _, context = self._given
         arguments = Arguments(context)
@@ -43,6 +44,12 @@ class StepCall:
             tuple([module.training for cell in self._cells for module in cell.modules()]),
             tuple([p.requires_grad for cell in self._cells for p in cell.parameters()]),
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """As `kind`, in a text that is the same in another process."""
+        autocast, given, switches, _, *flags = self.kind
+        return fingerprint(autocast, given, switches, flags, self._cells)
 
     @property
     def label(self) -> str:

@@ -219,7 +219,7 @@ class _StepEnd(torch.autograd.Function):
 
 def end_stored(lifetime: Tensor, outputs: Tensors) -> Tensors:
     """The outputs of a stored step, with a graph that holds `lifetime` until it is freed."""
-    return _StoredEnd.apply(lifetime, *outputs) if outputs else outputs  # type: ignore[no-any-return, no-untyped-call]
+    return _StoredEnd.apply(lifetime, *outputs) if outputs else outputs  # type: ignore[no-untyped-call]
 
 
 class _StoredEnd(torch.autograd.Function):

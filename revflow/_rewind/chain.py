@@ -55,18 +55,12 @@ class ChainCall:
     @property
     def kind(self) -> tuple[Hashable, ...]:
         """All that determines the memory use of the call."""
-        direction, _, log_det, tape = self._passage
+        direction, arithmetic, log_det, tape = self._passage
         assert tape is not None
         given = (*self._streams, *tape.arguments.tensors)
+        way = direction.name, arithmetic.is_exact, log_det, self._join is None
         return (
-            (
-                direction.name,
-                self._passage.arithmetic.is_exact,
-                log_det,
-                tape.chunks,
-                tuple(autocast_state(self.device)),
-                self._join is None,
-            ),
+            (*way, tape.chunks, tuple(autocast_state(self.device))),
             tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in given]),
             tape.arguments.switches,
             tuple([ref(block) for _, block in self._blocks]),  # not its id, which another block may get
@@ -132,7 +126,7 @@ class ChainCall:
     @property
     def fingerprint(self) -> str:
         """As `kind`, in a text that is the same in another process."""
-        options, given, switches, _, *flags = self.kind  # type: ignore[misc]
+        options, given, switches, _, *flags = self.kind
         return fingerprint(options, given, switches, flags, [block for _, block in self._blocks])
 
     @property

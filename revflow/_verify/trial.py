@@ -90,7 +90,7 @@ class Trial:
     def _copy(self) -> nn.Module:
         """The network without guards. If it has a memory budget, the costs of its blocks have been measured."""
         net = _unguarded(copied(self._net))
-        if any(sequence.memory_budget not in ("all", "none") for sequence in sequences_in(net)):
+        if any(sequence.memory_budget not in ("min", "max") for sequence in sequences_in(net)):
             (inputs, context), _ = with_leaves(self._arguments)
             with undisturbed(net, self._device):
                 net(*inputs, **context)

@@ -98,6 +98,6 @@ class Verification:
         peak, time = self.checkpoint
         memory = "" if peak is None else f"peak {size(peak)}; "
         yield f"checkpointing    each block: {memory}time {time:.2f}× standard autograd"
-        if peak is not None and self.peak is not None and peak <= self.peak.engine:
+        if peak is not None and self.peak is not None and peak < self.peak.engine:
             also = " and less time" if self.time is not None and time < self.time else ""
             yield f"note: for this network, checkpointing each block uses less memory{also}"

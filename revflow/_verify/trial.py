@@ -24,6 +24,8 @@ from revflow._verify.costs import Costs, Measured
 from revflow._verify.inspection import Inspection, Worst, named_blocks, seeded, sequences_in
 from revflow._verify.step import Gradients, loss_of, with_leaves, worst_of
 from revflow._verify.verification import Verification
+from revflow.recurrence import ReversibleRecurrence
+from revflow.sequence import ReversibleSequence
 
 _TRIES = 8
 """Number of times that inputs and parameters are perturbed by rounding errors. A single perturbation may miss every kink."""
@@ -88,9 +90,10 @@ class Trial:
         return checkpointing if checkpointing.count > 1 else None
 
     def _copy(self) -> nn.Module:
-        """The network without guards. If it has a memory budget, the costs of its blocks have been measured."""
+        """The network without guards. If it has a memory budget, its costs have been measured."""
         net = _unguarded(copied(self._net))
-        if any(sequence.memory_budget not in ("min", "max") for sequence in sequences_in(net)):
+        with_budget = [m for m in net.modules() if isinstance(m, (ReversibleSequence, ReversibleRecurrence))]
+        if any(m.memory_budget not in ("min", "max") for m in with_budget):
             (inputs, context), _ = with_leaves(self._arguments)
             with undisturbed(net, self._device):
                 net(*inputs, **context)

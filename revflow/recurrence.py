@@ -26,7 +26,7 @@ from revflow.cell import RecurrentCell, RecurrentState
 class ReversibleRecurrence(nn.ModuleList):
     """A stack of recurrent cells that is trained by backpropagation through time.
 
-    It is a subclass of `nn.ModuleList`. During training, by default, the input streams, new states and new memories of each time step are
+    It is a subclass of `nn.ModuleList`. By default, the input streams, new states and new memories of each time step are
     stored. (The next time step requires the states and memories in any case.) The backward pass recomputes all other activations,
     cell by cell. In total, every `update` is evaluated twice, and every `mix` is evaluated three times. Gradients equal those
     computed by standard autograd. The gradient of a state or stream returned by a time step is the sum of the contributions of
@@ -54,7 +54,7 @@ class ReversibleRecurrence(nn.ModuleList):
 
     Raises:
         TypeError: If a cell is not a `RecurrentCell`, a state is not a `RecurrentState`, or streams are not a tuple of tensors.
-        ValueError: If a state does not have one entry per cell, or if the value of `states`, `guard` or `memory_budget` is invalid.
+        ValueError: If a state does not have one entry per cell, or if `states`, `guard` or `memory_budget` is invalid.
 
     Examples:
         >>> class Cell(revflow.RecurrentCell):

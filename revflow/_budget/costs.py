@@ -23,7 +23,7 @@ class Cost(NamedTuple):
     graph: int
     """Tensors that standard autograd saves for the block, other than streams."""
     made: int
-    """Streams that the block makes."""
+    """Streams that the block makes, and that the graph of a later block saves."""
     inputs: int
     """All streams before the block."""
     outputs: int

@@ -1,4 +1,4 @@
-"""The memory and the work of one time step of a recurrence, which is recomputed or stored as a whole: arithmetic alone."""
+"""The memory and the work of one time step of a recurrence, which is recomputed or stored as a whole."""
 
 from __future__ import annotations
 

@@ -73,9 +73,12 @@ class Menu(ABC):
     carried = 0
     """Bytes of gradients that wait in the backward pass while other calls run: those of a recurrence's states."""
 
+    again: int
+    """The work of recomputing everything."""
+
     def __init__(self, least: Option, options: Sequence[Option], work: int) -> None:
         """`least` is the option that recomputes everything."""
-        self.work = work
+        self.work = self.again = work
         """The work of one forward pass."""
         self.least = least
         self.by_peak = _rising(sorted(options, key=lambda o: (o.peak, -o.spared)))

@@ -43,7 +43,7 @@ def samples_of(tensors: Sequence[Tensor], places: Callable[[Tensor], Tensor], is
     Values that are not finite, such as those of a mask, count as zero.
     """
     samples: list[Tensor] = []
-    for tensor in tensors:
+    for tensor in filter(Tensor.numel, tensors):
         values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
         taken = torch.take(values, places(values))
         taken = taken.to(torch.promote_types(taken.dtype, torch.float32))

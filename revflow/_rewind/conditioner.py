@@ -187,10 +187,10 @@ class ConditionerCall(Replay):
         if not (any([c.requires_grad for c in t]) and skeleton.fits(inputs, given.leaves, given.own)):
             return None
         followed = None if seen is None or self.is_known else seen.follow(self)
+        others, leaves = map(not_leaves, skeleton.entered(inputs, given.leaves))
+        context = self._tape.arguments.filled(leaves)
+        evaluate = partial(skeleton.again, self.law.block.evaluate)
         with followed or nullcontext():
-            others, leaves = map(not_leaves, skeleton.entered(inputs, given.leaves))
-            context = self._tape.arguments.filled(leaves)
-            evaluate = partial(skeleton.again, self.law.block.evaluate)
             capture = self.again(given.own, evaluate, conditioner, target, others, context)
         if capture is None:
             return None

@@ -241,8 +241,8 @@ _enter = super(torch.autograd.Function, _Enter).apply
 
 _ESCAPED = (
     "a loss depends on a tensor that left a conditioner by another way than its result, for example through an attribute, a "
-    "cache, a forward hook or a list. It gives no gradient, since the block stores no activations. Return it through a stream of its own "
-    "(docs/blocks.md, auxiliary losses), or store it without a graph: `.detach()`"
+    "cache, a forward hook or a list. It gives no gradient, since the block stores no activations. Return it through a stream "
+    "of its own (docs/blocks.md, auxiliary losses), or store it without a graph: `.detach()`"
 )
 _DIFFERENTIATES = (
     "a conditioner that computes gradients in its own evaluation needs the tensors that its block does not store: leave out "

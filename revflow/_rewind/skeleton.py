@@ -35,7 +35,7 @@ from revflow._base.torch_private import (
 from revflow._replay.replay import Replay
 
 _COMPARED = 2
-"""The number of captured tensors that the guard compares. Two, since the last operation may save a constant and an activation."""
+"""The number of captured tensors that the guard compares. Two, since the last operation may save a mask and an activation."""
 
 Description = tuple[torch.Size, torch.dtype, torch.device]
 
@@ -181,11 +181,13 @@ class _Recent:
     """The tensors that a graph saved last, of those that depend on the evaluation's inputs or on random numbers."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._shapes = {_shape(p) for p in parameters}
+        self._shapes = {(_shape(p), p.dtype) for p in parameters}
+        self._sizes = {shape for shape, _ in self._shapes}
         self._skipped: set[int] = set()
         self.skip(parameters)
         self._found: dict[bool, list[tuple[int, Tensor, int]]] = {True: [], False: []}
-        """Number, alias and version. A tensor shaped as a parameter may be a copy of it: it counts if there is no other."""
+        """Number, alias and version: of other tensors, and of those that may be parameters in another dtype. Under autocast the
+        latter are saved beside most activations, and must not replace them here."""
 
     def skip(self, tensors: Sequence[Tensor]) -> None:
         """Do not compare these: parameters and inputs."""
@@ -195,14 +197,16 @@ class _Recent:
         if tensor.layout != torch.strided or not tensor.numel() or _storage(tensor) in self._skipped:
             return
         alias = tensor.detach()
-        found = self._found[_shape(tensor) not in self._shapes]
+        shape = _shape(tensor)
+        is_cast = tensor.is_floating_point() and shape in self._sizes and (shape, tensor.dtype) not in self._shapes
+        found = self._found[not is_cast]
         found[:] = [*(f for f in found if _storage(f[1]) != _storage(alias)), (number, alias, alias._version)][
             -_COMPARED:
         ]
 
     def taken(self) -> tuple[list[int], list[Tensor]]:
         """Their numbers, and the tensors. Those that were modified later are left out: the second evaluation may not do that."""
-        found = [(n, t) for n, t, version in self._found[True] or self._found[False] if t._version == version]
+        found = [(n, t) for n, t, version in (*self._found[True], *self._found[False]) if t._version == version]
         return [n for n, _ in found], [t for _, t in found]
 
 

@@ -109,9 +109,8 @@ class Meter:
 
     def uncounted(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call `function`, whose work is not part of a forward pass: it is a check of the engine."""
-        before = self._work.total
-        function(*arguments)
-        self._work.total = before
+        with self._recording.uncounted():
+            function(*arguments)
 
     def step(self, t: Streams, temporary: int) -> None:
         """A conditioner has returned `t`. `temporary`: bytes needed to apply these values to the stream and to invert that."""

@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from revflow._budget.costs import Choice
 from revflow._rewind.chain import ChainCall
 
 ALL = frozenset(range(100))
@@ -17,7 +18,11 @@ def outputs_kept(which=ALL):
     """Each call in this context stores the outputs of the conditioners in these blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            ChainCall, "run", lambda call, first_kept=None, lifetime=None: _run(call, first_kept, lifetime, which)
+            ChainCall,
+            "run",
+            lambda call, choice=None, lifetime=None: _run(
+                call, Choice(len(ALL) if choice is None else choice.first_stored, which), lifetime
+            ),
         )
         yield
 

@@ -29,7 +29,7 @@ from engine.nets import (
     weighted,
 )
 from engine.rewind.outputs_kept import Convolutions, outputs_kept, two_convolutions
-from revflow.budget import Table
+from revflow._budget.costs import SequenceMenu
 
 COUPLINGS = [stack for stack in STACKS if stack.__name__ != "mixed"]
 couplings = pytest.mark.parametrize("stack", COUPLINGS, ids=lambda s: s.__name__)
@@ -349,6 +349,6 @@ class TestMemory:
         net = revflow.ReversibleSequence([make() for _ in range(4)], guard="off")
         x = image(4, 8, 16, 16, dtype=torch.float32)
         costs = net.plan(x.requires_grad_()).costs
-        recomputing = Table(costs, True, False).peaks[-1]
+        recomputing = SequenceMenu(costs, True, False).least.peak
         with outputs_kept():
             assert peak(net, x) <= recomputing + sum(c.output for c in costs)

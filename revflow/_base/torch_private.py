@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.autograd import forward_ad
@@ -178,3 +180,28 @@ def is_forward_ad() -> bool:
 def is_transformed() -> bool:
     """Whether the current code runs under a transform of torch.func."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_mutable(operator: Any) -> bool:
+    """Whether an operator changes one of its arguments."""
+    return bool(operator._schema.is_mutable)
+
+
+@contextmanager
+def fake_parameters_converted_in_place() -> Iterator[None]:
+    """Let `nn.Module.to` convert parameters that are fake tensors in the same way as others, which frees the old ones sooner.
+
+    PyTorch swaps a fake parameter with its conversion instead of assigning to its `data`.
+    """
+
+    def assign(parameter: Any, converted: Any) -> None:
+        if not isinstance(parameter, FakeTensor):
+            return swap(parameter, converted)
+        parameter.data, parameter.fake_device = converted.data, converted.fake_device
+
+    swap = torch.utils.swap_tensors
+    torch.utils.swap_tensors = assign
+    try:
+        yield
+    finally:
+        torch.utils.swap_tensors = swap

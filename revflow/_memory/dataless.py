@@ -1,0 +1,123 @@
+"""Fake tensors for steps of all kinds: the values that a step may read, and the conversion of tensors that have data."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from revflow._base.torch_private import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    is_mutable,
+    pytree,
+)
+
+_aten = torch.ops.aten
+_FACTORIES = {
+    getattr(getattr(_aten, name), overload)
+    for name in ("arange", "eye", "full", "linspace", "logspace", "ones", "scalar_tensor", "zeros")
+    for overload in getattr(_aten, name).overloads()
+    if overload not in ("out", "names", "names_out") and "out" not in overload
+}
+_MOST_KNOWN = 2**20
+_CHECKS = {"torch.nn.init": False, "torch.nn.utils": False, "torch.distributions": True}
+"""What the checks of PyTorch's modules find: nn.init rejects no sample, all gradients are finite, and all arguments are valid."""
+_DISPATCH = ("torch._", "torch.utils._", "revflow._memory.")
+
+
+class DatalessMode(FakeTensorMode):
+    """Runs operators on tensors without data.
+
+    The values of a tensor of up to `_MOST_KNOWN` elements are known if they depend only on Python numbers. A float of any other
+    tensor reads as 1.0, so that a step can log its loss. Integers and booleans can decide what the step does next. If they are
+    unknown, an error is raised. Tensors that have data are converted before an operator receives them, so no operator changes
+    them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        # The pair of a fake tensor and its new meta tensor is never looked up. Its weak reference prevents swaps of the tensor.
+        self.fake_tensor_converter.set_tensor_memo = lambda tensor, fake: None  # type: ignore[method-assign]
+        self._converted = WeakTensorKeyDictionary()
+
+    def __deepcopy__(self, memo: object) -> DatalessMode:
+        return self  # The copy of a fake tensor, which copies its attributes, belongs to the same mode.
+
+    def without_data(self, tree: Any) -> Any:
+        """The same arguments, with fake tensors in place of tensors that have data."""
+        return pytree.tree_map(lambda leaf: self._convert(leaf) if type(leaf) in (Tensor, nn.Parameter) else leaf, tree)
+
+    def _convert(self, tensor: Tensor) -> Tensor:
+        if tensor not in self._converted:
+            self._converted[tensor] = self.from_tensor(tensor)
+        return self._converted[tensor]  # type: ignore[no-any-return]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _aten._local_scalar_dense.default:
+            return _read(func, args[0])
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if tensors and all(_is_known(t) for t in tensors) and not is_mutable(func):
+            return self._known(func, types, args, kwargs, tensors)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func in _FACTORIES and result.device.type == "cpu" and result.numel() <= _MOST_KNOWN:
+            return self.fake_tensor_converter.from_real_tensor(self, func(*args, **kwargs), make_constant=True)
+        if func is _aten._amp_foreach_non_finite_check_and_unscale_.default:
+            args[1].constant = torch.zeros(())  # All gradients are finite, so that a GradScaler steps its optimizer.
+        return result
+
+    def _known(self, func: Any, types: Any, args: Any, kwargs: Any, tensors: list[Any]) -> Any:
+        """The result for arguments of known values, whose values are known too unless they are too many to be computed."""
+        values = [t.constant for t in tensors]
+        for tensor in tensors:
+            tensor.constant = None
+        try:
+            with suppress(DataDependentOutputException, DynamicOutputShapeException):
+                result = super().__torch_dispatch__(func, types, args, kwargs)
+                if not all(self._is_small(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)):
+                    return result
+        finally:
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.constant = value
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _is_small(self, tensor: Tensor) -> bool:
+        return tensor.numel() <= _MOST_KNOWN and tensor.device.type == "cpu"
+
+    def may_turn_const(self, t: Tensor) -> bool:
+        """Whether the values of a result of known values are known."""
+        return type(t) is Tensor and t.layout is torch.strided and self._is_small(t)
+
+
+def _is_known(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) and tensor.constant is not None
+
+
+def _read(func: Any, tensor: Tensor) -> Any:
+    """The number in a tensor of one element."""
+    if not isinstance(tensor, FakeTensor):
+        return func(tensor)
+    if tensor.constant is not None:
+        return func(tensor.constant)
+    if tensor.dtype.is_floating_point:
+        return 1.0
+    reader = _reader()
+    found = [value for module, value in _CHECKS.items() if tensor.dtype is torch.bool and reader.startswith(module)]
+    if not found:
+        raise DataDependentOutputException(func)
+    return found[0]
+
+
+def _reader() -> str:
+    """The name of the module that reads a number from a tensor."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_DISPATCH):
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__", ""))

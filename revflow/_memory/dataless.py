@@ -47,9 +47,6 @@ class DatalessMode(FakeTensorMode):
         self.fake_tensor_converter.set_tensor_memo = lambda tensor, fake: None  # type: ignore[method-assign]
         self._converted = WeakTensorKeyDictionary()
 
-    def __deepcopy__(self, memo: object) -> DatalessMode:
-        return self  # The copy of a fake tensor, which copies its attributes, belongs to the same mode.
-
     def without_data(self, tree: Any) -> Any:
         """The same arguments, with fake tensors in place of tensors that have data."""
         return pytree.tree_map(lambda leaf: self._convert(leaf) if type(leaf) in (Tensor, nn.Parameter) else leaf, tree)

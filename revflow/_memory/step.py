@@ -5,7 +5,6 @@ from __future__ import annotations
 import linecache
 import sys
 import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -13,7 +12,7 @@ from types import TracebackType
 from revflow._base.torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    fake_parameters_converted_in_place,
+    fake_tensors_like_others,
 )
 from revflow._base.user_warnings import is_users
 from revflow._memory.dataless import DatalessMode
@@ -26,9 +25,7 @@ _NO_ARRAY = ".numpy() is not supported"
 @contextmanager
 def dataless() -> Iterator[DatalessMode]:
     """Run the code in this context without data."""
-    with warnings.catch_warnings(), unchanged(), fake_parameters_converted_in_place(), DatalessMode() as mode:
-        # copy.deepcopy compares the address of a fake tensor's data with 0, as is right.
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor is deprecated")
+    with unchanged(), fake_tensors_like_others(), DatalessMode() as mode:
         try:
             yield mode
         except RuntimeError as error:

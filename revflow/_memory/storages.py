@@ -50,7 +50,7 @@ class LiveStorages(TorchDispatchMode):
         if key in self._sizes:
             self._add(size - self._sizes[key])  # The operator has resized its argument.
             self._sizes[key] = size
-        elif key not in given and not is_in_host_memory():
+        elif key not in given and tensor.device.type != "meta" and not is_in_host_memory():
             self._sizes[key] = size
             self._add(size)
             weakref.finalize(storage, self._free, key).atexit = False

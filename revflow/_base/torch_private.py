@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -159,10 +159,9 @@ def unwrapped(tensor: Tensor) -> Tensor:
 @contextmanager
 def unchanged_versions(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Hide changes of these tensors in place, such as those of an embedding that scales its rows to `max_norm` in each call."""
-    if not tensors:
-        yield
-        return
-    with torch.autograd._unsafe_preserve_version_counter(tuple(tensors)):  # type: ignore[attr-defined]
+    with ExitStack() as versions:
+        for tensor in tensors:  # PyTorch 2.6 accepts only one.
+            versions.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))  # type: ignore[attr-defined]
         yield
 
 
@@ -200,7 +199,9 @@ def fake_tensors_like_others() -> Iterator[None]:
             setattr(owner, name, function)
 
 
-_swap_tensors, _deepcopy, _format = torch.utils.swap_tensors, Tensor.__deepcopy__, Tensor.__format__
+_swap_tensors: Callable[..., None] = torch.utils.swap_tensors
+_deepcopy: Callable[..., Tensor] = Tensor.__deepcopy__
+_format: Callable[..., str] = Tensor.__format__
 
 
 def _assign_converted(parameter: Any, converted: Any) -> None:

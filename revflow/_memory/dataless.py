@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -44,7 +45,7 @@ class DatalessMode(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         # The pair of a fake tensor and its new meta tensor is never looked up. Its weak reference prevents swaps of the tensor.
-        self.fake_tensor_converter.set_tensor_memo = lambda tensor, fake: None  # type: ignore[method-assign]
+        self.fake_tensor_converter.set_tensor_memo = lambda t, v: None  # type: ignore[method-assign]
         self._converted = WeakTensorKeyDictionary()
 
     def without_data(self, tree: Any) -> Any:
@@ -56,34 +57,35 @@ class DatalessMode(FakeTensorMode):
             self._converted[tensor] = self.from_tensor(tensor)
         return self._converted[tensor]  # type: ignore[no-any-return]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator; called by `__torch_dispatch__`, which would be slower to override."""
         kwargs = kwargs or {}
         if func is _aten._local_scalar_dense.default:
             return _read(func, args[0])
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if tensors and all(_is_known(t) for t in tensors) and not is_mutable(func):
-            return self._known(func, types, args, kwargs, tensors)
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        if func in _FACTORIES and result.device.type == "cpu" and result.numel() <= _MOST_KNOWN:
+        if _is_known(next(tensors_in((args, kwargs)), None)) and not is_mutable(func):
+            return self._known(func, types, args, kwargs)
+        result: Any = super().dispatch(func, types, args, kwargs)
+        if func in _FACTORIES and self._is_small(result):
             return self.fake_tensor_converter.from_real_tensor(self, func(*args, **kwargs), make_constant=True)
         if func is _aten._amp_foreach_non_finite_check_and_unscale_.default:
             args[1].constant = torch.zeros(())  # All gradients are finite, so that a GradScaler steps its optimizer.
         return result
 
-    def _known(self, func: Any, types: Any, args: Any, kwargs: Any, tensors: list[Any]) -> Any:
-        """The result for arguments of known values, whose values are known too unless they are too many to be computed."""
+    def _known(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """The result for arguments of known values. Its values are known, unless there are too many to be computed."""
+        tensors: list[Any] = [t for t in tensors_in((args, kwargs)) if _is_known(t)]
         values = [t.constant for t in tensors]
         for tensor in tensors:
             tensor.constant = None
         try:
             with suppress(DataDependentOutputException, DynamicOutputShapeException):
-                result = super().__torch_dispatch__(func, types, args, kwargs)
-                if not all(self._is_small(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)):
+                result = super().dispatch(func, types, args, kwargs)
+                if not all(map(self._is_small, tensors_in(result))):
                     return result
         finally:
             for tensor, value in zip(tensors, values, strict=True):
                 tensor.constant = value
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return super().dispatch(func, types, args, kwargs)
 
     def _is_small(self, tensor: Tensor) -> bool:
         return tensor.numel() <= _MOST_KNOWN and tensor.device.type == "cpu"
@@ -93,7 +95,16 @@ class DatalessMode(FakeTensorMode):
         return type(t) is Tensor and t.layout is torch.strided and self._is_small(t)
 
 
-def _is_known(tensor: Tensor) -> bool:
+def tensors_in(tree: object) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments or results."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list, dict)):
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from tensors_in(branch)
+
+
+def _is_known(tensor: Tensor | None) -> bool:
     return isinstance(tensor, FakeTensor) and tensor.constant is not None
 
 

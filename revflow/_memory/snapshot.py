@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,16 +20,17 @@ _OWNERS = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRSchedule
 def unchanged() -> Iterator[None]:
     """Restore the state of everything that a training step changes: of all networks, optimizers, schedulers and GradScalers.
 
-    The values of tensors need not be restored, because no operator of a step without data changes them. This leaves gradients,
-    attributes, random states, and the dictionaries and lists that refer to tensors.
+    No operator of a step without data changes values, so no values are copied. The step can replace the data and the gradients of
+    tensors, change attributes and random states, and put tensors without data into dictionaries and lists.
     """
-    objects = gc.get_objects()
-    owners = [o for o in objects if issubclass(type(o), _OWNERS)]
+    types = set().union(*map(_subclasses, (Tensor, *_OWNERS)))
+    objects = [o for o in gc.get_objects() if type(o) in types]  # isinstance would run properties of other objects
     contents: dict[int, tuple[Any, Any]] = {}
-    for owner in owners:
-        _save(vars(owner), contents)
-    leaves = [o for o in objects if issubclass(type(o), Tensor) and o.is_leaf]
-    gradients = [(leaf, leaf.requires_grad, leaf.grad) for leaf in leaves]
+    for owner in objects:
+        if not isinstance(owner, Tensor):
+            _save(vars(owner), contents)
+    leaves = [t for t in objects if type(t) in (Tensor, nn.Parameter) and t.is_leaf and not t.is_inference()]
+    states = [(leaf, leaf.data, leaf.requires_grad, leaf.grad) for leaf in leaves]
     del objects
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
@@ -37,18 +39,24 @@ def unchanged() -> Iterator[None]:
     finally:
         for container, content in contents.values():
             _restore(container, content)
-        for leaf, requires_grad, gradient in gradients:
+        for leaf, data, requires_grad, gradient in states:
+            if leaf.layout is torch.strided and (leaf.dtype, leaf.data_ptr()) != (data.dtype, data.data_ptr()):
+                leaf.data = data
             if leaf.requires_grad != requires_grad:
                 leaf.requires_grad_(requires_grad)
             if leaf.grad is not gradient:
                 leaf.grad = gradient
 
 
+def _subclasses(kind: type) -> set[type]:
+    return {kind}.union(*map(_subclasses, type.__subclasses__(kind)))
+
+
 def _save(container: Any, contents: dict[int, tuple[Any, Any]]) -> None:
     """Copy the contents of a dictionary, list or set, and of those in it, also of those in objects of revflow."""
     if str(type(container).__module__).startswith("revflow.") and hasattr(container, "__dict__"):
         container = vars(container)
-    if not issubclass(type(container), (dict, list, set)) or id(container) in contents:
+    if type(container) not in (dict, OrderedDict, defaultdict, list, set) or id(container) in contents:
         return
     contents[id(container)] = container, container.copy()
     if not isinstance(container, set):

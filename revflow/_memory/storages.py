@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from revflow._base.host_memory import is_in_host_memory
 from revflow._base.torch_private import FakeTensor, TorchDispatchMode
-from revflow._memory.dataless import DatalessMode
+from revflow._memory.dataless import DatalessMode, tensors_in
 
 MANY = 3_000_000_019
 """The batch size of a predicted step: a large prime number."""
@@ -35,11 +34,13 @@ class LiveStorages(TorchDispatchMode):
         # has just made (such as Adam's step counts) does: it first appears as an argument of lift_fresh.
         given = set()
         if func is not torch.ops.aten.lift_fresh.default:
-            if self._dataless is not None:
+            tensors = list(tensors_in((args, kwargs)))
+            if self._dataless is not None and not all(type(tensor) is FakeTensor for tensor in tensors):
                 args, kwargs = self._dataless.without_data((args, kwargs))
-            given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+                tensors = list(tensors_in((args, kwargs)))
+            given = {tensor.untyped_storage()._cdata for tensor in tensors}
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             self._count(tensor, given)
         return result
 
@@ -104,12 +105,3 @@ def _is_below(steep: tuple[int, int], middle: tuple[int, int], flat: tuple[int, 
     """Whether the line `middle` is nowhere above both others."""
     # With a growing batch, `steep` overtakes `middle` no later than `middle` overtakes `flat`.
     return (flat[0] - middle[0]) * (steep[1] - middle[1]) >= (middle[0] - steep[0]) * (middle[1] - flat[1])
-
-
-def _tensors(tree: object) -> Iterator[Tensor]:
-    """The tensors among an operator's arguments or results."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list, dict)):
-        for branch in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(branch)

@@ -59,7 +59,9 @@ def rates_that_are_read(batch):
 @case
 def rates_that_are_items(batch):
     rates = [rate.item() for rate in torch.linspace(0, 0.5, 4)]
-    train(nn.Sequential(*[nn.Dropout(p) if p else nn.Identity() for p in rates], nn.Linear(4, 4)), torch.randn(batch, 4))
+    train(
+        nn.Sequential(*[nn.Dropout(p) if p else nn.Identity() for p in rates], nn.Linear(4, 4)), torch.randn(batch, 4)
+    )
 
 
 @case
@@ -438,7 +440,7 @@ def test_what_cannot_be_known_is_an_error_at_the_users_line(step):
 
 
 def test_errors_of_the_step_itself_pass():
-    with pytest.raises(RuntimeError, match="reduction dim|multiplied"):
+    with pytest.raises(RuntimeError, match=r"reduction dim|multiplied"):
         revflow.predict_memory(lambda batch: torch.randn(batch, 3) @ torch.randn(4, 4))
 
 

@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
-from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
+from torch._subclasses import fake_tensor as fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.autograd import forward_ad
@@ -179,62 +178,3 @@ def is_forward_ad() -> bool:
 def is_transformed() -> bool:
     """Whether the current code runs under a transform of torch.func."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def is_mutable(operator: Any) -> bool:
-    """Whether an operator changes one of its arguments."""
-    return bool(operator._schema.is_mutable)
-
-
-@contextmanager
-def fake_tensors_like_others() -> Iterator[None]:
-    """Let `nn.Module.to`, `copy.deepcopy` and `format` treat fake tensors as they treat others, with the same use of memory."""
-    replaced = [(owner, name, getattr(owner, name)) for owner, name, _ in _FOR_FAKE_TENSORS]
-    for owner, name, function in _FOR_FAKE_TENSORS:
-        setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        for owner, name, function in replaced:
-            setattr(owner, name, function)
-
-
-_swap_tensors: Callable[..., None] = torch.utils.swap_tensors
-_deepcopy: Callable[..., Tensor] = Tensor.__deepcopy__
-_format: Callable[..., str] = Tensor.__format__
-
-
-def _assign_converted(parameter: Any, converted: Any) -> None:
-    """Convert a parameter by assigning to its `data`. PyTorch swaps fake parameters, which frees the old values later."""
-    if isinstance(parameter, FakeTensor) and torch._has_compatible_shallow_copy_type(parameter, converted):
-        parameter.data, parameter.fake_device = converted.data, converted.fake_device
-    else:
-        _swap_tensors(parameter, converted)
-
-
-def _deepcopy_by_clone(tensor: Any, memo: dict[int, Any]) -> Any:
-    """Copy a tensor by an operator. PyTorch copies storages, and attributes of fake tensors that must not be copied."""
-    if not tensor.is_leaf:
-        return _deepcopy(tensor, memo)
-    if id(tensor) not in memo:
-        copied = tensor.detach().clone()
-        if isinstance(tensor, nn.Parameter):
-            copied = nn.Parameter(copied, tensor.requires_grad)
-        elif tensor.grad is not None:
-            copied.grad = _deepcopy_by_clone(tensor.grad, memo)
-        memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
-    return memo[id(tensor)]
-
-
-def _format_number(tensor: Any, spec: str) -> str:
-    """Format a tensor without dimensions as its number. PyTorch formats the number of a tensor with data only."""
-    if isinstance(tensor, FakeTensor) and tensor.dim() == 0:
-        return format(tensor.item(), spec)
-    return _format(tensor, spec)
-
-
-_FOR_FAKE_TENSORS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
-    (torch.utils, "swap_tensors", _assign_converted),
-    (Tensor, "__deepcopy__", _deepcopy_by_clone),
-    (Tensor, "__format__", _format_number),
-)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from revflow._base.torch_private import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
-    is_mutable,
+    fake_tensor,
     pytree,
 )
 
@@ -27,6 +25,8 @@ _FACTORIES = {
     for overload in getattr(_aten, name).overloads()
     if overload not in ("out", "names", "names_out") and "out" not in overload
 }
+_READ_NUMBER = "aten::_local_scalar_dense"
+_CHECK_GRADIENTS = "aten::_amp_foreach_non_finite_check_and_unscale_"
 _MOST_KNOWN = 2**20
 _CHECKS = {"torch.nn.init": False, "torch.nn.utils": False, "torch.distributions": True}
 """What the checks of PyTorch's modules find: nn.init rejects no sample, all gradients are finite, and all arguments are valid."""
@@ -60,14 +60,14 @@ class DatalessMode(FakeTensorMode):
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator; called by `__torch_dispatch__`, which would be slower to override."""
         kwargs = kwargs or {}
-        if func is _aten._local_scalar_dense.default:
+        if func.name() == _READ_NUMBER:
             return _read(func, args[0])
-        if _is_known(next(tensors_in((args, kwargs)), None)) and not is_mutable(func):
+        if _is_known(next(tensors_in((args, kwargs)), None)):
             return self._known(func, types, args, kwargs)
         result: Any = super().dispatch(func, types, args, kwargs)
         if func in _FACTORIES and self._is_small(result):
             return self.fake_tensor_converter.from_real_tensor(self, func(*args, **kwargs), make_constant=True)
-        if func is _aten._amp_foreach_non_finite_check_and_unscale_.default:
+        if func.name() == _CHECK_GRADIENTS:
             args[1].constant = torch.zeros(())  # All gradients are finite, so that a GradScaler steps its optimizer.
         return result
 
@@ -78,7 +78,7 @@ class DatalessMode(FakeTensorMode):
         for tensor in tensors:
             tensor.constant = None
         try:
-            with suppress(DataDependentOutputException, DynamicOutputShapeException):
+            with suppress(fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException):
                 result = super().dispatch(func, types, args, kwargs)
                 if not all(map(self._is_small, tensors_in(result))):
                     return result
@@ -119,13 +119,13 @@ def _read(func: Any, tensor: Tensor) -> Any:
     reader = _reader()
     found = [value for module, value in _CHECKS.items() if tensor.dtype is torch.bool and reader.startswith(module)]
     if not found:
-        raise DataDependentOutputException(func)
+        raise fake_tensor.DataDependentOutputException(func)
     return found[0]
 
 
 def _reader() -> str:
     """The name of the module that reads a number from a tensor."""
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_DISPATCH):
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_DISPATCH):
         frame = frame.f_back
-    return str(frame.f_globals.get("__name__", ""))
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))

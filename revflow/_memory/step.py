@@ -9,16 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from revflow._base.torch_private import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    fake_tensors_like_others,
-)
+from revflow._base.torch_private import fake_tensor
 from revflow._base.user_warnings import is_users
 from revflow._memory.dataless import DatalessMode
+from revflow._memory.functions import fake_tensors_like_others
 from revflow._memory.snapshot import unchanged
 
-_UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
+_UNKNOWN = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
 _NO_ARRAY = ".numpy() is not supported"
 
 
@@ -36,10 +33,10 @@ def dataless() -> Iterator[DatalessMode]:
 
 def _message(error: RuntimeError) -> str:
     file, line, code = _place(error.__traceback__)
-    if isinstance(error, DynamicOutputShapeException):
+    if isinstance(error, fake_tensor.DynamicOutputShapeException):
         reason = "the size of a result depends on the values of a tensor"
         remedy = "use an operation whose result has a fixed size, such as torch.where instead of an index by a mask"
-    elif isinstance(error, DataDependentOutputException):
+    elif isinstance(error, fake_tensor.DataDependentOutputException):
         reason = "the step reads an integer or a boolean from a tensor, for example for a branch, a size or a loop"
         remedy = "leave this line out of the step, or replace the value by a Python number"
     else:

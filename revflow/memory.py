@@ -55,13 +55,13 @@ def measure_memory(
     Args:
         step: Function to measure, such as a forward pass or a training step. Its result counts as memory in use after the step.
         device: Device on which the step runs, either the CPU or a CUDA device.
-        predict: Whether to run the step with fake tensors, which allocate no memory. The step must then create all its tensors
-            itself, including the model. The report includes the parameters of the model. To exclude them, measure the model
-            separately.
+        predict: Whether to run the step with fake tensors, which allocate no memory. As with `predict_memory`, the model can be
+            built inside or outside of the step. The report includes its parameters only if it is built inside.
 
     Raises:
         TypeError: If `step` cannot be called.
         ValueError: If `device` is neither the CPU nor a CUDA device, unless `predict` is set.
+        RuntimeError: If `predict` is set and the step depends on unknown values. For details, see `predict_memory`.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(64, 64)) for _ in range(8)])
@@ -128,18 +128,32 @@ class BatchMemory:
 def predict_memory(step: Callable[[int], object]) -> BatchMemory:
     """Predict the memory of a step for every batch size from a single run with fake tensors.
 
-        memory = revflow.predict_memory(training_step)  # training_step(batch) makes the model and its input
+        memory = revflow.predict_memory(training_step)  # training_step(batch) makes its input
         memory.peak(8), memory.largest_batch(16 * 2**30)
+
+    The model and its optimizer can be built inside or outside of the step. If they are built outside, the peak excludes them, as
+    it excludes all tensors that exist before the step. The prediction leaves tensors, modules, optimizers, schedulers and
+    GradScalers outside of the step unchanged, including gradients and PyTorch's random states. Other Python objects are not
+    restored.
+
+    The values of small tensors are known if they depend only on Python numbers, as in `torch.linspace(0, 0.1, 12)`. Any other
+    float that the step reads, such as `loss.item()`, is 1.0. A GradScaler finds finite gradients.
 
     The batch size of this run is a large prime number. A tensor's size in bytes is thus a multiple of this number only if the
     tensor grows with the batch size. For batch sizes of 2 or more, the peaks equal those measured by `measure_memory`. For a
     batch size of 1, the peak may differ by the size of a few streams: slices of a single sample may be contiguous even if slices
-    of several samples are not. Such slices may then be shared instead of copied, or vice versa.
+    of several samples are not. Such slices may then be shared instead of copied, or vice versa. The prediction excludes the
+    buffers that oneDNN (LSTM on the CPU) and cuDNN (RNN, LSTM and GRU on a GPU) store for the backward pass.
 
     Args:
-        step: Function that takes a batch size and creates all its tensors, including the model. The size of each tensor must be
-            either proportional to the batch size or independent of it. The sequence of operations must not depend on the batch
-            size, so loops over samples and `memory_budget` are not supported.
+        step: Function that takes a batch size and creates its input. The size of each tensor must be either proportional to the
+            batch size or independent of it. The sequence of operations must not depend on the batch size, so loops over samples
+            and `memory_budget` are not supported.
+
+    Raises:
+        RuntimeError: If the step reads an integer or a boolean whose value is unknown, for example in `if torch.isnan(loss)`, if
+            the size of a tensor depends on such a value, as with an index by a mask, or if the step converts a tensor to a NumPy
+            array. The message names the line of the step.
 
     Examples:
         >>> def step(batch):

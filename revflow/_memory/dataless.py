@@ -23,14 +23,15 @@ _FACTORIES = {
     getattr(getattr(_aten, name), overload)
     for name in ("arange", "eye", "full", "linspace", "logspace", "ones", "scalar_tensor", "zeros")
     for overload in getattr(_aten, name).overloads()
-    if overload not in ("out", "names", "names_out") and "out" not in overload
+    if "out" not in overload and "names" not in overload
 }
 _READ_NUMBER = "aten::_local_scalar_dense"
 _CHECK_GRADIENTS = "aten::_amp_foreach_non_finite_check_and_unscale_"
-_MOST_KNOWN = 2**20
+_MOST_KNOWN = 2**16
+"""The largest number of elements of a tensor whose values are known. Known values are in memory."""
 _CHECKS = {"torch.nn.init": False, "torch.nn.utils": False, "torch.distributions": True}
-"""What the checks of PyTorch's modules find: nn.init rejects no sample, all gradients are finite, and all arguments are valid."""
-_DISPATCH = ("torch._", "torch.utils._", "revflow._memory.")
+"""Booleans that PyTorch's modules read: nn.init rejects no sample, all gradients are finite, and all arguments are valid."""
+_DISPATCHERS = ("torch._", "torch.utils._", "revflow._memory.")
 
 
 class DatalessMode(FakeTensorMode):
@@ -126,6 +127,6 @@ def _read(func: Any, tensor: Tensor) -> Any:
 def _reader() -> str:
     """The name of the module that reads a number from a tensor."""
     frame = inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(_DISPATCH):
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_DISPATCHERS):
         frame = frame.f_back
     return "" if frame is None else str(frame.f_globals.get("__name__", ""))

@@ -1,4 +1,4 @@
-"""What existed before a step without data, and is the same after it."""
+"""The state of tensors, modules and optimizers, restored after a step without data."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from revflow._base.torch_private import fake_tensor
 from revflow._base.user_warnings import is_users
@@ -50,8 +50,12 @@ def _message(error: RuntimeError) -> str:
 
 def _place(trace: TracebackType | None) -> tuple[str, int, str]:
     """The file, the number and the text of the innermost line outside of PyTorch, revflow and Python's own modules."""
-    frames = [(frame, line) for frame, line in traceback.walk_tb(trace) if is_users(frame)]
-    own = [f for f in frames if f[0].f_globals.get("__name__", "").split(".")[0] not in sys.stdlib_module_names]
-    frame, line = (own or frames)[-1]
+    lines = list(traceback.walk_tb(trace))
+    users = [(frame, line) for frame, line in lines if is_users(frame) and not _is_pythons(frame)]
+    frame, line = (users or lines)[-1]
     file = frame.f_code.co_filename
     return file, line, linecache.getline(file, line).strip()
+
+
+def _is_pythons(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).split(".")[0] in sys.stdlib_module_names

@@ -6,8 +6,8 @@ Each method (bench/kit/methods.py) trains the same network (bench/kit/networks.p
 were compared with standard autograd's (bench/kit/trials.py). A step is a forward pass, a loss and a backward pass, in float32.
 The peak does not include memory from before the step: parameters and their gradients. It counts live tensors on the CPU, and
 the allocator's bytes on a GPU. Every method runs once per round, in random order, each next to a step of standard autograd. A
-time is the median ratio of the two. revflow's budgets are eighths of the way from its planned peak for "none" to that for
-"all".
+time is the median ratio of the two. revflow's budgets are eighths of the way from its planned peak for "min" to that for
+"max".
 
 The three libraries are optional: bench/kit/libraries.py describes how to install them. A missing library is a row with that
 remark.
@@ -33,7 +33,7 @@ from pages.budget_figure import draw
 from pages.tables import markdown_table, show
 
 PARTS = 8
-"""Number of steps of the budgets from "none" to "all"."""
+"""Number of steps of the budgets from "min" to "max"."""
 
 MORE = {"offloaded": offloaded, "compiled": compiled}
 """Checkpointing of every coupling, with its inputs in the host's memory, or compiled within its checkpoint."""
@@ -99,17 +99,17 @@ def options() -> argparse.Namespace:
 
 def compare(make: Callable[[], Network], rounds: int, device: torch.device, more: Iterable[Method] = ()) -> list[Row]:
     """A row for each method: standard autograd first, revflow's budgets in increasing order."""
-    low, high = (planned(make(), budget).peak for budget in ("none", "all"))
+    low, high = (planned(make(), budget).peak for budget in ("min", "max"))
     budgets = [reversible(f"{part}/{PARTS}", low + (high - low) * part // PARTS) for part in range(1, PARTS)]
     methods = [
         *map(checkpointed, (1, 2, 4, 8)),
         selective(),
         *more,
         *libraries(),
-        reversible("none, 4 chunks", chunks=4),
-        reversible("none"),
+        reversible("min, 4 chunks", chunks=4),
+        reversible("min"),
         *budgets,
-        reversible("all", "all"),
+        reversible("max", "max"),
     ]
     return trials.compare([*trials.attempt_all(methods, make, device)], rounds, device)
 

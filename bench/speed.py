@@ -60,9 +60,9 @@ METHODS = [
     checkpointed(1),
     checkpointed(None),
     *libraries(),
-    reversible("none"),
-    reversible("none, guard off", guard="off"),
-    reversible("all", "all"),
+    reversible("min"),
+    reversible("min, guard off", guard="off"),
+    reversible("max", "max"),
 ]
 
 

@@ -208,13 +208,13 @@ class Budget:
 
     @property
     def is_limited(self) -> bool:
-        """Whether the number of stored blocks depends on their costs: the budget is neither "all" nor "none"."""
+        """Whether the number of stored blocks depends on their costs: the budget is neither "min" nor "max"."""
         return not isinstance(self._limit, str)
 
     @property
     def keeps_all(self) -> bool:
-        """Whether standard autograd runs all blocks: the budget is "all"."""
-        return self._limit == "all"
+        """Whether standard autograd runs all blocks: the budget is "max"."""
+        return self._limit == "max"
 
     def run(self, call: BudgetedCall) -> Result:
         """The result of the call, with as many blocks stored as fit in the memory that pending calls leave."""

@@ -70,7 +70,7 @@ def reversible(
     *,
     guard: Mode = "warn",
     exact: bool | Grid = False,
-    memory_budget: MemoryBudget = "none",
+    memory_budget: MemoryBudget = "min",
     chunks: int = 1,
 ) -> TwoStreams:
     """Convert the residual branches of a network into a network that trains without storing activations.

@@ -54,13 +54,13 @@ class ReversibleSequence(BlockList):
             adds to a stream, is rounded to the grid, including in `plain` and in inference. The derivative of rounding is treated
             as 1. For a coupling that is not additive, one byte per value is stored, plus four bytes for each value that is almost
             completely overwritten (gates above 0.996).
-        memory_budget: Memory for activations: a number of bytes, a size such as "6GiB", "all", "none", or a fraction such as
-            0.8 of the device's free memory (at first use). As many of the last blocks as fit are stored, and the others are
-            recomputed. In the first step with a new kind of input (shapes, dtypes, autocast, mode), all blocks are recomputed and
-            measured. To predict the result, use `plan`. All calls with a pending backward pass share the budget; they are counted
-            in the first step that makes so many calls. The budget includes the gradients of streams, but neither the input nor
-            parameter gradients. If even full recomputation exceeds the budget, a warning is shown. Inside
-            `torch.utils.checkpoint` and `save_on_cpu`, all blocks are recomputed.
+        memory_budget: Memory for activations: a number of bytes, a size such as "6GiB", a fraction such as 0.8 of the device's
+            free memory (at first use), "min" (recompute all), or "max" (store all). As many of the last blocks as fit are
+            stored, and the others are recomputed. In the first step with a new kind of input (shapes, dtypes, autocast, mode),
+            all blocks are recomputed and measured. To predict the result, use `plan`. All calls with a pending backward pass
+            share the budget; they are counted in the first step that makes so many calls. The budget includes the gradients of
+            streams, but neither the input nor parameter gradients. If even full recomputation exceeds the budget, a warning is
+            shown. Inside `torch.utils.checkpoint` and `save_on_cpu`, all blocks are recomputed.
         chunks: Number of micro-batches, along dimension 0, in which a recomputed conditioner is evaluated. Only the activations
             of one micro-batch are then in memory at a time. The results are the same except for rounding and the order in which
             random numbers are drawn. State that changes in each evaluation (spectral-norm vectors, running averages) changes once
@@ -98,7 +98,7 @@ class ReversibleSequence(BlockList):
         *,
         guard: Mode = "warn",
         exact: bool | Grid = False,
-        memory_budget: MemoryBudget = "none",
+        memory_budget: MemoryBudget = "min",
         chunks: int = 1,
     ) -> None:
         super().__init__(blocks)
@@ -256,7 +256,7 @@ class ReversibleSequence(BlockList):
 
     def extra_repr(self) -> str:
         options: dict[str, Any] = {"exact": self.exact} if self.exact else {}
-        options |= {"memory_budget": self.memory_budget} if self.memory_budget != "none" else {}
+        options |= {"memory_budget": self.memory_budget} if self.memory_budget != "min" else {}
         options |= {"chunks": self.chunks} if self.chunks > 1 else {}
         more = "".join(f", {name}={value!r}" for name, value in options.items())
         return f'split_dim={self.split_dim}, guard="{self._guard.mode}"{more}'

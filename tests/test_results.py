@@ -50,8 +50,8 @@ METHODS = {
     "memcnn 1.5.2": "memcnn per block",
     "RevTorch 0.2.4": "revtorch per stage",
     "revlib 1.7.2": "revlib per stage",
-    "revflow": "revflow none",
-    'revflow, memory_budget="all"': "revflow all",
+    "revflow": "revflow min",
+    'revflow, memory_budget="max"': "revflow max",
 }
 
 
@@ -65,7 +65,7 @@ def test_methods():
         assert memory == f"{float(line['peak']) / 2**20:.2f} MiB"
         assert (time, evaluations) == (f"{float(line['time_ratio']):.2f}×", f"{float(line['evaluations']):.2f}")
         assert all(version in versions for version in re.findall(r"\w+ \d\S+", name.lower()))
-    ratios = [f"{float(expected[name]['time_ratio']):.2f}×" for name in ("revflow none", "checkpoint every 1")]
+    ratios = [f"{float(expected[name]['time_ratio']):.2f}×" for name in ("revflow min", "checkpoint every 1")]
     text = prose(ROOT / "README.md")
     assert "revflow took {} standard autograd's time and checkpointing {}".format(*ratios) in text
 
@@ -113,6 +113,27 @@ def test_memory_against_checkpointing():
         line = expected[method]
         assert memory == f"{float(line['peak']) / float(expected['plain']['peak']):.2f}"
         assert time == f"{float(line['time_ratio']):.2f}"
+
+
+def test_memory_of_networks_with_stages():
+    gib = {}
+    for line in stored("stages.csv"):
+        gib.setdefault(line["network"], {})[line["way"]] = int(line["peak"]) / GIB
+    _, rows = table("docs/which-when.md", "network")
+    assert [cells for _, *cells in rows] == [[f"{peak:.2f}" for peak in of.values()] for of in gib.values()]
+    assert all([*of] == ["plain", "checkpoint", "reversible", "mixed"] for of in gib.values())
+    for name in ("ResNet-50", "SegResNet"):
+        assert gib[name]["checkpoint"] < gib[name]["reversible"]
+    resnet, unet, deep_resnet, deep_unet = (
+        of["mixed"] / of["checkpoint"]
+        for of in map(gib.get, ("ResNet-50", "SegResNet", "ResNet-152", "SegResNet, deep"))
+    )
+    text = prose(ROOT / "docs/which-when.md")
+    assert f"another {1 - resnet:.0%} for ResNet-50 and less than 1% for SegResNet" in text and 0.99 < unet < 1
+    assert "reduced to less than half for ResNet-152 and to two thirds for SegResNet" in text
+    assert deep_resnet < 0.5 and deep_unet == pytest.approx(2 / 3, abs=0.01)
+    said = "checkpointing each block uses {:.2f} GiB, revflow {:.2f} GiB, and both methods together {:.2f} GiB"
+    assert said.format(*[*gib["ResNet-50"].values()][1:]) in prose(ROOT / "docs/results.md")
 
 
 @pytest.mark.parametrize(

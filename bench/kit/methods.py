@@ -71,7 +71,7 @@ def compiled() -> Method:
     )
 
 
-def reversible(setting: str, memory_budget: int | str = "none", **options: Any) -> Method:
+def reversible(setting: str, memory_budget: int | str = "min", **options: Any) -> Method:
     """revflow, with a budget, of which bytes are for float32, and options of `revflow.ReversibleSequence`."""
 
     def of(network: Network) -> Passes:

@@ -24,7 +24,7 @@ The numbers next to squares are
 blocks per checkpoint.
 
 The line of revflow goes from the budget
-"none" to "all" in eighths."""
+"min" to "max" in eighths."""
 
 
 class Point(NamedTuple):

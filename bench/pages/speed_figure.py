@@ -15,8 +15,8 @@ from pages.style import INK, SMALL, STYLES, TITLE, finish
 NAMES = {
     "every 1": "every block",
     "every sqrt(L)": "every √L blocks",
-    "none, guard off": "guard off",
-    "all": 'budget "all"',
+    "min, guard off": "guard off",
+    "max": 'budget "max"',
 }
 """Settings, if they distinguish bars of a method."""
 BACKWARD = 0.45

@@ -7,18 +7,23 @@ from numbers import Integral, Real
 from typing import Literal
 
 MemoryBudget = int | float | str
-"""Bytes, a share of the device's free memory, a size such as "6GiB", "all" or "none"."""
+"""Bytes, a share of the device's free memory, a size such as "6GiB", "min" or "max"."""
 
 _UNITS = {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
-def parse(given: MemoryBudget) -> int | float | Literal["all", "none"]:
+def parse(given: MemoryBudget) -> int | float | Literal["min", "max"]:
     """Bytes as an int, a share as a float; ValueError or TypeError for anything else."""
-    if given == "all":
-        return "all"
-    if given == "none":
-        return "none"
+    if given == "min":
+        return "min"
+    if given == "max":
+        return "max"
+    if given is None or given in ("none", "all"):
+        raise ValueError(
+            f'memory_budget={given!r} is invalid: use "min" (formerly "none") to recompute all activations, or "max" (formerly '
+            f'"all") to store them'
+        )
     if isinstance(given, str):
         return _parse_size(given)
     if isinstance(given, bool) or not isinstance(given, Real):
@@ -36,7 +41,7 @@ def parse(given: MemoryBudget) -> int | float | Literal["all", "none"]:
 
 
 _EXPECTED = (
-    'must be a whole number of bytes, a size such as "6GiB", a share of the free memory such as 0.8, "all" or "none"'
+    'must be a whole number of bytes, a size such as "6GiB", a share of the free memory such as 0.8, "min" or "max"'
 )
 
 

@@ -66,7 +66,7 @@ def refuse_ignored(blocks: BlockList, forward: Callable[..., Any]) -> None:
                     f"blocks run, and the rest would be skipped: move the hooks or the code to its blocks"
                 )
             # A nested sequence may leave options unset. For exact no value counts as unset: False would contradict an outer grid.
-            for option, unset in (("exact", None), ("memory_budget", "none"), ("chunks", 1)):
+            for option, unset in (("exact", None), ("memory_budget", "min"), ("chunks", 1)):
                 inner, outer = getattr(block, option), getattr(blocks, option)
                 if inner not in (outer, unset):
                     raise RuntimeError(

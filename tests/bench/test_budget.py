@@ -28,7 +28,7 @@ def test_rows(monkeypatch, tmp_path, capsys):
     assert rows[0]["method"] == "plain"
     assert peaks["checkpoint every 1"] < peaks["selective every 1"] < peaks["plain"]
     parts = [f"{i}/{budget.PARTS}" for i in range(1, budget.PARTS)]
-    budgets = [peaks[f"revflow {part}"] for part in ("none", *parts, "all")]
+    budgets = [peaks[f"revflow {part}"] for part in ("min", *parts, "max")]
     assert budgets[1:] == sorted(budgets[1:]) and len(set(budgets)) > 4
     assert budgets[0] < 1.01 * budgets[1]  # the last block may be kept for nothing
     assert budgets[0] < peaks["checkpoint every 1"] and budgets[-2] < peaks["plain"] == budgets[-1]
@@ -59,9 +59,9 @@ ROWS = [
     row("selective", "every 1", 60 << 20, 1.25),  # more memory, less time than any within it
     row("revlib", "", 10 << 20, 2.0),  # less memory than any
     row("memcnn", "", None, None),
-    row("revflow", "none", 20 << 20, 1.39),
+    row("revflow", "min", 20 << 20, 1.39),
     row("revflow", "1/2", 30 << 20, 1.3),
-    row("revflow", "all", 101 << 20, 0.99),
+    row("revflow", "max", 101 << 20, 0.99),
 ]
 
 
@@ -75,7 +75,7 @@ def test_points_that_revflow_does_not_match():
 
 
 def test_a_curve_that_lies_below_every_point():
-    rows = [row("plain", "", 2, 1.0), row("revflow", "all", 2, 1.0)]
+    rows = [row("plain", "", 2, 1.0), row("revflow", "max", 2, 1.0)]
     assert budget.exceptions(rows) == []
     assert budget.verdict(rows) == (
         "net: for every other point there is one of revflow's that takes no more memory and no more time."

@@ -68,7 +68,7 @@ def test_every_method_and_schedule_has_a_style():
         methods.checkpointed(1),
         methods.selective(),
         methods.offloaded(),
-        methods.reversible("none"),
+        methods.reversible("min"),
     ]
     assert {*PEERS, *schedules.SCHEDULES, *(method.name for method in made)} <= STYLES.keys()
 

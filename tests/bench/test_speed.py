@@ -17,9 +17,9 @@ CHAIN = {
     "plain": 1,
     "checkpoint every 1": 7 / 4,  # four groups of one
     "checkpoint every sqrt(L)": 6 / 4,  # two groups of two
-    "revflow none": 2,
-    "revflow none, guard off": 2,
-    "revflow all": 1,
+    "revflow min": 2,
+    "revflow min, guard off": 2,
+    "revflow max": 1,
 }
 CREVNET = {
     "plain": 1,

@@ -25,11 +25,11 @@ METHODS = [
     *map(methods.checkpointed, (1, 2, 4, None)),
     methods.selective(),
     *libraries.libraries(),
-    methods.reversible("none"),
+    methods.reversible("min"),
     methods.reversible("guard off", guard="off"),
     methods.reversible("2 chunks", chunks=2),
     methods.reversible("some", 200_000),
-    methods.reversible("all", "all"),
+    methods.reversible("max", "max"),
 ]
 # Of each of the ten convolutions' conditioners: all run again but those of the last group.
 EVALUATIONS = {
@@ -42,10 +42,10 @@ EVALUATIONS = {
     "memcnn per block": 3,  # once more for the inverse
     "revtorch per stage": 2,
     "revlib per stage": 2,
-    "revflow none": 2,
+    "revflow min": 2,
     "revflow guard off": 2,
     "revflow 2 chunks": 2,
-    "revflow all": 1,
+    "revflow max": 1,
 }
 THREE_LIBRARIES = {"memcnn", "revtorch", "revlib"}
 

@@ -23,9 +23,9 @@ def train(net, x):
 
 def between(net, x, share):
     """A budget of which so much is used for blocks that are kept."""
-    net.memory_budget = "all"
+    net.memory_budget = "max"
     most = net.plan(x).peak
-    net.memory_budget = "none"
+    net.memory_budget = "min"
     least = net.plan(x).peak
     net.memory_budget = int(least + share * (most - least))
     return net

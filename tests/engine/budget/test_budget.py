@@ -77,8 +77,8 @@ def peak_of(net, x, joined):
         ("7B", 7),
         (0.8, 0.8),
         (1.0, 1.0),
-        ("all", "all"),
-        ("none", "none"),
+        ("min", "min"),
+        ("max", "max"),
     ],
 )
 def test_what_a_budget_may_be(given, expected):
@@ -93,7 +93,22 @@ def test_what_it_may_not_be(given):
         revflow.ReversibleSequence([], memory_budget=given)
 
 
-@pytest.mark.parametrize("given", [None, True, [1], torch.tensor(3)])
+@pytest.mark.parametrize("given", [None, "none", "all"])
+def test_the_former_names_of_the_extremes(given):
+    """The error names the new ones, wherever a budget is set."""
+    net = revflow.ReversibleSequence([])
+    message = f'memory_budget={given!r} is invalid: use "min" .* to recompute all activations, or "max" .* to store'
+    for set_budget in (
+        lambda: revflow.ReversibleSequence([], memory_budget=given),
+        lambda: revflow.reversible([torch.nn.Linear(2, 2)], memory_budget=given),
+        lambda: setattr(net, "memory_budget", given),
+    ):
+        with pytest.raises(ValueError, match=message):
+            set_budget()
+    assert net.memory_budget == "min"
+
+
+@pytest.mark.parametrize("given", [True, [1], torch.tensor(3)])
 def test_what_has_no_type_of_a_budget(given):
     with pytest.raises(TypeError, match="memory_budget"):
         revflow.ReversibleSequence([], memory_budget=given)
@@ -219,7 +234,7 @@ def test_exact_gradients_are_the_same_bits_at_every_schedule(stack, low, keep_fr
 def test_dropout_batch_norm_and_the_random_state(k, keep_from):
     """Each step, also the one that measures, draws and counts as plain's."""
     results = []
-    for budget in ("all", HUGE):
+    for budget in ("max", HUGE):
         net, x = network(lambda: [*mixed(dropout=0.5)]), image().requires_grad_()
         conditioner = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)).double()
         net.insert(0, revflow.AdditiveCoupling(conditioner))
@@ -245,8 +260,8 @@ def test_context_frozen_blocks_and_tuples(keep_from):
         assert_same_gradients(net, lambda f=streams: f(net), lambda f=streams: f(net.plain), [x, c])
 
 
-def test_all_is_ordinary_autograd():
-    net, x = with_budget(of_one(additive), "all"), image().requires_grad_()
+def test_max_is_ordinary_autograd():
+    net, x = with_budget(of_one(additive), "max"), image().requires_grad_()
     assert all(n == [1] for n in evaluations(net, lambda: net(x).sum().backward()))
     (first,) = torch.autograd.grad(net(x).pow(3).sum(), x, create_graph=True)
     torch.autograd.grad(first.sum(), x)  # which a chain that is rebuilt refuses
@@ -262,12 +277,12 @@ def test_no_budget_is_exceeded_by_more_than_a_transient(make, joined):
     net = revflow.ReversibleSequence([make() for _ in range(6)], guard="off").double()
     x = image(2, 8, 12, 12) if joined else (image(2, 4, 12, 12), image(2, 4, 12, 12, seed=2))
     least = net.plan(x).peak
-    none = peak_of(net, x, joined)
+    at_min = peak_of(net, x, joined)
     with revflow.ordinary_autograd():
         plain = peak_of(net, x, joined)
     kept = set()
     for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2):
-        net.memory_budget = budget = int(max(none, least) + share * (plain - none))
+        net.memory_budget = budget = int(max(at_min, least) + share * (plain - at_min))
         train(net, x)
         plan, found = net.plan(x), peak_of(net, x, joined)
         kept.add(plan.kept)

@@ -22,7 +22,7 @@ def convolutions(depth, **options):
 def test_gradients(share, chunks):
     net, x = network(mixed).cuda(), image().cuda().requires_grad_()
     net.chunks = chunks
-    least, most = (_peak(net, x, budget) for budget in ("none", "all"))
+    least, most = (_peak(net, x, budget) for budget in ("min", "max"))
     net.memory_budget = int(least + share * (most - least))
     assert_same_gradients(net, lambda: net(x), lambda: net.plain(x), [x])
 
@@ -35,7 +35,7 @@ def _peak(net, x, budget):
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
 def test_no_budget_is_exceeded_by_more_than_a_transient(share):
     net, x = convolutions(8), torch.randn(8, 64, 64, 64, device="cuda")
-    least, most = (_peak(net, x, budget) for budget in ("none", "all"))
+    least, most = (_peak(net, x, budget) for budget in ("min", "max"))
     net.memory_budget = budget = int(least + share * (most - least))
     seed = torch.randn_like(x)
 

@@ -26,10 +26,10 @@ def with_budget(stack, share):
     x = image(2, 8, 6, 4)
     net = model.net
     plans = {}
-    for net.memory_budget in ("none", "all"):
+    for net.memory_budget in ("min", "max"):
         plans[net.memory_budget] = net.plan(x).peak
     oracle = copy.deepcopy(model)
-    net.memory_budget = int(plans["none"] + share * max(0, plans["all"] - plans["none"]))
+    net.memory_budget = int(plans["min"] + share * max(0, plans["max"] - plans["min"]))
     return model, oracle
 
 

@@ -72,9 +72,9 @@ def test_a_log_determinant_alone_holds_as_much():
 def test_many_calls_before_one_backward_pass(make, count, share, order):
     """The budget is for all of them, as soon as one step has shown how many there are."""
     net, x = sequence(make, 8), image(2, 8, 12, 12).requires_grad_()
-    net.memory_budget = "all"
+    net.memory_budget = "max"
     most = net.plan(x).peak
-    net.memory_budget = "none"
+    net.memory_budget = "min"
     rebuilt = net.plan(x)
     net.memory_budget = budget = int(count * (rebuilt.peak + share * (most - rebuilt.peak)))
 

@@ -25,9 +25,9 @@ def sequence(budget=HUGE, depth=4, **options):
 
 def halfway(net, x):
     """The bytes that half of the blocks take."""
-    net.memory_budget = "all"
+    net.memory_budget = "max"
     everything = net.plan(x).peak
-    net.memory_budget = "none"
+    net.memory_budget = "min"
     return (net.plan(x).peak + everything) // 2
 
 
@@ -221,7 +221,7 @@ def test_accumulated_gradients():
     net, xs = sequence(), [image(seed=k) for k in range(4)]
     net.memory_budget = halfway(net, xs[0])
     plain = copy.deepcopy(net)
-    plain.memory_budget = "all"
+    plain.memory_budget = "max"
     for n in (net, plain):
         for x in xs:
             train(n, x)
@@ -271,7 +271,7 @@ def test_a_printed_plan():
         assert size(figure) in lines[-1]
     assert plan.time_ratio == pytest.approx(1 + sum(plan.seconds[: plan.first_kept]) / (3 * sum(plan.seconds)))
     assert 1 < plan.time_ratio < 4 / 3
-    for budget, ratio in (("none", 4 / 3), ("all", 1)):
+    for budget, ratio in (("min", 4 / 3), ("max", 1)):
         net.memory_budget = budget
         assert net.plan(x).time_ratio == pytest.approx(ratio)
         assert "without a budget" in str(net.plan(x))
@@ -306,22 +306,22 @@ def test_options_go_with_slices_sums_and_copies():
     for part in (net[1:], net + net, copy.deepcopy(net)):
         assert (part.memory_budget, part.chunks) == ("2MiB", 2)
     assert "memory_budget='2MiB', chunks=2" in repr(net)
-    assert "memory_budget" not in repr(sequence("none"))
+    assert "memory_budget" not in repr(sequence("min"))
 
 
 def test_a_sequence_among_the_blocks():
     x = image()
-    net = revflow.ReversibleSequence([sequence("none"), *sequence("none")], memory_budget=HUGE).double()
+    net = revflow.ReversibleSequence([sequence("min"), *sequence("min")], memory_budget=HUGE).double()
     train(net, x)
     assert [n for block in evaluations(net, lambda: train(net, x)) for n in block] == [1] * 8
     with pytest.raises(RuntimeError, match="block 0 is a ReversibleSequence with memory_budget=10 inside one with"):
         revflow.ReversibleSequence([sequence(10)], memory_budget=HUGE)(x)
     with pytest.raises(RuntimeError, match="chunks=2"):
-        revflow.ReversibleSequence([sequence("none", chunks=2)])(x)
+        revflow.ReversibleSequence([sequence("min", chunks=2)])(x)
 
 
-@pytest.mark.parametrize("inner", ["none", HUGE, "all"])
-@pytest.mark.parametrize("outer", ["none", HUGE, "all"])
+@pytest.mark.parametrize("inner", ["min", HUGE, "max"])
+@pytest.mark.parametrize("outer", ["min", HUGE, "max"])
 def test_a_sequence_in_a_conditioner(inner, outer):
     class Deep(nn.Module):
         def __init__(self):

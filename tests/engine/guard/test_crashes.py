@@ -181,7 +181,7 @@ def test_tables_with_max_norm_that_blocks_share(kind, kind_of_table):
     assert (norms[[3, 1, 4, 5, 9]] <= 0.4 + 1e-6).all() and (norms[[0, 2]] > 0.4).all()
 
 
-@pytest.mark.parametrize("budget", ["800B", "1500B", "2kB", "all"])
+@pytest.mark.parametrize("budget", ["800B", "1500B", "2kB", "max"])
 @pytest.mark.parametrize("behind", [False, True])
 def test_a_table_with_max_norm_of_blocks_some_of_which_store_activations_and_of_the_network_behind_them(budget, behind):
     class Network(nn.Module):

@@ -159,7 +159,7 @@ def test_jagged_streams(make, guard):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("options", [{}, {"memory_budget": "all"}, {"chunks": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"memory_budget": "max"}, {"chunks": 2}], ids=str)
 def test_tracing_with_gradients_on(options):
     net, x = chain(Body, **options).eval(), frames().detach()
     file = io.BytesIO()

@@ -295,7 +295,7 @@ def test_a_network_with_a_budget_and_chunks():
     assert set(report.evaluations.values()) == {1}
     assert report.gradients.error < 1e-10 and not report.problems
     assert report.kept.engine > 0.9 * report.kept.plain
-    net.memory_budget = "none"
+    net.memory_budget = "min"
     net.chunks = 2
     report = revflow.verify(net, x)
     assert set(report.evaluations.values()) == {2}

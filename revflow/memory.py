@@ -128,22 +128,13 @@ class BatchMemory:
 def predict_memory(step: Callable[[int], object]) -> BatchMemory:
     """Predict the memory of a step for every batch size from a single run with fake tensors.
 
-        memory = revflow.predict_memory(training_step)  # training_step(batch) makes its input
-        memory.peak(8), memory.largest_batch(16 * 2**30)
-
-    The model and its optimizer can be built inside or outside of the step. If they are built outside, the peak excludes them, as
-    it excludes all tensors that exist before the step. The prediction leaves tensors, modules, optimizers, schedulers and
-    GradScalers outside of the step unchanged, including gradients and PyTorch's random states. Other Python objects are not
-    restored.
-
-    The values of small tensors are known if they depend only on Python numbers, as in `torch.linspace(0, 0.1, 12)`. Any other
-    float that the step reads, such as `loss.item()`, is 1.0. A GradScaler finds finite gradients.
-
     The batch size of this run is a large prime number. A tensor's size in bytes is thus a multiple of this number only if the
     tensor grows with the batch size. For batch sizes of 2 or more, the peaks equal those measured by `measure_memory`. For a
-    batch size of 1, the peak may differ by the size of a few streams: slices of a single sample may be contiguous even if slices
-    of several samples are not. Such slices may then be shared instead of copied, or vice versa. The prediction excludes the
-    buffers that oneDNN (LSTM on the CPU) and cuDNN (RNN, LSTM and GRU on a GPU) store for the backward pass.
+    batch size of 1, the peak may differ by the size of a few streams, because slices of one sample may be contiguous.
+
+    The peak excludes tensors that exist before the step, such as a model that is built outside of it. The prediction leaves all
+    tensors, modules, optimizers, schedulers, GradScalers and PyTorch's random states unchanged. Most values are unknown: a float
+    that the step reads, such as `loss.item()`, is 1.0. Buffers that cuDNN or oneDNN store for RNNs are excluded.
 
     Args:
         step: Function that takes a batch size and creates its input. The size of each tensor must be either proportional to the
@@ -151,9 +142,8 @@ def predict_memory(step: Callable[[int], object]) -> BatchMemory:
             and `memory_budget` are not supported.
 
     Raises:
-        RuntimeError: If the step reads an integer or a boolean whose value is unknown, for example in `if torch.isnan(loss)`, if
-            the size of a tensor depends on such a value, as with an index by a mask, or if the step converts a tensor to a NumPy
-            array. The message names the line of the step.
+        RuntimeError: If the step reads an unknown integer or boolean, as in `if torch.isnan(loss)` or `x[mask]`, or converts a
+            tensor to a NumPy array. The message names the line of the step.
 
     Examples:
         >>> def step(batch):

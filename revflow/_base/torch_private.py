@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor as fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
-from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.modules import batchnorm
 from torch.nn.modules.module import (
@@ -22,6 +21,7 @@ from torch.nn.modules.module import (
 )
 from torch.nn.utils import parametrize
 from torch.utils import _pytree
+from torch.utils._mode_utils import no_dispatch as no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointFunction

@@ -13,8 +13,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from revflow._base.torch_private import (
     FakeTensor,
-    FakeTensorMode,
     fake_tensor,
+    no_dispatch,
     pytree,
 )
 
@@ -34,13 +34,13 @@ _CHECKS = {"torch.nn.init": False, "torch.nn.utils": False, "torch.distributions
 _DISPATCHERS = ("torch._", "torch.utils._", "revflow._memory.")
 
 
-class DatalessMode(FakeTensorMode):
+class DatalessMode(fake_tensor.FakeTensorMode):
     """Runs operators on tensors without data.
 
-    The values of a tensor of up to `_MOST_KNOWN` elements are known if they depend only on Python numbers. A float of any other
-    tensor reads as 1.0, so that a step can log its loss. Integers and booleans can decide what the step does next. If they are
-    unknown, an error is raised. Tensors that have data are converted before an operator receives them, so no operator changes
-    them.
+    The values of a tensor of up to `_MOST_KNOWN` elements are known if they depend only on Python numbers and on tensors outside
+    of the step that require no gradients. A float of any other tensor reads as 1.0, so that a step can log its loss. Integers and
+    booleans can decide what the step does next. If they are unknown, an error is raised. Tensors that have data are converted
+    before an operator receives them, so no operator changes them.
     """
 
     def __init__(self) -> None:
@@ -55,26 +55,32 @@ class DatalessMode(FakeTensorMode):
 
     def _convert(self, tensor: Tensor) -> Tensor:
         if tensor not in self._converted:
-            self._converted[tensor] = self.from_tensor(tensor)
+            known = type(tensor) is Tensor and not tensor.requires_grad and self._is_small(tensor)
+            self._converted[tensor] = self._with_values(tensor) if known else self.from_tensor(tensor)
         return self._converted[tensor]  # type: ignore[no-any-return]
+
+    def _with_values(self, tensor: Tensor) -> Tensor:
+        with no_dispatch():
+            values = tensor.clone()
+        return self.fake_tensor_converter.from_real_tensor(self, values, make_constant=True)
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator; called by `__torch_dispatch__`, which would be slower to override."""
         kwargs = kwargs or {}
         if func.name() == _READ_NUMBER:
             return _read(func, args[0])
-        if _is_known(next(tensors_in((args, kwargs)), None)):
+        if _is_known(next(tensors_in((args, kwargs)), None)) and all(map(_is_known, tensors_in((args, kwargs)))):
             return self._known(func, types, args, kwargs)
         result: Any = super().dispatch(func, types, args, kwargs)
         if func in _FACTORIES and self._is_small(result):
-            return self.fake_tensor_converter.from_real_tensor(self, func(*args, **kwargs), make_constant=True)
+            return self._with_values(func(*args, **kwargs))
         if func.name() == _CHECK_GRADIENTS:
             args[1].constant = torch.zeros(())  # All gradients are finite, so that a GradScaler steps its optimizer.
         return result
 
     def _known(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """The result for arguments of known values. Its values are known, unless there are too many to be computed."""
-        tensors: list[Any] = [t for t in tensors_in((args, kwargs)) if _is_known(t)]
+        tensors: list[Any] = list(tensors_in((args, kwargs)))
         values = [t.constant for t in tensors]
         for tensor in tensors:
             tensor.constant = None

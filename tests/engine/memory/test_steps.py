@@ -357,6 +357,70 @@ def test_a_network_outside_of_the_step_stays_as_it_is(make, run):
         assert memory.peak(batch) + copied == revflow.measure_memory(lambda b=batch, t=twins: run(b, *t)).peak > 0
 
 
+def stepping_in_the_backward_pass():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizers = {p: torch.optim.Adam([p], foreach=False) for p in net.parameters()}
+
+    def update(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in net.parameters():
+        parameter.register_post_accumulate_grad_hook(update)
+    return lambda batch: net(torch.randn(batch, 4)).sum().backward()
+
+
+def averaging():
+    """The average's first update, which a counter with data selects, copies the parameters."""
+    net = nn.Linear(4, 4)
+    average = torch.optim.swa_utils.AveragedModel(net)
+
+    def step(batch):
+        net(torch.randn(batch, 4)).sum().backward()
+        for _ in range(2):
+            average.update_parameters(net)
+
+    return step
+
+
+def scaled_embedding():
+    net = nn.Embedding(10, 4, max_norm=1.0)
+    return lambda batch: net(torch.randint(10, (batch, 3))).sum().backward()
+
+
+def stored_samples():
+    x, y, net = torch.randn(64, 4), torch.randint(3, (64,)), nn.Linear(4, 3)
+
+    def step(batch):
+        index = torch.randint(64, (batch,))
+        nn.functional.cross_entropy(net(x[index]), y[index], label_smoothing=0.1).backward()
+        assert int(y.max()) < 3
+
+    return step
+
+
+def loaded_state():
+    net = nn.Linear(4, 4)
+
+    def step(batch):
+        net(torch.randn(batch, 4)).sum().backward()
+        net.load_state_dict(nn.Linear(4, 4).state_dict())
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "make",
+    [stepping_in_the_backward_pass, averaging, scaled_embedding, stored_samples, loaded_state],
+    ids=lambda make: make.__name__,
+)
+def test_more_steps_with_networks_outside(make):
+    memory = revflow.predict_memory(make())
+    for batch in (2, 8):
+        step = make()
+        assert memory.peak(batch) == revflow.measure_memory(lambda b=batch, run=step: run(b)).peak > 0
+
+
 def test_a_converted_network_outside_of_the_step_stays_as_it_is():
     net = nn.Linear(8, 8)
     parameters = dict(net.named_parameters())

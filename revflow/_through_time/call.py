@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from revflow._budget.costs import Choice
-from revflow._budget.fingerprint import fingerprint
+from revflow._budget.kinds import fingerprint, flags_of
 from revflow._budget.step_costs import StepMenu
 from revflow._budget.step_meter import StepMeter
 from revflow._guard.policy import Guard
@@ -40,15 +40,14 @@ class StepCall:
             tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors]),
             arguments.switches,
             tuple([ref(cell) for cell in self._cells]),
-            tuple([module.training for cell in self._cells for module in cell.modules()]),
-            tuple([p.requires_grad for cell in self._cells for p in cell.parameters()]),
+            flags_of(self._cells),
         )
 
     @property
     def fingerprint(self) -> str:
         """As `kind`, in a text that is the same in another process."""
-        autocast, given, switches, _, *flags = self.kind
-        return fingerprint(autocast, given, switches, flags, self._cells)
+        autocast, given, switches, _, flags = self.kind
+        return fingerprint((autocast, given, switches, flags), self._cells)
 
     @property
     def label(self) -> str:

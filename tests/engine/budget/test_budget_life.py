@@ -78,10 +78,10 @@ def test_another_way_through_a_conditioner_is_another_kind():
     net = revflow.ReversibleSequence([revflow.AdditiveCoupling(Either()) for _ in range(4)], memory_budget=HUGE)
     plans = [net.plan(torch.randn(5, 6), deep=deep, number=2.0) for deep in (False, True)]
     assert plans[0].peak < plans[1].peak
-    assert len(net._budget._known) == 2
+    assert len(net._keeper._menus) == 2
     for number in (1.0, 3.0, 4):
         net.plan(torch.randn(5, 6), deep=True, number=number)
-    assert len(net._budget._known) == 2
+    assert len(net._keeper._menus) == 2
 
 
 def test_a_changed_chain_is_measured_again():
@@ -101,7 +101,7 @@ def test_ever_other_shapes_do_not_pile_up():
     net = sequence(depth=1)
     for k in range(1, 200):
         train(net, image(1, 8, 1, k))
-    assert len(net._budget._known) == 64
+    assert len(net._keeper._menus) == 64
     assert kept_in(net, lambda: train(net, image(1, 8, 1, 199))) == 1
     assert kept_in(net, lambda: train(net, image(1, 8, 1, 1))) == 0
 
@@ -171,7 +171,7 @@ def test_the_budget_is_for_all_calls_that_wait_for_their_backward_pass():
     assert second == [[1]] * 4 and after < alone
     kept.backward()
     assert 0 < kept_in(net, lambda: train(net, x)) < alone  # there is room for a second call, now that there was one
-    assert net._budget._in_use == 0
+    assert net._keeper.in_use == 0
 
 
 @pytest.mark.parametrize("end", ["backward", "retained", "dropped", "failed"])
@@ -179,7 +179,7 @@ def test_what_is_held_is_given_back(end):
     net, x = sequence(), image()
     net.plan(x)
     y = net(x)
-    held = net._budget._in_use
+    held = net._keeper.in_use
     assert held > 0
     gc.disable()
     try:
@@ -188,7 +188,7 @@ def test_what_is_held_is_given_back(end):
             loss.backward()  # the graph's nodes live on, what they saved does not
         elif end == "retained":
             y.sum().backward(retain_graph=True)
-            assert net._budget._in_use == held
+            assert net._keeper.in_use == held
             y.sum().backward()
         elif end == "dropped":
             del y
@@ -199,7 +199,7 @@ def test_what_is_held_is_given_back(end):
             del y
     finally:
         gc.enable()
-    assert net._budget._in_use == 0
+    assert net._keeper.in_use == 0
 
 
 def test_copies_hold_nothing():
@@ -210,7 +210,7 @@ def test_copies_hold_nothing():
     torch.save(net, file)
     file.seek(0)
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), torch.load(file, weights_only=False)):
-        assert twin._budget._in_use == 0 < net._budget._in_use
+        assert twin._keeper.in_use == 0 < net._keeper.in_use
         assert twin.memory_budget == HUGE
         train(twin, x)
         assert kept_in(twin, lambda twin=twin: train(twin, x)) == 4

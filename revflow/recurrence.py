@@ -26,7 +26,7 @@ from revflow.cell import RecurrentCell, RecurrentState
 class ReversibleRecurrence(nn.ModuleList):
     """A stack of recurrent cells that is trained by backpropagation through time.
 
-    It is a subclass of `nn.ModuleList`. During training, the input streams, new states and new memories of each time step are
+    It is a subclass of `nn.ModuleList`. During training, by default, the input streams, new states and new memories of each time step are
     stored. (The next time step requires the states and memories in any case.) The backward pass recomputes all other activations,
     cell by cell. In total, every `update` is evaluated twice, and every `mix` is evaluated three times. Gradients equal those
     computed by standard autograd. The gradient of a state or stream returned by a time step is the sum of the contributions of
@@ -42,6 +42,9 @@ class ReversibleRecurrence(nn.ModuleList):
             use about 1/n of the memory, and each `update` is evaluated 3 - 1 / n times in total.
         guard: Reaction to incorrect recomputed values, as in `ReversibleSequence`. The guard compares the results of each cell's
             second evaluation with the states from the forward pass.
+        memory_budget: Memory for activations, as in `ReversibleSequence`, or a `Budget` that several modules share. The
+            activations of as many of the last time steps as fit are stored; their cells are evaluated once. With "max", every
+            time step is a `plain_step`.
 
     Pass each state to the next time step exactly as it was returned, in the same dtype, so that the engine recognizes it. If you
     change a state between two time steps, for example with a mask, the changed state is also stored on the device.
@@ -51,7 +54,7 @@ class ReversibleRecurrence(nn.ModuleList):
 
     Raises:
         TypeError: If a cell is not a `RecurrentCell`, a state is not a `RecurrentState`, or streams are not a tuple of tensors.
-        ValueError: If a state does not have one entry per cell, or if the value of `states` or `guard` is unknown.
+        ValueError: If a state does not have one entry per cell, or if the value of `states`, `guard` or `memory_budget` is invalid.
 
     Examples:
         >>> class Cell(revflow.RecurrentCell):

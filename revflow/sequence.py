@@ -55,12 +55,12 @@ class ReversibleSequence(BlockList):
             as 1. For a coupling that is not additive, one byte per value is stored, plus four bytes for each value that is almost
             completely overwritten (gates above 0.996).
         memory_budget: Memory for activations: a number of bytes, a size such as "6GiB", a fraction such as 0.8 of the device's
-            free memory (at first use), "min" (recompute all), or "max" (store all). As many of the last blocks as fit are
-            stored, and the others are recomputed. In the first step with a new kind of input (shapes, dtypes, autocast, mode),
-            all blocks are recomputed and measured. To predict the result, use `plan`. All calls with a pending backward pass
-            share the budget; they are counted in the first step that makes so many calls. The budget includes the gradients of
-            streams, but neither the input nor parameter gradients. If even full recomputation exceeds the budget, a warning is
-            shown. Inside `torch.utils.checkpoint` and `save_on_cpu`, all blocks are recomputed.
+            free memory (at the first call), "min" (recompute all), "max" (store all), or a `Budget` that several modules share.
+            The last blocks are stored. Of others, the conditioners' outputs are stored, and their second evaluation stops early.
+            The rest is recomputed, as is everything in the first step with a new kind of input (shapes, dtypes, autocast, mode),
+            which measures. To predict the result, use `plan`. All calls with a pending backward pass share the budget. It
+            includes gradients of streams, but not those of the input and the parameters. A budget below the need acts as "min",
+            with a warning. Inside `torch.utils.checkpoint` and `save_on_cpu`, all blocks are recomputed.
         chunks: Number of micro-batches, along dimension 0, in which a recomputed conditioner is evaluated. Only the activations
             of one micro-batch are then in memory at a time. The results are the same except for rounding and the order in which
             random numbers are drawn. State that changes in each evaluation (spectral-norm vectors, running averages) changes once

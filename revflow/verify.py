@@ -1,4 +1,4 @@
-"""verify: train a network with the engine and under standard autograd, and report the differences."""
+"""verify: train a network with the engine, under standard autograd and with checkpointing, and report the differences."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from revflow._verify.verification import Verification
 def verify(net: nn.Module, *inputs: Any, **context: Any) -> Verification:
     """Compare a training step of `net(*inputs, **context)` run by the engine with one under standard autograd.
 
-    The function compares the gradients and measures memory and time. It also checks the inverse, the determinism and the
-    log-derivative of each block separately. All computations use copies, so the network does not change. To show the result as a
-    report, use `print`.
+    The function compares the gradients and measures memory and time. It also measures memory and time with PyTorch's activation
+    checkpointing of each block. In addition, it checks the inverse, the determinism and the log-derivative of each block
+    separately. All computations use copies, so the network does not change. To show the result as a report, use `print`.
 
     Args:
         net: A `ReversibleSequence`, or a module that contains at least one.

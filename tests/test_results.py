@@ -115,6 +115,27 @@ def test_memory_against_checkpointing():
         assert time == f"{float(line['time_ratio']):.2f}"
 
 
+def test_memory_of_networks_with_stages():
+    gib = {}
+    for line in stored("stages.csv"):
+        gib.setdefault(line["network"], {})[line["way"]] = int(line["peak"]) / GIB
+    _, rows = table("docs/which-when.md", "network")
+    assert [cells for _, *cells in rows] == [[f"{peak:.2f}" for peak in of.values()] for of in gib.values()]
+    assert all([*of] == ["plain", "checkpoint", "reversible", "mixed"] for of in gib.values())
+    for name in ("ResNet-50", "SegResNet"):
+        assert gib[name]["checkpoint"] < gib[name]["reversible"]
+    resnet, unet, deep_resnet, deep_unet = (
+        of["mixed"] / of["checkpoint"]
+        for of in map(gib.get, ("ResNet-50", "SegResNet", "ResNet-152", "SegResNet, deep"))
+    )
+    text = prose(ROOT / "docs/which-when.md")
+    assert f"another {1 - resnet:.0%} for ResNet-50 and less than 1% for SegResNet" in text and 0.99 < unet < 1
+    assert "reduced to less than half for ResNet-152 and to two thirds for SegResNet" in text
+    assert deep_resnet < 0.5 and deep_unet == pytest.approx(2 / 3, abs=0.01)
+    said = "checkpointing each block uses {:.2f} GiB, revflow {:.2f} GiB, and both methods together {:.2f} GiB"
+    assert said.format(*[*gib["ResNet-50"].values()][1:]) in prose(ROOT / "docs/results.md")
+
+
 @pytest.mark.parametrize(
     ("first_heading", "named"),
     [

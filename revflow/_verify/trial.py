@@ -1,12 +1,10 @@
-"""One training step with the engine and one under standard autograd, on copies of a network."""
+"""One training step with the engine, one under standard autograd and one with checkpointing, on copies of a network."""
 
 from __future__ import annotations
 
-import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,17 +19,16 @@ from revflow._guard.tolerance import LOW_PRECISION, TOLERANCES, Tolerance
 from revflow._replay.holders import copied
 from revflow._replay.mode import ordinary_autograd
 from revflow._replay.undisturbed import undisturbed
+from revflow._verify.checkpointing import Checkpointing
+from revflow._verify.costs import Costs, Measured
 from revflow._verify.inspection import Inspection, Worst, named_blocks, seeded, sequences_in
-from revflow._verify.verification import Both, Verification
-from revflow.memory import measure_memory
-
-_Gradients = dict[str, Tensor | None]
+from revflow._verify.step import Gradients, loss_of, with_leaves, worst_of
+from revflow._verify.verification import Verification
+from revflow.recurrence import ReversibleRecurrence
+from revflow.sequence import ReversibleSequence
 
 _TRIES = 8
 """Number of times that inputs and parameters are perturbed by rounding errors. A single perturbation may miss every kink."""
-
-_WAYS = (nullcontext, ordinary_autograd)
-"""With the engine, and under standard autograd."""
 
 
 class Trial:
@@ -44,6 +41,8 @@ class Trial:
         self._tolerance = _tolerance([*tensors, *net.parameters()])
         self._problems: list[str] = []
         self._notes: list[str] = []
+        self._plain: Gradients = {}
+        """Those of standard autograd."""
 
     def report(self) -> Verification:
         """Run all checks and measurements."""
@@ -56,24 +55,46 @@ class Trial:
             gradients = self._compare_gradients(evaluations, reconstruction)
             if not self._problems:
                 self._train_with_guards()
-        failed = gradients is None
-        kept, peak = (None, None) if failed or self._device.type not in ("cpu", "cuda") else self._memory()
+            checkpointing = None if gradients is None else self._checkpointing()
+        costs = Costs(self._copy, self._arguments, self._device)
+        measured = Measured() if gradients is None else costs.measured(checkpointing)
         return Verification(
             gradients=gradients or Worst(float("inf"), "there are none"),
             reconstruction=reconstruction,
             evaluations=evaluations,
-            kept=kept,
-            peak=peak,
-            time=None if failed else self._time(),
+            kept=measured.kept,
+            peak=measured.peak,
+            time=measured.time,
+            checkpoint=measured.checkpoint,
             problems=tuple(self._problems),
             notes=tuple(self._notes),
         )
 
+    def _checkpointing(self) -> Checkpointing | None:
+        """Checkpointing of each block; None if the network has only one, or cannot be trained in this way, which is noted."""
+        checkpointing = Checkpointing()
+        net = copied(self._net)
+        try:
+            with checkpointing.of(net):
+                found = self._gradients(net)
+        except Exception as failure:  # of any kind, since the network's own code runs
+            first, *_ = str(failure).splitlines() or [type(failure).__name__]
+            self._notes.append(f"checkpointing each block fails: {first}")
+            return None
+        worst = worst_of(found, self._plain)
+        if worst.error > 10 * self._tolerance.warn:
+            self._notes.append(
+                f"checkpointing each block is not measured, because it changes the gradient of {worst.where} by {worst.error:.1e}"
+            )
+            return None
+        return checkpointing if checkpointing.count > 1 else None
+
     def _copy(self) -> nn.Module:
-        """The network without guards. If it has a memory budget, the costs of its blocks have been measured."""
+        """The network without guards. If it has a memory budget, its costs have been measured."""
         net = _unguarded(copied(self._net))
-        if any(sequence.memory_budget not in ("min", "max") for sequence in sequences_in(net)):
-            (inputs, context), _ = _with_leaves(self._arguments)
+        with_budget = [m for m in net.modules() if isinstance(m, (ReversibleSequence, ReversibleRecurrence))]
+        if any(m.memory_budget not in ("min", "max") for m in with_budget):
+            (inputs, context), _ = with_leaves(self._arguments)
             with undisturbed(net, self._device):
                 net(*inputs, **context)
         return net
@@ -89,7 +110,7 @@ class Trial:
     def _compare_gradients(self, evaluations: dict[str, int], reconstruction: Worst) -> Worst | None:
         """The largest error of a gradient, None if the backward pass fails. Counts the evaluations in `evaluations`."""
         with ordinary_autograd():
-            plain = self._gradients(copied(self._net))
+            plain = self._plain = self._gradients(copied(self._net))
         net = self._copy()
         self._set_one_chunk(net)
         with _counted(net, evaluations):
@@ -105,12 +126,12 @@ class Trial:
                     f"{name} gets {'no' if found is None else 'a'} gradient; standard autograd gives "
                     f"{'one' if found is None else 'none'}"
                 )
-        worst = _worst(engine, plain)
+        worst = worst_of(engine, plain)
         if worst.error > 10 * self._tolerance.warn:
             self._explain(worst, plain, reconstruction)
         return worst
 
-    def _explain(self, worst: Worst, plain: _Gradients, reconstruction: Worst) -> None:
+    def _explain(self, worst: Worst, plain: Gradients, reconstruction: Worst) -> None:
         """Report a gradient's error: as a note if rounding explains it, and as a problem otherwise.
 
         The gradient of an activation with a kink, such as ReLU, may depend on the last bit of its input. The error is then no
@@ -119,7 +140,7 @@ class Trial:
         if worst.error == float("inf"):
             self._problems.append(f"the gradient of {worst.where} is not finite, or that of standard autograd is not")
             return
-        moved = max(_worst(self._rounded(seed), plain) for seed in range(_TRIES))
+        moved = max(worst_of(self._rounded(seed), plain) for seed in range(_TRIES))
         off = f"the gradient of {worst.where} is off by {worst.error:.1e}"
         own = (
             f"rounding errors in inputs and parameters change standard autograd's gradients by up to {moved.error:.1e}"
@@ -134,7 +155,7 @@ class Trial:
                 f"and exact=True avoids it"
             )
 
-    def _rounded(self, seed: int) -> _Gradients:
+    def _rounded(self, seed: int) -> Gradients:
         """Standard autograd's gradients, with each value of the inputs and parameters changed by a rounding error."""
         net = copied(self._net)
         generator = torch.Generator().manual_seed(seed)
@@ -155,9 +176,9 @@ class Trial:
                 self._problems.append(f"the guard ends the training step: {refusal}")
         self._notes += [f"the guard warns: {w.message}" for w in warned if w.category is ReconstructionWarning]
 
-    def _gradients(self, net: nn.Module, moved: Callable[[Tensor], Tensor] | None = None) -> _Gradients:
+    def _gradients(self, net: nn.Module, moved: Callable[[Tensor], Tensor] | None = None) -> Gradients:
         """By name: the gradients of the arguments, then of the parameters. `moved` changes their values first."""
-        (inputs, context), leaves = _with_leaves(self._arguments)
+        (inputs, context), leaves = with_leaves(self._arguments)
         if moved is not None:
             with torch.no_grad():
                 for tensor in (*leaves, *net.parameters()):
@@ -165,56 +186,9 @@ class Trial:
         wanted = {f"argument {i}": leaf for i, leaf in enumerate(leaves)}
         wanted |= {name: p for name, p in net.named_parameters() if p.requires_grad}
         torch.manual_seed(0)
-        loss = _loss(net(*inputs, **context))
+        loss = loss_of(net(*inputs, **context))
         found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
         return dict(zip(wanted, found, strict=True))
-
-    def _memory(self) -> tuple[Both, Both]:
-        """Bytes alive after a forward pass, and the peak of a forward and a backward pass."""
-        kept, peak = [], []
-        for way in _WAYS:
-            net = self._copy()
-            (inputs, context), _ = _with_leaves(self._arguments)
-            with seeded(self._device), way():
-                forward = measure_memory(partial(net, *inputs, **context), device=self._device)
-                step = measure_memory(partial(self._step, net), device=self._device)
-            kept.append(forward.kept)
-            peak.append(step.peak)
-        return Both(*kept), Both(*peak)
-
-    def _step(self, net: nn.Module) -> None:
-        (inputs, context), leaves = _with_leaves(self._arguments)
-        parameters = [p for p in net.parameters() if p.requires_grad]
-        torch.autograd.grad(_loss(net(*inputs, **context)), [*leaves, *parameters], allow_unused=True)
-
-    def _time(self) -> float:
-        """The time of a step relative to standard autograd: the median of three pairs, after a pair that warms up."""
-        net = self._copy()
-        with seeded(self._device):
-            pairs = [[self._seconds(net, way) for way in _WAYS] for _ in range(4)]
-        return statistics.median(engine / plain for engine, plain in pairs[1:])
-
-    def _seconds(self, net: nn.Module, way: Callable[[], AbstractContextManager[None]]) -> float:
-        begin = time.perf_counter()
-        with way():
-            self._step(net)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter() - begin
-
-
-def _worst(found: _Gradients, expected: _Gradients) -> Worst:
-    """The largest relative error among the gradients that both have."""
-    norms = {name: g.double().norm().item() for name, g in expected.items() if g is not None}
-    floor = 1e-3 * max(norms.values(), default=0.0) or 1.0
-    worst = Worst(0.0, "all equal")
-    for name, e in expected.items():
-        f = found[name]
-        if f is not None and e is not None:
-            difference = (f.double() - e.double()).norm().item()
-            error = difference / max(norms[name], floor) if difference == difference else float("inf")
-            worst = max(worst, Worst(error, name))
-    return worst
 
 
 def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -257,32 +231,6 @@ def _counting(count: Callable[[], None], function: Callable[..., Any]) -> Callab
         return function(*arguments, **context)
 
     return counted
-
-
-def _with_leaves(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[Any, list[Tensor]]:
-    """Copies of the arguments, and the new leaves among them: one for each floating-point tensor."""
-    values, spec = pytree.tree_flatten(arguments)
-    values = [
-        v.detach().clone().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else copied(v)
-        for v in values  # Each run gets its own copy of an object, because the network may change it.
-    ]
-    leaves = [v for v in values if isinstance(v, Tensor) and v.requires_grad]
-    return pytree.tree_unflatten(values, spec), leaves
-
-
-def _loss(output: object) -> Tensor:
-    """The sum of all outputs, each value with a different weight."""
-    total = torch.zeros(())
-    for tensor in pytree.tree_leaves(output):
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            weights = torch.arange(tensor.numel(), device=tensor.device).add(1).double().cos().view(tensor.shape)
-            total = total.to(tensor.device) + (tensor * weights.to(tensor.dtype)).sum()
-    if not total.requires_grad:
-        raise ValueError(
-            "net returns no tensor that depends on a parameter or on a floating-point input, so that there is no gradient to "
-            "compare: let it return one"
-        )
-    return total
 
 
 def _tolerance(tensors: list[Tensor]) -> Tolerance:

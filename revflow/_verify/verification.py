@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,12 +17,19 @@ class Both(NamedTuple):
     plain: int
 
 
+class Checkpoint(NamedTuple):
+    """Memory and time of a step with checkpointing; the peak is None if the device is neither the CPU nor a CUDA device."""
+
+    peak: int | None
+    time: float
+
+
 @dataclass(frozen=True)
 class Verification:
     """The result of `verify`. To show it as a report, use `print`.
 
     `gradients` and `reconstruction` have the fields `error` and `where`. `kept` and `peak` have the fields `engine` and `plain`,
-    for the engine and for standard autograd.
+    for the engine and for standard autograd. `checkpoint` has the fields `peak` and `time`.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
@@ -48,6 +56,14 @@ class Verification:
     """Largest number of bytes in use during the forward and backward passes, in addition to those in use before them."""
     time: float | None
     """Time of the forward and backward passes relative to standard autograd; None if the backward pass fails."""
+    checkpoint: Checkpoint | None
+    """Peak bytes, and time relative to standard autograd, of PyTorch's activation checkpointing of each block.
+
+    The same network is trained under standard autograd. A checkpoint contains a block with parameters and the blocks without
+    parameters before it, or one time step of a `ReversibleRecurrence`. The last block is not checkpointed, because its backward
+    pass comes first. The value is None if there is only one block. It is also None if checkpointing fails or changes gradients;
+    in this case, a note gives the reason.
+    """
     problems: tuple[str, ...]
     """Descriptions of the problems that were found."""
     notes: tuple[str, ...]
@@ -71,6 +87,17 @@ class Verification:
                 lines.append(f"{name:15s}  {size(both.engine)}; {size(both.plain)} under standard autograd")
         if self.time is not None:
             lines.append(f"time             {self.time:.2f}× standard autograd")
+        lines += self._about_checkpointing()
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"PROBLEM: {problem}" for problem in self.problems] or ["no problem found"]
         return "\n".join(lines)
+
+    def _about_checkpointing(self) -> Iterator[str]:
+        if self.checkpoint is None:
+            return
+        peak, time = self.checkpoint
+        memory = "" if peak is None else f"peak {size(peak)}; "
+        yield f"checkpointing    each block: {memory}time {time:.2f}× standard autograd"
+        if peak is not None and self.peak is not None and peak < self.peak.engine:
+            also = " and less time" if self.time is not None and time < self.time else ""
+            yield f"note: for this network, checkpointing each block uses less memory{also}"

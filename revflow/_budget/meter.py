@@ -6,8 +6,8 @@ measurement itself takes little memory. A mode counts the work of all operations
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -122,6 +122,13 @@ class Meter:
             output=self._output if self._spared else 0,
             spared=self._spared,
         )
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """A context whose work does not count: that of a check which later steps do not repeat."""
+        before = self._work.total
+        yield
+        self._work.total = before
 
     def evaluation(self, evaluate: Callable[..., Streams], can_be_kept: bool, *arguments: Any) -> Streams:
         """The coefficients that a conditioner returns. Measures what storing them takes, and what it spares."""

@@ -7,6 +7,7 @@ dimension 0, and so are tensors among the keyword arguments. Those with one entr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -55,14 +56,16 @@ class SlicedCall(ConditionerCall):
         return moved
 
     def run(self, now: list[Tensor], leaves: Sequence[Tensor]) -> tuple[Streams, Tensor | None]:
-        self._refuse_mixing(now, leaves)
+        meter = self._tape.meter
+        with nullcontext() if meter is None else meter.uncounted():
+            self._refuse_mixing(now, leaves)
         x = now[self.target]
         stored: Streams = ()
         targets: list[Tensor] = []
         log_dets: list[Tensor] = []
         for part, call in self._slices:
             piece = [s[part] for s in now]
-            if self._tape.meter is None:  # the inputs of a Function may require gradients, its slices must not
+            if meter is None:  # the inputs of a Function may require gradients, its slices must not
                 piece = [s.detach() for s in piece]
             its_stored, log_det = call.run(piece, self._cut(leaves, part))
             stored += its_stored

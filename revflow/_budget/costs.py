@@ -29,6 +29,8 @@ class Cost(NamedTuple):
     """All streams before the block."""
     outputs: int
     """All streams after the block."""
+    unsaved: int
+    """Of these, the streams that no graph has saved so far."""
     anchors: int
     """Tensors that a recomputed block stores for its inversion."""
     transient: int
@@ -188,8 +190,9 @@ class SequenceMenu(Menu):
         """
         costs, output = self.costs, self._output
         last = len(costs) - 1
-        own_output = costs[last].outputs if costs else 0
-        found = [(output, own_output)]
+        outputs, unsaved = (costs[last].outputs, costs[last].unsaved) if costs else (0, 0)
+        own_output = outputs if self._joined else unsaved  # Joined streams are copies.
+        found = [(output, outputs)]
         stored = backward = 0  # `stored` are the activations of blocks k and later, without the output.
         for k in range(last, -1, -1):
             cost = costs[k]

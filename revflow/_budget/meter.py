@@ -43,7 +43,7 @@ class Meter:
         """By block, in the order in which the blocks ran."""
         self._given = storages(given)
         self._makers: dict[int, int] = {}
-        """The block that made each of the present streams, by the address of the stream's storage."""
+        """The block that made each of the present streams that no graph has saved, by the address of the stream's storage."""
         self._recording = Recording(())
         self._saved: dict[int, int] = {}
         """Storages that this block's graph saves, with their sizes in bytes."""
@@ -61,23 +61,23 @@ class Meter:
         with self._recording.running():
             outputs, kept = call.first(streams, leaves)
         results = outputs[: len(outputs) - call.passage.log_det]
-        self._count_saved_streams(streams)
-        self.costs.append(self._cost(call, streams, results, kept))
-        here = len(self.costs) - 1
-        self._makers = {key: self._makers.get(key, here) for key in storages(results) if key not in self._saved}
-        return without_graph(outputs, streams), without_graph(kept, streams)
-
-    def _count_saved_streams(self, streams: Streams) -> None:
-        """Standard autograd stores a stream if a later block's graph saves it. It counts for the block that made it."""
-        for key, size in storages(streams).items():
-            if key in self._recording.known_saved and key in self._makers:
-                maker = self._makers.pop(key)
-                self.costs[maker] = self.costs[maker]._replace(made=self.costs[maker].made + size)
-
-    def _cost(self, call: MeasuredBlock, streams: Streams, results: Streams, anchors: Streams) -> Cost:
         if not self._transients:
             # A block without conditioners. During its inversion, the results of the inverse exist next to its second output.
             self.step(results, _nbytes(streams))
+        self._note_streams(storages(streams), storages(results))
+        self.costs.append(self._cost(call, streams, results, kept))
+        return without_graph(outputs, streams), without_graph(kept, streams)
+
+    def _note_streams(self, before: dict[int, int], after: dict[int, int]) -> None:
+        """Standard autograd stores a stream if a later block's graph saves it. It counts for the block that made it."""
+        for key, size in before.items():
+            if key in self._recording.known_saved and key in self._makers:
+                maker = self._makers.pop(key)
+                self.costs[maker] = self.costs[maker]._replace(made=self.costs[maker].made + size)
+        here = {key: len(self.costs) for key in after if key not in before and key not in self._saved}
+        self._makers = {key: maker for key, maker in (self._makers | here).items() if key in after}
+
+    def _cost(self, call: MeasuredBlock, streams: Streams, results: Streams, anchors: Streams) -> Cost:
         slices = len(self._transients) // len(call.replays)  # Micro-batches per conditioner.
         made = sum([size for key, size in storages(results).items() if key not in storages(streams)])
         joined_gradients = made if slices > 1 else 0  # The gradients of the micro-batches are concatenated.
@@ -88,6 +88,7 @@ class Meter:
             made=0,
             inputs=_nbytes(streams),
             outputs=_nbytes(results),
+            unsaved=sum([size for key, size in storages(results).items() if key in self._makers]),
             anchors=_nbytes(anchors),
             transient=max(self._transients) + joined_gradients,
             gradient=max(self._gradients) * slices,

@@ -146,9 +146,9 @@ def test_free_memory():
 def by_hand():
     """Three blocks of streams of 10 bytes (20 for the pair), whose graphs are 5, 50 and 7, and largest gradients 3, 30 and 4."""
     costs = [
-        Cost("0", "A", 5, 10, 20, 20, anchors=0, transient=8, gradient=3, work=100, output=5, spared=40),
-        Cost("1", "A", 50, 10, 20, 20, anchors=2, transient=80, gradient=30, work=300, output=5, spared=30),
-        Cost("2", "A", 7, 10, 20, 20, anchors=0, transient=11, gradient=4, work=50),
+        Cost("0", "A", 5, 10, 20, 20, 20, anchors=0, transient=8, gradient=3, work=100, output=5, spared=40),
+        Cost("1", "A", 50, 10, 20, 20, 20, anchors=2, transient=80, gradient=30, work=300, output=5, spared=30),
+        Cost("2", "A", 7, 10, 20, 20, 20, anchors=0, transient=11, gradient=4, work=50),
     ]
     return SequenceMenu(costs, joined=False, rounded=False)
 

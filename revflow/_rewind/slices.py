@@ -7,7 +7,6 @@ dimension 0, and so are tensors among the keyword arguments. Those with one entr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +55,10 @@ class SlicedCall(ConditionerCall):
         return moved
 
     def run(self, now: list[Tensor], leaves: Sequence[Tensor]) -> tuple[Streams, Tensor | None]:
-        meter = self._tape.meter
-        with nullcontext() if meter is None else meter.uncounted():
+        if self._tape.meter is None:
             self._refuse_mixing(now, leaves)
+        else:
+            self._tape.meter.uncounted(self._refuse_mixing, now, leaves)
         x = now[self.target]
         stored: Streams = ()
         targets: list[Tensor] = []

@@ -65,7 +65,7 @@ class SlicedCall(ConditionerCall):
         log_dets: list[Tensor] = []
         for part, call in self._slices:
             piece = [s[part] for s in now]
-            if meter is None:  # the inputs of a Function may require gradients, its slices must not
+            if self._tape.meter is None:  # the inputs of a Function may require gradients, its slices must not
                 piece = [s.detach() for s in piece]
             its_stored, log_det = call.run(piece, self._cut(leaves, part))
             stored += its_stored

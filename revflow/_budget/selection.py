@@ -2,7 +2,8 @@
 
 The backward pass runs through the calls in reverse order. While it runs through one call, the bytes that all earlier calls hold
 are still alive. A budget buys saved work per byte, where a byte saves most. The candidates do not depend on the budget, which
-only chooses among them. Hence a larger budget never leads to more work, and a smaller one never to a higher peak.
+only chooses among them. Hence a larger budget never leads to more work, and a smaller one never to a higher peak, as long as
+any plan fits it.
 """
 
 from __future__ import annotations
@@ -26,28 +27,18 @@ class Selection(NamedTuple):
 
 
 def planned(menus: Sequence[Menu], available: int) -> Selection:
-    """The plan that saves the most work within the available bytes.
-
-    If none fits, it is the plan of the lowest peak, which usually recomputes everything. Only for very few blocks, others may
-    take less: a plan that stores everything needs no temporary memory for inversions.
-    """
+    """The plan that saves the most work within the available bytes; the one that recomputes everything if none fits."""
     carried = max(menu.carried for menu in menus)
     least, last = _least(menus), menus[-1]
-    states = [(options, carried + peak, carried + held, spared) for options, peak, held, spared in _states(menus[:-1])]
-    lowest = min([max(peak, held + last.by_peak[0].peak) for _, peak, held, _ in states])
-    if max(available, lowest) < least.peak:
-        available, found = max(available, lowest), []
-    elif available < least.peak:
-        return least
-    else:
-        found = [least]
     peaks = [option.peak for option in last.by_peak]
-    for options, peak, held, spared in states:
-        number = bisect_right(peaks, available - held) - 1
-        if peak <= available and number >= 0:
+    found = [least] if least.peak <= available else []
+    for options, peak, held, spared in _states(menus[:-1]):
+        number = bisect_right(peaks, available - carried - held) - 1
+        if carried + peak <= available and number >= 0:
             option = last.by_peak[number]
-            found.append(Selection((*options, option), max(peak, held + option.peak), spared + option.spared))
-    return max(found, key=lambda plan: (plan.spared, -plan.peak))
+            total = carried + max(peak, held + option.peak)
+            found.append(Selection((*options, option), total, spared + option.spared))
+    return max(found, key=lambda plan: (plan.spared, -plan.peak), default=least)
 
 
 def _least(menus: Sequence[Menu]) -> Selection:

@@ -53,3 +53,11 @@ def transient_of(budget):
     of_blocks = [cost.transient for menu in menus if isinstance(menu, SequenceMenu) for cost in menu.costs]
     of_steps = [menu.least.peak - menu.least.held for menu in menus if isinstance(menu, StepMenu)]
     return max(of_blocks + of_steps)
+
+
+def limited(budget, limit):
+    """The budget, which has measured, with another limit."""
+    keeper = budget._keeper
+    keeper._limit = keeper._bytes = limit
+    keeper._warned = True
+    keeper._orders = dict.fromkeys(keeper._orders)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import revflow
-from engine.budgets import HUGE, range_of, transient_of
+from engine.budgets import HUGE, limited, range_of, transient_of
 from engine.cells import Cell
 from engine.nets import additive, assert_close, conditioners, edge_to, gated, image, weighted
 from revflow._base.memory_size import size
@@ -259,8 +259,8 @@ def test_what_a_common_beginning_stores_leaves_room_for_all_known_orders():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # there is enough for both
         menus = [m.menu for m in budget._keeper._menus.values()]
-        budget._keeper._limit = budget._keeper._bytes = limit = menus[0].least.held + menus[2].least.peak + 1000
-        budget._keeper._orders = dict.fromkeys(budget._keeper._orders)
+        limit = menus[0].least.held + menus[2].least.peak + 1000
+        limited(budget, limit)
         assert menus[0].by_held[-1].held > menus[0].least.held + 1000
         for parts in [*orders, *orders]:
             peak = revflow.measure_memory(lambda p=parts: step(p)).peak

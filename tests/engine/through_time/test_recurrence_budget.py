@@ -8,7 +8,7 @@ from torch import nn
 
 import revflow
 from crevnet import ReversiblePredictiveModule
-from engine.budgets import HUGE, transient_of
+from engine.budgets import HUGE, limited, transient_of
 from engine.cells import CELLS, Cell, along, assert_same, both, given, loss_of, recurrence, values
 from engine.nets import assert_close, edge_to
 from revflow._budget.keeper import Keeper
@@ -135,7 +135,7 @@ def test_counts_and_peaks_for_every_number_of_stored_steps(kind, states, is_fed_
     limited(budget, HUGE)
     most = budget.plan.peak
     for share in torch.linspace(0, 1, 16).tolist():
-        limit = int(least + share * (most - least))
+        limit = int(share * most)
         limited(budget, limit)
         plan = budget.plan
         stored = [call.stored for call in plan.calls]
@@ -148,14 +148,7 @@ def test_counts_and_peaks_for_every_number_of_stored_steps(kind, states, is_fed_
             assert [updates for updates, _ in found] == [expected_counts(STEPS, count, n)] * 2
             assert abs(peak - plan.peak) <= transient_of(budget) + 2 * own
         counts.add(count)
-    assert {0, STEPS} < counts and len(counts) > 3
-
-
-def limited(budget, limit):
-    """The budget, which has measured, with another limit."""
-    keeper = budget._keeper
-    keeper._limit = keeper._bytes = limit
-    keeper._orders = dict.fromkeys(keeper._orders)
+    assert counts == {*range(STEPS + 1)}
 
 
 @cells
@@ -248,9 +241,10 @@ def test_dropout_and_the_random_state(states, stored, store):
 def test_autocast(states, stored, store):
     net, (inputs, state) = budgeted(dtype=torch.float32, states=states), given(steps=STEPS, dtype=torch.float32)
     store(stored)
-    with torch.autocast("cpu", torch.bfloat16):
+    # With the cache, standard autograd adds up a weight's gradients in bfloat16.
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         for _ in range(2):
-            assert_close(*both(net, inputs, state), tolerance=0.02)
+            assert_close(*both(net, inputs, state), tolerance=1e-5)
 
 
 @few_ways
@@ -361,8 +355,9 @@ def test_what_a_step_holds_is_what_it_is_said_to_hold(states, stored, memory, st
 
         report = revflow.measure_memory(run)
         # Inputs are the caller's. Outputs of the steps, and the last state, are results of the call.
-        own = results + streams if states != "kept" or not stored else streams
-        assert report.kept - own <= held[0] <= report.kept + streams, (learned, report.kept, held, results, streams)
+        # Of a stored step, outputs that a later step might take are counted besides.
+        own = results + streams
+        assert report.kept - own <= held[0] <= report.kept + 2 * streams, learned
 
 
 def test_a_budget_of_an_empty_recurrence_and_of_no_gradient():

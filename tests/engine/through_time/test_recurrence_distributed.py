@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 import revflow
+from engine.budgets import limited
 from engine.cells import given, loss_of, plainly, recurrence
 from engine.nets import assert_close
 
@@ -24,9 +25,9 @@ few_modes = pytest.mark.parametrize("states", ["kept", "offloaded", 3])
 class Model(nn.Module):
     """A recurrence over a batch of one or two samples."""
 
-    def __init__(self, states):
+    def __init__(self, states, budget="min"):
         super().__init__()
-        self.net = recurrence(states=states)
+        self.net = recurrence(states=states, memory_budget=budget)
 
     def forward(self, samples):
         return loss_of(self.net(*parts(samples)))
@@ -68,6 +69,32 @@ def trains(rank, states, spread, options):
 )
 def test_ddp(ranks, states, options):
     ranks.run(trains, states, "ddp", options)
+
+
+def trains_with_a_budget(rank, spread, budget):
+    """Some steps are stored, the others recomputed."""
+    model = Model("kept", budget)
+    expected = expected_gradients(copy.deepcopy(model))
+    parallel = DistributedDataParallel(model) if spread == "ddp" else fully_shard(model)
+    for _ in range(3):
+        parallel.zero_grad()
+        for cell in model.net:
+            cell.calls[:] = [0, 0]
+        parallel(slice(rank, rank + 1)).backward()
+        assert_close([whole(p.grad) for p in model.parameters()], expected)
+    counts = {cell.calls[0] for cell in model.net}
+    assert len(counts) == 1 and 5 < min(counts) < 10
+    assert model.net._keeper.in_use == 0
+
+
+@pytest.mark.parametrize("spread", ["ddp", "fsdp"])
+def test_some_steps_stored(ranks, spread):
+    model, plans = Model("kept", budget := revflow.Budget(2**40)), []
+    model(slice(0, 1)).backward()
+    for limit in (0, 2**40):
+        limited(budget, limit)
+        plans.append(budget.plan.peak)
+    ranks.run(trains_with_a_budget, spread, sum(plans) // 2)
 
 
 @few_modes

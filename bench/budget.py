@@ -155,7 +155,7 @@ def is_compared(setting: str, how: str | None) -> bool:
 
 
 def counted(trial: Trial) -> Trial:
-    """With a count of its step's operators, which does not see those of compiled code."""
+    """With a count of its step's operations, which does not see those of compiled code."""
     if trial.step and trial.evaluations:
         trial.operations = operations.counted(partial(trial.step, trials.nothing))
     return trial
@@ -194,10 +194,10 @@ def verdict(rows: list[Row]) -> str:
         f"{rows[0].network}: with the memory of another method, revflow takes at most {TOLERANCE} of standard autograd's time "
         f"more than that method at {within} of {len(found)} points."
     )
-    return "\n".join([head, *(f"- {compared(point, rows[0])}" for point in found)])
+    return "\n".join([head, *(f"- {compared(point)}" for point in found)])
 
 
-def compared(point: Point, plain: Row) -> str:
+def compared(point: Point) -> str:
     other, its, own = point
     place = f"{other.label}, {its.peak / 2**20:,.1f} MiB, takes {its.time_ratio:.2f}"
     if own is None or (mine := own.figures) is None:
@@ -205,24 +205,18 @@ def compared(point: Point, plain: Row) -> str:
     error = (mine.error**2 + its.error**2) ** 0.5
     more = f"{abs(point.gap):.3f} ± {error:.3f} {'more' if point.gap > 0 else 'less'}"
     line = f"{place}: revflow takes {mine.time_ratio:.2f} in {mine.peak / 2**20:,.1f} MiB, {more}"
-    return line if point.gap <= TOLERANCE else f"{line}. {reason(own, other, plain)}"
+    return line if point.gap <= TOLERANCE else f"{line}. {reason(own, other)}"
 
 
-def reason(own: Row, other: Row, plain: Row) -> str:
+def reason(own: Row, other: Row) -> str:
     """Both rows' counts of operations per step."""
     counts = [
-        ("convolutions", own.convolutions, other.convolutions, ",d"),
-        ("matrix products", own.products, other.products, ",d"),
-        ("operations (plain = 1)", share(own, plain), share(other, plain), ".3f"),
-        ("operators", own.operators, other.operators, ",d"),
+        ("convolutions", own.convolutions, other.convolutions),
+        ("matrix products", own.products, other.products),
+        ("million operations", own.flops and own.flops // 10**6, other.flops and other.flops // 10**6),
     ]
-    texts = [f"{mine:{form}} {name}, compared with {its:{form}}" for name, mine, its, form in counts if mine and its]
-    return f"Per step, it runs {'; '.join(texts)}" if texts else "Its operators are not counted"
-
-
-def share(row: Row, plain: Row) -> float | None:
-    """Floating-point operations, in units of standard autograd's."""
-    return row.flops / plain.flops if row.flops and plain.flops else None
+    texts = [f"{mine:,d} {name}, compared with {its:,d}" for name, mine, its in counts if mine and its]
+    return f"Per step, it runs {'; '.join(texts)}" if texts else "Its operations are not counted"
 
 
 HEADINGS = ("method", "setting", "peak, MiB", "peak, plain = 1", "time, plain = 1", "standard error, quartiles")

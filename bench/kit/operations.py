@@ -1,21 +1,17 @@
-"""A count of the operators that a training step runs, including recomputation and the backward pass."""
+"""A count of the operations that a training step runs, including recomputation and the backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 aten = torch.ops.aten
-ATTENTION = {
-    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
-}
-"""PyTorch's table of operations lacks the operators of attention on the CPU. They perform as many as those of a GPU."""
-PRODUCTS = ("mm", "addmm", "bmm")
+COUNTED = {"convolution": aten.convolution, "mm": aten.mm, "addmm": aten.addmm, "bmm": aten.bmm}
 
 
 class Operations(NamedTuple):
@@ -26,36 +22,19 @@ class Operations(NamedTuple):
     products: int
     """Matrix products, with those of backward passes."""
     flops: int
-    """Floating-point operations of convolutions, matrix products and attention."""
-    operators: int
-    """All operators, except views."""
+    """Floating-point operations of both, and of backward passes. PyTorch does not count those of attention on a CPU."""
 
 
 def counted(step: Callable[[], object]) -> Operations:
-    """The operators that `step` runs. Compiled code must not be part of it."""
-    with _Counter() as counter:
+    """The operations that `step` runs. Compiled code must not be part of it."""
+    calls: Counter[str] = Counter()
+
+    def call(name: str, *shapes: Any, **options: Any) -> int:
+        calls[name] += 1
+        return 0
+
+    formulas = {packet: partial(call, name) for name, packet in COUNTED.items()}
+    with FlopCounterMode(display=False) as total, FlopCounterMode(display=False, custom_mapping=formulas):
         step()
-    products = sum([counter.calls.get(name, 0) for name in PRODUCTS])
-    return Operations(counter.calls.get("convolution", 0), products, counter.flops, sum(counter.calls.values()))
-
-
-class _Counter(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: dict[str, int] = {}
-        """By name of the operator."""
-        self.flops = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        given = kwargs or {}
-        result = func(*args, **given)
-        packet = func.overloadpacket
-        formula = flop_registry.get(ATTENTION.get(packet, packet))
-        if formula is not None:
-            self.flops += int(formula(*args, **given, out_val=result))
-        if not (func.is_view or packet in (aten.detach, aten.alias, aten._unsafe_view)):
-            name = packet.__name__
-            self.calls[name] = self.calls.get(name, 0) + 1
-        return result
+    products = calls["mm"] + calls["addmm"] + calls["bmm"]
+    return Operations(calls["convolution"], products, total.get_total_flops())

@@ -43,9 +43,7 @@ class Row:
     products: int | None = None
     """Matrix products."""
     flops: int | None = None
-    """Floating-point operations of convolutions, matrix products and attention."""
-    operators: int | None = None
-    """All operators, except views."""
+    """Floating-point operations of both, with those of backward passes."""
     note: str = ""
 
     @property

@@ -15,10 +15,11 @@ from revflow._base.torch_private import allow_recompilations
 from revflow._guard.policy import Guard, Mode
 from revflow._replay.mode import engine_applies
 from revflow._replay.refusals import refuse_replica
-from revflow._through_time.call import StepCall, run_plainly
+from revflow._through_time.call import StepCall
 from revflow._through_time.functions import Results
 from revflow._through_time.states import States, storage_of
 from revflow._through_time.steps import StepInput
+from revflow._through_time.stored import run_stored
 from revflow.budget import Budget, keeper_of
 from revflow.cell import RecurrentCell, RecurrentState
 
@@ -141,7 +142,7 @@ class ReversibleRecurrence(nn.ModuleList):
     def plain_step(self, streams: Streams, state: RecurrentState, **context: Any) -> tuple[Streams, RecurrentState]:
         """Run `step` under standard autograd, which stores every activation."""
         given = StepInput(streams, state.cells, state.memories[-1], context)
-        return _outputs(run_plainly(self._cells(), given, self._storage))
+        return _outputs(run_stored(self._cells(), given, self._storage))
 
     def compile_cells(self, **options: Any) -> ReversibleRecurrence:
         """Compile each cell's `update` and `mix` methods in place with `torch.compile(..., **options)`. Return the recurrence.

@@ -107,6 +107,11 @@ class Meter:
             self._output += sum(storages(t).values())
         return t
 
+    def uncounted(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call `function`, whose work is not part of a forward pass: it is a check of the engine."""
+        with self._recording.uncounted():
+            function(*arguments)
+
     def step(self, t: Streams, temporary: int) -> None:
         """A conditioner has returned `t`. `temporary`: bytes needed to apply these values to the stream and to invert that."""
         saved = self._recording.section()

@@ -51,6 +51,13 @@ class Recording:
         with ordinary_autograd(), torch.enable_grad(), saved_tensors_hooks(self._pack, self._unpack), counter:
             yield
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """A context whose work does not count."""
+        before = self._counter.total
+        yield
+        self._counter.total = before
+
     def section(self) -> dict[int, int]:
         """The sizes in bytes of the storages that the graph has saved since the last call, by address.
 

@@ -26,24 +26,28 @@ class Selection(NamedTuple):
 
 
 def planned(menus: Sequence[Menu], available: int) -> Selection:
-    """The plan that saves the most work within the available bytes; the one that recomputes everything if none fits."""
+    """The plan that saves the most work within the available bytes.
+
+    If none fits, it is the plan of the lowest peak, which usually recomputes everything. Only for very few blocks, others may
+    take less: a plan that stores everything needs no temporary memory for inversions.
+    """
     carried = max(menu.carried for menu in menus)
-    least = _least(menus)
-    best, key = least, (0, -least.peak)
-    last = menus[-1]
+    least, last = _least(menus), menus[-1]
+    states = [(options, carried + peak, carried + held, spared) for options, peak, held, spared in _states(menus[:-1])]
+    lowest = min([max(peak, held + last.by_peak[0].peak) for _, peak, held, _ in states])
+    if max(available, lowest) < least.peak:
+        available, found = max(available, lowest), []
+    elif available < least.peak:
+        return least
+    else:
+        found = [least]
     peaks = [option.peak for option in last.by_peak]
-    for options, peak, held, spared in _states(menus[:-1]):
-        if peak + carried > available:
-            continue
-        found = bisect_right(peaks, available - carried - held) - 1
-        if found < 0:
-            continue
-        option = last.by_peak[found]
-        total, saved = carried + max(peak, held + option.peak), spared + option.spared
-        # No plan below the least peak: with a falling budget, the peak must not rise when everything is recomputed.
-        if total >= least.peak and (saved, -total) > key:
-            best, key = Selection((*options, option), total, saved), (saved, -total)
-    return best
+    for options, peak, held, spared in states:
+        number = bisect_right(peaks, available - held) - 1
+        if peak <= available and number >= 0:
+            option = last.by_peak[number]
+            found.append(Selection((*options, option), max(peak, held + option.peak), spared + option.spared))
+    return max(found, key=lambda plan: (plan.spared, -plan.peak))
 
 
 def _least(menus: Sequence[Menu]) -> Selection:
@@ -60,23 +64,62 @@ def _peak(options: Sequence[Option]) -> int:
 
 
 _MOST_STATES = 500
-"""States of the earlier calls that are compared."""
+"""States of the earlier calls that are compared, without those that fill a gap."""
+
+Upgrade = tuple[int, Option, Option]
+"""A call, its option, and its next one."""
+
+
+class _State:
+    """The options of the earlier calls."""
+
+    def __init__(self, options: list[Option]) -> None:
+        self.options = options
+        self.held, self.spared = sum([o.held for o in options]), sum([o.spared for o in options])
+
+    def take(self, upgrade: Upgrade) -> bool:
+        """Upgrade a call; False if the call has not reached the upgrade's first option."""
+        call, old, new = upgrade
+        if self.options[call] is not old:
+            return False
+        self.options[call] = new
+        self.held, self.spared = self.held + new.held - old.held, self.spared + new.spared - old.spared
+        return True
+
+    @property
+    def candidate(self) -> tuple[tuple[Option, ...], int, int, int]:
+        return tuple(self.options), _peak(self.options), self.held, self.spared
 
 
 def _states(menus: Sequence[Menu]) -> Iterator[tuple[tuple[Option, ...], int, int, int]]:
     """From recomputing everything to storing all: the options of the earlier calls, their peak, held bytes and saved work.
 
     From one state to the next, one call takes its next option, in the order of the work that this saves per byte. Of equal
-    ones, the last call is the first: the backward pass begins there, and frees what the call holds.
+    ones, the last call is the first: the backward pass begins there, and frees what the call holds. Before a large upgrade,
+    smaller ones fill the gap that remains if the large one does not fit.
     """
-    options = [menu.by_held[0] for menu in menus]
+    state = _State([menu.by_held[0] for menu in menus])
     upgrades = [(c, a, b) for c in reversed(range(len(menus))) for a, b in pairwise(menus[c].by_held)]
     upgrades.sort(key=lambda u: (u[1].spared - u[2].spared) / (u[2].held - u[1].held))
-    held, spared = sum(o.held for o in options), sum(o.spared for o in options)
-    yield tuple(options), _peak(options), held, spared
+    yield state.candidate
     every = 1 + len(upgrades) // _MOST_STATES
-    for number, (c, a, b) in enumerate(upgrades, 1):
-        options[c] = b
-        held, spared = held + b.held - a.held, spared + b.spared - a.spared
-        if number % every == 0 or number == len(upgrades):
-            yield tuple(options), _peak(options), held, spared
+    large = sum([b.held - a.held for _, a, b in upgrades]) / _LARGE
+    for number, upgrade in enumerate(upgrades):
+        if upgrade[2].held - upgrade[1].held > large:
+            yield from _filled(state, upgrades[number:])
+        state.take(upgrade)
+        if number % every == 0 or number == len(upgrades) - 1:
+            yield state.candidate
+
+
+_LARGE = 30
+"""An upgrade is large if it takes more than one of so many parts of all upgrades' bytes."""
+
+
+def _filled(state: _State, upgrades: Sequence[Upgrade]) -> Iterator[tuple[tuple[Option, ...], int, int, int]]:
+    """States with further upgrades that are smaller than the first one."""
+    limit = upgrades[0][2].held - upgrades[0][1].held
+    state, every = _State([*state.options]), 1 + len(upgrades) // (_MOST_STATES // _LARGE)
+    for number, upgrade in enumerate(u for u in upgrades if u[2].held - u[1].held < limit):
+        if state.take(upgrade) and number % every == 0:
+            yield state.candidate

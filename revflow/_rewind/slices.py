@@ -55,14 +55,17 @@ class SlicedCall(ConditionerCall):
         return moved
 
     def run(self, now: list[Tensor], leaves: Sequence[Tensor]) -> tuple[Streams, Tensor | None]:
-        self._refuse_mixing(now, leaves)
+        if self._tape.meter is None:
+            self._refuse_mixing(now, leaves)
+        else:
+            self._tape.meter.uncounted(self._refuse_mixing, now, leaves)
         x = now[self.target]
         stored: Streams = ()
         targets: list[Tensor] = []
         log_dets: list[Tensor] = []
         for part, call in self._slices:
             piece = [s[part] for s in now]
-            if self._tape.meter is None:  # the inputs of a Function may require gradients, its slices must not
+            if meter is None:  # the inputs of a Function may require gradients, its slices must not
                 piece = [s.detach() for s in piece]
             its_stored, log_det = call.run(piece, self._cut(leaves, part))
             stored += its_stored

@@ -9,9 +9,10 @@ the allocator's bytes on a GPU. Every method runs once per round, in random orde
 time is the median ratio of the two.
 
 For each other method there is a row of revflow with that method's memory, such as "as checkpoint every 1". Its budget is the
-largest one with which revflow's measured peak is at most the method's measured peak (bench/kit/budgets.py). The verdict
-compares the two rows. If revflow takes over 0.01 of standard autograd's time more, it gives a count of operations for both. The
-other budgets of revflow are eighths of the way from its planned peak for "min" to that for "max".
+largest one with which revflow's measured peak is at most the method's measured peak. It is found by bisection, in the same way
+for every method (bench/kit/budgets.py). The verdict compares the two rows. If revflow takes over 0.01 of standard autograd's time
+more, the verdict gives a count of operations for both. The other budgets of revflow are eighths of the way from its planned peak
+for "min" to that for "max".
 
 On the CPU, offloaded checkpointing leaves its tensors where they are: in the host's memory. It has a row, but is not compared.
 

@@ -6,8 +6,15 @@ Each method (bench/kit/methods.py) trains the same network (bench/kit/networks.p
 were compared with standard autograd's (bench/kit/trials.py). A step is a forward pass, a loss and a backward pass, in float32.
 The peak does not include memory from before the step: parameters and their gradients. It counts live tensors on the CPU, and
 the allocator's bytes on a GPU. Every method runs once per round, in random order, each next to a step of standard autograd. A
-time is the median ratio of the two. revflow's budgets are eighths of the way from its planned peak for "min" to that for
-"max".
+time is the median ratio of the two.
+
+For each other method there is a row of revflow with that method's memory, such as "as checkpoint every 1". Its budget is the
+largest one with which revflow's measured peak is at most the method's measured peak. It is found by bisection, in the same way
+for every method (bench/kit/budgets.py). The verdict compares the two rows. If revflow takes over 0.01 of standard autograd's time
+more, the verdict gives a count of operations for both. The other budgets of revflow are eighths of the way from its planned peak
+for "min" to that for "max".
+
+On the CPU, offloaded checkpointing leaves its tensors where they are: in the host's memory. It has a row, but is not compared.
 
 The three libraries are optional: bench/kit/libraries.py describes how to install them. A missing library is a row with that
 remark.
@@ -18,16 +25,19 @@ Use larger sizes on a GPU: --batch 32 --image 56 --tokens 1024 --frame 432.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from kit import networks, trials
+from kit import networks, operations, trials
+from kit.budgets import Budgets
 from kit.libraries import PEERS, libraries
-from kit.methods import Method, checkpointed, compiled, offloaded, planned, reversible, selective
+from kit.methods import Method, checkpointed, compiled, offloaded, plain, reversible, selective
 from kit.networks import Network
-from kit.trials import Row
+from kit.time_row import Figures, Row
+from kit.trials import Trial
 from pages import report
 from pages.budget_figure import draw
 from pages.tables import markdown_table, show
@@ -35,8 +45,14 @@ from pages.tables import markdown_table, show
 PARTS = 8
 """Number of steps of the budgets from "min" to "max"."""
 
-MORE = {"offloaded": offloaded, "compiled": compiled}
-"""Checkpointing of every coupling, with its inputs in the host's memory, or compiled within its checkpoint."""
+TOLERANCE = 0.01
+"""The part of standard autograd's time that revflow may take more than another method with the same memory."""
+
+AS = "as "
+"""Begins the setting of a row of revflow with another method's memory."""
+
+MORE = {"compiled": compiled}
+"""Checkpointing of every coupling, compiled within its checkpoint."""
 
 
 def main() -> None:
@@ -97,57 +113,111 @@ def options() -> argparse.Namespace:
     return a
 
 
-def compare(make: Callable[[], Network], rounds: int, device: torch.device, more: Iterable[Method] = ()) -> list[Row]:
-    """A row for each method: standard autograd first, revflow's budgets in increasing order."""
-    low, high = (planned(make(), budget).peak for budget in ("min", "max"))
-    budgets = [reversible(f"{part}/{PARTS}", low + (high - low) * part // PARTS) for part in range(1, PARTS)]
-    methods = [
-        *map(checkpointed, (1, 2, 4, 8)),
-        selective(),
-        *more,
-        *libraries(),
-        reversible("min, 4 chunks", chunks=4),
-        reversible("min"),
-        *budgets,
-        reversible("max", "max"),
-    ]
-    return trials.compare([*trials.attempt_all(methods, make, device)], rounds, device)
+def compare(
+    make: Callable[[], Network], rounds: int, device: torch.device, more: Iterable[Method] = (), parts: int = PARTS
+) -> list[Row]:
+    """A row for each method: standard autograd first, then others, revflow's budgets, and revflow with the others' memory."""
+    subject = trials.subject(make, device)
+    budgets = Budgets(subject.network, device)
+    curve = [reversible(f"{part}/{parts}", budgets.part(part, parts)) for part in range(1, parts)]
+    chunks = reversible("min, 4 chunks", chunks=4)
+    others = [*map(subject.attempt, [plain(), *standing(), *more])]
+    own = [*map(subject.attempt, [chunks, reversible("min"), *curve, reversible("max", "max")])]
+    own += map(subject.attempt, with_memory_of(others, budgets))
+    return trials.compare([*map(counted, (*others, *own))], rounds, device)
 
 
-def exceptions(rows: Iterable[Row]) -> list[tuple[Row, Row | None]]:
-    """Points that no point of revflow's matches both in memory and in time, with revflow's fastest within that memory."""
-    points = [(row, figures) for row in rows if (figures := row.figures)]
-    found: list[tuple[Row, Row | None]] = []
-    for other, its in points:
-        if other.method == "revflow":
+def points_only(make: Callable[[], Network], rounds: int, device: torch.device, methods: Iterable[Method]) -> list[Row]:
+    """A row for standard autograd, for each of the methods, and for revflow with its memory."""
+    subject = trials.subject(make, device)
+    others = [*map(subject.attempt, [plain(), *methods])]
+    own = map(subject.attempt, with_memory_of(others[1:], Budgets(subject.network, device)))
+    return trials.compare([*map(counted, (*others, *own))], rounds, device)
+
+
+def standing() -> list[Method]:
+    """The methods to compare revflow with, apart from standard autograd."""
+    return [*map(checkpointed, (1, 2, 4, 8)), selective(), offloaded(), *libraries()]
+
+
+def with_memory_of(others: Iterable[Trial], budgets: Budgets) -> Iterator[Method]:
+    """revflow with the memory of each other method that is compared, unless revflow's smallest budget takes more."""
+    for other in others:
+        if other.memory is None or not is_compared(other.setting, other.memory.how):
             continue
-        within = [(r, f) for r, f in points if r.method == "revflow" and f.peak <= its.peak]
-        best = min(within, key=lambda point: point[1].time_ratio, default=None)
-        if best is None or best[1].time_ratio > its.time_ratio:
-            found.append((other, best[0] if best else None))
-    return found
+        budget = budgets.within(other.memory.peak)
+        if budget is not None:
+            yield reversible(AS + other.label, budget)
+
+
+def is_compared(setting: str, how: str | None) -> bool:
+    """Whether a method's memory is all in one place. `how` it was measured shows the device."""
+    return setting != offloaded().setting or how == "cuda"
+
+
+def counted(trial: Trial) -> Trial:
+    """With a count of its step's operations, which does not see those of compiled code."""
+    if trial.step and trial.evaluations:
+        trial.operations = operations.counted(partial(trial.step, trials.nothing))
+    return trial
+
+
+class Point(NamedTuple):
+    """Another method, and revflow with the method's memory; None if revflow needs more."""
+
+    other: Row
+    its: Figures
+    own: Row | None
+
+    @property
+    def gap(self) -> float:
+        """revflow's additional time, in units of standard autograd's."""
+        if self.own is None or self.own.time_ratio is None:
+            return float("inf")
+        return self.own.time_ratio - self.its.time_ratio
+
+
+def points(rows: Iterable[Row]) -> list[Point]:
+    """All points to compare."""
+    own = {row.setting: row for row in rows if row.method == "revflow"}
+    return [
+        Point(row, figures, own.get(AS + row.label))
+        for row in rows
+        if row.method != "revflow" and (figures := row.figures) and is_compared(row.setting, row.how)
+    ]
 
 
 def verdict(rows: list[Row]) -> str:
-    """Whether revflow's curve lies left of or below every other point."""
-    found = exceptions(rows)
-    name = rows[0].network
-    if not found:
-        return f"{name}: for every other point there is one of revflow's that takes no more memory and no more time."
-    lines = [
-        f"{name}: for every other point there is one of revflow's that takes no more memory and no more time, except:"
+    """At how many points revflow is as fast as the other method, and the comparison of each."""
+    found = points(rows)
+    within = sum([point.gap <= TOLERANCE for point in found])
+    head = (
+        f"{rows[0].network}: with the memory of another method, revflow takes at most {TOLERANCE} of standard autograd's time "
+        f"more than that method at {within} of {len(found)} points."
+    )
+    return "\n".join([head, *(f"- {compared(point)}" for point in found)])
+
+
+def compared(point: Point) -> str:
+    other, its, own = point
+    place = f"{other.label}, {its.peak / 2**20:,.1f} MiB, takes {its.time_ratio:.2f}"
+    if own is None or (mine := own.figures) is None:
+        return f"{place}: revflow needs more memory"
+    error = (mine.error**2 + its.error**2) ** 0.5
+    more = f"{abs(point.gap):.3f} ± {error:.3f} {'more' if point.gap > 0 else 'less'}"
+    line = f"{place}: revflow takes {mine.time_ratio:.2f} in {mine.peak / 2**20:,.1f} MiB, {more}"
+    return line if point.gap <= TOLERANCE else f"{line}. {reason(own, other)}"
+
+
+def reason(own: Row, other: Row) -> str:
+    """Both rows' counts of operations per step."""
+    counts = [
+        ("convolutions", own.convolutions, other.convolutions),
+        ("matrix products", own.products, other.products),
+        ("million operations", own.flops and own.flops // 10**6, other.flops and other.flops // 10**6),
     ]
-    return "\n".join([*lines, *(f"- {compared(row, best)}" for row, best in found)])
-
-
-def compared(row: Row, best: Row | None) -> str:
-    its, revflows = row.figures, best.figures if best else None
-    assert its is not None
-    point = f"{row.label}, {its.peak / 2**20:,.1f} MiB, takes {its.time_ratio:.2f}"
-    if revflows is None:
-        return f"{point}: revflow needs more memory"
-    gap, error = revflows.time_ratio - its.time_ratio, (revflows.error**2 + its.error**2) ** 0.5
-    return f"{point}: with its memory revflow takes {revflows.time_ratio:.2f}, {gap:.2f} ± {error:.2f} more"
+    texts = [f"{mine:,d} {name}, compared with {its:,d}" for name, mine, its in counts if mine and its]
+    return f"Per step, it runs {'; '.join(texts)}" if texts else "Its operations are not counted"
 
 
 HEADINGS = ("method", "setting", "peak, MiB", "peak, plain = 1", "time, plain = 1", "standard error, quartiles")

@@ -16,7 +16,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from kit import arithmetics, memory_row, trials
+from kit import arithmetics, memory_row, time_row
 from pages import budget_figure, drift_figure, memory_figure, report, speed_figure
 from pages.style import save
 
@@ -36,8 +36,8 @@ class Stored:
 
 
 FIGURES = {
-    "budget": Stored("budget-cpu.csv", trials.Row, budget_figure.draw),
-    "speed": Stored("speed-cpu.csv", trials.Row, speed_figure.draw),
+    "budget": Stored("budget-cpu.csv", time_row.Row, budget_figure.draw),
+    "speed": Stored("speed-cpu.csv", time_row.Row, speed_figure.draw),
     "memory": Stored("memory-predicted.csv", memory_row.Row, memory_figure.draw),
     "memory-depth": Stored("memory-depth.csv", memory_row.Row, memory_figure.draw),
     "memory-steps": Stored("memory-steps.csv", memory_row.Row, memory_figure.draw),

@@ -36,7 +36,7 @@ from kit.methods import Method, checkpointed, plain, reversible
 from kit.networks import Network
 from kit.precisions import PRECISIONS, prepared, set_precision
 from kit.schedules import SCHEDULES
-from kit.trials import Row
+from kit.time_row import Row
 from pages import report
 from pages.speed_figure import draw
 from pages.tables import markdown_table, show

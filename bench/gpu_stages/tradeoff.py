@@ -10,10 +10,13 @@ import torch
 import budget
 from gpu_stages.jobs import Job, each
 from gpu_stages.stage import Row, Rows, Setup
-from kit import networks, trials
-from kit.methods import checkpointed, compiled, offloaded
+from kit import networks, time_row
+from kit.methods import checkpointed, compiled
 from kit.networks import Network
 from kit.precisions import set_precision
+
+PARTS = 4
+"""Number of steps of revflow's budgets from "min" to "max"."""
 
 
 def rows(setup: Setup) -> Rows:
@@ -45,15 +48,14 @@ def sizes(setup: Setup, device: torch.device) -> dict[str, Callable[[], Network]
 
 
 def of_budgets(make: Callable[[], Network], rounds: int, device: torch.device) -> Iterable[Row]:
-    return flat(budget.compare(make, rounds, device, [offloaded()]))
+    return flat(budget.compare(make, rounds, device, parts=PARTS))
 
 
 def of_compiled(make: Callable[[], Network], rounds: int, device: torch.device) -> Iterable[Row]:
-    tried = trials.attempt_all([checkpointed(1), compiled()], make, device)
-    return flat(trials.compare([*tried], rounds, device))
+    return flat(budget.points_only(make, rounds, device, [checkpointed(1), compiled()]))
 
 
-def flat(found: list[trials.Row]) -> Iterable[Row]:
+def flat(found: list[time_row.Row]) -> Iterable[Row]:
     plain = found[0].figures
     for row in found:
         figures = row.figures

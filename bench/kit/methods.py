@@ -60,7 +60,10 @@ def selective() -> Method:
 
 
 def offloaded() -> Method:
-    """Checkpointing of every coupling, with its inputs in the host's memory until the backward pass."""
+    """Checkpointing of every coupling, with its inputs in the host's memory until the backward pass.
+
+    Tensors of a CPU are there already, and stay where they are.
+    """
     return Method("checkpoint", "every 1, offloaded", _offloaded)
 
 
@@ -117,9 +120,9 @@ def _selective(network: Network) -> Passes:
 
 
 def _offloaded(network: Network) -> Passes:
-    if not network.leaf.is_cuda:
-        raise UnfitError("it offloads to the host's memory, which already holds a CPU's tensors")
-    return _checkpoint(network, 1, boundaries=partial(torch.autograd.graph.save_on_cpu, pin_memory=True))
+    return _checkpoint(
+        network, 1, boundaries=partial(torch.autograd.graph.save_on_cpu, pin_memory=network.leaf.is_cuda)
+    )
 
 
 def _checkpoint(

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 import revflow
 from kit.methods import Method, Passes, UnfitError, plain
 from kit.networks import Network, Streams
+from kit.operations import Operations
+from kit.time_row import Row
 
 TOLERANCE = 1e-8
 """Of a gradient in float64: the L2 norm of its difference from standard autograd's, over the norm. (In float32 a recomputed value
@@ -29,74 +31,6 @@ near zero may fall on a ReLU's other side. That is not a fault, and changes the 
 
 Step = Callable[[Callable[[], None]], object]
 """A function to time in two parts. It calls its argument between them."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method's training step, or the reason why it has none. Times are in units of a step of standard autograd."""
-
-    network: str
-    size: str
-    method: str
-    setting: str = ""
-    precision: str = "32-true"
-    compiled: bool = False
-    """By torch.compile: the conditioners."""
-    channels_last: bool = False
-    """The layout of CrevNet's convolutions."""
-    time_ratio: float | None = None
-    quartiles: tuple[float, float] | None = None
-    error: float | None = None
-    """Of the ratio: its standard error."""
-    forward: float | None = None
-    backward: float | None = None
-    """With its recomputation."""
-    inverse: float | None = None
-    """The input from the output, without a graph, if the method has that."""
-    seconds: float | None = None
-    """Per step."""
-    evaluations: float | None = None
-    """Of a conditioner per step; of CrevNet's recurrent cells, per time step."""
-    peak: int | None = None
-    """Bytes."""
-    how: str | None = None
-    """The peak was measured."""
-    throughput: float | None = None
-    """Standard autograd's operations in the step's time, as a share of the rate of matrix products; only on CUDA."""
-    note: str = ""
-
-    @property
-    def label(self) -> str:
-        return f"{self.method} {self.setting}".strip()
-
-    @property
-    def figures(self) -> Figures | None:
-        """The row's measurements, or None if it has a note instead."""
-        found = self.time_ratio, self.quartiles, self.error, self.forward, self.backward, self.seconds, self.peak
-        time_ratio, quartiles, error, forward, backward, seconds, peak = found
-        if (
-            time_ratio is None
-            or quartiles is None
-            or error is None
-            or forward is None
-            or backward is None
-            or seconds is None
-            or peak is None
-        ):
-            return None
-        return Figures(time_ratio, quartiles, error, forward, backward, seconds, peak)
-
-
-class Figures(NamedTuple):
-    """A row's measurements, which it has all or none."""
-
-    time_ratio: float
-    quartiles: tuple[float, float]
-    error: float
-    forward: float
-    backward: float
-    seconds: float
-    peak: int
 
 
 class Lap(NamedTuple):
@@ -121,7 +55,12 @@ class Trial:
     """Copies an output, and inverts it."""
     memory: revflow.MemoryReport | None = None
     evaluations: float | None = None
+    operations: Operations | None = None
     note: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} {self.setting}".strip()
 
     def row(self, laps: Sequence[Lap]) -> Row:
         names = self.network, self.size, self.method, self.setting
@@ -142,6 +81,7 @@ class Trial:
             evaluations=self.evaluations or None,  # compiled code calls no hooks
             peak=self.memory.peak,
             how=self.memory.how,
+            **(self.operations._asdict() if self.operations else {}),
         )
 
 
@@ -179,18 +119,38 @@ def seconds(step: Step, device: torch.device) -> tuple[float, float]:
     return first.elapsed_time(second) / 1e3, second.elapsed_time(third) / 1e3
 
 
+class Subject(NamedTuple):
+    """A network to train by each method, and a twin in float64 to check the method on."""
+
+    network: Network
+    twin: Network
+    expected: list[Tensor]
+    """The twin's loss and gradients under standard autograd."""
+    device: torch.device
+
+    def attempt(self, method: Method) -> Trial:
+        return attempt(method, *self)
+
+
+def subject(
+    make: Callable[[], Network], device: torch.device, prepare: Callable[[Network], None] = lambda network: None
+) -> Subject:
+    """`prepare` may change how the measured conditioners run, but not the twin's."""
+    network, twin = make().to(torch.float32), make().to(torch.float64)
+    prepare(network)
+    return Subject(network, twin, proof(plain().of(twin), twin).results, device)
+
+
 def attempt_all(
     methods: Iterable[Method],
     make: Callable[[], Network],
     device: torch.device,
     prepare: Callable[[Network], None] = lambda network: None,
 ) -> Iterator[Trial]:
-    """Standard autograd, and the methods. `prepare` may change how the measured conditioners run, but not the twin's."""
-    network, twin = make().to(torch.float32), make().to(torch.float64)
-    prepare(network)
-    expected = proof(plain().of(twin), twin).results
+    """Standard autograd, and the methods; `prepare` as in `subject`."""
+    trained = subject(make, device, prepare)
     for method in [plain(), *methods]:
-        yield attempt(method, network, twin, expected, device)
+        yield trained.attempt(method)
 
 
 def attempt(method: Method, network: Network, twin: Network, expected: list[Tensor], device: torch.device) -> Trial:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kit.trials import Figures, Row
+from kit.time_row import Figures, Row
 from pages.labels import Label, place
 from pages.style import SMALL, STYLES, TITLE, finish
 
@@ -24,7 +24,8 @@ The numbers next to squares are
 blocks per checkpoint.
 
 The line of revflow goes from the budget
-"min" to "max" in eighths."""
+"min" to "max". Circles are revflow with
+the memory of another method."""
 
 
 class Point(NamedTuple):
@@ -39,7 +40,12 @@ class Point(NamedTuple):
 
     @property
     def key(self) -> str:
-        return "chunks" if "chunks" in self.row.setting else self.row.method
+        return self.row.method
+
+    @property
+    def is_on_line(self) -> bool:
+        """Whether it is one of revflow's own budgets, and not one with another method's memory."""
+        return self.key == "revflow" and not self.row.setting.startswith("as ")
 
 
 def draw(rows: list[Row]) -> Figure:
@@ -59,7 +65,8 @@ def draw(rows: list[Row]) -> Figure:
 
 
 def draw_panel(axis: Axes, rows: Iterable[Row]) -> list[Point]:
-    points = [Point(row, figures) for row in rows if (figures := row.figures)]
+    shown = [row for row in rows if "chunks" not in row.setting]  # their times would squeeze the others
+    points = [Point(row, figures) for row in shown if (figures := row.figures)]
     for key, style in STYLES.items():
         its = sorted((p for p in points if p.key == key), key=lambda p: p.figures.peak)
         if not its:
@@ -68,10 +75,12 @@ def draw_panel(axis: Axes, rows: Iterable[Row]) -> list[Point]:
         lows, highs = zip(*([min(q, LONGEST) for q in p.figures.quartiles] for p in its), strict=True)
         axis.vlines(sizes, lows, highs, color=style.color, alpha=0.3)
         axis.plot(
-            sizes, times, color=style.color, marker=style.marker, markersize=12 if key == "plain" else 6,
-            linestyle="-" if key == "revflow" else "none", markeredgewidth=0.6, markeredgecolor="white", clip_on=False,
-            zorder=3 if key == "revflow" else 4,
+            sizes, times, color=style.color, marker=style.marker, markersize=12 if key == "plain" else 6, linestyle="none",
+            markeredgewidth=0.6, markeredgecolor="white", clip_on=False, zorder=3 if key == "revflow" else 4,
         )  # fmt: skip
+        line = [p.place for p in its if p.is_on_line]
+        if line:
+            axis.plot(*zip(*line, strict=True), color=style.color, clip_on=False, zorder=2)
     axis.set_title(points[0].row.network, loc="left", fontsize=TITLE)
     axis.set_xlabel("peak memory, MiB")
     axis.set_ylabel("time, standard autograd = 1")
@@ -86,7 +95,7 @@ def label_points(axis: Axes, points: list[Point]) -> None:
     named: dict[str, Point] = {}
     for point in sorted(points, key=lambda p: -p.figures.peak):
         named[point.key] = point
-    revflow = sorted((p for p in points if p.key == "revflow"), key=lambda p: p.figures.peak)
+    revflow = sorted((p for p in points if p.is_on_line), key=lambda p: p.figures.peak)
     if revflow:
         named["revflow"] = revflow[len(revflow) * 2 // 3]
     on_line = [

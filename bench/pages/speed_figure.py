@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kit.trials import Figures, Row
+from kit.time_row import Figures, Row
 from pages.style import INK, SMALL, STYLES, TITLE, finish
 
 NAMES = {

@@ -36,7 +36,6 @@ STYLES = {
     "revtorch": Style("revtorch", "#1f8a5b", "^"),
     "revlib": Style("revlib", "#c23b7a", "D"),
     "revflow": Style("revflow", "#2a6fb8"),
-    "chunks": Style("revflow in chunks", "#00838f", "h"),
     "reversible": Style("revflow", "#2a6fb8"),
     "reversible-autoencoder": Style("revflow, autoencoder only", "#5c9bd6"),
     "reversible-bfloat16": Style("revflow, states in bfloat16", "#3fb0c6"),

@@ -9,7 +9,7 @@ import torch
 
 import speed
 from crevnet import CrevNet
-from kit import crevnet_trials, libraries, networks, precisions, trials
+from kit import crevnet_trials, libraries, networks, precisions, time_row, trials
 
 CPU = torch.device("cpu")
 # Of a conditioner, where the last of so many groups is not checkpointed and every other conditioner runs again.
@@ -143,7 +143,7 @@ def test_crevnet_in_the_layout_of_tensor_cores(run):
 def test_useful_operations():
     """Of eight layers of a multiplication and an addition for each of 8 x 8 weights and 2 rows; backward twice as many."""
     assert speed.operations_of(lambda: networks.tiny(2, blocks=4)) == 3 * 8 * 2 * 8 * 8 * 2
-    timed, absent = trials.Row("net", "", "plain", seconds=2.0), trials.Row("net", "", "memcnn")
+    timed, absent = time_row.Row("net", "", "plain", seconds=2.0), time_row.Row("net", "", "memcnn")
     assert [row.throughput for row in speed.shares([timed, absent], useful=6.0, rate=12.0)] == [0.25, None]
 
 

@@ -61,7 +61,8 @@ class Budget:
             stored, outputs, units = menu.parts(option.choice)
             share = menu.work / work if work else 0.0
             planned.append(PlannedCall(label, menu.unit, units, stored, outputs, option.held, share))
-        ratio = 1 + (work - plan.spared) / (3 * work) if work else 1.0
+        most = sum(menu.most.spared for _, menu, _ in calls)
+        ratio = 1 + (most - plan.spared) / (3 * work) if work else 1.0
         return StepPlan(limit, tuple(planned), plan.peak, ratio)
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,6 +120,18 @@ class StepPlan:
     time_ratio: float
     """Expected time of the step relative to standard autograd, by count of operations."""
 
+    @property
+    def summary(self) -> str:
+        """The plan in one line, which is also the last line of the table."""
+        counts = [(call.stored, call.outputs_stored, call.units) for call in self.calls]
+        stored, outputs, units = map(sum, zip(*counts, strict=True))
+        names = " and ".join(dict.fromkeys(f"{c.unit}s" for c in self.calls))
+        more = f", and the outputs of {outputs} more," if outputs else ""
+        return (
+            f"{stored} of {units} {names}{more} stored with a budget of {size(self.budget)}: expected peak {size(self.peak)}, "
+            f"expected time {self.time_ratio:.2f}× standard autograd"
+        )
+
     def __str__(self) -> str:
         heading = ("call", "stored", "outputs stored", "recomputed", "memory", "time")
         rows: list[tuple[str, ...]] = [heading]
@@ -126,14 +139,7 @@ class StepPlan:
             recomputed = call.units - call.stored - call.outputs_stored
             counts = [str(n) for n in (call.stored, call.outputs_stored, recomputed)]
             rows.append((call.name, *counts, size(call.held), f"{call.share:.1%}"))
-        lines = _aligned(rows)
-        stored, units = sum(c.stored for c in self.calls), sum(c.units for c in self.calls)
-        names = " and ".join(dict.fromkeys(f"{c.unit}s" for c in self.calls))
-        lines.append(
-            f"{stored} of {units} {names} stored with a budget of {size(self.budget)}: expected peak {size(self.peak)}, "
-            f"expected time {self.time_ratio:.2f}× standard autograd"
-        )
-        return "\n".join(lines)
+        return "\n".join([*_aligned(rows), self.summary])
 
     __repr__ = __str__
 

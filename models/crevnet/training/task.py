@@ -41,10 +41,13 @@ class VideoModelTask(lightning.LightningModule):
             for method in ("loss", "scores", "generate"):
                 register_fsdp_forward_method(self.network, method)
 
+    def loss(self, frames: Tensor, static: Tensor | None) -> Tensor:
+        """The network's training loss for windows, in the step that comes next."""
+        loss: Tensor = self.network.loss(frames, static, self.training_settings.loss, self._fed(frames))
+        return loss
+
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
-        fed = self._fed(batch["frames"])
-        own = self.network.loss(batch["frames"], self._static(batch), self.training_settings.loss, fed)
-        loss: Tensor = own * batch["part"].share
+        loss: Tensor = self.loss(batch["frames"], self._static(batch)) * batch["part"].share
         mean = self.trainer.strategy.reduce(loss.detach().clone())  # so that all processes raise together
         if not torch.isfinite(mean):  # GradScaler handles infinite gradients of a finite loss
             raise DivergedError(f"the loss is {mean.item()} in step {self.trainer.global_step + 1}")

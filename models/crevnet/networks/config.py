@@ -13,7 +13,7 @@ ModelName = Literal["crevnet", "convlstm", "predrnn", "predrnnpp", "vpn", "predn
 """Every model: CrevNet, and each baseline by the name of its file in `baselines/`."""
 States = Literal["kept", "bfloat16", "offloaded"] | int
 """revflow.States, here without PyTorch, whose import takes seconds: the command line has options for these settings."""
-MemoryBudget = Literal["auto", "min", "max"] | int | float | str
+MemoryBudget = int | float | str
 """The memory for activations: "auto", or a memory budget of revflow."""
 Cell = Literal["st-lstm", "convlstm"]
 Attention = Literal["deep", "pointwise"]

@@ -38,7 +38,7 @@ class MemoryPlan(lightning.Callback):
     def on_load_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         self._saved = checkpoint.get("memory")  # older checkpoints lack it
 
-    def on_train_start(self, trainer: lightning.Trainer, module: VideoModelTask) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         network = module.network
         if not isinstance(network, CrevNet):
             return
@@ -51,9 +51,7 @@ class MemoryPlan(lightning.Callback):
         if trainer.is_global_zero:
             self._report(_described(network))
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: VideoModelTask, outputs: Any, batch: Any, index: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
         stepped = (index + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         if stepped and isinstance(module.network, CrevNet):
             self._state = self._state_of(module, module.network)
@@ -88,9 +86,9 @@ class MemoryPlan(lightning.Callback):
         frames = torch.zeros(self._windows, device=device)
         static = torch.zeros(len(frames), config.static_channels, height, width, device=device)
         frames, static = trainer.precision_plugin.convert_input((frames, static))
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-            with trainer.precision_plugin.train_step_context():
-                module.loss(frames, static if config.static else None)
+        random = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with random, torch.enable_grad(), trainer.precision_plugin.train_step_context():
+            module.loss(frames, static if config.static else None)
 
     def _state_of(self, module: VideoModelTask, network: CrevNet) -> dict[str, Any]:
         """The amount and the plan, as plain values."""

@@ -53,8 +53,8 @@ def train(
 ) -> float:
     """Train, and write config.yaml, checkpoints and TensorBoard logs to `folder`. Returns the best validation score.
 
-    With `resume`, training continues from last.ckpt. `report` takes the line that describes the memory plan. Raises DataError for unusable data or folders, SettingsError if another
-    process trains in `folder`, and TrainingError if training fails.
+    With `resume`, training continues from last.ckpt. `report` takes the line that describes the memory plan. Raises DataError for
+    unusable data or folders, SettingsError if another process trains in `folder`, and TrainingError if training fails.
     """
     _check_folder(folder, resume)
     training, last = settings.training, checkpoint_path(folder, "last")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 
-import torch
 from torch import Tensor
 
 import revflow

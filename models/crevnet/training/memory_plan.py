@@ -46,7 +46,7 @@ class MemoryPlan(lightning.Callback):
         self._set_amount(trainer, network, saved)
         if saved is not None:
             network.budget.load_state_dict(saved["plan"])
-        self._run_forward(trainer, module)
+        self._plan(trainer, module, network)
         self._state = self._state_of(module, network)
         if trainer.is_global_zero:
             self._report(_described(network))
@@ -79,16 +79,15 @@ class MemoryPlan(lightning.Callback):
                 )
         network.use_budget(revflow.Budget(_least(trainer, network, amount(given, *place)) or "min"))
 
-    def _run_forward(self, trainer: lightning.Trainer, module: VideoModelTask) -> None:
-        """Run the forward pass of one batch, which measures all calls of a training step."""
+    def _plan(self, trainer: lightning.Trainer, module: VideoModelTask, network: CrevNet) -> None:
+        """Measure the calls of a training step with the forward pass of one batch."""
         *_, height, width = self._windows
-        config, device = module.network.config, module.device
-        frames = torch.zeros(self._windows, device=device)
-        static = torch.zeros(len(frames), config.static_channels, height, width, device=device)
+        config = network.config
+        frames = torch.zeros(self._windows, device=module.device)
+        static = torch.zeros(len(frames), config.static_channels, height, width, device=module.device)
         frames, static = trainer.precision_plugin.convert_input((frames, static))
-        random = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with random, torch.enable_grad(), trainer.precision_plugin.train_step_context():
-            module.loss(frames, static if config.static else None)
+        with trainer.precision_plugin.train_step_context():
+            network.plan(frames, static if config.static else None, *module.loss_options(frames))
 
     def _state_of(self, module: VideoModelTask, network: CrevNet) -> dict[str, Any]:
         """The amount and the plan, as plain values."""

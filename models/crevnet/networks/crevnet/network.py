@@ -89,21 +89,19 @@ class CrevNet(VideoModel[CrevNetConfig]):
             fed: for each future frame except the last, whether the true frame is encoded as the input to the next time step. If
                 an entry is false, the predicted latent is used instead, as in `generate`. By default, all entries are true.
         """
-        clip = self.config.clip
-        self._check(frames, static, at_least=clip + 1)
-        chosen = self._chosen(over, frames.shape[1] - clip)
-        true = self._truly_fed(frames.shape[1], fed)[clip - 1 :]  # by the last frame of each clip
-        # Accumulated per step: a stack of all predictions, its gradient and a padded window would each take a frame per step.
-        errors = []
-        for t, latent in enumerate(self._latents(frames, static, true[: chosen.stop])):
-            if t in chosen:
-                prediction, truth = self._decode(latent), frames[:, t + 1 : t + 1 + clip]
-                if over == "padded":
-                    truth = self._pad(truth, static)
-                else:
-                    prediction = self._crop(prediction, frames)
-                errors.append(mean_squared_error(prediction, truth))
-        return torch.stack(errors).mean()
+        return self._mean_error(frames, static, over, fed)
+
+    def plan(
+        self, frames: Tensor, static: Tensor | None = None, over: Loss = "all", fed: Sequence[bool] | None = None
+    ) -> revflow.StepPlan | None:
+        """Plan the memory of training steps with such a `loss`, and return the plan, so that the first step follows it.
+
+        The forward pass of one training step measures the memory of all activations. The values of `frames` and `static` do not
+        matter. The result is None for the budgets "min" and "max", which need no plan. For the arguments, see `loss`.
+        """
+        with torch.enable_grad():
+            self._mean_error(frames, static, over, fed)
+        return self.budget.plan
 
     @torch.no_grad()
     def generate(
@@ -187,6 +185,24 @@ class CrevNet(VideoModel[CrevNetConfig]):
         """
         self.autoencoder.blocks.compile_conditioners(**options)
         self.predictor.stack.compile_cells(**options)
+
+    def _mean_error(self, frames: Tensor, static: Tensor | None, over: Loss, fed: Sequence[bool] | None) -> Tensor:
+        """The mean squared error over the chosen predictions, as a graph."""
+        clip = self.config.clip
+        self._check(frames, static, at_least=clip + 1)
+        chosen = self._chosen(over, frames.shape[1] - clip)
+        true = self._truly_fed(frames.shape[1], fed)[clip - 1 :]  # by the last frame of each clip
+        # Accumulated per step: a stack of all predictions, its gradient and a padded window would each take a frame per step.
+        errors = []
+        for t, latent in enumerate(self._latents(frames, static, true[: chosen.stop])):
+            if t in chosen:
+                prediction, truth = self._decode(latent), frames[:, t + 1 : t + 1 + clip]
+                if over == "padded":
+                    truth = self._pad(truth, static)
+                else:
+                    prediction = self._crop(prediction, frames)
+                errors.append(mean_squared_error(prediction, truth))
+        return torch.stack(errors).mean()
 
     def _determine_budget(self) -> None:
         """Before the first training call, replace a share of the free memory by its bytes."""

@@ -61,8 +61,8 @@ class Budget:
             stored, outputs, units = menu.parts(option.choice)
             share = menu.work / work if work else 0.0
             planned.append(PlannedCall(label, menu.unit, units, stored, outputs, option.held, share))
-        most = sum(menu.most.spared for _, menu, _ in calls)
-        ratio = 1 + (most - plan.spared) / (3 * work) if work else 1.0
+        again = sum(menu.again for _, menu, _ in calls) - plan.spared
+        ratio = 1 + again / (3 * work) if work else 1.0  # The backward pass is counted as two forward passes.
         return StepPlan(limit, tuple(planned), plan.peak, ratio)
 
     def state_dict(self) -> dict[str, Any]:

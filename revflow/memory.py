@@ -12,16 +12,15 @@ random states, or Python objects.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from revflow._base.host_memory import is_in_host_memory
-from revflow._base.torch_private import FakeTensor, FakeTensorMode, TorchDispatchMode
+from revflow._memory.dataless import DatalessMode
+from revflow._memory.step import dataless
+from revflow._memory.storages import MANY, BatchStorages, LiveStorages
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,13 @@ def measure_memory(
     Args:
         step: Function to measure, such as a forward pass or a training step. Its result counts as memory in use after the step.
         device: Device on which the step runs, either the CPU or a CUDA device.
-        predict: Whether to run the step with fake tensors, which allocate no memory. The step must then create all its tensors
-            itself, including the model. The report includes the parameters of the model. To exclude them, measure the model
-            separately.
+        predict: Whether to run the step with fake tensors, which allocate no memory. As with `predict_memory`, the model can be
+            built inside or outside of the step. The report includes its parameters only if it is built inside.
 
     Raises:
         TypeError: If `step` cannot be called.
         ValueError: If `device` is neither the CPU nor a CUDA device, unless `predict` is set.
+        RuntimeError: If `predict` is set and the step depends on unknown values. For details, see `predict_memory`.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(64, 64)) for _ in range(8)])
@@ -80,13 +79,13 @@ def measure_memory(
             f"itself"
         )
     if predict:
-        with FakeTensorMode():
-            return _tracked(step, "predicted")
+        with dataless() as mode:
+            return _tracked(step, "predicted", mode)
     if torch.device(device).type == "cuda":
         return _on_cuda(step, torch.device(device))
     if torch.device(device).type != "cpu":
         raise ValueError(f"device must be the CPU or a CUDA device; got {device}. For other devices use predict=True")
-    return _tracked(step, "tracked")
+    return _tracked(step, "tracked", None)
 
 
 @dataclass(frozen=True)
@@ -129,18 +128,22 @@ class BatchMemory:
 def predict_memory(step: Callable[[int], object]) -> BatchMemory:
     """Predict the memory of a step for every batch size from a single run with fake tensors.
 
-        memory = revflow.predict_memory(training_step)  # training_step(batch) makes the model and its input
-        memory.peak(8), memory.largest_batch(16 * 2**30)
-
     The batch size of this run is a large prime number. A tensor's size in bytes is thus a multiple of this number only if the
     tensor grows with the batch size. For batch sizes of 2 or more, the peaks equal those measured by `measure_memory`. For a
-    batch size of 1, the peak may differ by the size of a few streams: slices of a single sample may be contiguous even if slices
-    of several samples are not. Such slices may then be shared instead of copied, or vice versa.
+    batch size of 1, the peak may differ by the size of a few streams, because slices of one sample may be contiguous.
+
+    The peak excludes tensors that exist before the step, such as a model that is built outside of it. The prediction leaves all
+    tensors, modules, optimizers, schedulers, GradScalers and PyTorch's random states unchanged. Most values are unknown: a float
+    that the step reads, such as `loss.item()`, is 1.0. Buffers that cuDNN or oneDNN store for RNNs are excluded.
 
     Args:
-        step: Function that takes a batch size and creates all its tensors, including the model. The size of each tensor must be
-            either proportional to the batch size or independent of it. The sequence of operations must not depend on the batch
-            size, so loops over samples and `memory_budget` are not supported.
+        step: Function that takes a batch size and creates its input. The size of each tensor must be either proportional to the
+            batch size or independent of it. The sequence of operations must not depend on the batch size, so loops over samples
+            and `memory_budget` are not supported.
+
+    Raises:
+        RuntimeError: If the step reads an unknown integer or boolean, as in `if torch.isnan(loss)` or `x[mask]`, or converts a
+            tensor to a NumPy array. The message names the line of the step.
 
     Examples:
         >>> def step(batch):
@@ -152,14 +155,10 @@ def predict_memory(step: Callable[[int], object]) -> BatchMemory:
         >>> memory.largest_batch(2**20) > 64
         True
     """
-    live = _BatchStorages()
-    with FakeTensorMode(), live:
-        result = step(_MANY)
+    with dataless() as mode, BatchStorages(mode) as live:
+        result = step(MANY)
         del result
-    return live.memory()
-
-
-_MANY = 3_000_000_019
+    return BatchMemory(live.peaks())
 
 
 def _on_cuda(step: Callable[[], object], device: torch.device) -> MemoryReport:
@@ -177,106 +176,11 @@ def _on_cuda(step: Callable[[], object], device: torch.device) -> MemoryReport:
     return report
 
 
-def _tracked(step: Callable[[], object], how: Literal["tracked", "predicted"]) -> MemoryReport:
-    with _LiveStorages() as live:
+def _tracked(
+    step: Callable[[], object], how: Literal["tracked", "predicted"], mode: DatalessMode | None
+) -> MemoryReport:
+    with LiveStorages(mode) as live:
         result = step()
         report = MemoryReport(live.peak, live.now, how)
     del result
     return report
-
-
-class _LiveStorages(TorchDispatchMode):
-    """Counts the bytes of the storages that operators return, until each is freed."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = 0
-        self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            # Autograd calls this operator most often. The short cut saves a fifth of the time.
-            return args[0].fake_device
-        # Storages that the step was given do not count, even if an operator returns a view of them. A constant that torch.tensor
-        # has just made (such as Adam's step counts) does: it first appears as an argument of lift_fresh.
-        given = set() if func is torch.ops.aten.lift_fresh.default else _storages((args, kwargs))
-        result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            self._count(tensor, given)
-        return result
-
-    def _count(self, tensor: Tensor, given: set[int]) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        size = self._size(storage)
-        if key in self._sizes:
-            self._add(size - self._sizes[key])  # The operator has resized its argument.
-            self._sizes[key] = size
-        elif key not in given and not is_in_host_memory():
-            self._sizes[key] = size
-            self._add(size)
-            weakref.finalize(storage, self._free, key).atexit = False
-
-    def _size(self, storage: torch.UntypedStorage) -> int:
-        return storage.nbytes()
-
-    def _add(self, size: int) -> None:
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def _free(self, key: int) -> None:
-        self._add(-self._sizes.pop(key))
-
-
-class _BatchStorages(_LiveStorages):
-    """Counts bytes as fixed + `_SAMPLE` * bytes per sample, and records all local maxima of that count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._maxima = {0}
-        self._rises = False
-
-    def _size(self, storage: torch.UntypedStorage) -> int:
-        size = storage.nbytes()
-        return size if size % _MANY else size // _MANY * _SAMPLE
-
-    def _add(self, size: int) -> None:
-        if self._rises and size < 0:
-            self._maxima.add(self.now)
-        self._rises = size >= 0
-        super()._add(size)
-
-    def memory(self) -> BatchMemory:
-        """The upper envelope of the maxima, which are lines over the batch size."""
-        peaks: list[tuple[int, int]] = []
-        for maximum in sorted(self._maxima | {self.now}, reverse=True):
-            sample, fixed = divmod(maximum, _SAMPLE)
-            if peaks and fixed <= peaks[-1][0]:
-                continue
-            while len(peaks) > 1 and _is_below(peaks[-2], peaks[-1], (fixed, sample)):
-                peaks.pop()
-            peaks.append((fixed, sample))
-        return BatchMemory(tuple(peaks))
-
-
-_SAMPLE = 2**60  # More than all fixed bytes.
-
-
-def _is_below(steep: tuple[int, int], middle: tuple[int, int], flat: tuple[int, int]) -> bool:
-    """Whether the line `middle` is nowhere above both others."""
-    # With a growing batch, `steep` overtakes `middle` no later than `middle` overtakes `flat`.
-    return (flat[0] - middle[0]) * (steep[1] - middle[1]) >= (middle[0] - steep[0]) * (middle[1] - flat[1])
-
-
-def _storages(tree: object) -> set[int]:
-    return {tensor.untyped_storage()._cdata for tensor in _tensors(tree)}
-
-
-def _tensors(tree: object) -> Iterator[Tensor]:
-    """The tensors among an operator's arguments or results."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list, dict)):
-        for branch in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(branch)

@@ -15,10 +15,11 @@ from revflow._base.torch_private import allow_recompilations
 from revflow._guard.policy import Guard, Mode
 from revflow._replay.mode import engine_applies
 from revflow._replay.refusals import refuse_replica
-from revflow._through_time.call import StepCall, run_plainly
+from revflow._through_time.call import StepCall
 from revflow._through_time.functions import Results
 from revflow._through_time.states import States, storage_of
 from revflow._through_time.steps import StepInput
+from revflow._through_time.stored import run_stored
 from revflow.budget import Budget, keeper_of
 from revflow.cell import RecurrentCell, RecurrentState
 
@@ -26,7 +27,7 @@ from revflow.cell import RecurrentCell, RecurrentState
 class ReversibleRecurrence(nn.ModuleList):
     """A stack of recurrent cells that is trained by backpropagation through time.
 
-    It is a subclass of `nn.ModuleList`. During training, by default, the input streams, new states and new memories of each time step are
+    It is a subclass of `nn.ModuleList`. By default, the input streams, new states and new memories of each time step are
     stored. (The next time step requires the states and memories in any case.) The backward pass recomputes all other activations,
     cell by cell. In total, every `update` is evaluated twice, and every `mix` is evaluated three times. Gradients equal those
     computed by standard autograd. The gradient of a state or stream returned by a time step is the sum of the contributions of
@@ -54,7 +55,7 @@ class ReversibleRecurrence(nn.ModuleList):
 
     Raises:
         TypeError: If a cell is not a `RecurrentCell`, a state is not a `RecurrentState`, or streams are not a tuple of tensors.
-        ValueError: If a state does not have one entry per cell, or if the value of `states`, `guard` or `memory_budget` is invalid.
+        ValueError: If a state does not have one entry per cell, or if `states`, `guard` or `memory_budget` is invalid.
 
     Examples:
         >>> class Cell(revflow.RecurrentCell):
@@ -141,7 +142,7 @@ class ReversibleRecurrence(nn.ModuleList):
     def plain_step(self, streams: Streams, state: RecurrentState, **context: Any) -> tuple[Streams, RecurrentState]:
         """Run `step` under standard autograd, which stores every activation."""
         given = StepInput(streams, state.cells, state.memories[-1], context)
-        return _outputs(run_plainly(self._cells(), given, self._storage))
+        return _outputs(run_stored(self._cells(), given, self._storage))
 
     def compile_cells(self, **options: Any) -> ReversibleRecurrence:
         """Compile each cell's `update` and `mix` methods in place with `torch.compile(..., **options)`. Return the recurrence.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor as fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
-from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.modules import batchnorm
 from torch.nn.modules.module import (
@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
 )
 from torch.nn.utils import parametrize
 from torch.utils import _pytree
+from torch.utils._mode_utils import no_dispatch as no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointFunction
@@ -171,10 +172,9 @@ def unwrapped(tensor: Tensor) -> Tensor:
 @contextmanager
 def unchanged_versions(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Hide changes of these tensors in place, such as those of an embedding that scales its rows to `max_norm` in each call."""
-    if not tensors:
-        yield
-        return
-    with torch.autograd._unsafe_preserve_version_counter(tuple(tensors)):  # type: ignore[attr-defined]
+    with ExitStack() as versions:
+        for tensor in tensors:  # PyTorch 2.6 accepts only one.
+            versions.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))  # type: ignore[attr-defined]
         yield
 
 

@@ -17,7 +17,7 @@ _LIBRARIES = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parents[1],
 
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line of the user's code that led here: the innermost one outside of revflow and PyTorch."""
-    frame = next(filter(_is_users, _frames()), None)
+    frame = next(filter(is_users, _frames()), None)
     if frame is None:
         warnings.warn(message, category, stacklevel=2)
         return
@@ -37,5 +37,6 @@ def _frames() -> Iterator[FrameType]:
             frame = frame.f_back
 
 
-def _is_users(frame: FrameType) -> bool:
+def is_users(frame: FrameType) -> bool:
+    """Whether a frame runs code outside of revflow and PyTorch."""
     return not frame.f_code.co_filename.startswith(_LIBRARIES)

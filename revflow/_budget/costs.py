@@ -1,8 +1,9 @@
-"""The memory and the work of one call, for each choice of what to store: arithmetic alone.
+"""The memory and the work of one call, for each choice of the tensors to store. Nothing here runs a block.
 
-A block has three choices. It is recomputed; or it is recomputed from its output and the stored outputs of its conditioners, so
-that the second evaluation stops early; or standard autograd stores its activations. The stored blocks of a call are its last
-ones: the backward pass starts with them, and frees their activations before the first inversion needs memory.
+A block has three choices. In the first one, it is recomputed. In the second one, the outputs of its conditioners are stored, so
+that their second evaluation stops early. In the third one, standard autograd stores its activations. The blocks of the third kind
+are the last ones of a call: the backward pass starts with them, and frees their activations before the first inversion needs
+memory.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Cost(NamedTuple):
     graph: int
     """Tensors that standard autograd saves for the block, other than streams."""
     made: int
-    """Streams that the block makes."""
+    """Streams that the block makes, and that the graph of a later block saves."""
     inputs: int
     """All streams before the block."""
     outputs: int
@@ -44,7 +45,7 @@ class Cost(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What a call stores."""
+    """The blocks of a call that are stored."""
 
     first_stored: int
     """The first block whose activations are stored. All later ones are stored as well, and all earlier ones are recomputed."""
@@ -72,9 +73,12 @@ class Menu(ABC):
     carried = 0
     """Bytes of gradients that wait in the backward pass while other calls run: those of a recurrence's states."""
 
+    again: int
+    """The work of recomputing everything."""
+
     def __init__(self, least: Option, options: Sequence[Option], work: int) -> None:
         """`least` is the option that recomputes everything."""
-        self.work = work
+        self.work = self.again = work
         """The work of one forward pass."""
         self.least = least
         self.by_peak = _rising(sorted(options, key=lambda o: (o.peak, -o.spared)))

@@ -61,7 +61,7 @@ class BudgetedCall(Protocol[M]):
 
 
 class Measured(NamedTuple):
-    """What is known of a kind of call."""
+    """The measured options of a kind of call, and its names."""
 
     label: str
     fingerprint: str

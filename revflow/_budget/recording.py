@@ -1,13 +1,13 @@
-"""The tensors that standard autograd would save for an evaluation, and its work.
+"""The tensors that standard autograd would save for evaluations, and their work.
 
-The evaluation runs with a graph. Hooks count the tensors that the graph saves, and `drop` frees them, so that a measurement takes
-little memory.
+An evaluation runs with a graph. Hooks count the tensors that the graph saves, and `section` drops them, so that the measurement
+itself takes little memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,39 +20,69 @@ from revflow._replay.mode import ordinary_autograd
 
 
 class Recording:
-    """Records evaluations one after the other."""
+    """Records evaluations that run one after the other."""
 
-    def __init__(self, known: Iterable[int]) -> None:
-        """`known`: storages that do not count, by address."""
-        self.saved: dict[int, int] = {}
-        """Storages that the graph saves, with their sizes in bytes."""
-        self.work = Work()
-        self._known = frozenset(known)
+    def __init__(self, known: Iterable[int], is_compiled: bool = False) -> None:
+        """`known`: storages that existed before, by address; they do not count."""
+        self.known_saved: set[int] = set()
+        """The known storages that the graph saves."""
+        self.at_last_save = 0
+        """The work done when the graph saved its last tensor."""
+        self.is_read = False
+        """Whether an evaluation differentiates something itself, and so reads saved tensors."""
+        self._known, self._is_compiled, self._counter = frozenset(known), is_compiled, Work()
+        self._saved: dict[int, int] = {}
         self._held: list[list[Tensor]] = []
         """The tensors that the graph holds, each in a list that can be emptied."""
         self._counted: list[StorageWeakRef] = []
         """References that keep a new storage from getting the address of a freed one: both would count as one."""
 
+    @property
+    def work(self) -> int:
+        """The work so far."""
+        return self._counter.total
+
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A context in which an evaluation is recorded."""
+        """A context in which evaluations are recorded."""
         # In the second evaluation of a conditioner, a sequence inside it stores everything. So it must here.
-        hooks = saved_tensors_hooks(self._pack, lambda held: held[0])
-        with ordinary_autograd(), torch.enable_grad(), hooks, self.work:
+        # The mode that counts would make dynamo compile a block once more.
+        counter = nullcontext() if self._is_compiled else self._counter
+        with ordinary_autograd(), torch.enable_grad(), saved_tensors_hooks(self._pack, self._unpack), counter:
             yield
 
-    def drop(self) -> None:
-        """Free the saved tensors: no backward pass follows. Those of many evaluations would pile up."""
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """A context whose work does not count."""
+        before = self._counter.total
+        yield
+        self._counter.total = before
+
+    def section(self) -> dict[int, int]:
+        """The sizes in bytes of the storages that the graph has saved since the last call, by address.
+
+        No backward pass follows, so the graph need not hold them. Those of many micro-batches would pile up.
+        """
         for held in self._held:
             held.clear()
         self._held.clear()
+        saved, self._saved = self._saved, {}
+        return saved
 
     def _pack(self, tensor: Tensor) -> list[Tensor]:
-        self.saved |= {key: size for key, size in storages([tensor]).items() if key not in self._known}
-        if tensor.layout == torch.strided:
+        self.at_last_save = self.work
+        for key, size in storages([tensor]).items():
+            if key in self._known:
+                self.known_saved.add(key)
+            else:
+                self._saved[key] = size
             self._counted.append(StorageWeakRef(tensor.untyped_storage()))
         self._held.append([tensor.detach()])  # An alias, because the tensor itself may refer to the graph.
         return self._held[-1]
+
+    def _unpack(self, held: list[Tensor]) -> Tensor:
+        self.is_read = True
+        return held[0]
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:

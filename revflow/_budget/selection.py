@@ -60,23 +60,62 @@ def _peak(options: Sequence[Option]) -> int:
 
 
 _MOST_STATES = 500
-"""States of the earlier calls that are compared."""
+"""States of the earlier calls that are compared, without those that fill a gap."""
+
+Upgrade = tuple[int, Option, Option]
+"""A call, its option, and its next one."""
+
+
+class _State:
+    """The options of the earlier calls."""
+
+    def __init__(self, options: list[Option]) -> None:
+        self.options = options
+        self.held, self.spared = sum([o.held for o in options]), sum([o.spared for o in options])
+
+    def take(self, upgrade: Upgrade) -> bool:
+        """Upgrade a call; False if the call has not reached the upgrade's first option."""
+        call, old, new = upgrade
+        if self.options[call] is not old:
+            return False
+        self.options[call] = new
+        self.held, self.spared = self.held + new.held - old.held, self.spared + new.spared - old.spared
+        return True
+
+    @property
+    def candidate(self) -> tuple[tuple[Option, ...], int, int, int]:
+        return tuple(self.options), _peak(self.options), self.held, self.spared
 
 
 def _states(menus: Sequence[Menu]) -> Iterator[tuple[tuple[Option, ...], int, int, int]]:
     """From recomputing everything to storing all: the options of the earlier calls, their peak, held bytes and saved work.
 
     From one state to the next, one call takes its next option, in the order of the work that this saves per byte. Of equal
-    ones, the last call is the first: the backward pass begins there, and frees what the call holds.
+    ones, the last call is the first: the backward pass begins there, and frees what the call holds. Before a large upgrade,
+    smaller ones fill the gap that remains if the large one does not fit.
     """
-    options = [menu.by_held[0] for menu in menus]
+    state = _State([menu.by_held[0] for menu in menus])
     upgrades = [(c, a, b) for c in reversed(range(len(menus))) for a, b in pairwise(menus[c].by_held)]
     upgrades.sort(key=lambda u: (u[1].spared - u[2].spared) / (u[2].held - u[1].held))
-    held, spared = sum(o.held for o in options), sum(o.spared for o in options)
-    yield tuple(options), _peak(options), held, spared
+    yield state.candidate
     every = 1 + len(upgrades) // _MOST_STATES
-    for number, (c, a, b) in enumerate(upgrades, 1):
-        options[c] = b
-        held, spared = held + b.held - a.held, spared + b.spared - a.spared
-        if number % every == 0 or number == len(upgrades):
-            yield tuple(options), _peak(options), held, spared
+    large = sum([b.held - a.held for _, a, b in upgrades]) / _LARGE
+    for number, upgrade in enumerate(upgrades):
+        if upgrade[2].held - upgrade[1].held > large:
+            yield from _filled(state, upgrades[number:])
+        state.take(upgrade)
+        if number % every == 0 or number == len(upgrades) - 1:
+            yield state.candidate
+
+
+_LARGE = 30
+"""An upgrade is large if it takes more than one of so many parts of all upgrades' bytes."""
+
+
+def _filled(state: _State, upgrades: Sequence[Upgrade]) -> Iterator[tuple[tuple[Option, ...], int, int, int]]:
+    """States with further upgrades that are smaller than the first one."""
+    limit = upgrades[0][2].held - upgrades[0][1].held
+    state, every = _State([*state.options]), 1 + len(upgrades) // (_MOST_STATES // _LARGE)
+    for number, upgrade in enumerate(u for u in upgrades if u[2].held - u[1].held < limit):
+        if state.take(upgrade) and number % every == 0:
+            yield state.candidate

@@ -1,4 +1,4 @@
-"""The memory and the work of one time step of a recurrence, which is recomputed or stored as a whole: arithmetic alone."""
+"""The memory and the work of one time step of a recurrence, which is recomputed or stored as a whole."""
 
 from __future__ import annotations
 
@@ -53,12 +53,13 @@ class StepMenu(Menu):
         held = streams + int(results * handling.stored)
         unpacked = int(results * handling.unpacked)
         update, mix = sum([cost.update for cost in costs]), sum([cost.mix for cost in costs])
-        spared = update + 2 * mix + int(handling.repeated * (update + mix))
+        again = update + 2 * mix + int(handling.repeated * (update + mix))
         least = Option(Choice(1), held + made + 2 * streams + transient + unpacked, held, 0)
         stored = streams + results + made + graph
-        most = Option(Choice(0), stored + 2 * streams + 2 * gradient, stored, spared)
+        most = Option(Choice(0), stored + 2 * streams + 2 * gradient, stored, again)
         self.carried = results
         super().__init__(least, [least, most], update + mix)
+        self.again = again
 
     @property
     def measured(self) -> list[Any]:

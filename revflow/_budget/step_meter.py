@@ -30,17 +30,17 @@ class StepMeter:
         recording = self._recording = Recording(self._given | before.keys())
         with recording.running():
             made = evaluate()
-        recording.drop()
+        saved = recording.section()
         results = _without(storages([*made.state, *made.memory]), before)
         streams = _without(storages(made.streams), before | results)
         self.costs.append(
             CellCost(
-                graph=sum(_without(recording.saved, results | streams).values()),
+                graph=sum(_without(saved, results | streams).values()),
                 streams=sum(streams.values()),
                 results=sum(results.values()),
-                gradient=max(recording.saved.values(), default=0),
+                gradient=max(saved.values(), default=0),
                 update=self._update,
-                mix=recording.work.total - self._update,
+                mix=recording.work - self._update,
             )
         )
         return CellValues(*[without_graph(tensors, taken) for tensors in made])
@@ -48,7 +48,7 @@ class StepMeter:
     def updated(self) -> None:
         """The cell's `update` has run; its `mix` follows."""
         assert self._recording is not None
-        self._update = self._recording.work.total
+        self._update = self._recording.work
 
 
 def _without(sizes: dict[int, int], others: dict[int, int]) -> dict[int, int]:

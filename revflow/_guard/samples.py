@@ -22,7 +22,7 @@ class Compared(Protocol):
     """The record of a block, with the attributes that are used here."""
 
     before: list[Tensor]
-    of_activations: list[int]
+    of_activations: list[tuple[range, range]]
 
 
 def counts(stream: Tensor) -> bool:
@@ -43,7 +43,7 @@ def samples_of(tensors: Sequence[Tensor], places: Callable[[Tensor], Tensor], is
     Values that are not finite, such as those of a mask, count as zero.
     """
     samples: list[Tensor] = []
-    for tensor in tensors:
+    for tensor in filter(Tensor.numel, tensors):
         values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
         taken = torch.take(values, places(values))
         taken = taken.to(torch.promote_types(taken.dtype, torch.float32))
@@ -56,15 +56,15 @@ def samples_of(tensors: Sequence[Tensor], places: Callable[[Tensor], Tensor], is
 def rescale(blocks: Sequence[Compared], errors: list[float], sizes: list[float]) -> None:
     """Make the errors of activations comparable to those of streams, in place.
 
-    The `errors` and `sizes` are those of all blocks' values. The error of an activation, relative to its own size, becomes one of
-    the block's largest stream. Its size no longer counts.
+    The `errors` and `sizes` are those of all blocks' values. An error relative to the activation becomes one relative to the
+    conditioner's result: the error that the block's input would have if it were recomputed from the second evaluation.
     """
     begin = 0
     for block in blocks:
-        if block.of_activations:
-            which = {begin + k for k in block.of_activations}
-            largest = max([sizes[k] for k in range(begin, begin + len(block.before)) if k not in which], default=0.0)
-            for k in which:
-                errors[k] *= (largest or max(sizes)) / (sizes[k] or 1.0)
-                sizes[k] = 0.0
+        for activations, result in block.of_activations:
+            size = max([sizes[begin + k] for k in result], default=0.0)
+            for k in activations:
+                errors[begin + k] *= size / (sizes[begin + k] or 1.0)
+            for k in (*activations, *result):
+                sizes[begin + k] = 0.0
         begin += len(block.before)

@@ -86,8 +86,8 @@ class Seen:
         self.call = call
         self.before: list[Tensor] = []
         self.again: list[Tensor] = []
-        self.of_activations: list[int] = []
-        """The positions of those values that are not of streams."""
+        self.of_activations: list[tuple[range, range]] = []
+        """By conditioner: the positions of the values of its activations, and of its stored result."""
         self.is_low = False
         """Whether one of these activations has 8 to 11 bits."""
         self._witness = witness
@@ -105,12 +105,15 @@ class Seen:
         """Add the recomputed outputs of such a block."""
         self.again += self._witness.samples(again)
 
-    def activations(self, before: Streams, again: Sequence[Tensor]) -> None:
-        """Add activations of a second evaluation, and the values that the forward pass stored of them."""
-        self.of_activations += range(len(self.before), len(self.before) + len(before))
+    def activations(self, before: Streams, again: Sequence[Tensor], coefficients: Streams) -> None:
+        """Add activations of a second evaluation, the values that the forward pass stored of them, and the stored result."""
+        found = self._witness.activations(again)
+        result = () if self._witness.guard.exact else self._witness.activations(coefficients)
+        begin, middle = len(self.before), len(self.before) + len(before)
+        self.of_activations.append((range(begin, middle), range(middle, middle + len(result))))
         self.is_low |= any([t.is_floating_point() and t.dtype not in TOLERANCES for t in again])
-        self.before += before
-        self.again += self._witness.activations(again)
+        self.before += before + result
+        self.again += found + result
 
     @property
     def place(self) -> str:

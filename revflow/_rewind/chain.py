@@ -15,7 +15,7 @@ from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Context, Streams
 from revflow._base.torch_private import FakeTensor, is_transformed
 from revflow._budget.costs import Choice, SequenceMenu
-from revflow._budget.fingerprint import fingerprint
+from revflow._budget.kinds import fingerprint, flags_of
 from revflow._budget.meter import Meter
 from revflow._replay.autocast import autocast_state
 from revflow._rewind.arithmetic import OnGrid
@@ -64,8 +64,7 @@ class ChainCall:
             tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in given]),
             tape.arguments.switches,
             tuple([ref(block) for _, block in self._blocks]),  # not its id, which another block may get
-            tuple([module.training for _, block in self._blocks for module in block.modules()]),
-            tuple([p.requires_grad for _, block in self._blocks for p in block.parameters()]),
+            flags_of([block for _, block in self._blocks]),
         )
 
     def run(self, choice: Choice | None = None, lifetime: Tensor | None = None) -> Result:
@@ -126,8 +125,8 @@ class ChainCall:
     @property
     def fingerprint(self) -> str:
         """As `kind`, in a text that is the same in another process."""
-        options, given, switches, _, *flags = self.kind
-        return fingerprint(options, given, switches, flags, [block for _, block in self._blocks])
+        options, given, switches, _, flags = self.kind
+        return fingerprint((options, given, switches, flags), [block for _, block in self._blocks])
 
     @property
     def label(self) -> str:

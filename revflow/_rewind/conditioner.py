@@ -32,7 +32,7 @@ class ConditionerCall(Replay):
     """A conditioner in one call: its evaluation in both passes, and the change that it makes to its target stream."""
 
     skeleton: Skeleton | None = None
-    """The graph of the first evaluation if its coefficients are stored; otherwise a second evaluation computes them."""
+    """The graph of the first evaluation if the coefficients are stored."""
 
     def __init__(self, law: Law, tape: Tape, target: int, conditioner: nn.Module, device: torch.device) -> None:
         super().__init__(conditioner, device)
@@ -91,7 +91,7 @@ class ConditionerCall(Replay):
             return partial(tape.meter.evaluation, evaluate, can_be_kept), others, leaves
         if not can_be_kept:
             return evaluate, others, leaves
-        skeleton = self.skeleton = Skeleton(self, tape.witness is not None)
+        skeleton = self.skeleton = Skeleton(self)
         return partial(skeleton.first, evaluate), *skeleton.entered(others, leaves)
 
     def _kept(self, skeleton: Skeleton, coefficients: Streams) -> Streams:
@@ -120,10 +120,13 @@ class ConditionerCall(Replay):
         """
         k = self.target
         inputs = [*map(leaf, now[:k] + now[k + 1 :], self._strides, given.needs[:k] + given.needs[k + 1 :])]
-        wanted, capture = (*inputs, *given.leaves, *given.own), None
-        if self.skeleton is not None and (t := self._coefficients(given.stored)):
-            capture, inputs, wanted, followed = self._captured(now[k], inputs, t, given)
-            others, given = inputs, given._replace(stored=given.stored[: self.law.stores])
+        wanted, filled = (*inputs, *given.leaves, *given.own), None
+        if self.skeleton is not None:
+            kept, given = given.stored[self.law.stores :], given._replace(stored=given.stored[: self.law.stores])
+            filled = self._filled(now[k], inputs, kept, given)
+        if filled is not None:
+            t, inputs, wanted, followed, _ = filled
+            others = inputs
         elif self.is_known:
             t, others, followed = self._evaluated(now[k], inputs, given.leaves, given.own), inputs, None
         else:
@@ -138,8 +141,8 @@ class ConditionerCall(Replay):
         ends = edges((*outputs, *others))
         output_grads += (*grads[:k], *grads[k + 1 :])
         del t, outputs, others  # their values are freed unless the graph needs them
-        found = gradients(ends, (*targets, *wanted), output_grads, capture is not None)
-        del ends, capture  # and with them the rest of the graph
+        found = gradients(ends, (*targets, *wanted), output_grads, filled is not None)
+        del ends, filled  # and with them the rest of the graph
         if given.seen is not None and not self.is_known:
             given.seen.escapes(followed, self)
         if targets:
@@ -168,35 +171,35 @@ class ConditionerCall(Replay):
             seen.graph("a conditioner", t, wanted, self._conditioner, self._tape.arguments)
         return t, others, followed
 
-    def _coefficients(self, stored: Streams) -> Streams:
-        """The stored coefficients; none if hooks for saved tensors, such as those of `save_on_cpu`, have removed their graph."""
-        assert self.skeleton is not None
-        coefficients = stored[self.law.stores : self.law.stores + self.skeleton.count]
-        return coefficients if any([c.requires_grad for c in coefficients]) else ()
-
-    def _captured(
-        self, target: Tensor, inputs: list[Tensor], t: Streams, given: RewindInputs
-    ) -> tuple[Capture, list[Tensor], Streams, SecondRecorder | None]:
+    def _filled(
+        self, target: Tensor, inputs: list[Tensor], kept: Streams, given: RewindInputs
+    ) -> tuple[Streams, list[Tensor], Streams, SecondRecorder | None, Capture] | None:
         """The second evaluation if the coefficients are stored: it only fills in their graph.
 
-        Returns what it captured, the places in that graph where the gradients of the other streams and of all inputs arrive,
-        and the guard's record.
+        Returns the coefficients, the places in the graph where the gradients of the other streams and of all inputs arrive, the
+        guard's record, and what must exist until the gradients are computed. None if the graph cannot be filled in: the
+        evaluation saves other tensors than the first one, or hooks such as those of `save_on_cpu` have removed the graph. The
+        coefficients are then computed again, as those that are not stored.
         """
         skeleton, seen, conditioner = self.skeleton, given.seen, self._conditioner
         assert skeleton is not None
-        skeleton.refuse_other_needs(given.own, conditioner)
+        t, samples = kept[: skeleton.count], kept[skeleton.count :]
+        if not (any([c.requires_grad for c in t]) and skeleton.fits(inputs, given.leaves, given.own)):
+            return None
         followed = None if seen is None or self.is_known else seen.follow(self)
+        others, leaves = map(not_leaves, skeleton.entered(inputs, given.leaves))
+        context = self._tape.arguments.filled(leaves)
+        evaluate = partial(skeleton.again, self.law.block.evaluate)
         with followed or nullcontext():
-            others, leaves = skeleton.entered(inputs, given.leaves)
-            evaluate = partial(skeleton.again, conditioner, self.law.block.evaluate)
-            context = self._tape.arguments.filled(leaves)
             capture = self.again(given.own, evaluate, conditioner, target, others, context)
+        if capture is None:
+            return None
         if seen is not None:
             if not self.is_known:
                 seen.graph("a conditioner", t, (*given.own, skeleton.token), conditioner, self._tape.arguments)
-            seen.activations(given.stored[self.law.stores + len(t) :], [capture.tensor(n) for n in skeleton.compared])
+            seen.activations(samples, [capture.tensor(n) for n in skeleton.compared], t)
         entrances, of_leaves = skeleton.entrances(inputs, given.leaves)
-        return capture, entrances, (*entrances, *of_leaves, *given.own), followed
+        return t, entrances, (*entrances, *of_leaves, *given.own), followed, capture
 
     def _through_translation(
         self, now: list[Tensor], grad: Tensor | None, t: Streams, given: RewindInputs

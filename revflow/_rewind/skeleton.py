@@ -21,7 +21,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, saved_tensors_hooks
 
 from revflow._base.streams import Streams, versions_of
@@ -35,7 +35,7 @@ from revflow._base.torch_private import (
 from revflow._replay.replay import Replay
 
 _COMPARED = 2
-"""The number of captured tensors that the guard compares. Two, since the last operation may save a constant and an activation."""
+"""The number of captured tensors that the guard compares. Two, since the last operation may save a mask and an activation."""
 
 Description = tuple[torch.Size, torch.dtype, torch.device]
 
@@ -54,8 +54,7 @@ class Skeleton:
     The hooks of the graph refer to this object. It refers to nothing but the graph's beginning, so there is no reference cycle.
     """
 
-    def __init__(self, replay: Replay, is_compared: bool) -> None:
-        """`is_compared`: whether the guard compares captured tensors."""
+    def __init__(self, replay: Replay) -> None:
         self.token = torch.empty(0, requires_grad=True)
         self._begin: Tensor | None = None
         """An output of `_Enter`, which prevents that node from being freed while no other node leads to it."""
@@ -66,7 +65,7 @@ class Skeleton:
         self._which: list[bool] = []
         """The inputs that begin at `_Enter`."""
         self._needs = [p.requires_grad for p in replay.parameters]
-        self._recent = _Recent(replay.parameters) if is_compared else None
+        self._recent: _Recent | None = _Recent(replay.parameters)
         self.compared: list[int] = []
         """The numbers of the tensors that the guard compares."""
         self.count = 0
@@ -76,12 +75,7 @@ class Skeleton:
     def entered(self, streams: Sequence[Tensor], leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The inputs of an evaluation: aliases that require a gradient, for a stream of real numbers even if it needs none."""
         tensors = [*streams, *leaves]
-        which = [s.is_floating_point() or s.is_complex() for s in streams] + [t.requires_grad for t in leaves]
-        if self._begin is not None and which != self._which:
-            raise RuntimeError(
-                "requires_grad of a tensor among the keyword arguments changed between the forward and the backward pass"
-            )
-        self._which = which
+        which = self._which = self._which or _entering(streams, leaves)
         with _GradientsOn():
             begin, *entered = _enter(self.token, [*compress(tensors, which)])  # type: ignore[no-untyped-call]
         if self._begin is None:
@@ -112,29 +106,30 @@ class Skeleton:
     def recent(self) -> list[Tensor]:
         """Tensors for the guard to compare. To be called once, after the first evaluation."""
         recent, self._recent = self._recent, None
-        self.compared, tensors = ([], []) if recent is None else recent.taken()
+        assert recent is not None
+        self.compared, tensors = recent.taken()
         return tensors
 
-    def again(self, conditioner: nn.Module, evaluate: Callable[..., Streams], *arguments: Any) -> Capture:
-        """The second evaluation, up to the last tensor that the graph saves. The skeleton is filled while the result exists."""
-        capture = Capture(self._described, type(conditioner).__name__)
+    def again(self, evaluate: Callable[..., Streams], *arguments: Any) -> Capture | None:
+        """The second evaluation, up to the last tensor that the graph saves. The skeleton is filled while the result exists.
+
+        None if the evaluation saves other tensors than the first one did.
+        """
+        capture = Capture(self._described)
         try:
             if self._described:
                 with saved_tensors_hooks(capture.take, lambda alias: alias):
                     evaluate(*arguments)
         except _Stop:
             pass
-        capture.refuse_early_end()
+        if not capture.is_complete:
+            return None
         self._captures.add(capture)
         return capture
 
-    def refuse_other_needs(self, parameters: Sequence[Tensor], conditioner: nn.Module) -> None:
-        """Refuse parameters that were frozen or released since the first evaluation: the graph would save other tensors."""
-        if [p.requires_grad for p in parameters] != self._needs:
-            raise RuntimeError(
-                f"requires_grad of a parameter of the conditioner {type(conditioner).__name__} changed between the forward and "
-                f"the backward pass: change it between training steps"
-            )
+    def fits(self, streams: Sequence[Tensor], leaves: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
+        """Whether gradients are needed for the same inputs and parameters as before: the graph would save other tensors."""
+        return _entering(streams, leaves) == self._which and [p.requires_grad for p in parameters] == self._needs
 
     def _describe(self, tensor: Tensor) -> int:
         number = len(self._described)
@@ -146,49 +141,38 @@ class Skeleton:
     def _filled(self, number: int) -> Tensor:
         capture = next(iter(self._captures), None)
         if capture is None:
-            raise RuntimeError(_ESCAPED)
+            raise RuntimeError(_DIFFERENTIATES if self._recent is not None else _ESCAPED)
         return capture.tensor(number)
 
 
 class Capture:
     """The tensors that one second evaluation captured."""
 
-    def __init__(self, expected: list[Description], conditioner: str) -> None:
-        self._expected, self._conditioner = expected, conditioner
+    def __init__(self, expected: list[Description]) -> None:
+        self._expected = expected
         self._taken: list[tuple[Tensor, int]] = []
         """Aliases, since a tensor itself may refer to the graph; and their versions."""
 
+    @property
+    def is_complete(self) -> bool:
+        return len(self._taken) == len(self._expected)
+
     def take(self, tensor: Tensor) -> Tensor:
-        """A hook that captures the next tensor."""
-        number = len(self._taken)
-        if number == len(self._expected):
-            raise _Stop  # the conditioner has caught the first one
-        found, expected = (tensor.shape, tensor.dtype, tensor.device), self._expected[number]
-        if found != expected:
-            raise RuntimeError(
-                f"the conditioner {self._conditioner} computed other tensors in its second evaluation: one of shape "
-                f"{tuple(found[0])}, {found[1]}, on {found[2]}, and not one of shape {tuple(expected[0])}, {expected[1]}, on "
-                f"{expected[2]}. {_DIFFERS}"
-            )
+        """A hook that captures the next tensor. The evaluation ends with the last one, or with one that is not expected."""
+        if self.is_complete or (tensor.shape, tensor.dtype, tensor.device) != self._expected[len(self._taken)]:
+            raise _Stop
         alias = tensor.detach()
         self._taken.append((alias, alias._version))
-        if number + 1 == len(self._expected):
+        if self.is_complete:
             raise _Stop
         return alias
-
-    def refuse_early_end(self) -> None:
-        if len(self._taken) < len(self._expected):
-            raise RuntimeError(
-                f"the conditioner {self._conditioner} saved {len(self._taken)} tensors for gradients in its second evaluation, "
-                f"and {len(self._expected)} in its first. {_DIFFERS}"
-            )
 
     def tensor(self, number: int) -> Tensor:
         tensor, version = self._taken[number]
         if tensor._version != version:
             raise RuntimeError(
-                f"the conditioner {self._conditioner} modified a tensor of shape {tuple(tensor.shape)} by an inplace operation, "
-                f"although its gradient needs that tensor: let it return a new one"
+                f"a conditioner modified a tensor of shape {tuple(tensor.shape)} by an inplace operation, although its gradient "
+                f"needs that tensor: let it return a new one"
             )
         return tensor
 
@@ -197,11 +181,13 @@ class _Recent:
     """The tensors that a graph saved last, of those that depend on the evaluation's inputs or on random numbers."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._shapes = {_shape(p) for p in parameters}
+        self._shapes = {(_shape(p), p.dtype) for p in parameters}
+        self._sizes = {shape for shape, _ in self._shapes}
         self._skipped: set[int] = set()
         self.skip(parameters)
         self._found: dict[bool, list[tuple[int, Tensor, int]]] = {True: [], False: []}
-        """Number, alias and version. A tensor shaped as a parameter may be a copy of it: it counts if there is no other."""
+        """Number, alias and version: of other tensors, and of those that may be parameters in another dtype. Under autocast the
+        latter are saved beside most activations, and must not replace them here."""
 
     def skip(self, tensors: Sequence[Tensor]) -> None:
         """Do not compare these: parameters and inputs."""
@@ -211,14 +197,16 @@ class _Recent:
         if tensor.layout != torch.strided or not tensor.numel() or _storage(tensor) in self._skipped:
             return
         alias = tensor.detach()
-        found = self._found[_shape(tensor) not in self._shapes]
+        shape = _shape(tensor)
+        is_cast = tensor.is_floating_point() and shape in self._sizes and (shape, tensor.dtype) not in self._shapes
+        found = self._found[not is_cast]
         found[:] = [*(f for f in found if _storage(f[1]) != _storage(alias)), (number, alias, alias._version)][
             -_COMPARED:
         ]
 
     def taken(self) -> tuple[list[int], list[Tensor]]:
         """Their numbers, and the tensors. Those that were modified later are left out: the second evaluation may not do that."""
-        found = [(n, t) for n, t, version in self._found[True] or self._found[False] if t._version == version]
+        found = [(n, t) for n, t, version in (*self._found[True], *self._found[False]) if t._version == version]
         return [n for n, _ in found], [t for _, t in found]
 
 
@@ -257,12 +245,12 @@ _enter = super(torch.autograd.Function, _Enter).apply
 
 _ESCAPED = (
     "a loss depends on a tensor that left a conditioner by another way than its result, for example through an attribute, a "
-    "forward hook or a list. It gives no gradient, since the block stores no activations. Return it through a stream of its own "
-    "(docs/blocks.md, auxiliary losses), or store it without a graph: `.detach()`"
+    "cache, a forward hook or a list. It gives no gradient, since the block stores no activations. Return it through a stream "
+    "of its own (docs/blocks.md, auxiliary losses), or store it without a graph: `.detach()`"
 )
-_DIFFERS = (
-    "Both evaluations must compute the same: avoid random numbers that are not torch's, and state outside of parameters and "
-    "buffers, that change what is computed"
+_DIFFERENTIATES = (
+    "a conditioner that computes gradients in its own evaluation needs the tensors that its block does not store: leave out "
+    "memory_budget"
 )
 
 
@@ -280,6 +268,11 @@ def can_keep(replay: Replay, streams: Sequence[Tensor], leaves: Sequence[Tensor]
         and all(p.is_leaf for p in replay.parameters)
         and not any(map(is_compiled, replay.modules))
     )
+
+
+def _entering(streams: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[bool]:
+    """Which inputs begin at `_Enter`."""
+    return [s.is_floating_point() or s.is_complex() for s in streams] + [t.requires_grad for t in leaves]
 
 
 def _storage(tensor: Tensor) -> int:

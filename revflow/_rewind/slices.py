@@ -55,7 +55,10 @@ class SlicedCall(ConditionerCall):
         return moved
 
     def run(self, now: list[Tensor], leaves: Sequence[Tensor]) -> tuple[Streams, Tensor | None]:
-        self._refuse_mixing(now, leaves)
+        if self._tape.meter is None:
+            self._refuse_mixing(now, leaves)
+        else:
+            self._tape.meter.uncounted(self._refuse_mixing, now, leaves)
         x = now[self.target]
         stored: Streams = ()
         targets: list[Tensor] = []

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from itertools import chain
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-from revflow._base.streams import Tensors
 from revflow._budget.costs import Choice
-from revflow._budget.fingerprint import fingerprint
+from revflow._budget.kinds import fingerprint, flags_of
 from revflow._budget.step_costs import StepMenu
 from revflow._budget.step_meter import StepMeter
 from revflow._guard.policy import Guard
 from revflow._replay.arguments import Arguments
 from revflow._replay.autocast import autocast_state
-from revflow._through_time.functions import Results, end_stored, origin_of, run
+from revflow._through_time.functions import Results, origin_of, run
 from revflow._through_time.states import Storage
 from revflow._through_time.steps import StepInput, TimeStep
+from revflow._through_time.stored import run_stored
 from revflow.cell import RecurrentCell
 
 
@@ -41,15 +40,14 @@ class StepCall:
             tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors]),
             arguments.switches,
             tuple([ref(cell) for cell in self._cells]),
-            tuple([module.training for cell in self._cells for module in cell.modules()]),
-            tuple([p.requires_grad for cell in self._cells for p in cell.parameters()]),
+            flags_of(self._cells),
         )
 
     @property
     def fingerprint(self) -> str:
         """As `kind`, in a text that is the same in another process."""
-        autocast, given, switches, _, *flags = self.kind
-        return fingerprint(autocast, given, switches, flags, self._cells)
+        autocast, given, switches, _, flags = self.kind
+        return fingerprint((autocast, given, switches, flags), self._cells)
 
     @property
     def label(self) -> str:
@@ -67,8 +65,7 @@ class StepCall:
         """
         if choice is None or choice.first_stored:
             return run(self._step(), self._given, lifetime)
-        streams, results = run_plainly(self._cells, self._given, self._storage)
-        return (streams, results) if lifetime is None else _held(lifetime, streams, results)
+        return run_stored(self._cells, self._given, self._storage, lifetime)
 
     def measured(self, lifetime: Tensor | None = None) -> tuple[Results, StepMenu]:
         """The result of `run(None, lifetime)`, which recomputes the step, and the options whose costs it measured."""
@@ -80,26 +77,3 @@ class StepCall:
 
     def _step(self) -> TimeStep:
         return TimeStep(self._cells, self._given, self._origin, self._storage, self._guard)
-
-
-def run_plainly(cells: Sequence[RecurrentCell], given: StepInput, storage: Storage) -> Results:
-    """A time step under standard autograd."""
-    streams, states, memory, context = given
-    results = []
-    for cell, state in zip(cells, states, strict=True):
-        new, left = cell.update(streams, state, memory, context)
-        new, memory = (tuple(map(storage.rounded, tensors)) for tensors in (new, left))
-        streams = cell.mix(streams, new, context)
-        results.append((new, memory))
-    return streams, results
-
-
-def _held(lifetime: Tensor, streams: Tensors, results: list[tuple[Tensors, Tensors]]) -> Results:
-    """The results of a step, with a graph that holds `lifetime`.
-
-    The streams have a node of their own: if nobody uses them, the graph of the last `mix` is freed with them.
-    """
-    ended = iter(end_stored(lifetime, tuple(chain(*chain(*results)))))
-    return end_stored(lifetime, streams), [
-        (tuple([next(ended) for _ in new]), tuple([next(ended) for _ in left])) for new, left in results
-    ]

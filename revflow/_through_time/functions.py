@@ -217,26 +217,6 @@ class _StepEnd(torch.autograd.Function):
         return _replay_mixes(ctx, grads)
 
 
-def end_stored(lifetime: Tensor, outputs: Tensors) -> Tensors:
-    """The outputs of a stored step, with a graph that holds `lifetime` until it is freed."""
-    return _StoredEnd.apply(lifetime, *outputs) if outputs else outputs  # type: ignore[no-untyped-call]
-
-
-class _StoredEnd(torch.autograd.Function):
-    """The identity, which saves a tensor as a token of its graph's lifetime, and announces a stored step."""
-
-    @staticmethod
-    def forward(ctx: Any, lifetime: Tensor, *tensors: Tensor) -> Tensors:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(lifetime)
-        return tuple([t.view_as(t) for t in tensors])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
-        running().has_stored_steps = True
-        return (None, *grads)
-
-
 def _replay_mixes(end: Any, grads: Gradients) -> Gradients:
     now, step = running(), end.step
     after = _results(end, now)

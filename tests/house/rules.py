@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 FOLDERS = ("revflow", "models", "bench", "examples")
 
-# The files that pass a sequence of blocks, forward and backward: without its micro-batches and its repr.
+# The files that pass a sequence of blocks, forward and backward: without its micro-batches, its stored outputs and its repr.
 CORE = (
     "revflow/bijection.py",
     "revflow/coupling.py",

@@ -26,6 +26,7 @@ class Budget:
     Args:
         memory: Memory for activations, as the `memory_budget` of a `ReversibleSequence`: bytes, a size such as "24GiB", a
             fraction of the device's free memory at the first call, "min" or "max".
+        warn: Whether to warn, once, if a training step exceeds the budget even though everything is recomputed.
 
     Raises:
         TypeError, ValueError: If `memory` is not a memory budget.
@@ -40,8 +41,8 @@ class Budget:
         2
     """
 
-    def __init__(self, memory: MemoryBudget) -> None:
-        self._keeper = Keeper(memory)
+    def __init__(self, memory: MemoryBudget, *, warn: bool = True) -> None:
+        self._keeper = Keeper(memory, warn)
 
     @property
     def memory(self) -> MemoryBudget:

@@ -10,7 +10,7 @@ import torch
 def free_memory(device: torch.device | str) -> int:
     """Return the number of bytes that this process can still allocate on a device.
 
-    This includes memory in the cache of PyTorch's CUDA allocator. On a CPU, the limit of a container also counts.
+    This includes memory in the cache of PyTorch's CUDA allocator. Limits of the process or of its container also count.
 
     Args:
         device: A CUDA device, or on Linux the CPU.
@@ -25,8 +25,10 @@ def free_memory(device: torch.device | str) -> int:
     device = torch.device(device)
     if device.type == "cuda" and torch.cuda.is_available():
         # Memory that PyTorch's allocator holds in its cache is free for this process.
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
+        allocated = torch.cuda.memory_allocated(device)
+        cached = torch.cuda.memory_reserved(device) - allocated
+        free, total = torch.cuda.mem_get_info(device)
+        return int(min(free + cached, _fraction(device) * total - allocated))
     if device.type == "cpu":
         try:
             return int(min(_available(), _left_in_container()))
@@ -36,6 +38,12 @@ def free_memory(device: torch.device | str) -> int:
         f"memory_budget is a share of the free memory, which cannot be determined for the device {device} on this system: "
         f"give bytes. Shares require a CUDA device, or the CPU on Linux"
     )
+
+
+def _fraction(device: torch.device) -> float:
+    """The share of a GPU's memory to which `torch.cuda.set_per_process_memory_fraction` limits this process."""
+    get = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # older versions of PyTorch lack it
+    return 1.0 if get is None else float(get(device))
 
 
 def _available() -> int:

@@ -13,8 +13,7 @@ import lightning
 import torch
 from torch import Tensor
 
-import revflow
-from crevnet.networks.crevnet.free_share import amount, is_amount, room
+from crevnet.networks.crevnet.free_share import amount, budget_of, is_amount, room
 from crevnet.networks.crevnet.network import CrevNet
 from crevnet.training.task import VideoModelTask
 
@@ -70,14 +69,14 @@ class MemoryPlan(lightning.Callback):
         if isinstance(limit, int):
             most = _least(trainer, network, room(*place))
             if limit <= most:
-                network.use_budget(revflow.Budget(limit))
+                network.use_budget(budget_of(given, limit))
                 return
             if trainer.is_global_zero:
                 self._report(
                     f"the memory budget of the checkpoint is {limit / 2**30:.2f} GiB, but only {most / 2**30:.2f} GiB are "
                     "free: a new plan is made, and the resumed run will equal an uninterrupted one only up to rounding"
                 )
-        network.use_budget(revflow.Budget(_least(trainer, network, amount(given, *place)) or "min"))
+        network.use_budget(budget_of(given, _least(trainer, network, amount(given, *place))))
 
     def _plan(self, trainer: lightning.Trainer, module: VideoModelTask, network: CrevNet) -> None:
         """Measure the calls of a training step with the forward pass of one batch."""

@@ -31,6 +31,12 @@ def amount(
     return int(share * room(parameters, trained, processes))
 
 
+def budget_of(given: MemoryBudget, count: int) -> revflow.Budget:
+    """The budget of so many bytes, which "auto" or a share amounts to."""
+    # "auto" is a share with a reserve, which a step that recomputes everything may use.
+    return revflow.Budget(count or "min", warn=given != "auto")
+
+
 def room(parameters: Iterable[Tensor], trained: Container[Tensor] = (), processes: int | None = None) -> int:
     """The bytes that activations can take at most: the free memory without the parameters' gradients and Adam's state.
 

@@ -18,7 +18,7 @@ import revflow
 from crevnet.networks.config import CrevNetConfig, Feedback, Loss
 from crevnet.networks.convolution import channels_last
 from crevnet.networks.crevnet.autoencoder import Latent, TwoWayAutoencoder
-from crevnet.networks.crevnet.free_share import amount, is_amount
+from crevnet.networks.crevnet.free_share import amount, budget_of, is_amount
 from crevnet.networks.crevnet.predictor import Predictor, PredictorState
 from crevnet.networks.shapes import cropped, mean_squared_error, padded, with_static
 from crevnet.networks.video_model import Model, VideoModel
@@ -207,7 +207,7 @@ class CrevNet(VideoModel[CrevNetConfig]):
     def _determine_budget(self) -> None:
         """Before the first training call, replace a share of the free memory by its bytes."""
         if not self._is_determined and torch.is_grad_enabled():
-            self.use_budget(revflow.Budget(amount(self.config.memory_budget, self.parameters()) or "min"))
+            self.use_budget(budget_of(self.config.memory_budget, amount(self.config.memory_budget, self.parameters())))
 
     def _latents(self, frames: Tensor, static: Tensor | None, fed: Sequence[bool]) -> Iterator[Latent]:
         """The predicted latent of the clip after each clip in `frames` (B, T, C, H, W).

@@ -33,11 +33,6 @@ def launched(devices: int, nodes: int) -> tuple[int, int]:
     return devices, nodes
 
 
-def on_this_machine() -> int:
-    """The number of processes that train together on this machine; if that is unknown, of all that train together."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", place()[1]))
-
-
 def is_first() -> bool:
     """Whether this process prints the command's output. Before the processes connect, their launcher's rank decides."""
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"

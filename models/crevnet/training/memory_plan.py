@@ -27,7 +27,7 @@ class MemoryPlan(lightning.Callback):
         report: takes the line that describes the plan.
     """
 
-    def __init__(self, windows: tuple[int, ...], processes: int, report: Callable[[str], None]) -> None:
+    def __init__(self, windows: tuple[int, ...], processes: int, report: Callable[[str], object]) -> None:
         self._windows, self._processes, self._report = windows, processes, report
         self._saved: dict[str, Any] | None = None
         """The state in the checkpoint from which training resumes."""

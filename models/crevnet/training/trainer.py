@@ -48,9 +48,11 @@ class _ProgressBar(RichProgressBar if find_spec("rich") else TQDMProgressBar):  
         return metrics
 
 
-def train(
-    settings: RunSettings, folder: Path, resume: bool = False, report: Callable[[str], None] = lambda line: None
-) -> float:
+Report = Callable[[str], object]
+"""Takes a line of output."""
+
+
+def train(settings: RunSettings, folder: Path, resume: bool = False, report: Report = lambda line: None) -> float:
     """Train, and write config.yaml, checkpoints and TensorBoard logs to `folder`. Returns the best validation score.
 
     With `resume`, training continues from last.ckpt. `report` takes the line that describes the memory plan. Raises DataError for
@@ -60,13 +62,12 @@ def train(
     training, last = settings.training, checkpoint_path(folder, "last")
     lightning.seed_everything(training.seed, workers=True, verbose=False)
     data = CityData(settings.data, settings.model, training.seed)
-    steps = resumable_steps(folder, settings.model) if resume else 0
-    start = None if resume else _start(settings)
+    steps, start = (resumable_steps(folder, settings.model), None) if resume else (0, _start(settings))
     batches, validation_batches = data.training_batches(), data.validation_batches()
     follows_from = _order(settings, batches), _scored(settings), data.identity
     checkpoints = Checkpoints(folder, training.checkpoint_minutes, *follows_from)
-    memory = MemoryPlan(_windows(settings, data), launched(training.devices, training.nodes)[0], report)
-    trainer = _trainer_here(training, folder, [checkpoints, memory, ValidationPicture(data, settings)], steps)
+    others = _memory_plan(settings, data, report), ValidationPicture(data, settings)
+    trainer = _trainer_here(training, folder, [checkpoints, *others], steps)
     with ExitStack() as held:
         if trainer.is_global_zero:
             held.enter_context(only_process(folder))
@@ -184,10 +185,10 @@ def _strategy(training: TrainingSettings, processes: int) -> Strategy | Literal[
     return "auto"
 
 
-def _windows(settings: RunSettings, data: CityData) -> tuple[int, ...]:
-    """The shape (B, T, C, H, W) of a batch of one process."""
+def _memory_plan(settings: RunSettings, data: CityData, report: Report) -> MemoryPlan:
     _, height, width, channels = data.training_days[0].shape
-    return settings.data.batch_size, settings.model.window, channels, height, width
+    windows = settings.data.batch_size, settings.model.window, channels, height, width
+    return MemoryPlan(windows, launched(settings.training.devices, settings.training.nodes)[0], report)
 
 
 def _order(settings: RunSettings, batches: WindowLoader) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container, Iterable
 
+import torch.distributed as dist
 from torch import Tensor
 
 import revflow
-from crevnet.machine.processes import on_this_machine
 from crevnet.networks.config import MemoryBudget
 
 _AUTO = {"cuda": 0.8, "cpu": 0.5}
@@ -55,6 +56,12 @@ def room(parameters: Iterable[Tensor], trained: Container[Tensor] = (), processe
     except RuntimeError:
         return 0
     if device.type == "cpu":
-        free //= processes or on_this_machine()
+        free //= processes or _processes()
     coming = sum(p.nbytes * ((p.grad is None) + 2 * (p not in trained)) for p in parameters if p.requires_grad)
     return max(free - coming, 0)
+
+
+def _processes() -> int:
+    """The number of processes that train together: on this machine if torchrun has started them, else on all machines."""
+    everywhere = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", everywhere))

@@ -161,10 +161,13 @@ class SequenceMenu(Menu):
         spared = self._work[first_stored]
         for k, cost in enumerate(self.costs[:first_stored]):
             held += cost.anchors
+            temporary = 2 * cost.outputs + cost.transient
             if k in outputs:
                 held += cost.output
                 spared += cost.spared
-            inverting = max(inverting, held + 2 * cost.outputs + cost.transient)
+                # The captured tensors are alive until the block has been differentiated, next to two gradients at a time.
+                temporary += cost.gradient
+            inverting = max(inverting, held + temporary)
         return Option(choice, max(peak + held, inverting), held + stored, spared)
 
     def _choices(self) -> Iterator[Choice]:

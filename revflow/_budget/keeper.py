@@ -205,14 +205,13 @@ class Keeper:
     def _option(self, order: Order, device: torch.device) -> Option:
         """The option of the last call of an order, which may continue."""
         menu = self._menus[order[-1]].menu
-        # Of several continuations the longest one, which leaves most memory for the calls to come.
-        known = max([o for o in self._orders if o[: len(order)] == order], key=len, default=None)
-        if known is None:
-            return menu.least
-        learned = self._planned(known, self._limit_on(device))
-        number = len(order) - 1
+        number, limit = len(order) - 1, self._limit_on(device)
+        learned = [self._planned(known, limit) for known in self._orders if known[: len(order)] == order]
         # More is held than planned if an earlier call followed the plan of another order.
-        return learned.plan.options[number] if self.in_use <= learned.held[number] else menu.least
+        if not learned or self.in_use > min([plan.held[number] for plan in learned]):
+            return menu.least
+        # Of several continuations the one that holds the least: it leaves enough memory for the calls of all others.
+        return min([known.plan.options[number] for known in learned], key=lambda option: option.held)
 
     def _planned(self, order: Order, limit: int) -> Learned:
         learned = self._orders[order]

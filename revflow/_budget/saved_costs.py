@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from revflow._budget.costs import Cost, Menu, SequenceMenu
-from revflow._budget.step_costs import CellCost, Handling, StepMenu
+from revflow._budget.step_costs import CellCost, Handling, Inputs, StepMenu
 
 
 def saved(menu: Menu) -> list[Any]:
@@ -18,5 +18,5 @@ def restored(values: list[Any]) -> Menu:
     unit, costs, *rest = values
     if unit == SequenceMenu.unit:
         return SequenceMenu([Cost(*cost) for cost in costs], *rest)
-    streams, handling = rest
-    return StepMenu([CellCost(*cost) for cost in costs], streams, Handling(*handling))
+    inputs, handling = rest
+    return StepMenu([CellCost(*cost) for cost in costs], Inputs(*inputs), Handling(*handling))

@@ -26,24 +26,28 @@ class Selection(NamedTuple):
 
 
 def planned(menus: Sequence[Menu], available: int) -> Selection:
-    """The plan that saves the most work within the available bytes; the one that recomputes everything if none fits."""
+    """The plan that saves the most work within the available bytes.
+
+    If none fits, it is the plan of the lowest peak, which usually recomputes everything. Only for very few blocks, others may
+    take less: a plan that stores everything needs no temporary memory for inversions.
+    """
     carried = max(menu.carried for menu in menus)
-    least = _least(menus)
-    best, key = least, (0, -least.peak)
-    last = menus[-1]
+    least, last = _least(menus), menus[-1]
+    states = [(options, carried + peak, carried + held, spared) for options, peak, held, spared in _states(menus[:-1])]
+    lowest = min([max(peak, held + last.by_peak[0].peak) for _, peak, held, _ in states])
+    if max(available, lowest) < least.peak:
+        available, found = max(available, lowest), []
+    elif available < least.peak:
+        return least
+    else:
+        found = [least]
     peaks = [option.peak for option in last.by_peak]
-    for options, peak, held, spared in _states(menus[:-1]):
-        if peak + carried > available:
-            continue
-        found = bisect_right(peaks, available - carried - held) - 1
-        if found < 0:
-            continue
-        option = last.by_peak[found]
-        total, saved = carried + max(peak, held + option.peak), spared + option.spared
-        # No plan below the least peak: with a falling budget, the peak must not rise when everything is recomputed.
-        if total >= least.peak and (saved, -total) > key:
-            best, key = Selection((*options, option), total, saved), (saved, -total)
-    return best
+    for options, peak, held, spared in states:
+        number = bisect_right(peaks, available - held) - 1
+        if peak <= available and number >= 0:
+            option = last.by_peak[number]
+            found.append(Selection((*options, option), max(peak, held + option.peak), spared + option.spared))
+    return max(found, key=lambda plan: (plan.spared, -plan.peak))
 
 
 def _least(menus: Sequence[Menu]) -> Selection:

@@ -25,6 +25,14 @@ class CellCost(NamedTuple):
     """The work of `mix`."""
 
 
+class Inputs(NamedTuple):
+    """The input streams of a time step."""
+
+    nbytes: int
+    are_held: bool
+    """Whether an earlier call holds them, so that the step holds no further bytes."""
+
+
 class Handling(NamedTuple):
     """How a way of storing states changes the memory and the work of a time step."""
 
@@ -41,21 +49,21 @@ class StepMenu(Menu):
 
     unit = "cell"
 
-    def __init__(self, costs: Sequence[CellCost], streams: int, handling: Handling) -> None:
-        """`streams`: the bytes of the step's input streams."""
-        self._costs, self._streams, self._handling = tuple(costs), streams, handling
+    def __init__(self, costs: Sequence[CellCost], inputs: Inputs, handling: Handling) -> None:
+        self._costs, self._inputs, self._handling = tuple(costs), inputs, handling
+        streams, anchor = inputs.nbytes, 0 if inputs.are_held else inputs.nbytes
         results = sum([cost.results for cost in costs])
         made, graph = sum([cost.streams for cost in costs]), sum([cost.graph for cost in costs])
         gradient = max([cost.gradient for cost in costs], default=0)
         # A second evaluation takes a cell's graph and its outputs, and then the gradients of its inputs and those inside of it,
         # of which two exist at a time: that of an operator's output, and those of its inputs.
         transient = max([c.graph + c.streams + 2 * c.results + 2 * c.gradient for c in costs], default=0) + streams
-        held = streams + int(results * handling.stored)
+        held = anchor + int(results * handling.stored)
         unpacked = int(results * handling.unpacked)
         update, mix = sum([cost.update for cost in costs]), sum([cost.mix for cost in costs])
         again = update + 2 * mix + int(handling.repeated * (update + mix))
         least = Option(Choice(1), held + made + 2 * streams + transient + unpacked, held, 0)
-        stored = streams + results + made + graph
+        stored = anchor + results + made + graph
         most = Option(Choice(0), stored + 2 * streams + 2 * gradient, stored, again)
         self.carried = results
         super().__init__(least, [least, most], update + mix)
@@ -63,7 +71,7 @@ class StepMenu(Menu):
 
     @property
     def measured(self) -> list[Any]:
-        return [[*map(list, self._costs)], self._streams, list(self._handling)]
+        return [[*map(list, self._costs)], list(self._inputs), list(self._handling)]
 
     def parts(self, choice: Choice) -> tuple[int, int, int]:
         return 0 if choice.first_stored else len(self._costs), 0, len(self._costs)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from revflow._base.second_derivative import once
 from revflow._base.streams import Gradients, Streams, versions_of
-from revflow._base.torch_private import is_going_to_run
+from revflow._base.torch_private import is_going_to_run, node_type
 from revflow._replay.refusals import refuse_compiled_autograd
 from revflow._rewind.blocks import BlockCall
 from revflow._rewind.graph import alias_of, laid_out
@@ -192,6 +192,11 @@ def _begin(ctx: Any, grads: Gradients) -> Gradients:
 def hold(lifetime: Tensor, outputs: Streams) -> Streams:
     """The outputs, with a graph that holds `lifetime` until it is freed."""
     return _Hold.apply(lifetime, *outputs)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def is_held(tensor: Tensor) -> bool:
+    """Whether it is the output of a sequence with a memory budget, whose graph holds it."""
+    return isinstance(tensor.grad_fn, node_type(_Hold))
 
 
 class _Hold(torch.autograd.Function):

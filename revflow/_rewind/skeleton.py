@@ -187,7 +187,7 @@ class _Recent:
         self.skip(parameters)
         self._found: dict[bool, list[tuple[int, Tensor, int]]] = {True: [], False: []}
         """Number, alias and version: of other tensors, and of those that may be parameters in another dtype. Under autocast the
-        latter are saved beside most activations, and must not replace them here."""
+        latter are saved together with activations, and must not replace them here."""
 
     def skip(self, tensors: Sequence[Tensor]) -> None:
         """Do not compare these: parameters and inputs."""

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from revflow._budget.costs import Choice
 from revflow._budget.kinds import fingerprint, flags_of
-from revflow._budget.step_costs import StepMenu
+from revflow._budget.step_costs import Inputs, StepMenu
 from revflow._budget.step_meter import StepMeter
 from revflow._guard.policy import Guard
 from revflow._replay.arguments import Arguments
 from revflow._replay.autocast import autocast_state
+from revflow._rewind.functions import is_held
 from revflow._through_time.functions import Results, origin_of, run
 from revflow._through_time.states import Storage
 from revflow._through_time.steps import StepInput, TimeStep
@@ -28,6 +29,7 @@ class StepCall:
     def __init__(self, cells: Sequence[RecurrentCell], given: StepInput, storage: Storage, guard: Guard) -> None:
         self._cells, self._given, self._storage, self._guard = cells, given, storage, guard
         self._origin = origin_of(given.before)
+        self._inputs_are_held = all(map(is_held, given.streams))
 
     @property
     def kind(self) -> tuple[Hashable, ...]:
@@ -36,7 +38,7 @@ class StepCall:
         arguments = Arguments(context)
         tensors = (*streams, *self._given.before, *arguments.tensors)
         return (
-            tuple(autocast_state(self.device)),
+            (*autocast_state(self.device), self._inputs_are_held),
             tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors]),
             arguments.switches,
             tuple([ref(cell) for cell in self._cells]),
@@ -46,8 +48,8 @@ class StepCall:
     @property
     def fingerprint(self) -> str:
         """As `kind`, in a text that is the same in another process."""
-        autocast, given, switches, _, flags = self.kind
-        return fingerprint((autocast, given, switches, flags), self._cells)
+        options, given, switches, _, flags = self.kind
+        return fingerprint((options, given, switches, flags), self._cells)
 
     @property
     def label(self) -> str:
@@ -69,11 +71,11 @@ class StepCall:
 
     def measured(self, lifetime: Tensor | None = None) -> tuple[Results, StepMenu]:
         """The result of `run(None, lifetime)`, which recomputes the step, and the options whose costs it measured."""
-        step, streams = self._step(), self._given.streams
+        step, streams = self._step(), sum([s.nbytes for s in self._given.streams])
         of_cells = [t for cell in self._cells for t in (*cell.parameters(), *cell.buffers())]
         meter = step.meter = StepMeter([*of_cells, *step.arguments.tensors])
         results = run(step, self._given, lifetime)
-        return results, StepMenu(meter.costs, sum([s.nbytes for s in streams]), self._storage.handling)
+        return results, StepMenu(meter.costs, Inputs(streams, self._inputs_are_held), self._storage.handling)
 
     def _step(self) -> TimeStep:
         return TimeStep(self._cells, self._given, self._origin, self._storage, self._guard)

@@ -3,6 +3,8 @@
 import pytest
 
 from engine.ranks import Ranks
+from revflow._budget.costs import Choice
+from revflow._budget.keeper import Keeper
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +13,16 @@ def ranks(tmp_path_factory):
     ranks = Ranks(tmp_path_factory.mktemp("ranks"))
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture
+def keep_from(monkeypatch):
+    """keep_from(k) makes every sequence with a budget store its blocks from the number k on, once it has measured;
+    keep_from(k, outputs) also the outputs of the conditioners of those earlier blocks."""
+
+    def keep(k, outputs=()):
+        choice = Choice(k, frozenset(outputs))
+        option = lambda self, order, device: self._menus[order[-1]].menu.option(choice)  # noqa: E731
+        monkeypatch.setattr(Keeper, "_option", option)
+
+    return keep

@@ -23,17 +23,22 @@ from engine.nets import (
     stacks,
     weighted,
 )
+from revflow._base.free_memory import free_memory
 from revflow._base.memory_size import parse
-from revflow.budget import Budget, Cost, Table
+from revflow._budget.costs import Choice, Cost, SequenceMenu
+from revflow._budget.selection import planned
 
 HUGE = 2**40
 STREAM = 2 * 4 * 12 * 12 * 8
 
 
-@pytest.fixture
-def keep_from(monkeypatch):
-    """keep_from(k) makes every sequence with a budget keep its blocks from the number k on, once it has measured."""
-    return lambda k: monkeypatch.setattr(Budget, "_first_kept", lambda self, table, limit: k)
+def schedules(depth):
+    """The first block that is stored, and the blocks before it of which the outputs are."""
+    for k in range(depth, -1, -1):
+        yield k, ()
+        if k:
+            yield k, range(k)
+    yield depth, range(0, depth, 2)
 
 
 def with_budget(stack, budget=HUGE):
@@ -116,7 +121,7 @@ def test_what_has_no_type_of_a_budget(given):
 
 def test_a_share_is_of_what_is_free_when_it_is_first_needed(monkeypatch):
     free = [1000]
-    monkeypatch.setattr("revflow.budget.free_memory", lambda device: free[0])
+    monkeypatch.setattr("revflow._budget.keeper.free_memory", lambda device: free[0])
     net, x = with_budget(of_one(additive), 0.5), image()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -130,31 +135,67 @@ def test_a_share_is_of_what_is_free_when_it_is_first_needed(monkeypatch):
 
 
 def test_free_memory():
-    assert 2**20 < revflow.budget.free_memory(torch.device("cpu")) < 2**50
+    assert 2**20 < free_memory(torch.device("cpu")) < 2**50
     with pytest.raises(RuntimeError, match="give bytes"):
-        revflow.budget.free_memory(torch.device("meta"))
+        free_memory(torch.device("meta"))
 
 
 # Which schedule
 
 
-def test_a_table_by_hand():
+def by_hand():
     """Three blocks of streams of 10 bytes (20 for the pair), whose graphs are 5, 50 and 7, and largest gradients 3, 30 and 4."""
     costs = [
-        Cost("0", "A", graph=5, made=10, inputs=20, outputs=20, anchors=0, transient=8, gradient=3),
-        Cost("1", "A", graph=50, made=10, inputs=20, outputs=20, anchors=2, transient=80, gradient=30),
-        Cost("2", "A", graph=7, made=10, inputs=20, outputs=20, anchors=0, transient=11, gradient=4),
+        Cost("0", "A", 5, 10, 20, 20, anchors=0, transient=8, gradient=3, work=100, output=5, spared=40),
+        Cost("1", "A", 50, 10, 20, 20, anchors=2, transient=80, gradient=30, work=300, output=5, spared=30),
+        Cost("2", "A", 7, 10, 20, 20, anchors=0, transient=11, gradient=4, work=50),
     ]
-    table = Table(costs, joined=False, rounded=False)
+    return SequenceMenu(costs, joined=False, rounded=False)
+
+
+def test_a_menu_by_hand():
+    menu = by_hand()
     all_kept = (
         (5 + 10) + (50 + 10) + 20 + 30
     )  # while block 1 is differentiated: what is kept up to there, gradients, the largest
     last_two = 20 + (50 + 10) + 20 + 30  # the first two streams are an anchor now
     block_1_rebuilt = 2 + 20 + 20 + 80  # its anchor, streams, gradients, and what it takes to undo it
-    assert table.peaks == [all_kept, last_two, block_1_rebuilt, block_1_rebuilt]
-    assert [table.first_kept(b) for b in (121, 122, 124, 125, 1000)] == [None, 2, 2, 0, 0]
-    assert table.lowest == 2  # as little as rebuilding all, and one evaluation less
-    assert table.held == [20 + 5 + 10 + 50 + 10 + 7, 20 + 20 + 50 + 10 + 7, 20 + 2 + 20 + 7, 20 + 2]
+    found = [menu.option(Choice(k)) for k in range(4)]
+    assert [o.peak for o in found] == [all_kept, last_two, block_1_rebuilt, block_1_rebuilt]
+    assert [o.held for o in found] == [20 + 5 + 10 + 50 + 10 + 7, 20 + 20 + 50 + 10 + 7, 20 + 2 + 20 + 7, 20 + 2]
+    assert [o.spared for o in found] == [450, 350, 50, 0]
+    # An output is alive until its own block is undone, and so while all later ones are. To undo that block takes one gradient
+    # more.
+    for outputs, peak, held, spared in [({0}, 127, 27, 40), ({1}, 157, 27, 30), ({0, 1}, 162, 32, 70)]:
+        choice = Choice(3, frozenset(outputs))
+        assert menu.option(choice) == (choice, peak, held, spared)
+    both = frozenset({0, 1})
+    assert menu.option(Choice(2, both)) == (Choice(2, both), 162, 20 + 2 + 20 + 7 + 10, 50 + 70)
+    # Recomputing all takes no less than storing the last block, which saves work.
+    assert [o.choice for o in menu.by_peak] == [Choice(2), Choice(0)]
+    # Per byte: 8 for the output of block 0, 6 for that of block 1, and 5.4 for all the rest at once. Storing the last block
+    # alone would give 1.9.
+    assert [o.choice for o in menu.by_held] == [Choice(3), Choice(3, frozenset({0})), Choice(3, both), Choice(0)]
+    chosen = [planned([menu], b).options[0].choice.first_stored for b in (121, 122, 124, 125, 1000)]
+    assert chosen == [3, 2, 2, 0, 0]
+
+
+def test_a_step_of_two_calls_by_hand():
+    """While the second call runs, what the first holds is alive."""
+    menu, first, both = by_hand(), frozenset({0}), frozenset({0, 1})
+    for budget, peak, spared, choices in [
+        (0, 22 + 122, 0, (Choice(3), Choice(3))),
+        (143, 144, 0, (Choice(3), Choice(3))),
+        (144, 144, 50, (Choice(3), Choice(2))),
+        (147, 22 + 125, 450, (Choice(3), Choice(0))),
+        (152, 27 + 125, 490, (Choice(3, first), Choice(0))),
+        (161, 152, 490, (Choice(3, first), Choice(0))),
+        (162, 162, 520, (Choice(3, both), Choice(0))),  # to undo block 1 of the first call
+        (226, 162, 520, (Choice(3, both), Choice(0))),
+        (227, 102 + 125, 900, (Choice(0), Choice(0))),
+    ]:
+        plan = planned([menu, menu], budget)
+        assert (plan.peak, plan.spared, tuple(o.choice for o in plan.options)) == (peak, spared, choices)
 
 
 def test_an_empty_sequence_and_one_of_no_gradient():
@@ -178,8 +219,8 @@ def test_gradients_are_those_of_plain_at_every_schedule(stack, inverse, keep_fro
     x = (net.plain(image()).detach() if inverse else image()).requires_grad_()
     run = (lambda: net.inverse(x)) if inverse else (lambda: net(x))
     plain = (lambda: plain_inverse(net, x)) if inverse else (lambda: net.plain(x))
-    for k in range(len(net), -1, -1):
-        keep_from(k)
+    for k, outputs in schedules(len(net)):
+        keep_from(k, outputs)
         assert_same_gradients(net, run, plain, [x])
 
 
@@ -188,8 +229,8 @@ def test_evaluations_at_every_schedule(stack, keep_from):
     net, x = with_budget(stack), image()
     step = lambda: train(net, x)  # noqa: E731
     assert all(n == 2 for block in evaluations(net, step) for n in block)  # which measures
-    for k in range(len(net) + 1):
-        keep_from(k)
+    for k, outputs in schedules(len(net)):
+        keep_from(k, outputs)
         found = evaluations(net, step)
         assert all(n == 2 for block in found[:k] for n in block), k
         assert all(n == 1 for block in found[k:] for n in block), k
@@ -207,8 +248,8 @@ def test_log_determinants_at_every_schedule(stack, keep_from):
         with revflow.ordinary_autograd():
             return run()
 
-    for k in range(len(net), -1, -1):
-        keep_from(k)
+    for k, outputs in schedules(len(net)):
+        keep_from(k, outputs)
         assert_same_gradients(net, run, plain, [x])
 
 
@@ -225,13 +266,13 @@ def test_exact_gradients_are_the_same_bits_at_every_schedule(stack, low, keep_fr
         return [y, *torch.autograd.grad(weighted(y), wanted)]
 
     expected = gradients(net.plain)
-    for k in range(len(net), -1, -1):
-        keep_from(k)
+    for k, outputs in schedules(len(net)):
+        keep_from(k, outputs)
         assert_equal(gradients(net), expected)
 
 
-@pytest.mark.parametrize("k", [0, 3, 8])
-def test_dropout_batch_norm_and_the_random_state(k, keep_from):
+@pytest.mark.parametrize(("k", "outputs"), [(0, ()), (3, ()), (8, ()), (3, (0, 1, 2)), (8, (0, 2, 5, 6))])
+def test_dropout_batch_norm_and_the_random_state(k, outputs, keep_from):
     """Each step, also the one that measures, draws and counts as plain's."""
     results = []
     for budget in ("max", HUGE):
@@ -239,7 +280,7 @@ def test_dropout_batch_norm_and_the_random_state(k, keep_from):
         conditioner = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)).double()
         net.insert(0, revflow.AdditiveCoupling(conditioner))
         net.memory_budget = budget
-        keep_from(k)
+        keep_from(k, outputs)
         torch.manual_seed(3)
         found = []
         for _ in range(3):
@@ -253,8 +294,8 @@ def test_dropout_batch_norm_and_the_random_state(k, keep_from):
 def test_context_frozen_blocks_and_tuples(keep_from):
     net, x, c = with_budget(of_one(additive)), image().requires_grad_(), image(2, 6, 1, 1, seed=2).requires_grad_()
     net[1].requires_grad_(False)
-    for k in range(3, -1, -1):
-        keep_from(k)
+    for k, outputs in schedules(3):
+        keep_from(k, outputs)
         assert_same_gradients(net, lambda: net(x, condition=c), lambda: net.plain(x, condition=c), [x, c])
         streams = lambda f: torch.cat(f(x.chunk(2, 1), condition=c), 1)  # noqa: E731
         assert_same_gradients(net, lambda f=streams: f(net), lambda f=streams: f(net.plain), [x, c])

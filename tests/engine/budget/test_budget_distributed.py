@@ -40,7 +40,7 @@ def assert_scheduled(model, parallel, rank, share):
     assert set(counts) <= {1, 2}
     assert 1 in counts
     assert share == 1 or 2 in counts
-    assert model.net._budget._in_use == model.net._budget._pending == 0
+    assert model.net._keeper.in_use == len(model.net._keeper._pending) == 0
 
 
 def ddp_trains(rank, stack, options, share):

@@ -78,10 +78,10 @@ def test_another_way_through_a_conditioner_is_another_kind():
     net = revflow.ReversibleSequence([revflow.AdditiveCoupling(Either()) for _ in range(4)], memory_budget=HUGE)
     plans = [net.plan(torch.randn(5, 6), deep=deep, number=2.0) for deep in (False, True)]
     assert plans[0].peak < plans[1].peak
-    assert len(net._budget._known) == 2
+    assert len(net._keeper._menus) == 2
     for number in (1.0, 3.0, 4):
         net.plan(torch.randn(5, 6), deep=True, number=number)
-    assert len(net._budget._known) == 2
+    assert len(net._keeper._menus) == 2
 
 
 def test_a_changed_chain_is_measured_again():
@@ -97,11 +97,13 @@ def test_a_changed_chain_is_measured_again():
     assert kept_in(net, lambda: train(net, x)) == 0
 
 
-def test_ever_other_shapes_do_not_pile_up():
+def test_ever_other_shapes_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr("revflow._budget.keeper._MOST_KINDS", 64)
     net = sequence(depth=1)
     for k in range(1, 200):
         train(net, image(1, 8, 1, k))
-    assert len(net._budget._known) == 64
+    keeper = net._keeper
+    assert len(keeper._menus) == len(keeper._orders) == 64 >= len(keeper._numbers)
     assert kept_in(net, lambda: train(net, image(1, 8, 1, 199))) == 1
     assert kept_in(net, lambda: train(net, image(1, 8, 1, 1))) == 0
 
@@ -170,8 +172,10 @@ def test_the_budget_is_for_all_calls_that_wait_for_their_backward_pass():
     after = kept_in(net, lambda: train(net, x))
     assert second == [[1]] * 4 and after < alone
     kept.backward()
-    assert 0 < kept_in(net, lambda: train(net, x)) < alone  # there is room for a second call, now that there was one
-    assert net._budget._in_use == 0
+    assert kept_in(net, lambda: train(net, x)) < alone  # there is room for a second call, now that there was one
+    both = evaluations(net, lambda: sum(y.sum() for y in [net(x), net(x)]).backward())
+    assert min(both) < [4]
+    assert net._keeper.in_use == 0
 
 
 @pytest.mark.parametrize("end", ["backward", "retained", "dropped", "failed"])
@@ -179,7 +183,7 @@ def test_what_is_held_is_given_back(end):
     net, x = sequence(), image()
     net.plan(x)
     y = net(x)
-    held = net._budget._in_use
+    held = net._keeper.in_use
     assert held > 0
     gc.disable()
     try:
@@ -188,7 +192,7 @@ def test_what_is_held_is_given_back(end):
             loss.backward()  # the graph's nodes live on, what they saved does not
         elif end == "retained":
             y.sum().backward(retain_graph=True)
-            assert net._budget._in_use == held
+            assert net._keeper.in_use == held
             y.sum().backward()
         elif end == "dropped":
             del y
@@ -199,7 +203,7 @@ def test_what_is_held_is_given_back(end):
             del y
     finally:
         gc.enable()
-    assert net._budget._in_use == 0
+    assert net._keeper.in_use == 0
 
 
 def test_copies_hold_nothing():
@@ -210,7 +214,7 @@ def test_copies_hold_nothing():
     torch.save(net, file)
     file.seek(0)
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), torch.load(file, weights_only=False)):
-        assert twin._budget._in_use == 0 < net._budget._in_use
+        assert twin._keeper.in_use == 0 < net._keeper.in_use
         assert twin.memory_budget == HUGE
         train(twin, x)
         assert kept_in(twin, lambda twin=twin: train(twin, x)) == 4
@@ -254,7 +258,9 @@ def test_what_is_kept_is_logged_once_for_each_kind_of_input(caplog):
     plan = net.plan(x)
     assert 0 < plan.kept < len(net)
     assert (record.name, record.levelname) == ("revflow.budget", "INFO")
-    stored = f"{plan.kept} of {len(net)} blocks stored per call, expected peak {size(plan.peak)}"
+    outputs = len(plan.outputs_kept)
+    assert outputs > 0
+    stored = f"{plan.kept} of {len(net)} blocks stored, outputs of {outputs} more, expected peak {size(plan.peak)}"
     assert record.getMessage() == f"memory_budget={budget}: {stored}"
 
 
@@ -264,12 +270,20 @@ def test_a_printed_plan():
     plan = net.plan(x)
     lines = str(plan).splitlines()
     assert [line.split()[:3] for line in lines[1:-1]] == [
-        [str(k), "AdditiveCoupling", "recomputed" if k < plan.first_kept else "stored"] for k in range(4)
+        [
+            str(k),
+            "AdditiveCoupling",
+            "stored" if k >= plan.first_kept else "output" if k in plan.outputs_kept else "recomputed",
+        ]
+        for k in range(4)
     ]
-    assert f"{plan.kept} of 4 blocks stored" in lines[-1]
+    assert 0 < len(plan.outputs_kept) < plan.first_kept < 4
+    assert f"{plan.kept} of 4 blocks and {len(plan.outputs_kept)} outputs stored" in lines[-1]
     for figure in (budget, plan.peak, plan.transient):
         assert size(figure) in lines[-1]
-    assert plan.time_ratio == pytest.approx(1 + sum(plan.seconds[: plan.first_kept]) / (3 * sum(plan.seconds)))
+    again = [1 - plan.costs[k].spared / plan.costs[k].work * (k in plan.outputs_kept) for k in range(plan.first_kept)]
+    again = sum(part * seconds for part, seconds in zip(again, plan.seconds, strict=False))
+    assert plan.time_ratio == pytest.approx(1 + again / (3 * sum(plan.seconds)))
     assert 1 < plan.time_ratio < 4 / 3
     for budget, ratio in (("min", 4 / 3), ("max", 1)):
         net.memory_budget = budget

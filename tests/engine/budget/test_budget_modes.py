@@ -61,8 +61,8 @@ def test_where_nothing_is_rebuilt_nothing_is_counted(measured):
     with torch.autograd.forward_ad.dual_level():
         net(torch.autograd.forward_ad.make_dual(x, x))
     assert_close([torch.export.export(net, (x,)).module()(x)], [y])
-    assert net._budget._in_use == 0
-    assert len(net._budget._known) == measured
+    assert net._keeper.in_use == 0
+    assert len(net._keeper._menus) == measured
 
 
 def test_anomaly_mode_autocast_and_double_backward():
@@ -72,7 +72,7 @@ def test_anomaly_mode_autocast_and_double_backward():
             assert_same_gradients(net, lambda: net(x), lambda: net.plain(x), [x])
     first, plain = (torch.autograd.grad(f(x).pow(3).sum(), x, create_graph=True)[0] for f in (net, net.plain))
     assert_close(*(torch.autograd.grad(g.square().sum(), [x, *net.parameters()]) for g in (first, plain)))
-    assert net._budget._in_use == 0
+    assert net._keeper.in_use == 0
     net.float()
     x = image(dtype=torch.float32).requires_grad_()
     for low in (False, True, False, True):
@@ -80,7 +80,7 @@ def test_anomaly_mode_autocast_and_double_backward():
             train(net, x)
     with torch.autocast("cpu", torch.bfloat16):
         y = net(x)
-    assert len(net._budget._known) == 3  # float64, float32, autocast
+    assert len(net._keeper._menus) == 3  # float64, float32, autocast
     y.sum().backward()
 
 
@@ -116,7 +116,7 @@ def test_two_threads_with_copies():
         thread.join()
     x = image().requires_grad_()
     assert_close(found, 2 * [10 * torch.autograd.grad(weighted(net.plain(x)), x)[0]])
-    assert [n._budget._in_use for n in nets] == [0, 0]
+    assert [n._keeper.in_use for n in nets] == [0, 0]
 
 
 def test_parametrizations():
@@ -157,4 +157,4 @@ def test_in_the_cells_of_a_recurrence():
     expected = torch.autograd.grad(weighted(run(net.plain_step)), [x, *wanted])
     for _ in range(2):
         assert_close(torch.autograd.grad(weighted(run(net.step)), [x, *wanted]), expected)
-    assert [cell.chain._budget._in_use for cell in net] == [0, 0]
+    assert [cell.chain._keeper.in_use for cell in net] == [0, 0]

@@ -25,7 +25,6 @@ from engine.nets import (
     peak,
 )
 from engine.slices import BATCH, Norms, batch, few_stacks, gradients_of, in_slices, per_sample, sliced
-from revflow.budget import Budget
 
 # Exact arithmetic
 
@@ -159,12 +158,6 @@ def test_the_peak_falls_with_the_number_of_slices(kind, count, streams):
 # With a memory budget
 
 
-@pytest.fixture
-def keep_from(monkeypatch):
-    """keep_from(k) makes every sequence with a budget keep its blocks from the number k on, once it has measured."""
-    return lambda k: monkeypatch.setattr(Budget, "_first_kept", lambda self, table, limit: k)
-
-
 @few_stacks
 def test_kept_blocks_run_whole_and_once(stack, keep_from):
     net, x, c = sliced(stack, 5), batch(), per_sample()
@@ -200,9 +193,9 @@ def test_a_first_step_measures_as_a_plan_does(make, guard):
     net = revflow.ReversibleSequence([make() for _ in range(3)], guard=guard, chunks=2, memory_budget="1GiB").double()
     x = image(4, 8, 12, 12).requires_grad_()
     net(x).sum().backward()
-    ((_, table),) = net._budget._known.values()
-    assert table.costs == net.plan(x).costs
-    assert all(cost.graph > 0 for cost in table.costs)
+    (measured,) = net._keeper._menus.values()
+    assert measured.menu.costs == net.plan(x).costs
+    assert all(cost.graph > 0 for cost in measured.menu.costs)
 
 
 def test_other_chunks_are_measured_anew():

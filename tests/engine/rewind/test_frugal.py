@@ -160,7 +160,7 @@ def test_a_partial_backward_and_then_a_whole_one(chain):
 
 
 @pytest.mark.parametrize("kept", [0, 1])
-def test_an_output_that_was_dropped_is_not_overwritten(monkeypatch, kept):
+def test_an_output_that_was_dropped_is_not_overwritten(monkeypatch, keep_from, kept):
     """A copy to the CPU may be under way on another CUDA stream. Where a block that is kept follows, it is no output."""
     asked = []
 
@@ -171,7 +171,7 @@ def test_an_output_that_was_dropped_is_not_overwritten(monkeypatch, kept):
     monkeypatch.setattr("revflow._rewind.conditioner.is_ours", asking)
     net, pair = of(*[additive_two() for _ in range(3)], memory_budget=2**40), streams()
     net.plan(pair)
-    net._budget._first_kept = lambda table, limit: 3 - kept
+    keep_from(3 - kept)
     edges = [edge_to(s) for s in net(pair)]
     torch.autograd.backward(edges, [torch.ones_like(s) for s in pair])
     assert asked == [kept == 1] * 2 + [True] * (4 - 2 * kept)

@@ -65,7 +65,8 @@ class DataSet:
             return found
         self.make(folder / "data")
         data = replace(found.base.data, root=folder / "data")
-        return replace(found, base=replace(found.base, data=data))
+        model = replace(found.base.model, memory_budget="min")  # type: ignore[call-arg]
+        return replace(found, base=replace(found.base, model=model, data=data))
 
 
 def make_cities(root: Path) -> None:

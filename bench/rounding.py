@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=output(".md"), help="Markdown file to write the table to")
     a = parser.parse_args()
     torch.set_num_threads(1)
-    config = replace(PRESETS[a.preset], static=())
+    config = replace(PRESETS[a.preset], static=(), memory_budget="min")
     frames = windows(a.data / DAY, config, a.size, STARTS[: a.windows])
     rows = [(name, f"{(x > 0).float().mean():.1%}", *compare(config, x)) for name, x in frames]
     title = "Rounding in CrevNet's gradients"

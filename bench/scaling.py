@@ -55,6 +55,7 @@ def main() -> None:
         static=(),
         past=2,
         horizon=1,
+        memory_budget="min",
     )
     cases = [("alone", 1), *((strategy, count) for strategy in STRATEGIES[1:] for count in arguments.processes)]
     table = markdown_table(HEADINGS, [(s, str(n), f"{peak(s, n, config):.2f}") for s, n in cases], ("strategy",))

@@ -14,6 +14,7 @@ import platform
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def main() -> None:
 
 
 def run(preset: str, data: Path, city: str, start: int, seed: int) -> str:
-    config = PRESETS[preset]
+    config = replace(PRESETS[preset], memory_budget="min")
     days = open_days(data, cities=[city])
     window = Windows(days[:1], config.window, starts=[start])[0]["frames"][None]
     roads = road_map(days)[None]

@@ -1,5 +1,6 @@
 """revflow: train deep networks without storing their activations."""
 
+from revflow._base.free_memory import free_memory as free_memory
 from revflow._guard.policy import ReconstructionError as ReconstructionError
 from revflow._guard.policy import ReconstructionWarning as ReconstructionWarning
 from revflow._replay.mode import is_recomputing as is_recomputing

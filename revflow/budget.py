@@ -26,6 +26,7 @@ class Budget:
     Args:
         memory: Memory for activations, as the `memory_budget` of a `ReversibleSequence`: bytes, a size such as "24GiB", a
             fraction of the device's free memory at the first call, "min" or "max".
+        warn: Whether to warn, once, if a training step exceeds the budget even though everything is recomputed.
 
     Raises:
         TypeError, ValueError: If `memory` is not a memory budget.
@@ -40,8 +41,8 @@ class Budget:
         2
     """
 
-    def __init__(self, memory: MemoryBudget) -> None:
-        self._keeper = Keeper(memory)
+    def __init__(self, memory: MemoryBudget, *, warn: bool = True) -> None:
+        self._keeper = Keeper(memory, warn)
 
     @property
     def memory(self) -> MemoryBudget:
@@ -120,6 +121,18 @@ class StepPlan:
     time_ratio: float
     """Expected time of the step relative to standard autograd, by count of operations."""
 
+    @property
+    def summary(self) -> str:
+        """The plan in one line, which is also the last line of the table."""
+        counts = [(call.stored, call.outputs_stored, call.units) for call in self.calls]
+        stored, outputs, units = map(sum, zip(*counts, strict=True))
+        names = " and ".join(dict.fromkeys(f"{c.unit}s" for c in self.calls))
+        more = f", and the outputs of {outputs} more," if outputs else ""
+        return (
+            f"{stored} of {units} {names}{more} stored with a budget of {size(self.budget)}: expected peak {size(self.peak)}, "
+            f"expected time {self.time_ratio:.2f}× standard autograd"
+        )
+
     def __str__(self) -> str:
         heading = ("call", "stored", "outputs stored", "recomputed", "memory", "time")
         rows: list[tuple[str, ...]] = [heading]
@@ -127,14 +140,7 @@ class StepPlan:
             recomputed = call.units - call.stored - call.outputs_stored
             counts = [str(n) for n in (call.stored, call.outputs_stored, recomputed)]
             rows.append((call.name, *counts, size(call.held), f"{call.share:.1%}"))
-        lines = _aligned(rows)
-        stored, units = sum(c.stored for c in self.calls), sum(c.units for c in self.calls)
-        names = " and ".join(dict.fromkeys(f"{c.unit}s" for c in self.calls))
-        lines.append(
-            f"{stored} of {units} {names} stored with a budget of {size(self.budget)}: expected peak {size(self.peak)}, "
-            f"expected time {self.time_ratio:.2f}× standard autograd"
-        )
-        return "\n".join(lines)
+        return "\n".join([*_aligned(rows), self.summary])
 
     __repr__ = __str__
 

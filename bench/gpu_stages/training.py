@@ -53,6 +53,8 @@ def settings(setup: Setup) -> RunSettings:
     """Those of the configuration file, for the synthetic city. A few windows of the day are for validation."""
     found = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     model = PRESETS["tiny"] if setup.toy else CrevNetConfig(**found.get("model", {}))
+    if isinstance(model, CrevNetConfig):
+        model = replace(model, memory_budget="min")
     data = DataSettings(
         **found["data"] | ({"batch_size": 2, "workers": 0} if setup.toy else {}),
         root=city(setup),

@@ -92,7 +92,7 @@ class Training:
 
     @property
     def config(self) -> CrevNetConfig:
-        config = replace(PRESETS[self.preset], states=SCHEDULES[self.schedule].states)
+        config = replace(PRESETS[self.preset], states=SCHEDULES[self.schedule].states, memory_budget="min")
         return replace(config, blocks=(self.blocks,) * len(config.blocks)) if self.blocks else config
 
     def parameters(self) -> int:

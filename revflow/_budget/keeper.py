@@ -79,7 +79,7 @@ class Learned(NamedTuple):
 class Keeper:
     """The memory budget of one module or of several, with the costs measured so far and the bytes in use."""
 
-    def __init__(self, given: MemoryBudget) -> None:
+    def __init__(self, given: MemoryBudget, warn: bool = True) -> None:
         self.given = given
         self._limit = parse(given)
         self._bytes = self._limit if isinstance(self._limit, int) else None
@@ -94,7 +94,7 @@ class Keeper:
         """Orders of which none begins with another one; None until an order is planned."""
         self._pending: dict[object, tuple[int, int]] = {}
         """The kind and the held bytes of each call whose graph has not been freed, in the order of the calls."""
-        self._warned = False
+        self._warned = not warn
 
     def __getstate__(self) -> dict[str, object]:
         # A copy of the modules has no graphs, and its calls have not been measured.

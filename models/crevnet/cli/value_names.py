@@ -13,6 +13,8 @@ _ROOM = 26
 
 def value_name(option: str, hint: Any) -> str:
     """The name of an option's value: `N` for a whole number, `[NAME,...]` for a list of names, or a few short choices."""
+    if set(_alternatives(hint)) == {int, float, str}:
+        return "SIZE"  # bytes, a share, or a number with a unit
     choices = _choices(hint)
     others = [_kind(option, kind) for kind in _alternatives(hint) if get_origin(kind) is not Literal]
     written = "|".join([*choices, *others])

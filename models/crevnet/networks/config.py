@@ -13,6 +13,8 @@ ModelName = Literal["crevnet", "convlstm", "predrnn", "predrnnpp", "vpn", "predn
 """Every model: CrevNet, and each baseline by the name of its file in `baselines/`."""
 States = Literal["kept", "bfloat16", "offloaded"] | int
 """revflow.States, here without PyTorch, whose import takes seconds: the command line has options for these settings."""
+MemoryBudget = int | float | str
+"""The memory for activations: "auto", or a memory budget of revflow."""
 Cell = Literal["st-lstm", "convlstm"]
 Attention = Literal["deep", "pointwise"]
 Loss = Literal["all", "future", "padded"] | int
@@ -100,6 +102,23 @@ def check_at_least_one(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, not {value}")
 
 
+def check_memory_budget(value: MemoryBudget) -> None:
+    """Raise ValueError unless `value` is "auto" or a memory budget of revflow."""
+    if value in ("auto", "min", "max"):
+        return
+    import revflow
+
+    try:
+        revflow.Budget(value)
+    except (TypeError, ValueError) as error:
+        if value is None or value in ("none", "all"):  # names of earlier versions, for which the error has the new ones
+            raise ValueError(str(error)) from error
+        raise ValueError(
+            'memory_budget must be "auto", "min", "max", a whole number of bytes, a size such as "24GiB", or a share of the '
+            f"free memory such as 0.5; got {value!r}"
+        ) from error
+
+
 @dataclass(frozen=True)
 class CrevNetConfig(ModelConfig):
     """The configuration of CrevNet. For `channels`, `static`, `past` and `horizon`, see `ModelConfig`.
@@ -121,6 +140,10 @@ class CrevNetConfig(ModelConfig):
         states: storage method for the states h, c and m until the backward pass (revflow.ReversibleRecurrence): `kept`
             (unchanged), `bfloat16` (rounded, half the memory), `offloaded` (in CPU memory), or an integer n (every n-th time
             step is stored and the others are recomputed).
+        memory_budget: memory for activations. As many as fit are stored, and the others are recomputed. "auto": a share of the
+            memory that is free when training starts. "min": all activations are recomputed. "max": all are stored. Otherwise a
+            number of bytes, a size such as "24GiB", or a share of the free memory such as 0.5. It changes the time and the
+            memory of a training step, but not the function that the network computes.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1, 1), strides=(1, 2), modules=2)
@@ -143,6 +166,7 @@ class CrevNetConfig(ModelConfig):
     clip: int = 1
     exact_bits: int | None = None
     states: States = "kept"
+    memory_budget: MemoryBudget = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,6 +191,7 @@ class CrevNetConfig(ModelConfig):
         named, is_number = ("kept", "bfloat16", "offloaded"), type(self.states) is int and self.states >= 1
         if not is_number and self.states not in named:
             raise ValueError(f"states must be {', '.join(named)}, or a number of at least 1, not {self.states!r}")
+        check_memory_budget(self.memory_budget)
 
     @property
     def grid(self) -> revflow.Grid | None:

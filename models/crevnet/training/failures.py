@@ -120,7 +120,9 @@ def _lack(error: BaseException, settings: RunSettings) -> str | None:
     if memory is not None:
         states = ""
         if isinstance(settings.model, CrevNetConfig):
-            states = f"store fewer states (--model.states 3 or offloaded; it is {settings.model.states}), "
+            budget = settings.model.memory_budget
+            fewer = "" if budget == "min" else f"store fewer activations (--model.memory_budget min; it is {budget}), "
+            states = f"{fewer}store fewer states (--model.states 3 or offloaded; it is {settings.model.states}), "
         return (
             f"{memory}: lower --data.batch_size (it is {settings.data.batch_size}), {states}or train in --training.precision "
             f"16-mixed (it is {settings.training.precision})"

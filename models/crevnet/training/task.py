@@ -12,7 +12,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from crevnet.data.files.layout_2019 import TRAFFIC4CAST_2019
 from crevnet.data.files.layouts import Layout
-from crevnet.networks.config import ModelConfig
+from crevnet.networks.config import Loss, ModelConfig
+from crevnet.networks.crevnet.network import CrevNet
 from crevnet.networks.models import make_network
 from crevnet.training.failures import DivergedError
 from crevnet.training.scheduled_sampling import fed_frames
@@ -38,12 +39,11 @@ class VideoModelTask(lightning.LightningModule):
         """Under FSDP, shard the parameters. The network is one unit, because the engine calls its submodules directly."""
         if self.device_mesh is not None and not isinstance(self.network, FSDPModule):
             fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
-            for method in ("loss", "scores", "generate"):
+            for method in ("loss", "scores", "generate", *(["plan"] if isinstance(self.network, CrevNet) else [])):
                 register_fsdp_forward_method(self.network, method)
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
-        fed = self._fed(batch["frames"])
-        own = self.network.loss(batch["frames"], self._static(batch), self.training_settings.loss, fed)
+        own = self.network.loss(batch["frames"], self._static(batch), *self.loss_options(batch["frames"]))
         loss: Tensor = own * batch["part"].share
         mean = self.trainer.strategy.reduce(loss.detach().clone())  # so that all processes raise together
         if not torch.isfinite(mean):  # GradScaler handles infinite gradients of a finite loss
@@ -67,6 +67,10 @@ class VideoModelTask(lightning.LightningModule):
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         super().optimizer_step(*arguments, **options)
         self.zero_grad()  # otherwise Lightning would hold them through the next forward pass
+
+    def loss_options(self, frames: Tensor) -> tuple[Loss, list[bool] | None]:
+        """`over` and `fed` of the network's loss in the next step."""
+        return self.training_settings.loss, self._fed(frames)
 
     def _fed(self, frames: Tensor) -> list[bool] | None:
         """For each future frame but the last, whether the true frame is an input; None means all."""

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -32,6 +32,7 @@ from crevnet.networks.video_model import VideoModel
 from crevnet.training.checkpoint_reading import checkpoint_path, load_network, resumable_steps
 from crevnet.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from crevnet.training.failures import explained
+from crevnet.training.memory_plan import MemoryPlan
 from crevnet.training.monitoring import ValidationPicture
 from crevnet.training.recipe_folders import is_recipe
 from crevnet.training.settings import RunSettings, TrainingSettings, load_settings
@@ -47,22 +48,26 @@ class _ProgressBar(RichProgressBar if find_spec("rich") else TQDMProgressBar):  
         return metrics
 
 
-def train(settings: RunSettings, folder: Path, resume: bool = False) -> float:
+Report = Callable[[str], object]
+"""Takes a line of output."""
+
+
+def train(settings: RunSettings, folder: Path, resume: bool = False, report: Report = lambda line: None) -> float:
     """Train, and write config.yaml, checkpoints and TensorBoard logs to `folder`. Returns the best validation score.
 
-    With `resume`, training continues from last.ckpt. Raises DataError for unusable data or folders, SettingsError if another
-    process trains in `folder`, and TrainingError if training fails.
+    With `resume`, training continues from last.ckpt. `report` takes the line that describes the memory plan. Raises DataError for
+    unusable data or folders, SettingsError if another process trains in `folder`, and TrainingError if training fails.
     """
     _check_folder(folder, resume)
     training, last = settings.training, checkpoint_path(folder, "last")
     lightning.seed_everything(training.seed, workers=True, verbose=False)
     data = CityData(settings.data, settings.model, training.seed)
-    steps = resumable_steps(folder, settings.model) if resume else 0
-    start = None if resume else _start(settings)
+    steps, start = (resumable_steps(folder, settings.model), None) if resume else (0, _start(settings))
     batches, validation_batches = data.training_batches(), data.validation_batches()
     follows_from = _order(settings, batches), _scored(settings), data.identity
     checkpoints = Checkpoints(folder, training.checkpoint_minutes, *follows_from)
-    trainer = _trainer_here(training, folder, [checkpoints, ValidationPicture(data, settings)], steps)
+    others = _memory_plan(settings, data, report), ValidationPicture(data, settings)
+    trainer = _trainer_here(training, folder, [checkpoints, *others], steps)
     with ExitStack() as held:
         if trainer.is_global_zero:
             held.enter_context(only_process(folder))
@@ -178,6 +183,12 @@ def _strategy(training: TrainingSettings, processes: int) -> Strategy | Literal[
     if training.strategy == "ddp" or processes > 1:
         return DDPStrategy(gradient_as_bucket_view=True)  # otherwise gradients would be stored twice
     return "auto"
+
+
+def _memory_plan(settings: RunSettings, data: CityData, report: Report) -> MemoryPlan:
+    _, height, width, channels = data.training_days[0].shape
+    windows = settings.data.batch_size, settings.model.window, channels, height, width
+    return MemoryPlan(windows, launched(settings.training.devices, settings.training.nodes)[0], report)
 
 
 def _order(settings: RunSettings, batches: WindowLoader) -> dict[str, Any]:

@@ -78,6 +78,10 @@ def assert_same_run(found, expected):
         checkpoints = [checkpoint(folder, which) for folder in (found, expected)]
         for found_data in (c.pop("data") for c in checkpoints):
             assert found_data  # of copies of the same files, with other dates
+        for plan in (c.pop("memory", None) for c in checkpoints):
+            assert (plan is None) == (
+                "autoencoder" not in "".join(checkpoints[0]["state_dict"])
+            )  # of that moment's free memory
         for loops in (c["loops"]["fit_loop"] for c in checkpoints):
             loops.pop("state_dict")  # the loader's place and the validation's total, both of the epoch that is over
             loops.pop("epoch_loop.val_loop.batch_progress")
@@ -259,9 +263,9 @@ def test_workers_that_are_killed(everybody, child, short, whole, tmp_path):
 # --- interrupted again and again, in this process
 
 
-def interrupt(monkeypatch, name, number):
+def interrupt(monkeypatch, name, number, owner=CrevNet):
     """Let the `number`-th call from now on of a method of CrevNet fail."""
-    function, calls = getattr(CrevNet, name), []
+    function, calls = getattr(owner, name), []
 
     def failing(*arguments, **options):
         calls.append(1)
@@ -269,7 +273,7 @@ def interrupt(monkeypatch, name, number):
             raise DataError("a file is damaged")
         return function(*arguments, **options)
 
-    monkeypatch.setattr(CrevNet, name, failing)
+    monkeypatch.setattr(owner, name, failing)
 
 
 def go_on_until_done(settings, folder, monkeypatch, failures):

@@ -22,7 +22,7 @@ def add_options(parser: CommandParser) -> None:
     )
     add_sections(parser, run_defaults(parser))
     add_model_name(parser)
-    parser.list_in_help(*COMMON, "training.max_minutes", "training.start", "training.devices")
+    parser.list_in_help(*COMMON, "model.memory_budget", "training.max_minutes", "training.start", "training.devices")
 
 
 def run(options: Any) -> None:
@@ -33,7 +33,7 @@ def run(options: Any) -> None:
     folder = options.resume or options.out
     last = checkpoint_path(folder, "last")
     before = last.stat().st_mtime_ns if last.is_file() else None
-    best = train(settings, folder, options.resume is not None)
+    best = train(settings, folder, options.resume is not None, console.print)
     if last.stat().st_mtime_ns == before:
         limit = "" if settings.training.max_minutes is None else " or --training.max_minutes"
         console.print(

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import revflow
 from crevnet.networks.config import CrevNetConfig, Feedback, Loss
 from crevnet.networks.convolution import channels_last
 from crevnet.networks.crevnet.autoencoder import Latent, TwoWayAutoencoder
+from crevnet.networks.crevnet.free_share import amount, budget_of, is_amount
 from crevnet.networks.crevnet.predictor import Predictor, PredictorState
 from crevnet.networks.shapes import cropped, mean_squared_error, padded, with_static
 from crevnet.networks.video_model import Model, VideoModel
@@ -26,9 +28,11 @@ class CrevNet(VideoModel[CrevNetConfig]):
     """The CrevNet network, which predicts the next frames of a video. Frames may have any size.
 
     `forward` returns the one-step predictions from which the training loss is computed. `loss` returns the training loss, and
-    `generate` returns the frames that follow the past frames. For each time step, only the latent, the predicted frame and the
-    predictor's states are stored during training. The backward pass recomputes all other activations of the autoencoder and the
-    predictor.
+    `generate` returns the frames that follow the past frames.
+
+    The autoencoder and the predictor share a memory budget, `budget`. During training, the latent, the predicted frame and the
+    predictor's states are stored for each time step. So are other activations as far as they fit in the budget. The backward pass
+    recomputes the rest. For `memory_budget="auto"` and for shares, the amount is determined before the first training call.
 
     Examples:
         >>> config = crevnet.CrevNetConfig(channels=1, static=(), blocks=(1,), strides=(2,), modules=2)
@@ -44,6 +48,14 @@ class CrevNet(VideoModel[CrevNetConfig]):
         self.channels_last = channels_last(config.clip)
         self.autoencoder = TwoWayAutoencoder(config)
         self.predictor = Predictor(config)
+        determined = is_amount(config.memory_budget)
+        self.use_budget(revflow.Budget(config.memory_budget if determined else "min"))
+        self._is_determined = determined
+
+    def use_budget(self, budget: revflow.Budget) -> None:
+        """Limit the activations of the autoencoder and the predictor together by `budget`, instead of the configuration's."""
+        self.budget = self.autoencoder.blocks.memory_budget = self.predictor.stack.memory_budget = budget
+        self._is_determined = True
 
     def forward(self, frames: Tensor, static: Tensor | None = None) -> Tensor:
         """Return the one-step predictions. Entry t is the prediction of frame t + K, computed from the true frames before it.
@@ -77,21 +89,19 @@ class CrevNet(VideoModel[CrevNetConfig]):
             fed: for each future frame except the last, whether the true frame is encoded as the input to the next time step. If
                 an entry is false, the predicted latent is used instead, as in `generate`. By default, all entries are true.
         """
-        clip = self.config.clip
-        self._check(frames, static, at_least=clip + 1)
-        chosen = self._chosen(over, frames.shape[1] - clip)
-        true = self._truly_fed(frames.shape[1], fed)[clip - 1 :]  # by the last frame of each clip
-        # Accumulated per step: a stack of all predictions, its gradient and a padded window would each take a frame per step.
-        errors = []
-        for t, latent in enumerate(self._latents(frames, static, true[: chosen.stop])):
-            if t in chosen:
-                prediction, truth = self._decode(latent), frames[:, t + 1 : t + 1 + clip]
-                if over == "padded":
-                    truth = self._pad(truth, static)
-                else:
-                    prediction = self._crop(prediction, frames)
-                errors.append(mean_squared_error(prediction, truth))
-        return torch.stack(errors).mean()
+        return self._mean_error(frames, static, over, fed)
+
+    def plan(
+        self, frames: Tensor, static: Tensor | None = None, over: Loss = "all", fed: Sequence[bool] | None = None
+    ) -> revflow.StepPlan | None:
+        """Plan the memory of training steps with such a `loss`, and return the plan, so that the first step follows it.
+
+        The forward pass of one training step measures the memory of all activations. The values of `frames` and `static` do not
+        matter. The result is None for the budgets "min" and "max", which need no plan. For the arguments, see `loss`.
+        """
+        with torch.enable_grad():
+            self._mean_error(frames, static, over, fed)
+        return self.budget.plan
 
     @torch.no_grad()
     def generate(
@@ -135,6 +145,7 @@ class CrevNet(VideoModel[CrevNetConfig]):
         The input `frame` and the prediction have the same shape: (B, Ci, Hp, Wp), or (B, K, Ci, Hp, Wp) if K is greater than 1.
         In exact arithmetic, the new state also contains the residuals that `recover` requires.
         """
+        self._determine_budget()
         latent = self.autoencoder.encode(frame)
         state = self.predictor.initial_state(latent) if state is None else state
         latent, state = self.predictor(latent, state, keep_residuals=self.config.grid is not None)
@@ -175,6 +186,29 @@ class CrevNet(VideoModel[CrevNetConfig]):
         self.autoencoder.blocks.compile_conditioners(**options)
         self.predictor.stack.compile_cells(**options)
 
+    def _mean_error(self, frames: Tensor, static: Tensor | None, over: Loss, fed: Sequence[bool] | None) -> Tensor:
+        """The mean squared error over the chosen predictions, as a graph."""
+        clip = self.config.clip
+        self._check(frames, static, at_least=clip + 1)
+        chosen = self._chosen(over, frames.shape[1] - clip)
+        true = self._truly_fed(frames.shape[1], fed)[clip - 1 :]  # by the last frame of each clip
+        # Accumulated per step: a stack of all predictions, its gradient and a padded window would each take a frame per step.
+        errors = []
+        for t, latent in enumerate(self._latents(frames, static, true[: chosen.stop])):
+            if t in chosen:
+                prediction, truth = self._decode(latent), frames[:, t + 1 : t + 1 + clip]
+                if over == "padded":
+                    truth = self._pad(truth, static)
+                else:
+                    prediction = self._crop(prediction, frames)
+                errors.append(mean_squared_error(prediction, truth))
+        return torch.stack(errors).mean()
+
+    def _determine_budget(self) -> None:
+        """Before the first training call, replace a share of the free memory by its bytes."""
+        if not self._is_determined and torch.is_grad_enabled():
+            self.use_budget(budget_of(self.config.memory_budget, amount(self.config.memory_budget, self.parameters())))
+
     def _latents(self, frames: Tensor, static: Tensor | None, fed: Sequence[bool]) -> Iterator[Latent]:
         """The predicted latent of the clip after each clip in `frames` (B, T, C, H, W).
 
@@ -195,6 +229,7 @@ class CrevNet(VideoModel[CrevNetConfig]):
 
     def _encode(self, clip: Tensor, static: Tensor | None) -> Latent:
         """The latent of a clip (B, K, C, H, W)."""
+        self._determine_budget()
         return self.autoencoder.encode(self._pad(clip, static).squeeze(1))
 
     def _decode(self, latent: Latent) -> Tensor:

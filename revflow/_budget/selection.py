@@ -27,18 +27,25 @@ class Selection(NamedTuple):
 
 
 def planned(menus: Sequence[Menu], available: int) -> Selection:
-    """The plan that saves the most work within the available bytes; the one that recomputes everything if none fits."""
+    """The plan that saves the most work within the available bytes; if none fits, the one of the lowest peak.
+
+    That one recomputes everything, unless storing takes less: very few blocks may need more memory to be inverted.
+    """
     carried = max(menu.carried for menu in menus)
-    least, last = _least(menus), menus[-1]
+    last = menus[-1]
     peaks = [option.peak for option in last.by_peak]
-    found = [least] if least.peak <= available else []
+    lowest, found = _least(menus), []
+    if lowest.peak <= available:
+        found.append(lowest)
     for options, peak, held, spared in _states(menus[:-1]):
         number = bisect_right(peaks, available - carried - held) - 1
-        if carried + peak <= available and number >= 0:
-            option = last.by_peak[number]
-            total = carried + max(peak, held + option.peak)
-            found.append(Selection((*options, option), total, spared + option.spared))
-    return max(found, key=lambda plan: (plan.spared, -plan.peak), default=least)
+        option = last.by_peak[max(number, 0)]
+        plan = Selection((*options, option), carried + max(peak, held + option.peak), spared + option.spared)
+        if plan.peak <= available:
+            found.append(plan)
+        elif plan.peak < lowest.peak:
+            lowest = plan
+    return max(found, key=lambda plan: (plan.spared, -plan.peak), default=lowest)
 
 
 def _least(menus: Sequence[Menu]) -> Selection:

@@ -29,6 +29,7 @@ def random_cost(choose, k):
         made=choose.choice([0, streams // 2, streams]),
         inputs=streams,
         outputs=streams,
+        unsaved=choose.choice([0, streams]),
         anchors=choose.choice([0, 0, streams]),
         transient=choose.choice([0, graph // 2, graph]) + gradient,
         gradient=gradient,
@@ -68,11 +69,9 @@ def test_plans_of_random_costs(seed):
         assert plan.peak == peak_by_hand(plan.options, max(menu.carried for menu in menus))
         assert plan.spared == sum(option.spared for option in plan.options)
         if plan.peak > budget:
-            assert plan.options == least
-        elif before is not None:
-            assert before.peak <= plan.peak
-        assert before is None or before.spared <= plan.spared
-        before = plan if plan.peak <= budget else None
+            assert plan.options == least or plan.peak < peak_by_hand(least, max(menu.carried for menu in menus))
+        assert before is None or (before.peak <= plan.peak and before.spared <= plan.spared)
+        before = plan
         for menu, option in zip(menus, plan.options, strict=True):
             assert option in (menu.least, *menu.by_peak, *menu.by_held)
 
@@ -87,9 +86,8 @@ def test_no_other_choice_of_one_call_is_better(seed):
     for budget in range(0, 1500, 37):
         best = max((option.spared for option in options if option.peak <= budget), default=0)
         found = planned([menu], budget)
-        assert found.spared <= best
         # Sets are compared in the order of what their outputs save per byte, which comes close.
-        assert found.peak > budget or found.spared >= best - max(cost.spared for cost in menu.costs)
+        assert found.peak > budget or best - max(cost.spared for cost in menu.costs) <= found.spared <= best
 
 
 # Of real networks

@@ -110,6 +110,14 @@ class StepPlan:
     """The plan of a training step under a shared `Budget`.
 
     `print(plan)` prints a table.
+
+    Examples:
+        >>> budget = revflow.Budget("1GiB")
+        >>> blocks = [revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)]
+        >>> net = revflow.ReversibleSequence(blocks, memory_budget=budget)
+        >>> net(torch.randn(2, 8)).sum().backward()  # measures
+        >>> budget.plan.calls[0].stored, budget.plan.time_ratio
+        (8, 1.0)
     """
 
     budget: int

@@ -473,7 +473,8 @@ def test_a_printed_plan():
     assert len({len(line) for line in (heading, *calls)}) == 1  # columns of numbers end in line
     assert max(map(len, (heading, *calls))) <= 80
     assert sum(call.share for call in plan.calls) == pytest.approx(1)
-    total = sum(call.stored for call in plan.calls)
-    assert last.startswith(f"{total} of 12 blocks and cells stored with a budget of {size(budget.memory)}: ")
+    total, outputs = sum(call.stored for call in plan.calls), sum(call.outputs_stored for call in plan.calls)
+    more = f", and the outputs of {outputs} more," if outputs else ""
+    assert last.startswith(f"{total} of 12 blocks and cells{more} stored with a budget of {size(budget.memory)}: ")
     assert f"peak {size(plan.peak)}, expected time {plan.time_ratio:.2f}× standard autograd" in last
     assert 1 < plan.time_ratio < 4 / 3

@@ -158,7 +158,7 @@ def training(net, x):
     return step
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 @pytest.mark.filterwarnings("ignore:memory_budget")
 def test_tracked_peaks_of_random_networks(seed):
     """They follow the plan up to the temporary memory that recomputes one block or time step, which a plan only estimates."""
@@ -175,7 +175,7 @@ def test_tracked_peaks_of_random_networks(seed):
     limited(budget, 0)
     least, near = budget.plan, transient_of(budget) + own
     highest, before, tracked = 0, None, []
-    for share in (0.9, 1.0, 1.1, 1.3, 1.6, 2.0, 3.0, 100.0):
+    for share in (0.9, 1.0, 1.2, 1.6, 2.5, 100.0):
         limit = int(share * least.peak)
         limited(budget, limit)
         plan = budget.plan

@@ -129,6 +129,8 @@ def test_a_budget_below_the_need_behaves_as_min():
             warnings.simplefilter("always")
             for _ in range(3):
                 step()
+            for _ in range(2):  # another order of calls is too large as well
+                torch.cat(twice(net, x), 1).sum().backward()
         messages = [str(w.message) for w in found if "too small" in str(w.message)]
         assert len(messages) == (budget != "min")
         assert all("(Shown once per budget.)" in message for message in messages)
@@ -198,7 +200,7 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.2, 0.7])
 @pytest.mark.parametrize("programs", PROGRAMS.values(), ids=PROGRAMS)
 @pytest.mark.filterwarnings("ignore:memory_budget")
 def test_other_orders(programs, share):

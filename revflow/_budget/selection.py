@@ -27,25 +27,24 @@ class Selection(NamedTuple):
 
 
 def planned(menus: Sequence[Menu], available: int) -> Selection:
-    """The plan that saves the most work within the available bytes; if none fits, the one of the lowest peak.
+    """The plan that saves the most work within the available bytes; the one that recomputes everything if none fits.
 
-    That one recomputes everything, unless storing takes less: very few blocks may need more memory to be inverted.
+    No plan is expected to take less than recomputing everything. Storing a very short sequence may take less than inverting it,
+    but then the peak would rise as soon as the budget falls below the need.
     """
     carried = max(menu.carried for menu in menus)
-    last = menus[-1]
+    least, last = _least(menus), menus[-1]
+    if available < least.peak:
+        return least
     peaks = [option.peak for option in last.by_peak]
-    lowest, found = _least(menus), []
-    if lowest.peak <= available:
-        found.append(lowest)
+    found = [least]
     for options, peak, held, spared in _states(menus[:-1]):
         number = bisect_right(peaks, available - carried - held) - 1
-        option = last.by_peak[max(number, 0)]
-        plan = Selection((*options, option), carried + max(peak, held + option.peak), spared + option.spared)
-        if plan.peak <= available:
-            found.append(plan)
-        elif plan.peak < lowest.peak:
-            lowest = plan
-    return max(found, key=lambda plan: (plan.spared, -plan.peak), default=lowest)
+        if carried + peak <= available and number >= 0:
+            option = last.by_peak[number]
+            total = max(carried + peak, carried + held + option.peak, least.peak)
+            found.append(Selection((*options, option), total, spared + option.spared))
+    return max(found, key=lambda plan: (plan.spared, -plan.peak))
 
 
 def _least(menus: Sequence[Menu]) -> Selection:

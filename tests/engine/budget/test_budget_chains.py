@@ -110,7 +110,7 @@ def test_no_chain_takes_more_than_it_was_given(seed):
         plan, found = net.plan(x), peak_of(net, x, seeds)
         assert plan.peak <= max(budget, least)
         assert max(measuring, found) <= max(budget, least) + plan.transient + own, (share, plan.kept)
-    assert plan.kept == len(net)
+    assert plan.kept == len(net) or most < least  # below the need everything is recomputed
 
 
 class Middle(nn.Module):

@@ -62,14 +62,16 @@ def test_plans_of_random_costs(seed):
     menus = [choose.choice(kinds) for _ in range(choose.choice([1, 2, 5, 12]))]
     everything, least = planned(menus, HUGE), tuple(menu.least for menu in menus)
     assert everything.spared == sum(menu.most.spared for menu in menus)
+    carried = max(menu.carried for menu in menus)
     top = int(1.1 * max(everything.peak, peak_by_hand(least, 0)))
     before = None
     for budget in sorted(choose.randint(0, top) for _ in range(200)):
         plan = planned(menus, budget)
-        assert plan.peak == peak_by_hand(plan.options, max(menu.carried for menu in menus))
+        need = peak_by_hand(least, carried)
+        assert plan.peak == max(peak_by_hand(plan.options, carried), need)
         assert plan.spared == sum(option.spared for option in plan.options)
         if plan.peak > budget:
-            assert plan.options == least or plan.peak < peak_by_hand(least, max(menu.carried for menu in menus))
+            assert plan.options == least and budget < need
         assert before is None or (before.peak <= plan.peak and before.spared <= plan.spared)
         before = plan
         for menu, option in zip(menus, plan.options, strict=True):
@@ -84,7 +86,8 @@ def test_no_other_choice_of_one_call_is_better(seed):
     sets = [frozenset(k for k in range(5) if bits >> k & 1) for bits in range(32)]
     options = [menu.option(Choice(k, chosen)) for k in range(6) for chosen in sets if all(c < k for c in chosen)]
     for budget in range(0, 1500, 37):
-        best = max((option.spared for option in options if option.peak <= budget), default=0)
+        fit = [option.spared for option in options if option.peak <= budget and menu.least.peak <= budget]
+        best = max(fit, default=0)
         found = planned([menu], budget)
         # Sets are compared in the order of what their outputs save per byte, which comes close.
         assert found.peak > budget or best - max(cost.spared for cost in menu.costs) <= found.spared <= best

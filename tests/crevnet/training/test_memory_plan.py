@@ -157,6 +157,21 @@ def test_copies_share_a_budget_among_their_own_parts():
     assert other.budget is not model.budget and other.budget.plan is None
 
 
+def test_compiled_cells_stay_compiled():
+    """The measurement runs no mode under which PyTorch would refuse to compile them from then on."""
+    graphs = []
+    frames, roads = window(SMALL)
+    model, compiled = with_budget("auto"), with_budget("auto")
+    compiled.compile_parts(backend=lambda module, inputs: graphs.append(module.code) or module)
+    for _ in range(2):
+        expected = gradients(model, lambda: model.loss(frames, roads))
+        found = gradients(compiled, lambda: compiled.loss(frames, roads))
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-7, atol=1e-10, msg=name)
+    torch.compiler.reset()
+    assert {("sigmoid" in c, "group_norm" in c) for c in graphs} == {(True, False), (True, True), (False, True)}
+
+
 @pytest.mark.parametrize("value", [None, "none", "all", "12XB", -5, 1.5, True, "", []])
 def test_other_budgets_are_refused(value):
     former = value is None or value in ("none", "all")

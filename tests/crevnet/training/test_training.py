@@ -298,7 +298,8 @@ class Graphs(list):
 def test_compiled_network_has_the_same_gradients_keys_and_forecasts(settings, window, cell, fresh_compiler):
     frames, roads = (x.double() for x in window)
     torch.manual_seed(0)
-    network = CrevNet(replace(settings.model, cell=cell, blocks=(1,), strides=(1,))).double()
+    model = replace(settings.model, cell=cell, blocks=(1,), strides=(1,), memory_budget="min")
+    network = CrevNet(model).double()
     compiled, graphs = copy.deepcopy(network), Graphs()
     compiled.compile_parts(backend=graphs)
     assert list(compiled.state_dict()) == list(network.state_dict())
@@ -327,6 +328,7 @@ def test_compiled_network_has_the_same_gradients_keys_and_forecasts(settings, wi
 
 
 def test_runs_go_on_compiled_and_uncompiled(one_window, window, tmp_path, monkeypatch, fresh_compiler):
+    one_window = replace(one_window, model=replace(one_window.model, memory_budget="min"))
     graphs = Graphs()
     monkeypatch.setattr(CrevNet, "compile_parts", partialmethod(CrevNet.compile_parts, backend=graphs))
     counts = []

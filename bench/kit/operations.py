@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-aten = torch.ops.aten
-COUNTED = {"convolution": aten.convolution, "mm": aten.mm, "addmm": aten.addmm, "bmm": aten.bmm}
+PRODUCTS = "mm", "addmm", "bmm"
 
 
 class Operations(NamedTuple):
@@ -27,14 +26,26 @@ class Operations(NamedTuple):
 
 def counted(step: Callable[[], object]) -> Operations:
     """The operations that `step` runs. Compiled code must not be part of it."""
-    calls: Counter[str] = Counter()
-
-    def call(name: str, *shapes: Any, **options: Any) -> int:
-        calls[name] += 1
-        return 0
-
-    formulas = {packet: partial(call, name) for name, packet in COUNTED.items()}
-    with FlopCounterMode(display=False) as total, FlopCounterMode(display=False, custom_mapping=formulas):
+    with _Counter() as counter:
         step()
-    products = calls["mm"] + calls["addmm"] + calls["bmm"]
-    return Operations(calls["convolution"], products, total.get_total_flops())
+    calls = counter.calls
+    return Operations(calls["convolution"], sum(calls[name] for name in PRODUCTS), counter.flops)
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operators. PyTorch's FlopCounterMode also registers module hooks, under which some libraries fail."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: Counter[str] = Counter()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        namespace, _, name = func.name().partition("::")
+        name = name.partition(".")[0]
+        self.calls[name] += 1
+        formula = flop_registry.get(getattr(getattr(torch.ops, namespace), name))
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result

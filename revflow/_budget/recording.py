@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from revflow._base.streams import Tensors
-from revflow._budget.work import Work
+from revflow._budget.work import OPERATIONS_PER_BYTE, Work
 from revflow._replay.mode import ordinary_autograd
 
 
@@ -32,6 +32,8 @@ class Recording:
         """Whether an evaluation differentiates something itself, and so reads saved tensors."""
         self._known, self._is_compiled, self._counter = frozenset(known), is_compiled, Work()
         self._saved: dict[int, int] = {}
+        self._bytes = 0
+        """Of all storages that the graph has saved."""
         self._held: list[list[Tensor]] = []
         """The tensors that the graph holds, each in a list that can be emptied."""
         self._counted: list[StorageWeakRef] = []
@@ -39,14 +41,14 @@ class Recording:
 
     @property
     def work(self) -> int:
-        """The work so far."""
-        return self._counter.total
+        """The work so far; for compiled code, whose operations are not counted, an estimate from the bytes that it saves."""
+        return OPERATIONS_PER_BYTE * self._bytes if self._is_compiled else self._counter.total
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """A context in which evaluations are recorded."""
         # In the second evaluation of a conditioner, a sequence inside it stores everything. So it must here.
-        # The mode that counts would make dynamo compile a block once more.
+        # The mode that counts would make dynamo compile a module once more, or never compile it.
         counter = nullcontext() if self._is_compiled else self._counter
         with ordinary_autograd(), torch.enable_grad(), saved_tensors_hooks(self._pack, self._unpack), counter:
             yield
@@ -70,13 +72,14 @@ class Recording:
         return saved
 
     def _pack(self, tensor: Tensor) -> list[Tensor]:
-        self.at_last_save = self.work
         for key, size in storages([tensor]).items():
             if key in self._known:
                 self.known_saved.add(key)
             else:
+                self._bytes += 0 if key in self._saved else size
                 self._saved[key] = size
             self._counted.append(StorageWeakRef(tensor.untyped_storage()))
+        self.at_last_save = self.work
         self._held.append([tensor.detach()])  # An alias, because the tensor itself may refer to the graph.
         return self._held[-1]
 

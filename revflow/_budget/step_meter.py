@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import chain
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from revflow._base.streams import CellValues
+from revflow._base.torch_private import is_compiled
 from revflow._budget.recording import Recording, storages, without_graph
 from revflow._budget.step_costs import CellCost
 
@@ -23,11 +24,11 @@ class StepMeter:
         self._update = 0
         self._recording: Recording | None = None
 
-    def first(self, evaluate: Callable[[], CellValues], given: CellValues) -> CellValues:
-        """The result of `evaluate`, a cell's evaluation, which is measured."""
+    def first(self, evaluate: Callable[[], CellValues], given: CellValues, cell: nn.Module) -> CellValues:
+        """The result of `evaluate`, an evaluation of the cell, which is measured."""
         taken = tuple(chain(*given))
         before = storages(taken)
-        recording = self._recording = Recording(self._given | before.keys())
+        recording = self._recording = Recording(self._given | before.keys(), is_compiled(cell))
         with recording.running():
             made = evaluate()
         saved = recording.section()

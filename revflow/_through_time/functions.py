@@ -97,7 +97,7 @@ class _Update(torch.autograd.Function):
         ctx.save_for_backward(*tensors[len(inputs) :])
         first = partial(cell.first, step, given, context)
         with step.watch.remember(f"cell {k}", cell.update):
-            return tuple(chain(*(first() if step.meter is None else step.meter.first(first, given))))
+            return tuple(chain(*(first() if step.meter is None else step.meter.first(first, given, cell.module))))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:

@@ -97,6 +97,15 @@ class SharedBatchSampler(BatchSampler):
         return Part(len(range(rank, windows, processes)) * processes / windows, windows)
 
     @property
+    def sizes(self) -> list[int]:
+        """The numbers of windows in all processes' batches, without repetition; those of the last batch of an epoch come last."""
+        _, processes = place()
+        whole = self.batch_size * processes
+        full, left = divmod(self._count, whole)
+        last = [len(range(rank, left, processes)) or 1 for rank in range(processes)] if left else []
+        return list(dict.fromkeys([self.batch_size] * (full > 0) + last))
+
+    @property
     def _count(self) -> int:
         return len(self.sampler)  # type: ignore[arg-type]
 
@@ -132,6 +141,11 @@ class WindowLoader(DataLoader[dict[str, Any]]):
             # A worker's message ends with a traceback, whose last line is the error.
             kind = f"{type(error).__module__}.{type(error).__qualname__}: "
             raise DataError(str(error).strip().splitlines()[-1].removeprefix(kind)) from error
+
+    @property
+    def sizes(self) -> list[int]:
+        """The numbers of windows in all processes' batches."""
+        return self._shared.sizes
 
     @property
     def _shared(self) -> SharedBatchSampler:

@@ -13,22 +13,26 @@ import lightning
 import torch
 from torch import Tensor
 
+from crevnet.data.sampling import WindowLoader
 from crevnet.networks.crevnet.free_share import amount, budget_of, is_amount, room
 from crevnet.networks.crevnet.network import CrevNet
 from crevnet.training.task import VideoModelTask
 
 
 class MemoryPlan(lightning.Callback):
-    """Plans the memory of a training step with one forward pass, and reports the plan. Does nothing for other models.
+    """Plans the memory of a training step with a forward pass, and reports the plan. Does nothing for other models.
 
     Args:
-        windows: the shape (B, T, C, H, W) of a batch of one process.
+        batches: the training batches.
+        window: the shape (T, C, H, W) of a window.
         processes: number of processes on this machine, which share its free memory.
         report: takes the line that describes the plan.
     """
 
-    def __init__(self, windows: tuple[int, ...], processes: int, report: Callable[[str], object]) -> None:
-        self._windows, self._processes, self._report = windows, processes, report
+    def __init__(
+        self, batches: WindowLoader, window: tuple[int, ...], processes: int, report: Callable[[str], object]
+    ) -> None:
+        self._batches, self._window, self._processes, self._report = batches, window, processes, report
         self._saved: dict[str, Any] | None = None
         """The state in the checkpoint from which training resumes."""
         self._state: dict[str, Any] | None = None
@@ -45,7 +49,10 @@ class MemoryPlan(lightning.Callback):
         self._set_amount(trainer, network, saved)
         if saved is not None:
             network.budget.load_state_dict(saved["plan"])
-        self._plan(trainer, module, network)
+        else:
+            # All processes plan the batches of all: the checkpoint has the plan of one, and each process resumes by it.
+            for size in self._batches.sizes:
+                self._plan(trainer, module, network, size)
         self._state = self._state_of(module, network)
         if trainer.is_global_zero:
             self._report(_described(network))
@@ -78,12 +85,11 @@ class MemoryPlan(lightning.Callback):
                 )
         network.use_budget(budget_of(given, _least(trainer, network, amount(given, *place))))
 
-    def _plan(self, trainer: lightning.Trainer, module: VideoModelTask, network: CrevNet) -> None:
-        """Measure the calls of a training step with the forward pass of one batch."""
-        *_, height, width = self._windows
+    def _plan(self, trainer: lightning.Trainer, module: VideoModelTask, network: CrevNet, size: int) -> None:
+        """Measure the calls of a training step with the forward pass of a batch of `size` windows."""
         config = network.config
-        frames = torch.zeros(self._windows, device=module.device)
-        static = torch.zeros(len(frames), config.static_channels, height, width, device=module.device)
+        frames = torch.zeros(size, *self._window, device=module.device)
+        static = torch.zeros(size, config.static_channels, *frames.shape[-2:], device=module.device)
         frames, static = trainer.precision_plugin.convert_input((frames, static))
         with trainer.precision_plugin.train_step_context():
             network.plan(frames, static if config.static else None, *module.loss_options(frames))
@@ -101,7 +107,8 @@ class MemoryPlan(lightning.Callback):
     def _step_of(self, module: VideoModelTask) -> list[Any]:
         """Everything in the settings that determines the calls of a training step."""
         training = module.training_settings
-        return [list(self._windows), training.precision, training.loss, training.sampling_steps, training.compile]
+        shapes = self._batches.sizes, list(self._window)
+        return [*shapes, training.precision, training.loss, training.sampling_steps, training.compile]
 
 
 def _least(trainer: lightning.Trainer, network: CrevNet, count: int) -> int:

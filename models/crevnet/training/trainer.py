@@ -66,7 +66,7 @@ def train(settings: RunSettings, folder: Path, resume: bool = False, report: Rep
     batches, validation_batches = data.training_batches(), data.validation_batches()
     follows_from = _order(settings, batches), _scored(settings), data.identity
     checkpoints = Checkpoints(folder, training.checkpoint_minutes, *follows_from)
-    others = _memory_plan(settings, data, report), ValidationPicture(data, settings)
+    others = _memory_plan(settings, data, batches, report), ValidationPicture(data, settings)
     trainer = _trainer_here(training, folder, [checkpoints, *others], steps)
     with ExitStack() as held:
         if trainer.is_global_zero:
@@ -185,10 +185,10 @@ def _strategy(training: TrainingSettings, processes: int) -> Strategy | Literal[
     return "auto"
 
 
-def _memory_plan(settings: RunSettings, data: CityData, report: Report) -> MemoryPlan:
+def _memory_plan(settings: RunSettings, data: CityData, batches: WindowLoader, report: Report) -> MemoryPlan:
     _, height, width, channels = data.training_days[0].shape
-    windows = settings.data.batch_size, settings.model.window, channels, height, width
-    return MemoryPlan(windows, launched(settings.training.devices, settings.training.nodes)[0], report)
+    window = settings.model.window, channels, height, width
+    return MemoryPlan(batches, window, launched(settings.training.devices, settings.training.nodes)[0], report)
 
 
 def _order(settings: RunSettings, batches: WindowLoader) -> dict[str, Any]:

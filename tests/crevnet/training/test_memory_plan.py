@@ -157,6 +157,21 @@ def test_copies_share_a_budget_among_their_own_parts():
     assert other.budget is not model.budget and other.budget.plan is None
 
 
+def test_compiled_cells_stay_compiled():
+    """The measurement runs no mode under which PyTorch would refuse to compile them from then on."""
+    graphs = []
+    frames, roads = window(SMALL)
+    model, compiled = with_budget("auto"), with_budget("auto")
+    compiled.compile_parts(backend=lambda module, inputs: graphs.append(module.code) or module)
+    for _ in range(2):
+        expected = gradients(model, lambda: model.loss(frames, roads))
+        found = gradients(compiled, lambda: compiled.loss(frames, roads))
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-7, atol=1e-10, msg=name)
+    torch.compiler.reset()
+    assert {("sigmoid" in c, "group_norm" in c) for c in graphs} == {(True, False), (True, True), (False, True)}
+
+
 @pytest.mark.parametrize("value", [None, "none", "all", "12XB", -5, 1.5, True, "", []])
 def test_other_budgets_are_refused(value):
     former = value is None or value in ("none", "all")
@@ -170,7 +185,7 @@ def test_other_budgets_are_refused(value):
 @pytest.fixture(scope="module")
 def run_settings(settings):
     data = replace(settings.data, cities=["Here"], batch_size=3, stride=4)
-    training = replace(settings.training, epochs=2, batches=None, checkpoint_minutes=1e-9)
+    training = replace(settings.training, epochs=2, batches=None, checkpoint_minutes=1e-9, sampling_steps=6)
     model = replace(settings.model, memory_budget=_half(settings))
     return replace(settings, model=model, data=data, training=training)
 
@@ -187,13 +202,13 @@ def _half(settings):
 
 
 def test_a_resumed_run_follows_the_same_plan(run_settings, tmp_path, monkeypatch):
-    """From its first step on. The last batch of an epoch is smaller, and is recomputed once, until its plan is known."""
+    """From its first step on. The last batch of an epoch is smaller. The second step is the first that feeds predictions."""
     lines = []
     train(run_settings, tmp_path / "whole", report=lines.append)
     assert len(lines) == 1 and lines[0].startswith(f"memory budget {run_settings.model.memory_budget}: ")
     assert checkpoint(tmp_path / "whole")["global_step"] == 2 * 3
     in_optimizer = torch, "_fused_adam_"  # after the forward pass of the next step, which is not in the checkpoint
-    for number, (call, (owner, name)) in enumerate([(3, in_optimizer), (2, (CrevNet, "loss"))]):
+    for number, (call, (owner, name)) in enumerate([(2, in_optimizer), (3, (CrevNet, "loss"))]):
         with monkeypatch.context() as patch:
             interrupt(patch, name, call, owner)
             with pytest.raises(TrainingError):

@@ -225,7 +225,7 @@ def test_learning_rate_that_is_far_too_high(options, crevnet, failing, tmp_path)
     """Weights of that size cannot be undone: the engine's guard says so, and no checkpoint has them, though each step has one."""
     run = tmp_path / "run"
     crevnet(*options, "--out", run, "--training.epochs=1")
-    often = ("--training.epochs=2", "--training.checkpoint_minutes=1e-9")
+    often = ("--training.epochs=2", "--training.checkpoint_minutes=1e-9", "--model.memory_budget=min")
     line = failing("fit", "--resume", run, "--training.learning_rate=9e5", *often)
     assert "was recomputed with an error" in line and "lower --training.learning_rate (it is 900000)" in line
     assert max(w.abs().max() for w in checkpoint(run)["state_dict"].values()) < 2

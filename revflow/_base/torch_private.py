@@ -87,8 +87,12 @@ def has_own_hook(module: nn.Module) -> bool:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether a call of this module runs compiled code."""
+    own = module.__dict__
     return module._compiled_call_impl is not None or any(
-        hasattr(getattr(module, method, None), "_torchdynamo_orig_callable") for method in ("forward", "update", "mix")
+        [
+            method in own and hasattr(own[method], "_torchdynamo_orig_callable")
+            for method in ("forward", "update", "mix")
+        ]
     )
 
 

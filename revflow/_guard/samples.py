@@ -17,6 +17,8 @@ from revflow._base.streams import Streams
 from revflow._base.torch_private import unwrapped
 from revflow.exact import fingerprint
 
+_WIDE = torch.float32, torch.float64
+
 
 class Compared(Protocol):
     """The record of a block, with the attributes that are used here."""
@@ -38,16 +40,12 @@ def extremes(streams: Streams) -> list[Tensor]:
 
 
 def samples_of(tensors: Sequence[Tensor], places: Callable[[Tensor], Tensor], is_exact: bool) -> Streams:
-    """Values of each tensor at its `places`, as float32 or a wider dtype; in exact arithmetic each followed by its fingerprint.
-
-    Values that are not finite, such as those of a mask, count as zero.
-    """
+    """Values of each tensor at its `places`, in float32 or float64; in exact arithmetic each followed by its fingerprint."""
     samples: list[Tensor] = []
     for tensor in filter(Tensor.numel, tensors):
         values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
         taken = torch.take(values, places(values))
-        taken = taken.to(torch.promote_types(taken.dtype, torch.float32))
-        samples.append(torch.nan_to_num(taken, 0.0, 0.0, 0.0))
+        samples.append(taken if taken.dtype in _WIDE else taken.to(torch.float32))
         if is_exact:
             samples.append(fingerprint(values if values.is_floating_point() else values.to(torch.float32)))
     return tuple(samples)

@@ -200,7 +200,9 @@ class Witness:
         home = before[0].device
         a, b = (torch.stack([s.to(home) for s in samples]) for samples in (before, again))
         largest = [torch.stack([e.to(home) for e in found]).abs().amax().expand(len(a)) for found in ends]
-        found = torch.stack(((b - a).abs().amax(1), a.abs().amax(1), *largest))
+        # Activations may be infinite in the same places, such as a mask.
+        errors_of = torch.where(a == b, 0.0, b - a).abs()
+        found = torch.stack((errors_of.amax(1), torch.where(a.isinf(), 0.0, a).abs().amax(1), *largest))
         if isinstance(found, FakeTensor) or found.is_meta:
             return
         errors, sizes, (output, *_), (own, *_) = found.tolist()

@@ -99,7 +99,8 @@ class ConditionerCall(Replay):
 
         Autograd saves them. So the skeleton is freed with the sequence's graph.
         """
-        law, witness, recent = self.law, self._tape.witness, skeleton.recent()
+        law, witness = self.law, self._tape.witness
+        recent = skeleton.recent(witness is not None)
         if versions_of(coefficients) != skeleton.versions:
             raise RuntimeError(
                 f"{type(law.block).__name__}.{law.direction.apply} changed its arguments in place, which are still needed: let "
@@ -187,7 +188,7 @@ class ConditionerCall(Replay):
         if not (any([c.requires_grad for c in t]) and skeleton.fits(inputs, given.leaves, given.own)):
             return None
         followed = None if seen is None or self.is_known else seen.follow(self)
-        others, leaves = map(not_leaves, skeleton.entered(inputs, given.leaves))
+        others, leaves = skeleton.entered_again(inputs, given.leaves)
         context = self._tape.arguments.filled(leaves)
         evaluate = partial(skeleton.again, self.law.block.evaluate)
         with followed or nullcontext():

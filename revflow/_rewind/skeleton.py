@@ -7,7 +7,6 @@ of them is saved, often before the most expensive operation: a convolution saves
 But an evaluation that stops returns no output, and so no graph to differentiate. Therefore the first evaluation builds the graph.
 Hooks drop each tensor that the graph saves, and leave its number in its place: the graph is a skeleton, and takes no memory. The
 second evaluation captures the tensors under the same numbers, for as long as a backward pass runs through the skeleton.
-(`torch.utils.checkpoint` stops early in the same way.)
 
 The skeleton begins at `_Enter`. If it began at leaves with the values of the streams, it would hold the streams' memory. `_Enter`
 returns aliases of the streams, and depends only on a token. The engine takes the gradients where they arrive at this node.
@@ -15,13 +14,14 @@ returns aliases of the streams, and depends only on a token. The engine takes th
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any
-from weakref import WeakSet
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, saved_tensors_hooks
 
 from revflow._base.streams import Streams, versions_of
@@ -33,9 +33,13 @@ from revflow._base.torch_private import (
     unseen_by_modes,
 )
 from revflow._replay.replay import Replay
+from revflow._rewind.graph import not_leaves
 
 _COMPARED = 2
 """The number of captured tensors that the guard compares. Two, since the last operation may save a mask and an activation."""
+
+_REMEMBERED = 8
+"""The number of saved tensors of which these are chosen: most operations save two to four."""
 
 Description = tuple[torch.Size, torch.dtype, torch.device]
 
@@ -60,8 +64,8 @@ class Skeleton:
         """An output of `_Enter`, which prevents that node from being freed while no other node leads to it."""
         self._described: list[Description] = []
         """By number: the tensors that the graph saves."""
-        self._captures: WeakSet[Capture] = WeakSet()
-        """The second evaluations whose backward pass is running. All captured the same values."""
+        self._capture: Callable[[], Capture | None] = lambda: None
+        """A weak reference to the second evaluation whose backward pass is running. Others capture the same values."""
         self._which: list[bool] = []
         """The inputs that begin at `_Enter`."""
         self._needs = [p.requires_grad for p in replay.parameters]
@@ -73,18 +77,21 @@ class Skeleton:
         """Of the coefficients that the evaluation returned."""
 
     def entered(self, streams: Sequence[Tensor], leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The inputs of an evaluation: aliases that require a gradient, for a stream of real numbers even if it needs none."""
+        """The inputs of the first evaluation: aliases that require a gradient, if need be for the graph only."""
         tensors = [*streams, *leaves]
-        which = self._which = self._which or _entering(streams, leaves)
+        which = self._which = _entering(streams, leaves)
         with _GradientsOn():
-            begin, *entered = _enter(self.token, [*compress(tensors, which)])  # type: ignore[no-untyped-call]
-        if self._begin is None:
-            self._begin = begin
-        if self._recent is not None:
-            self._recent.skip(tensors)
+            self._begin, *entered = _enter(self.token, [*compress(tensors, which)])  # type: ignore[no-untyped-call]
+        assert self._recent is not None
+        self._recent.skip(tensors)
         rest = iter(entered)
         inputs = [next(rest) if is_entered else t.detach() for t, is_entered in zip(tensors, which, strict=True)]
         return inputs[: len(streams)], inputs[len(streams) :]
+
+    def entered_again(self, streams: Sequence[Tensor], leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The inputs of the second evaluation: aliases that require a gradient in the same places."""
+        inputs = [t.detach().requires_grad_(w) for t, w in zip((*streams, *leaves), self._which, strict=True)]
+        return not_leaves(inputs[: len(streams)]), not_leaves(inputs[len(streams) :])
 
     def entrances(self, streams: Sequence[Tensor], leaves: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
         """For each input that requires a gradient its entrance, for the others the input itself."""
@@ -103,10 +110,11 @@ class Skeleton:
         self.count, self.versions = len(coefficients), versions_of(coefficients)
         return coefficients
 
-    def recent(self) -> list[Tensor]:
-        """Tensors for the guard to compare. To be called once, after the first evaluation."""
+    def recent(self, are_compared: bool) -> list[Tensor]:
+        """Tensors for the guard to compare, if it does. To be called once, after the first evaluation."""
         recent, self._recent = self._recent, None
-        assert recent is not None
+        if recent is None or not are_compared:
+            return []
         self.compared, tensors = recent.taken()
         return tensors
 
@@ -124,7 +132,7 @@ class Skeleton:
             pass
         if not capture.is_complete:
             return None
-        self._captures.add(capture)
+        self._capture = ref(capture)
         return capture
 
     def fits(self, streams: Sequence[Tensor], leaves: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
@@ -139,7 +147,7 @@ class Skeleton:
         return number
 
     def _filled(self, number: int) -> Tensor:
-        capture = next(iter(self._captures), None)
+        capture = self._capture()
         if capture is None:
             raise RuntimeError(_DIFFERENTIATES if self._recent is not None else _ESCAPED)
         return capture.tensor(number)
@@ -149,21 +157,23 @@ class Capture:
     """The tensors that one second evaluation captured."""
 
     def __init__(self, expected: list[Description]) -> None:
-        self._expected = expected
+        self._expected, self._count = expected, len(expected)
         self._taken: list[tuple[Tensor, int]] = []
         """Aliases, since a tensor itself may refer to the graph; and their versions."""
 
     @property
     def is_complete(self) -> bool:
-        return len(self._taken) == len(self._expected)
+        return len(self._taken) == self._count
 
     def take(self, tensor: Tensor) -> Tensor:
         """A hook that captures the next tensor. The evaluation ends with the last one, or with one that is not expected."""
-        if self.is_complete or (tensor.shape, tensor.dtype, tensor.device) != self._expected[len(self._taken)]:
+        taken = self._taken
+        number = len(taken)
+        if number == self._count or (tensor.shape, tensor.dtype, tensor.device) != self._expected[number]:
             raise _Stop
         alias = tensor.detach()
-        self._taken.append((alias, alias._version))
-        if self.is_complete:
+        taken.append((alias, alias._version))
+        if number + 1 == self._count:
             raise _Stop
         return alias
 
@@ -181,33 +191,36 @@ class _Recent:
     """The tensors that a graph saved last, of those that depend on the evaluation's inputs or on random numbers."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._shapes = {(_shape(p), p.dtype) for p in parameters}
-        self._sizes = {shape for shape, _ in self._shapes}
-        self._skipped: set[int] = set()
-        self.skip(parameters)
-        self._found: dict[bool, list[tuple[int, Tensor, int]]] = {True: [], False: []}
-        """Number, alias and version: of other tensors, and of those that may be parameters in another dtype. Under autocast the
-        latter are saved together with activations, and must not replace them here."""
+        self._parameters = parameters
+        self._inputs: list[Tensor] = []
+        self._saved: deque[tuple[int, Tensor, int]] = deque(maxlen=_REMEMBERED)
+        """Number, tensor and version."""
 
     def skip(self, tensors: Sequence[Tensor]) -> None:
-        """Do not compare these: parameters and inputs."""
-        self._skipped |= {_storage(t) for t in tensors if t.layout == torch.strided}
+        """Do not compare these inputs."""
+        self._inputs += tensors
 
     def put(self, number: int, tensor: Tensor) -> None:
-        if tensor.layout != torch.strided or not tensor.numel() or _storage(tensor) in self._skipped:
-            return
-        alias = tensor.detach()
-        shape = _shape(tensor)
-        is_cast = tensor.is_floating_point() and shape in self._sizes and (shape, tensor.dtype) not in self._shapes
-        found = self._found[not is_cast]
-        found[:] = [*(f for f in found if _storage(f[1]) != _storage(alias)), (number, alias, alias._version)][
-            -_COMPARED:
-        ]
+        self._saved.append((number, tensor, tensor._version))
 
     def taken(self) -> tuple[list[int], list[Tensor]]:
-        """Their numbers, and the tensors. Those that were modified later are left out: the second evaluation may not do that."""
-        found = [(n, t) for n, t, version in (*self._found[True], *self._found[False]) if t._version == version]
-        return [n for n, _ in found], [t for _, t in found]
+        """Their numbers, and the tensors. Those that were modified later are left out: the second evaluation may not do that.
+
+        Under autocast, copies of parameters in another dtype are saved together with activations, and must not replace them here.
+        """
+        shapes = {(_shape(p), p.dtype) for p in self._parameters}
+        sizes = {shape for shape, _ in shapes}
+        skipped = {_storage(t) for t in (*self._parameters, *self._inputs) if t.layout == torch.strided}
+        found: dict[bool, list[tuple[int, Tensor]]] = {True: [], False: []}
+        for number, tensor, version in reversed(self._saved):
+            if tensor.layout != torch.strided or not tensor.numel() or _storage(tensor) in skipped:
+                continue
+            skipped.add(_storage(tensor))  # of tensors that share memory only the last one
+            shape = _shape(tensor)
+            is_cast = tensor.is_floating_point() and shape in sizes and (shape, tensor.dtype) not in shapes
+            if len(found[is_cast]) < _COMPARED and tensor._version == version:
+                found[is_cast].append((number, tensor.detach()))
+        return [n for n, _ in found[False] + found[True]], [t for _, t in found[False] + found[True]]
 
 
 class _Stop(BaseException):
@@ -254,16 +267,19 @@ _DIFFERENTIATES = (
 )
 
 
+_PLAIN = Tensor, nn.Parameter  # to test the type is ten times as fast
+
+
 def can_keep(replay: Replay, streams: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
     """Whether the output of this conditioner can be stored for such inputs.
 
-    Parameters that another module has computed have a graph of their own, which would become part of the skeleton. A tensor
-    subclass may wrap several tensors. A compiled conditioner runs as a whole, and saves its tensors at the end.
+    Parameters that another module has computed have a graph, which would become part of the skeleton. A tensor subclass may
+    wrap several tensors. A compiled conditioner saves its tensors at the end.
     """
     return (
         any(t.requires_grad for t in (*streams, *leaves, *replay.parameters))
         and all(type(t) is Tensor or isinstance(t, FakeTensor) for t in streams)
-        and not any(map(is_traceable_wrapper_subclass, (*leaves, *replay.parameters)))
+        and not any([type(t) not in _PLAIN and is_traceable_wrapper_subclass(t) for t in (*leaves, *replay.parameters)])
         and len({t.device for t in streams}) == 1
         and all(p.is_leaf for p in replay.parameters)
         and not any(map(is_compiled, replay.modules))
@@ -276,8 +292,7 @@ def _entering(streams: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[bool]
 
 
 def _storage(tensor: Tensor) -> int:
-    cdata: int = tensor.untyped_storage()._cdata
-    return cdata
+    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -126,6 +126,10 @@ def _gain(a: Option, b: Option) -> float:
     return (b.spared - a.spared) / (b.held - a.held)
 
 
+HOOKS = 60_000_000
+"""The work that takes as long as the hooks of an evaluation whose output is stored: about half a millisecond on a CPU. An output
+that spares less is not stored."""
+
 _MOST_STARTS, _MOST_SETS = 100, 50
 """First stored blocks that are compared for one call, and for each of them, sets of stored outputs."""
 
@@ -166,7 +170,7 @@ class SequenceMenu(Menu):
             temporary = 2 * cost.outputs + cost.transient
             if k in outputs:
                 held += cost.output
-                spared += cost.spared
+                spared += cost.spared - HOOKS
                 # The captured tensors are alive until the block has been differentiated, next to two gradients at a time.
                 temporary += cost.gradient
             inverting = max(inverting, held + temporary)
@@ -175,8 +179,10 @@ class SequenceMenu(Menu):
     def _choices(self) -> Iterator[Choice]:
         """Each first stored block, with the outputs of earlier blocks that save the most work per byte."""
         costs, count = self.costs, len(self.costs)
-        offered = [k for k, cost in enumerate(costs) if cost.spared > 0 and cost.output > 0]
-        offered.sort(key=lambda k: (-costs[k].spared / costs[k].output, -k))  # of equal ones, the last is freed first
+        offered = [k for k, cost in enumerate(costs) if cost.spared > HOOKS and cost.output > 0]
+        offered.sort(
+            key=lambda k: ((HOOKS - costs[k].spared) / costs[k].output, -k)
+        )  # of equal ones, the last is freed first
         for first_stored in range(count, -1, -1 - count // _MOST_STARTS):
             before = [k for k in offered if k < first_stored]
             for number in range(0, len(before) + 1, 1 + len(before) // _MOST_SETS):

@@ -199,17 +199,17 @@ def test_a_step_of_two_calls_by_hand():
 
 
 def test_an_output_is_stored_only_if_it_saves_more_than_its_hooks_cost(monkeypatch):
-    """Of two blocks, one output saves 50 and the other 30 of 100."""
+    """The last of two blocks is stored: that takes no more than to invert it. The first one's output saves 50 of 100."""
     costs = [
-        Cost(str(k), "A", 400, 10, 20, 20, 20, anchors=0, transient=400, gradient=0, work=100, output=5, spared=spared)
-        for k, spared in enumerate((50, 30))
+        Cost(str(k), "A", 400, 10, 20, 20, 20, anchors=0, transient=400, gradient=0, work=100, output=5, spared=50)
+        for k in range(2)
     ]
-    for hooks, expected in ((0, {0, 1}), (30, {0}), (49, {0}), (50, set())):
+    for hooks, outputs in ((0, {0}), (49, {0}), (50, set()), (60, set())):
         monkeypatch.setattr("revflow._budget.costs.HOOKS", hooks)
         menu = SequenceMenu(costs, joined=False, rounded=False)
-        (option,) = planned([menu], menu.least.peak + 10).options
-        assert option.choice == Choice(2, frozenset(expected))
-        assert option.spared == sum((50, 30)[k] - hooks for k in expected)
+        (option,) = planned([menu], menu.least.peak + 5).options
+        assert option.choice == Choice(1, frozenset(outputs))
+        assert option.spared == 100 + (50 - hooks if outputs else 0)
 
 
 def test_an_empty_sequence_and_one_of_no_gradient():

@@ -37,8 +37,7 @@ class Training:
     def measured(self, memory_budget):
         """(peak without parameters' gradients, FLOPs) of a step that follows the plan, and the bytes of the parameters."""
         network = crevnet.CrevNet(self.config)
-        network.autoencoder.blocks.memory_budget = memory_budget
-        network.predictor.stack.memory_budget = memory_budget
+        network.use_budget(memory_budget)
         parameters = sum(p.nbytes for p in network.parameters())
 
         def step():
@@ -56,8 +55,8 @@ class Training:
 def test_a_budget_is_kept_and_more_memory_never_costs_time():
     with FakeTensorMode():
         training = Training(replace(crevnet.PRESETS["tiny"], past=3, horizon=2), 2, 64, 48)
-        least, slowest, _ = training.measured("min")
-        most, fastest, _ = training.measured("max")
+        least, slowest, _ = training.measured(revflow.Budget("min"))
+        most, fastest, _ = training.measured(revflow.Budget("max"))
         before = slowest
         for share in (0.0, 0.4, 0.8, 2.0):
             budget = int(least + share * (most - least))
@@ -74,8 +73,8 @@ def test_the_paper_at_full_size_on_five_devices():
     """Batch 12 at 495 x 436: the devices' memory without parameters, gradients and Adam's state is the budget."""
     with FakeTensorMode():
         training = Training(crevnet.PRESETS["paper"], 12, 495, 436)
-        _, before, parameters = training.measured("min")
-        most, fastest, _ = training.measured("max")
+        _, before, parameters = training.measured(revflow.Budget("min"))
+        most, fastest, _ = training.measured(revflow.Budget("max"))
         for device in (16, 24, 32, 48, 80):
             budget = revflow.Budget(device * GIB - 4 * parameters)
             peak, flops, _ = training.measured(budget)

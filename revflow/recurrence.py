@@ -20,11 +20,11 @@ from revflow._through_time.functions import Results
 from revflow._through_time.states import States, storage_of
 from revflow._through_time.steps import StepInput
 from revflow._through_time.stored import run_stored
-from revflow.budget import Budget, keeper_of
+from revflow.budget import Budget, Budgeted
 from revflow.cell import RecurrentCell, RecurrentState
 
 
-class ReversibleRecurrence(nn.ModuleList):
+class ReversibleRecurrence(Budgeted, nn.ModuleList):
     """A stack of recurrent cells that is trained by backpropagation through time.
 
     It is a subclass of `nn.ModuleList`. By default, the input streams, new states and new memories of each time step are
@@ -86,15 +86,6 @@ class ReversibleRecurrence(nn.ModuleList):
             if not isinstance(cell, RecurrentCell):
                 raise TypeError(f"cell {k} must be a revflow.RecurrentCell; got a {type(cell).__name__}")
             self.append(cell)
-
-    @property
-    def memory_budget(self) -> MemoryBudget | Budget:
-        """The memory budget as it was given. Assigning a new budget discards the measurements."""
-        return self._memory_budget
-
-    @memory_budget.setter
-    def memory_budget(self, budget: MemoryBudget | Budget) -> None:
-        self._memory_budget, self._keeper = budget, keeper_of(budget)
 
     @overload
     def __getitem__(self, index: slice) -> ReversibleRecurrence: ...

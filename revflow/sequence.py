@@ -24,7 +24,7 @@ from revflow._rewind.chain import ChainCall, streams_of, values_are_hidden
 from revflow._rewind.direction import FORWARD, INVERSE, Direction
 from revflow._rewind.passage import Passage
 from revflow._rewind.tape import Tape
-from revflow.budget import Budget, Plan, keeper_of
+from revflow.budget import Budget, Budgeted, Plan
 from revflow.exact import Extent, Grid, Residual
 
 _NOT_COMPILED = (
@@ -33,7 +33,7 @@ _NOT_COMPILED = (
 )
 
 
-class ReversibleSequence(BlockList):
+class ReversibleSequence(Budgeted, BlockList):
     """A stack of invertible blocks that trains without storing the activations between them.
 
     It is a subclass of `nn.Sequential`. The backward pass recomputes the input to each block from the block's output. After the
@@ -111,15 +111,6 @@ class ReversibleSequence(BlockList):
         self.chunks = chunks
         self._shapes: dict[str, list[torch.Size]] = {}
         """By block: the shapes of its output streams, for the repr."""
-
-    @property
-    def memory_budget(self) -> MemoryBudget | Budget:
-        """The memory budget as it was given. Assigning a new budget discards the measurements."""
-        return self._memory_budget
-
-    @memory_budget.setter
-    def memory_budget(self, budget: MemoryBudget | Budget) -> None:
-        self._memory_budget, self._keeper = budget, keeper_of(budget)
 
     @property
     def chunks(self) -> int:

@@ -191,15 +191,15 @@ def _begin(ctx: Any, grads: Gradients) -> Gradients:
 
 def hold(lifetime: Tensor, outputs: Streams) -> Streams:
     """The outputs, with a graph that holds `lifetime` until it is freed."""
-    return _Hold.apply(lifetime, *outputs)  # type: ignore[no-any-return, no-untyped-call]
+    return Hold.apply(lifetime, *outputs)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def is_held(tensor: Tensor) -> bool:
     """Whether it is the output of a sequence with a memory budget, whose graph holds it."""
-    return isinstance(tensor.grad_fn, node_type(_Hold))
+    return isinstance(tensor.grad_fn, node_type(Hold))
 
 
-class _Hold(torch.autograd.Function):
+class Hold(torch.autograd.Function):
     """The identity, which saves a tensor as a token of its graph's lifetime.
 
     The memory budget registers a finalizer on that tensor. It is called when the graph, and the activations with it, are freed.

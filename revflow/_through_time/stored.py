@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from revflow._base.streams import Gradients, Tensors
+from revflow._rewind.functions import Hold
 from revflow._through_time.functions import Results
 from revflow._through_time.passes import running
 from revflow._through_time.states import Storage
@@ -44,14 +44,8 @@ def _end(lifetime: Tensor, outputs: Tensors) -> Tensors:
     return _StoredEnd.apply(lifetime, *outputs) if outputs else outputs  # type: ignore[no-untyped-call]
 
 
-class _StoredEnd(torch.autograd.Function):
-    """The identity, which saves a tensor as a token of its graph's lifetime, and announces a stored step."""
-
-    @staticmethod
-    def forward(ctx: Any, lifetime: Tensor, *tensors: Tensor) -> Tensors:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(lifetime)
-        return tuple([t.view_as(t) for t in tensors])
+class _StoredEnd(Hold):
+    """Also announces a stored step in the backward pass."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:

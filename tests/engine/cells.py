@@ -47,6 +47,20 @@ class Cell(revflow.RecurrentCell):
         return revflow.GatedCoupling.combine(x2, self.dropout(self.attention(state[0])), state[0]), x1
 
 
+class Wide(revflow.RecurrentCell):
+    """Eight weights, all much larger than the state."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
+
+    def update(self, streams, state, memory, context):
+        return (self.layers(state[0] + streams[0]),), memory
+
+    def mix(self, streams, state, context):
+        return (streams[0] + state[0],)
+
+
 def recurrence(
     memory: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.float64, gate: float = 0.0, **options
 ):

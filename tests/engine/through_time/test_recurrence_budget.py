@@ -4,12 +4,11 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
 
 import revflow
 from crevnet import ReversiblePredictiveModule
 from engine.budgets import HUGE, limited, transient_of
-from engine.cells import CELLS, Cell, along, assert_same, both, given, loss_of, recurrence, values
+from engine.cells import CELLS, Cell, Wide, along, assert_same, both, given, loss_of, recurrence, values
 from engine.nets import assert_close, edge_to
 from revflow._budget.keeper import Keeper
 
@@ -288,20 +287,6 @@ def test_hooks_of_parameters_run_once(states, stored, store):
         assert sorted(calls) == sorted(
             (name, k) for name in ("gradient", "accumulated") for k in range(len(parameters))
         )
-
-
-class Wide(revflow.RecurrentCell):
-    """Weights that outweigh all activations."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
-
-    def update(self, streams, state, memory, context):
-        return (self.layers(state[0] + streams[0]),), memory
-
-    def mix(self, streams, state, context):
-        return (streams[0] + state[0],)
 
 
 @pytest.mark.parametrize("stored", [{4}, {3, 4}, {0}, {0, 2}, {1, 2, 4}, {*range(5)}], ids=str)

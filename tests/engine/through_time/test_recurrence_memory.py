@@ -5,10 +5,9 @@ All bytes are counted in streams: inputs, states and memories are of one size he
 
 import pytest
 import torch
-from torch import nn
 
 import revflow
-from engine.cells import CELLS, STEPS, given, loss_of, memories, recurrence
+from engine.cells import CELLS, STEPS, Wide, given, loss_of, memories, recurrence
 
 STREAM = given(dtype=torch.float32)[0][0][0].nbytes
 RESULTS = 3 * CELLS  # of a step: two states and a memory a cell
@@ -135,20 +134,6 @@ def test_a_partial_pass_runs_no_cell_that_it_does_not_need():
 def test_the_guard_keeps_little():
     for steps in (3, 9):
         assert 0 < kept(steps, guard="warn") - kept(steps) <= 2048 * steps
-
-
-class Wide(revflow.RecurrentCell):
-    """Eight weights, all much larger than the state."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
-
-    def update(self, streams, state, memory, context):
-        return (self.layers(state[0] + streams[0]),), memory
-
-    def mix(self, streams, state, context):
-        return (streams[0] + state[0],)
 
 
 def test_gradients_of_all_steps_are_summed_in_one_buffer():

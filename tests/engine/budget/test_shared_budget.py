@@ -5,89 +5,16 @@ import io
 import json
 import pickle
 import warnings
-from functools import partial
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import revflow
-from engine.budgets import HUGE, limited, range_of, transient_of
-from engine.cells import Cell
-from engine.nets import additive, assert_close, conditioners, edge_to, gated, image, weighted
+from engine.budgets import transient_of
+from engine.nets import assert_close, weighted
+from engine.shared_budgets import Net, counted, gradients, half, planned_range, stored, streams, training, twice
 from revflow._base.memory_size import size
-
-
-class Net(nn.Module):
-    """An encoder, a decoder, and a recurrence between them."""
-
-    def __init__(self, budget, depth=3):
-        super().__init__()
-        torch.manual_seed(0)
-        options = {"memory_budget": budget, "guard": "off"}
-        self.encoder = revflow.ReversibleSequence([additive(3) for _ in range(depth)], **options)
-        self.decoder = revflow.ReversibleSequence([gated(3) for _ in range(depth)], **options)
-        self.stack = revflow.ReversibleRecurrence([Cell(False, 0.0) for _ in range(2)], **options)
-        self.double()
-
-    def through(self, x):
-        """A sequence as encoder, three time steps, a sequence as decoder."""
-        streams = self.encoder(x)
-        zeros = torch.zeros_like(streams[0])
-        state = revflow.RecurrentState(((zeros, zeros),) * 2, ((), ()))
-        for _ in range(3):
-            streams, state = self.stack.step(streams, state)
-        return self.decoder(streams)
-
-    def forward(self, x):
-        return torch.cat(self.through(x), 1)
-
-
-def streams(seed=1):
-    return image(2, 3, 6, 4, seed=seed).requires_grad_(), image(2, 3, 6, 4, seed=seed + 1).requires_grad_()
-
-
-def training(net, x):
-    """A step whose loss takes nothing itself."""
-    leaves, seeds = [*x, *net.parameters()], [torch.randn_like(s) for s in x]
-    for leaf in leaves:
-        leaf.grad = torch.zeros_like(leaf)
-
-    def step():
-        outputs = net.through(x)
-        edges = [edge_to(s) for s in outputs]
-        del outputs
-        torch.autograd.backward(edges, seeds)
-
-    return step
-
-
-def gradients(net, x, run=None):
-    return torch.autograd.grad(weighted((run or net)(x)), [*x, *net.parameters()], allow_unused=True)
-
-
-def stored(plan):
-    return [(call.stored, call.outputs_stored) for call in plan.calls]
-
-
-def half(least, most):
-    return (least + most) // 2
-
-
-def planned_range():
-    return range_of(lambda budget: training(Net(budget), streams()))
-
-
-def counted(net, run):
-    """The evaluations of all conditioners and cells."""
-    for conditioner in conditioners(net):
-        conditioner.calls = 0
-    for cell in net.stack:
-        cell.calls = [0, 0]
-    run()
-    return [*(c.calls for c in conditioners(net)), *(tuple(cell.calls) for cell in net.stack)]
-
 
 # Over one step
 
@@ -164,143 +91,6 @@ def test_slices_share_it():
     net = Net(budget)
     parts = [net.encoder[1:], net.encoder + net.decoder, net.stack[:1]]
     assert all(part.memory_budget is budget and part._keeper is budget._keeper for part in parts)
-
-
-# Other orders of calls
-
-
-def once(net, x):
-    return net.decoder(net.encoder(x))
-
-
-def twice(net, x):
-    return net.decoder(net.decoder(net.encoder(net.encoder(x))))
-
-
-def four_times(net, x):
-    y = net.encoder(x)
-    for _ in range(4):
-        y = net.decoder(y)
-    return y
-
-
-def backwards(net, x):
-    return net.encoder.inverse(net.decoder.inverse(x))
-
-
-def through_time(net, x):
-    return net.through(x)
-
-
-PROGRAMS = {
-    "more": [once, twice, twice, once, four_times, four_times],
-    "fewer": [four_times, four_times, once, once, twice],
-    "in turns": [once, backwards, once, backwards, through_time, once, through_time, backwards],
-    "nested": [twice, once, four_times, through_time, once, twice, four_times, through_time],
-}
-
-
-@pytest.mark.parametrize("share", [0.2, 0.7])
-@pytest.mark.parametrize("programs", PROGRAMS.values(), ids=PROGRAMS)
-@pytest.mark.filterwarnings("ignore:memory_budget")
-def test_other_orders(programs, share):
-    """The gradients are right in every step, and an order that was met before stays within the budget."""
-    ranges = [_range_of(program) for program in set(programs)]
-    least, most = max(low for low, _ in ranges), max(high for _, high in ranges)
-    budget = revflow.Budget(int(least + share * (most - least)))
-    net, x, seen = Net(budget), streams(), set()
-    for program in [*programs, *programs]:
-        with revflow.ordinary_autograd():
-            expected = gradients(net, x, lambda x, p=program: torch.cat(p(net, x), 1))
-        found = []
-        run = partial(gradients, net, x, lambda x, p=program: torch.cat(p(net, x), 1))
-        report = revflow.measure_memory(lambda found=found, run=run: found.extend(run()))
-        assert_close(found, expected)
-        assert net.encoder._keeper.in_use == 0
-        if program in seen:
-            assert report.peak <= budget.memory + transient_of(budget) + _of_the_loss(found), program.__name__
-        seen.add(program)
-
-
-def _range_of(program):
-    def training(budget):
-        net = Net(budget)
-        return lambda: weighted(torch.cat(program(net, streams()), 1)).backward()
-
-    return range_of(training)
-
-
-def _of_the_loss(gradients):
-    """What a step has besides: the gradients that it returns, the joined output, and the loss's own values."""
-    return sum(g.nbytes for g in gradients if g is not None) + 5 * sum(s.nbytes for s in streams())
-
-
-def test_what_a_common_beginning_stores_leaves_room_for_all_known_orders():
-    """A step of many small calls stores its first call, which a step with one large call must not."""
-    torch.manual_seed(0)
-    small = [additive(3) for _ in range(3)]
-    wide = [revflow.AdditiveCoupling(nn.Sequential(nn.Conv2d(3, 100, 1), nn.SiLU(), nn.Conv2d(100, 3, 1)))]
-    budget = revflow.Budget(HUGE)
-    first, second, large = (
-        revflow.ReversibleSequence(blocks, memory_budget=budget, guard="off").double()
-        for blocks in (small, small[::-1], wide)
-    )
-    x = streams()
-
-    def step(parts):
-        y = x
-        for part in parts:
-            y = part(y)
-        edges, seeds = [edge_to(s) for s in y], [torch.ones_like(s) for s in y]
-        del y
-        torch.autograd.backward(edges, seeds)
-
-    orders = [[first, second, second, second], [first, large]]
-    for parts in orders:
-        step(parts)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # there is enough for both
-        menus = [m.menu for m in budget._keeper._menus.values()]
-        limit = menus[0].least.held + menus[2].least.peak + 1000
-        limited(budget, limit)
-        assert menus[0].by_held[-1].held > menus[0].least.held + 1000
-        for parts in [*orders, *orders]:
-            peak = revflow.measure_memory(lambda p=parts: step(p)).peak
-            params = max(sum(p.nbytes for p in part.parameters()) for part in parts)
-            assert peak <= limit + params + 4 * sum(s.nbytes for s in x)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.6])
-@pytest.mark.filterwarnings("ignore:memory_budget")
-def test_an_output_that_stays_from_step_to_step(share):
-    """`y` of the step before is alive while the next one runs."""
-    least, most = planned_range()
-    budget = revflow.Budget(int(2 * (least + share * (most - least))))
-    net, x = Net(budget), streams()
-    expected = None
-
-    def loop(steps):
-        nonlocal expected
-        for _ in range(steps):
-            y = net(x)
-            found = torch.autograd.grad(weighted(y), [*x, *net.parameters()])
-            if expected is None:
-                expected = found
-            assert_close(found, expected)
-
-    loop(3)
-    assert net.encoder._keeper.in_use == 0
-    assert len(budget.plan.calls) == 5
-
-
-def test_accumulated_gradients():
-    least, most = planned_range()
-    nets = [Net(revflow.Budget(half(least, most))), Net("max")]
-    for net in nets:
-        for k in range(3):
-            net(streams(k)).square().sum().backward()
-        sum(net(streams(k)).square().sum() for k in range(3)).backward()
-    assert_close(*([p.grad for p in net.parameters()] for net in nets))
 
 
 # Hooks, errors and copies

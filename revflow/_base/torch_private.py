@@ -38,6 +38,8 @@ backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 """The number of the backward pass that this thread runs; -1 outside of a backward pass."""
 is_going_to_run: Callable[[Any], bool] = torch._C._will_engine_execute_node
 """Whether the running backward pass is going to run this node."""
+current_node: Callable[[], Any] = torch._C._current_autograd_node
+"""The node that this thread evaluates in a backward pass."""
 run_backward: Callable[..., Any] = torch.autograd.Variable._execution_engine.run_backward
 """The core of torch.autograd.grad. The checks of arguments that it omits take as long as a small conditioner's backward pass."""
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled

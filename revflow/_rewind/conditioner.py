@@ -91,7 +91,7 @@ class ConditionerCall(Replay):
             return partial(tape.meter.evaluation, evaluate, can_be_kept), others, leaves
         if not can_be_kept:
             return evaluate, others, leaves
-        skeleton = self.skeleton = Skeleton(self)
+        skeleton = self.skeleton = Skeleton(self, tape.witness is not None)
         return partial(skeleton.first, evaluate), *skeleton.entered(others, leaves)
 
     def _kept(self, skeleton: Skeleton, coefficients: Streams) -> Streams:
@@ -100,7 +100,7 @@ class ConditionerCall(Replay):
         Autograd saves them. So the skeleton is freed with the sequence's graph.
         """
         law, witness = self.law, self._tape.witness
-        recent = skeleton.recent(witness is not None)
+        compared = skeleton.last_saved()
         if versions_of(coefficients) != skeleton.versions:
             raise RuntimeError(
                 f"{type(law.block).__name__}.{law.direction.apply} changed its arguments in place, which are still needed: let "
@@ -109,7 +109,7 @@ class ConditionerCall(Replay):
         if not any(c.requires_grad for c in coefficients):
             self.skeleton = None
             return ()
-        samples = () if witness is None else witness.activations(recent)
+        samples = () if witness is None else witness.activations(compared)
         self.stores = law.stores + len(coefficients) + len(samples)
         return *coefficients, *samples
 
@@ -198,7 +198,8 @@ class ConditionerCall(Replay):
         if seen is not None:
             if not self.is_known:
                 seen.graph("a conditioner", t, (*given.own, skeleton.token), conditioner, self._tape.arguments)
-            seen.activations(samples, [capture.tensor(n) for n in skeleton.compared], t)
+            again = [tensor for n in skeleton.compared if (tensor := capture.tensor(n)) is not None]
+            seen.activations(samples, again, t)
         entrances, of_leaves = skeleton.entrances(inputs, given.leaves)
         return t, entrances, (*entrances, *of_leaves, *given.own), followed, capture
 

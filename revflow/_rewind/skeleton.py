@@ -14,7 +14,6 @@ returns aliases of the streams, and depends only on a token. The engine takes th
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any
@@ -22,11 +21,13 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, saved_tensors_hooks
 
 from revflow._base.streams import Streams, versions_of
 from revflow._base.torch_private import (
     FakeTensor,
+    current_node,
     is_compiled,
     is_traceable_wrapper_subclass,
     set_grad_enabled,
@@ -34,12 +35,7 @@ from revflow._base.torch_private import (
 )
 from revflow._replay.replay import Replay
 from revflow._rewind.graph import not_leaves
-
-_COMPARED = 2
-"""The number of captured tensors that the guard compares. Two, since the last operation may save a mask and an activation."""
-
-_REMEMBERED = 8
-"""The number of saved tensors of which these are chosen: most operations save two to four."""
+from revflow._rewind.last_saved import LastSaved
 
 Description = tuple[torch.Size, torch.dtype, torch.device]
 
@@ -58,18 +54,18 @@ class Skeleton:
     The hooks of the graph refer to this object. It refers to nothing but the graph's beginning, so there is no reference cycle.
     """
 
-    def __init__(self, replay: Replay) -> None:
+    def __init__(self, replay: Replay, are_compared: bool) -> None:
         self.token = torch.empty(0, requires_grad=True)
         self._begin: Tensor | None = None
         """An output of `_Enter`, which prevents that node from being freed while no other node leads to it."""
         self._described: list[Description] = []
         """By number: the tensors that the graph saves."""
-        self._capture: Callable[[], Capture | None] = lambda: None
-        """A weak reference to the second evaluation whose backward pass is running. Others capture the same values."""
+        self._captures: list[ref[Capture]] = []
+        """The second evaluations whose backward passes are running: more than one in several threads. All capture the same."""
         self._which: list[bool] = []
         """The inputs that begin at `_Enter`."""
         self._needs = [p.requires_grad for p in replay.parameters]
-        self._recent: _Recent | None = _Recent(replay.parameters)
+        self._last = LastSaved(replay.parameters) if are_compared else None
         self.compared: list[int] = []
         """The numbers of the tensors that the guard compares."""
         self.count = 0
@@ -82,8 +78,8 @@ class Skeleton:
         which = self._which = _entering(streams, leaves)
         with _GradientsOn():
             self._begin, *entered = _enter(self.token, [*compress(tensors, which)])  # type: ignore[no-untyped-call]
-        assert self._recent is not None
-        self._recent.skip(tensors)
+        if self._last is not None:
+            self._last.skip(tensors)
         rest = iter(entered)
         inputs = [next(rest) if is_entered else t.detach() for t, is_entered in zip(tensors, which, strict=True)]
         return inputs[: len(streams)], inputs[len(streams) :]
@@ -110,12 +106,12 @@ class Skeleton:
         self.count, self.versions = len(coefficients), versions_of(coefficients)
         return coefficients
 
-    def recent(self, are_compared: bool) -> list[Tensor]:
+    def last_saved(self) -> list[Tensor]:
         """Tensors for the guard to compare, if it does. To be called once, after the first evaluation."""
-        recent, self._recent = self._recent, None
-        if recent is None or not are_compared:
+        last, self._last = self._last, None
+        if last is None:
             return []
-        self.compared, tensors = recent.taken()
+        self.compared, tensors = last.taken()
         return tensors
 
     def again(self, evaluate: Callable[..., Streams], *arguments: Any) -> Capture | None:
@@ -132,7 +128,7 @@ class Skeleton:
             pass
         if not capture.is_complete:
             return None
-        self._capture = ref(capture)
+        self._captures = [*filter(_exists, self._captures), ref(capture)]
         return capture
 
     def fits(self, streams: Sequence[Tensor], leaves: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
@@ -142,15 +138,18 @@ class Skeleton:
     def _describe(self, tensor: Tensor) -> int:
         number = len(self._described)
         self._described.append((tensor.shape, tensor.dtype, tensor.device))
-        if self._recent is not None:
-            self._recent.put(number, tensor)
+        if self._last is not None:
+            self._last.put(number, tensor)
         return number
 
     def _filled(self, number: int) -> Tensor:
-        capture = self._capture()
-        if capture is None:
-            raise RuntimeError(_DIFFERENTIATES if self._recent is not None else _ESCAPED)
-        return capture.tensor(number)
+        found = [capture for reference in self._captures if (capture := reference()) is not None]
+        if len(found) == 1 and (tensor := found[0].given(number)) is not None:
+            return tensor
+        for capture in found:
+            if (tensor := capture.tensor(number)) is not None:
+                return tensor
+        raise RuntimeError(_ESCAPED if self.count else _DIFFERENTIATES)
 
 
 class Capture:
@@ -158,8 +157,8 @@ class Capture:
 
     def __init__(self, expected: list[Description]) -> None:
         self._expected, self._count = expected, len(expected)
-        self._taken: list[tuple[Tensor, int]] = []
-        """Aliases, since a tensor itself may refer to the graph; and their versions."""
+        self._taken: list[tuple[Tensor, int] | None] = []
+        """Aliases, since a tensor itself may refer to the graph; and their versions. None for those that are not needed again."""
 
     @property
     def is_complete(self) -> bool:
@@ -177,8 +176,12 @@ class Capture:
             raise _Stop
         return alias
 
-    def tensor(self, number: int) -> Tensor:
-        tensor, version = self._taken[number]
+    def tensor(self, number: int) -> Tensor | None:
+        """A captured tensor; None if it has been given away."""
+        taken = self._taken[number]
+        if taken is None:
+            return None
+        tensor, version = taken
         if tensor._version != version:
             raise RuntimeError(
                 f"a conditioner modified a tensor of shape {tuple(tensor.shape)} by an inplace operation, although its gradient "
@@ -186,41 +189,15 @@ class Capture:
             )
         return tensor
 
+    def given(self, number: int) -> Tensor | None:
+        """As `tensor`. The tensor is given away, and so freed with its node's gradient, as under standard autograd.
 
-class _Recent:
-    """The tensors that a graph saved last, of those that depend on the evaluation's inputs or on random numbers."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
-        self._inputs: list[Tensor] = []
-        self._saved: deque[tuple[int, Tensor, int]] = deque(maxlen=_REMEMBERED)
-        """Number, tensor and version."""
-
-    def skip(self, tensors: Sequence[Tensor]) -> None:
-        """Do not compare these inputs."""
-        self._inputs += tensors
-
-    def put(self, number: int, tensor: Tensor) -> None:
-        self._saved.append((number, tensor, tensor._version))
-
-    def taken(self) -> tuple[list[int], list[Tensor]]:
-        """Their numbers, and the tensors. Those that were modified later are left out: the second evaluation may not do that.
-
-        Under autocast, copies of parameters in another dtype are saved together with activations, and must not replace them here.
+        The code of an autograd Function may ask for its tensors any number of times.
         """
-        shapes = {(_shape(p), p.dtype) for p in self._parameters}
-        sizes = {shape for shape, _ in shapes}
-        skipped = {_storage(t) for t in (*self._parameters, *self._inputs) if t.layout == torch.strided}
-        found: dict[bool, list[tuple[int, Tensor]]] = {True: [], False: []}
-        for number, tensor, version in reversed(self._saved):
-            if tensor.layout != torch.strided or not tensor.numel() or _storage(tensor) in skipped:
-                continue
-            skipped.add(_storage(tensor))  # of tensors that share memory only the last one
-            shape = _shape(tensor)
-            is_cast = tensor.is_floating_point() and shape in sizes and (shape, tensor.dtype) not in shapes
-            if len(found[is_cast]) < _COMPARED and tensor._version == version:
-                found[is_cast].append((number, tensor.detach()))
-        return [n for n, _ in found[False] + found[True]], [t for _, t in found[False] + found[True]]
+        tensor = self.tensor(number)
+        if not isinstance(current_node(), BackwardCFunction):
+            self._taken[number] = None
+        return tensor
 
 
 class _Stop(BaseException):
@@ -270,6 +247,10 @@ _DIFFERENTIATES = (
 _PLAIN = Tensor, nn.Parameter  # to test the type is ten times as fast
 
 
+def _exists(reference: ref[Capture]) -> bool:
+    return reference() is not None
+
+
 def can_keep(replay: Replay, streams: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
     """Whether the output of this conditioner can be stored for such inputs.
 
@@ -289,12 +270,3 @@ def can_keep(replay: Replay, streams: Sequence[Tensor], leaves: Sequence[Tensor]
 def _entering(streams: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[bool]:
     """Which inputs begin at `_Enter`."""
     return [s.is_floating_point() or s.is_complex() for s in streams] + [t.requires_grad for t in leaves]
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    """The sizes without their order: linear layers save their weight transposed."""
-    return tuple(sorted(tensor.shape))

@@ -171,8 +171,6 @@ class SequenceMenu(Menu):
             if k in outputs:
                 held += cost.output
                 spared += cost.spared - HOOKS
-                # The captured tensors are alive until the block has been differentiated, next to two gradients at a time.
-                temporary += cost.gradient
             inverting = max(inverting, held + temporary)
         return Option(choice, max(peak + held, inverting), held + stored, spared)
 

@@ -321,6 +321,40 @@ class Square(torch.autograd.Function):
         return g * (a + b)
 
 
+class Twice(torch.autograd.Function):
+    """The identity. Its backward pass begins another one through the same graph."""
+
+    second = None
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        second, Twice.second = Twice.second, None
+        if second is not None:
+            Twice.found = second()
+        return g
+
+
+class WithTwice(Body):
+    def forward(self, x):
+        return self.last(Twice.apply(torch.tanh(self.first(x))))
+
+
+def test_a_pass_within_a_pass_through_the_same_graph():
+    net, x = chain(WithTwice, guard="raise"), frames()
+    loss = squared(x)(net)
+    wanted = [x, *net.parameters()]
+    expected = torch.autograd.grad(loss, wanted, retain_graph=True)
+    Twice.second = lambda: torch.autograd.grad(loss, wanted, retain_graph=True)
+    outer = torch.autograd.grad(loss, wanted, retain_graph=True)
+    for a, b, c in zip(expected, outer, Twice.found, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
 class OwnFunction(Body):
     def forward(self, x):
         return super().forward(Square.apply(x))

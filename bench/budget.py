@@ -6,7 +6,7 @@ Each method (bench/kit/methods.py) trains the same network (bench/kit/networks.p
 were compared with standard autograd's (bench/kit/trials.py). A step is a forward pass, a loss and a backward pass, in float32.
 The peak does not include memory from before the step: parameters and their gradients. It counts live tensors on the CPU, and
 the allocator's bytes on a GPU. Every method runs once per round, in random order, each next to a step of standard autograd. A
-time is the median ratio of the two.
+time is the median ratio of the two. The C library keeps freed memory, as CUDA's allocator does (bench/kit/host_allocator.py).
 
 For each other method there is a row of revflow with that method's memory, such as "as checkpoint every 1". Its budget is the
 largest one with which revflow's measured peak is at most the method's measured peak. It is found by bisection, in the same way
@@ -33,6 +33,7 @@ import torch
 
 from kit import networks, operations, trials
 from kit.budgets import Budgets
+from kit.host_allocator import keep_freed_memory
 from kit.libraries import PEERS, libraries
 from kit.methods import Method, checkpointed, compiled, offloaded, plain, reversible, selective
 from kit.networks import Network
@@ -58,6 +59,7 @@ MORE = {"compiled": compiled}
 def main() -> None:
     a = options()
     device = report.device_here()
+    keep_freed_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     made = {
@@ -214,7 +216,8 @@ def reason(own: Row, other: Row) -> str:
     counts = [
         ("convolutions", own.convolutions, other.convolutions),
         ("matrix products", own.products, other.products),
-        ("million operations", own.flops and own.flops // 10**6, other.flops and other.flops // 10**6),
+        ("million floating-point operations", own.flops and own.flops // 10**6, other.flops and other.flops // 10**6),
+        ("calls of operators", own.calls, other.calls),
     ]
     texts = [f"{mine:,d} {name}, compared with {its:,d}" for name, mine, its in counts if mine and its]
     return f"Per step, it runs {'; '.join(texts)}" if texts else "Its operations are not counted"

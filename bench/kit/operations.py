@@ -12,6 +12,9 @@ from torch.utils.flop_counter import flop_registry
 
 PRODUCTS = "mm", "addmm", "bmm"
 
+ON_CPU = "_for_cpu"
+"""Part of the name of attention's kernels on a CPU. PyTorch counts only those of GPUs, which have the same arguments."""
+
 
 class Operations(NamedTuple):
     """The counts of one step."""
@@ -21,7 +24,9 @@ class Operations(NamedTuple):
     products: int
     """Matrix products, with those of backward passes."""
     flops: int
-    """Floating-point operations of both, and of backward passes. PyTorch does not count those of attention on a CPU."""
+    """Floating-point operations of both, of attention, and of backward passes."""
+    calls: int
+    """All operators that ran, views and copies included."""
 
 
 def counted(step: Callable[[], object]) -> Operations:
@@ -29,7 +34,7 @@ def counted(step: Callable[[], object]) -> Operations:
     with _Counter() as counter:
         step()
     calls = counter.calls
-    return Operations(calls["convolution"], sum(calls[name] for name in PRODUCTS), counter.flops)
+    return Operations(calls["convolution"], sum(calls[name] for name in PRODUCTS), counter.flops, calls.total())
 
 
 class _Counter(TorchDispatchMode):
@@ -45,7 +50,7 @@ class _Counter(TorchDispatchMode):
         namespace, _, name = func.name().partition("::")
         name = name.partition(".")[0]
         self.calls[name] += 1
-        formula = flop_registry.get(getattr(getattr(torch.ops, namespace), name))
+        formula = flop_registry.get(getattr(getattr(torch.ops, namespace), name.replace(ON_CPU, "")))
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result

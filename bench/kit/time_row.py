@@ -43,7 +43,9 @@ class Row:
     products: int | None = None
     """Matrix products."""
     flops: int | None = None
-    """Floating-point operations of both, with those of backward passes."""
+    """Floating-point operations of both and of attention, with those of backward passes."""
+    calls: int | None = None
+    """Operators, views and copies included."""
     note: str = ""
 
     @property

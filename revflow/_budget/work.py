@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from revflow._base.torch_private import TorchDispatchMode, packet_of, pytree
+from revflow._base.torch_private import TorchDispatchMode, counted_as, pytree
 
 OPERATIONS_PER_BYTE = 16
 """The floating-point operations that count as much as one byte of memory traffic.
@@ -34,7 +34,7 @@ class Work(TorchDispatchMode):
         result = func(*args, **given)
         # A view moves nothing.
         if not (func.is_view or func.name() in _NOT_VIEWS_BY_SCHEMA):
-            operations: Callable[..., int] | None = flop_registry.get(packet_of(func))
+            operations: Callable[..., int] | None = flop_registry.get(counted_as(func))
             self.total += 0 if operations is None else int(operations(*args, **given, out_val=result))
             self.total += OPERATIONS_PER_BYTE * sum(
                 t.nbytes for t in pytree.tree_leaves((args, given, result)) if isinstance(t, Tensor)

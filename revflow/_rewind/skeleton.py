@@ -33,9 +33,9 @@ from revflow._base.torch_private import (
     set_grad_enabled,
     unseen_by_modes,
 )
+from revflow._guard.last_saved import LastSaved
 from revflow._replay.replay import Replay
 from revflow._rewind.graph import not_leaves
-from revflow._rewind.last_saved import LastSaved
 
 Description = tuple[torch.Size, torch.dtype, torch.device]
 
@@ -109,9 +109,7 @@ class Skeleton:
     def last_saved(self) -> list[Tensor]:
         """Tensors for the guard to compare, if it does. To be called once, after the first evaluation."""
         last, self._last = self._last, None
-        if last is None:
-            return []
-        self.compared, tensors = last.taken()
+        self.compared, tensors = last.taken() if last else ([], [])
         return tensors
 
     def again(self, evaluate: Callable[..., Streams], *arguments: Any) -> Capture | None:
@@ -128,7 +126,7 @@ class Skeleton:
             pass
         if not capture.is_complete:
             return None
-        self._captures = [*filter(_exists, self._captures), ref(capture)]
+        self._captures = [*[r for r in self._captures if r()], ref(capture)]
         return capture
 
     def fits(self, streams: Sequence[Tensor], leaves: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
@@ -143,11 +141,10 @@ class Skeleton:
         return number
 
     def _filled(self, number: int) -> Tensor:
-        found = [capture for reference in self._captures if (capture := reference()) is not None]
-        if len(found) == 1 and (tensor := found[0].given(number)) is not None:
-            return tensor
+        found = [capture for reference in self._captures if (capture := reference())]
         for capture in found:
-            if (tensor := capture.tensor(number)) is not None:
+            tensor = capture.tensor(number, is_last=len(found) == 1)
+            if tensor is not None:
                 return tensor
         raise RuntimeError(_ESCAPED if self.count else _DIFFERENTIATES)
 
@@ -176,8 +173,12 @@ class Capture:
             raise _Stop
         return alias
 
-    def tensor(self, number: int) -> Tensor | None:
-        """A captured tensor; None if it has been given away."""
+    def tensor(self, number: int, is_last: bool = False) -> Tensor | None:
+        """A captured tensor; None if it has been freed.
+
+        It is freed if this `is_last` use of it: with its node's gradient, as under standard autograd. But the backward pass of a
+        user's autograd Function may ask for its tensors any number of times.
+        """
         taken = self._taken[number]
         if taken is None:
             return None
@@ -187,15 +188,7 @@ class Capture:
                 f"a conditioner modified a tensor of shape {tuple(tensor.shape)} by an inplace operation, although its gradient "
                 f"needs that tensor: let it return a new one"
             )
-        return tensor
-
-    def given(self, number: int) -> Tensor | None:
-        """As `tensor`. The tensor is given away, and so freed with its node's gradient, as under standard autograd.
-
-        The code of an autograd Function may ask for its tensors any number of times.
-        """
-        tensor = self.tensor(number)
-        if not isinstance(current_node(), BackwardCFunction):
+        if is_last and not isinstance(current_node(), BackwardCFunction):
             self._taken[number] = None
         return tensor
 
@@ -245,10 +238,6 @@ _DIFFERENTIATES = (
 
 
 _PLAIN = Tensor, nn.Parameter  # to test the type is ten times as fast
-
-
-def _exists(reference: ref[Capture]) -> bool:
-    return reference() is not None
 
 
 def can_keep(replay: Replay, streams: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:

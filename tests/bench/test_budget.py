@@ -68,7 +68,9 @@ def row(method, setting, peak, time):
 ROWS = [
     replace(row("plain", "", 100 << 20, 1.0), convolutions=64, flops=10**9),
     row("checkpoint", "every 1", 30 << 20, 1.3),
-    replace(row("checkpoint", "every 2", 29 << 20, 1.2), convolutions=95, flops=1160 * 10**6, how="tracked"),
+    replace(
+        row("checkpoint", "every 2", 29 << 20, 1.2), convolutions=95, flops=1160 * 10**6, calls=1765, how="tracked"
+    ),
     row("checkpoint", "every 1, offloaded", 30 << 20, 1.1),
     row("selective", "every 1", 60 << 20, 1.25),
     row("revlib", "", 10 << 20, 2.0),  # less memory than revflow's "min"
@@ -76,7 +78,13 @@ ROWS = [
     row("revflow", "min", 20 << 20, 1.39),
     row("revflow", "as plain", 99 << 20, 0.99),
     row("revflow", "as checkpoint every 1", 30 << 20, 1.305),
-    replace(row("revflow", "as checkpoint every 2", 28 << 20, 1.22), convolutions=98, flops=1177 * 10**6, products=0),
+    replace(
+        row("revflow", "as checkpoint every 2", 28 << 20, 1.22),
+        convolutions=98,
+        flops=1177 * 10**6,
+        products=0,
+        calls=2253,
+    ),
     row("revflow", "as selective every 1", 59 << 20, 1.3),
 ]
 
@@ -100,7 +108,8 @@ def test_the_verdict():
         "- plain, 100.0 MiB, takes 1.00: revflow takes 0.99 in 99.0 MiB, 0.010 ± 0.050 less",
         "- checkpoint every 1, 30.0 MiB, takes 1.30: revflow takes 1.30 in 30.0 MiB, 0.005 ± 0.050 more",
         "- checkpoint every 2, 29.0 MiB, takes 1.20: revflow takes 1.22 in 28.0 MiB, 0.020 ± 0.050 more. Per step, it runs 98 "
-        "convolutions, compared with 95; 1,177 million operations, compared with 1,160",
+        "convolutions, compared with 95; 1,177 million floating-point operations, compared with 1,160; 2,253 calls of operators, "
+        "compared with 1,765",
         "- selective every 1, 60.0 MiB, takes 1.25: revflow takes 1.30 in 59.0 MiB, 0.050 ± 0.050 more. Its operations are not "
         "counted",
         "- revlib, 10.0 MiB, takes 2.00: revflow needs more memory",
@@ -140,11 +149,14 @@ def test_larger_budgets_may_have_smaller_peaks(monkeypatch):
 
 def test_operations_are_counted():
     x, w = torch.randn(3, 4, requires_grad=True), torch.randn(2, 1, 3, 3)
-    assert operations.counted(lambda: x.mm(x.detach().T)) == operations.Operations(0, 1, 2 * 3 * 3 * 4)
+    assert operations.counted(lambda: x.mm(x.detach().T)) == operations.Operations(0, 1, 2 * 3 * 3 * 4, 3)
     assert operations.counted(lambda: x.mm(torch.ones(4, 4)).sum().backward()).products == 2
     image = torch.randn(1, 1, 8, 8, requires_grad=True)
     both = operations.counted(lambda: torch.nn.functional.conv2d(image, w).sum().backward())
-    assert both == operations.Operations(1, 0, 2 * 2 * (2 * 9 * 6 * 6))
+    assert both[:3] == (1, 0, 2 * 2 * (2 * 9 * 6 * 6))
+    q = torch.randn(1, 1, 8, 4, requires_grad=True)
+    attention = operations.counted(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward())
+    assert attention.flops == (2 + 5) * 2 * 8 * 8 * 4  # products: two, and five in the backward pass
 
 
 def test_chunks_are_not_in_the_figure():

@@ -62,11 +62,9 @@ def node_type(function: type[torch.autograd.Function]) -> type:
     return function._backward_cls
 
 
-def counted_as(operator: Any) -> Any:
-    """The operator's entry in `torch.utils.flop_counter`, which lists attention only on a GPU, with the same arguments."""
-    packet, aten = operator._overloadpacket, torch.ops.aten
-    on_cpu = packet is aten._scaled_dot_product_flash_attention_for_cpu
-    return aten._scaled_dot_product_flash_attention if on_cpu else packet
+def packet_of(operator: Any) -> Any:
+    """The operator without its overload, as `torch.utils.flop_counter` lists it."""
+    return operator._overloadpacket
 
 
 _count_holders = getattr(torch._C, "_storage_Use_Count", None)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from revflow._base.torch_private import TorchDispatchMode, counted_as, pytree
+from revflow._base.torch_private import TorchDispatchMode, packet_of, pytree
 
 OPERATIONS_PER_BYTE = 16
 """The floating-point operations that count as much as one byte of memory traffic.
@@ -16,6 +16,12 @@ OPERATIONS_PER_BYTE = 16
 A device computes 10 to 100 operations in the time in which it moves one byte: CPUs and GPUs in float32 about 10 to 20, and GPUs
 with matrix units up to 100 or more. The value is at the lower end, so that elementwise operations are not overrated.
 """
+
+_ATTENTION_ON_CPU = "aten::_scaled_dot_product_flash_attention_for_cpu"
+"""PyTorch counts this kernel's operations only on a GPU, where it takes the same arguments."""
+_ATTENTION = next(
+    (packet for packet in flop_registry if str(packet) == "aten._scaled_dot_product_flash_attention"), None
+)
 
 _NOT_VIEWS_BY_SCHEMA = ("aten::_unsafe_view", "aten::alias", "aten::detach")
 
@@ -34,7 +40,8 @@ class Work(TorchDispatchMode):
         result = func(*args, **given)
         # A view moves nothing.
         if not (func.is_view or func.name() in _NOT_VIEWS_BY_SCHEMA):
-            operations: Callable[..., int] | None = flop_registry.get(counted_as(func))
+            packet = _ATTENTION if func.name() == _ATTENTION_ON_CPU else packet_of(func)
+            operations: Callable[..., int] | None = flop_registry.get(packet)
             self.total += 0 if operations is None else int(operations(*args, **given, out_val=result))
             self.total += OPERATIONS_PER_BYTE * sum(
                 t.nbytes for t in pytree.tree_leaves((args, given, result)) if isinstance(t, Tensor)

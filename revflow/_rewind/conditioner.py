@@ -100,7 +100,6 @@ class ConditionerCall(Replay):
         Autograd saves them. So the skeleton is freed with the sequence's graph.
         """
         law, witness = self.law, self._tape.witness
-        compared = skeleton.last_saved()
         if versions_of(coefficients) != skeleton.versions:
             raise RuntimeError(
                 f"{type(law.block).__name__}.{law.direction.apply} changed its arguments in place, which are still needed: let "
@@ -109,7 +108,7 @@ class ConditionerCall(Replay):
         if not any(c.requires_grad for c in coefficients):
             self.skeleton = None
             return ()
-        samples = () if witness is None else witness.activations(compared)
+        samples = () if witness is None else witness.activations(skeleton.last_saved())
         self.stores = law.stores + len(coefficients) + len(samples)
         return *coefficients, *samples
 
@@ -198,8 +197,7 @@ class ConditionerCall(Replay):
         if seen is not None:
             if not self.is_known:
                 seen.graph("a conditioner", t, (*given.own, skeleton.token), conditioner, self._tape.arguments)
-            again = [tensor for n in skeleton.compared if (tensor := capture.tensor(n)) is not None]
-            seen.activations(samples, again, t)
+            seen.activations(samples, [capture.taken[n][0] for n in skeleton.compared], t)  # type: ignore[index]
         entrances, of_leaves = skeleton.entrances(inputs, given.leaves)
         return t, entrances, (*entrances, *of_leaves, *given.own), followed, capture
 

@@ -124,7 +124,7 @@ class Skeleton:
                     evaluate(*arguments)
         except _Stop:
             pass
-        if not capture.is_complete:
+        if len(capture.taken) < len(self._described):
             return None
         self._captures = [*[r for r in self._captures if r()], ref(capture)]
         return capture
@@ -143,8 +143,7 @@ class Skeleton:
     def _filled(self, number: int) -> Tensor:
         found = [capture for reference in self._captures if (capture := reference())]
         for capture in found:
-            tensor = capture.tensor(number, is_last=len(found) == 1)
-            if tensor is not None:
+            if (tensor := capture.tensor(number, is_last=len(found) == 1)) is not None:
                 return tensor
         raise RuntimeError(_ESCAPED if self.count else _DIFFERENTIATES)
 
@@ -154,16 +153,12 @@ class Capture:
 
     def __init__(self, expected: list[Description]) -> None:
         self._expected, self._count = expected, len(expected)
-        self._taken: list[tuple[Tensor, int] | None] = []
+        self.taken: list[tuple[Tensor, int] | None] = []
         """Aliases, since a tensor itself may refer to the graph; and their versions. None for those that are not needed again."""
-
-    @property
-    def is_complete(self) -> bool:
-        return len(self._taken) == self._count
 
     def take(self, tensor: Tensor) -> Tensor:
         """A hook that captures the next tensor. The evaluation ends with the last one, or with one that is not expected."""
-        taken = self._taken
+        taken = self.taken
         number = len(taken)
         if number == self._count or (tensor.shape, tensor.dtype, tensor.device) != self._expected[number]:
             raise _Stop
@@ -179,8 +174,7 @@ class Capture:
         It is freed if this `is_last` use of it: with its node's gradient, as under standard autograd. But the backward pass of a
         user's autograd Function may ask for its tensors any number of times.
         """
-        taken = self._taken[number]
-        if taken is None:
+        if (taken := self.taken[number]) is None:
             return None
         tensor, version = taken
         if tensor._version != version:
@@ -189,7 +183,7 @@ class Capture:
                 f"needs that tensor: let it return a new one"
             )
         if is_last and not isinstance(current_node(), BackwardCFunction):
-            self._taken[number] = None
+            self.taken[number] = None
         return tensor
 
 

@@ -13,6 +13,7 @@ from revflow._base.memory_size import MemoryBudget
 from revflow._base.streams import Streams
 from revflow._base.table import number_of_parameters, table
 from revflow._base.torch_private import allow_recompilations, compile_call, not_compiled
+from revflow._captured.chain import captured
 from revflow._guard.policy import Guard, Mode
 from revflow._guard.sequences import witness_of
 from revflow._replay.mode import engine_applies
@@ -26,11 +27,6 @@ from revflow._rewind.passage import Passage
 from revflow._rewind.tape import Tape
 from revflow.budget import Budget, Budgeted, Plan
 from revflow.exact import Extent, Grid, Residual
-
-_NOT_COMPILED = (
-    "a ReversibleSequence in training runs outside of compiled graphs, so that its two evaluations agree: leave out "
-    "fullgraph=True, and call net.compile_conditioners() to compile the conditioners, which take most of the time"
-)
 
 
 class ReversibleSequence(Budgeted, BlockList):
@@ -73,7 +69,8 @@ class ReversibleSequence(Budgeted, BlockList):
     including those in lists or dictionaries, receive gradients. Dropout masks, autocast settings, train or eval mode and
     BatchNorm statistics are the same in both evaluations. Do not change parameters, keyword arguments or the output in place
     before the backward pass; otherwise, PyTorch raises an error. Under `no_grad`, forward-mode differentiation, `torch.func`
-    transforms and `torch.export`, a sequence runs like any other module.
+    transforms and `torch.export`, a sequence runs like any other module. Under `torch.compile`, it becomes part of the compiled
+    graph, if its conditioners draw no random numbers and change no state.
 
     `print(net)` prints a table of the blocks, with identical consecutive blocks on one line. The table lists parameter counts
     and the output stream shapes from the last training step or `plan` call. `print(net[0])` prints the modules of a block.
@@ -257,11 +254,11 @@ class ReversibleSequence(Budgeted, BlockList):
     ) -> tuple[Any, Any]:
         if engine_applies() and not self._keeper.stores_all:
             refuse_replica(self)
-            return self._on_a_tape(x, context, direction, log_det)
+            result = torch.compiler.is_compiling() and captured(self, x, self.split_dim, direction, log_det, context)
+            return result or self._on_a_tape(x, context, direction, log_det)
         return self._chain(x, context, direction, log_det).run()
 
-    # A compiled forward pass would draw other dropout masks than the recomputation.
-    @not_compiled(_NOT_COMPILED)
+    @not_compiled("the engine of a ReversibleSequence runs outside of compiled graphs")
     def _on_a_tape(
         self, x: Tensor | Streams, context: dict[str, Any], direction: Direction, log_det: bool
     ) -> tuple[Any, Any]:

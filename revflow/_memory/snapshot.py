@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revflow._base.torch_capture import is_wrapper
 from revflow._base.torch_private import unchanged_versions
 
 _OWNERS = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
@@ -30,6 +31,7 @@ def unchanged() -> Iterator[None]:
         if not isinstance(owner, Tensor):
             _save(vars(owner), contents)
     leaves = [t for t in objects if type(t) in (Tensor, nn.Parameter) and t.is_leaf and not t.is_inference()]
+    leaves = [t for t in leaves if not is_wrapper(t)]  # those have no data of their own
     states = [(leaf, leaf.data, leaf.requires_grad, leaf.grad) for leaf in leaves]
     del objects
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()

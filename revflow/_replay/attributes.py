@@ -137,6 +137,11 @@ class Attributes:
         return tuple([repr(value) if is_container(value) else value for value in values])
 
     @property
+    def have_changed(self) -> bool:
+        """Whether the first evaluation replaced, added or removed a tensor."""
+        return bool(self._changed)
+
+    @property
     def matter(self) -> bool:
         """Whether the second evaluation depends on any of the attributes."""
         return bool(self._changed or self._switches)

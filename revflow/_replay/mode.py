@@ -10,6 +10,7 @@ from weakref import WeakSet
 
 import torch
 
+from revflow._base.torch_capture import is_transformed_in_a_graph
 from revflow._base.torch_private import (
     backward_pass,
     checkpointed_call,
@@ -93,7 +94,7 @@ def engine_applies() -> bool:
     need graphs.
     """
     if torch.compiler.is_compiling():
-        return torch.is_grad_enabled() and not is_exporting()
+        return torch.is_grad_enabled() and not (is_exporting() or is_evaluating() or is_transformed_in_a_graph())
     if is_forward_ad() or is_transformed() or is_recomputing() or is_evaluating() or is_traced():
         return False
     return torch.is_grad_enabled() and not _is_standard()

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent.parent
 FOLDERS = ("revflow", "models", "bench", "examples")
 
 # The files that pass a sequence of blocks, forward and backward: without its micro-batches, its stored outputs and its repr.
+PRIVATE_TORCH = "revflow/_base/torch_private.py", "revflow/_base/torch_capture.py"
+
 CORE = (
     "revflow/bijection.py",
     "revflow/coupling.py",
@@ -100,8 +102,8 @@ def wide_functions(source: Source) -> Iterator[str]:
 
 
 def private_torch(source: Source) -> Iterator[str]:
-    """Names of torch that may change with any release: `revflow/_base/torch_private.py` is the place for them."""
-    if source.name == "revflow/_base/torch_private.py":
+    """Names of torch that may change with any release: the files in `PRIVATE_TORCH` are the place for them."""
+    if source.name in PRIVATE_TORCH:
         return
     dotted = {".".join(_path(node)) for node in source.nodes if isinstance(node, ast.Attribute)}
     dotted |= {f"{module}.{name}" for module, name in source.imports}
@@ -119,7 +121,7 @@ def hidden_engine(source: Source) -> Iterator[str]:
 
 def others_private_attributes(source: Source) -> Iterator[str]:
     """Attributes with an underscore that no class or function of this file defines."""
-    if source.name == "revflow/_base/torch_private.py":
+    if source.name in PRIVATE_TORCH:
         return
     defined = {name.rpartition(".")[2] for name, _ in source.functions}
     for node in source.nodes:

@@ -18,15 +18,15 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-def test_compiled_around_a_chain_the_engine_stays_out_of_the_graph():
-    net, graphs = network(STACKS[0]), []
+def test_compiled_around_a_chain_that_draws_the_engine_stays_out_of_the_graph():
+    net, graphs = network(STACKS[0], dropout=0.5), []
 
     def backend(module, inputs):
         graphs.append(module)
         return module
 
     torch.compile(nn.Sequential(net), backend=backend)(image().requires_grad_()).sum().backward()
-    assert not graphs
+    assert not any("conv" in str(node.target) for graph in graphs for node in graph.graph.nodes)
 
 
 def test_compiled_around_a_chain_with_dropout():
@@ -107,13 +107,6 @@ def test_conditioners_of_a_nested_sequence_are_compiled():
     assert inner.F._compiled_call_impl is not None and net[0].F._compiled_call_impl is None
     x = image().requires_grad_()
     assert_same_gradients(net, lambda: net(x), lambda: net.plain(x), [x])
-
-
-@stacks
-def test_whole_graph_capture_in_training_is_refused(stack):
-    model = torch.compile(network(stack), backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match=r"(?s)runs outside of compiled graphs.*compile_conditioners"):
-        model(image())
 
 
 @stacks

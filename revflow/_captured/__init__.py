@@ -1,0 +1,1 @@
+"""A sequence inside of a compiled graph: PyTorch captures both of its passes."""

@@ -1,0 +1,150 @@
+"""One evaluation of a conditioner on fake tensors, which shows its side effects."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from revflow._base.stepwise import Stepwise
+from revflow._base.streams import Streams, versions_of
+from revflow._base.torch_capture import arguments_of, has_hooks_of_saved_tensors
+from revflow._base.torch_private import (
+    BatchNorm,
+    TorchDispatchMode,
+    has_global_hook,
+    has_own_hook,
+    is_compiled,
+    pytree,
+)
+from revflow._guard.graph_search import untracked
+from revflow._replay.attributes import Attributes
+from revflow._replay.buffers import buffers_of
+
+
+class ObjectionError(RuntimeError):
+    """The reason why a block cannot be captured."""
+
+
+def watched(module: nn.Module, evaluate: Callable[[], Streams], inputs: Streams) -> tuple[tuple[str, ...], Streams]:
+    """The buffers that an evaluation changes, and its result. ObjectionError if it does more than that."""
+    attributes = Attributes([*module.modules()])
+    own, buffers = [*module.parameters()], dict(module.named_buffers())
+    known = [*inputs, *own, *buffers.values()]
+    before, states = versions_of(known), _states_of_generators()
+    with _Watch() as watch:
+        result = evaluate()
+    if watch.drawing or states != _states_of_generators():
+        name = f" ({watch.drawing})" if watch.drawing else ""
+        raise ObjectionError(f"{_kind(module)} draws random numbers{name}, and its second evaluation would draw others")
+    if watch.is_hooked:
+        raise ObjectionError(f"{_kind(module)} uses torch.utils.checkpoint, or other hooks for saved tensors")
+    written = [t for t, v, w in zip(known, before, versions_of(known), strict=True) if v != w or id(t) in watch.written]
+    moving = tuple([name for name, buffer in buffers.items() if any(buffer is t for t in written)])
+    for name in moving:
+        holder = module.get_submodule(name.rpartition(".")[0])
+        if not (isinstance(holder, BatchNorm) and holder.training):
+            raise ObjectionError(f"{_kind(module)} changes the buffer {name} in place")
+    if len(written) > len(moving):
+        raise ObjectionError(f"{_kind(module)} changes its input or a parameter in place")
+    replaced = dict(module.named_buffers())
+    attributes.keep_changes()
+    if (
+        attributes.have_changed
+        or replaced.keys() != buffers.keys()
+        or any(replaced[n] is not b for n, b in buffers.items())
+    ):
+        raise ObjectionError(f"{_kind(module)} stores a tensor in an attribute or a buffer")
+    if untracked([r for r in result if r.requires_grad], [*inputs, *own]) is not None:  # type: ignore[arg-type]
+        raise ObjectionError(
+            f"{_kind(module)} uses a tensor that needs a gradient, and is neither its parameter nor an argument"
+        )
+    result = tuple([r.detach() for r in result])
+    if watch.holds_more([*result, *known]):
+        raise ObjectionError(
+            f"{_kind(module)} computes a tensor that is still held after its evaluation, for example in a list"
+        )
+    return moving, result
+
+
+class _Watch(TorchDispatchMode):
+    """Sees each operation of an evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.drawing = ""
+        """The name of an operator that draws."""
+        self.is_hooked = False
+        """Whether hooks replace the tensors that its graph saves, such as those of `torch.utils.checkpoint`."""
+        self.written: set[int] = set()
+        """The tensors that it changes, by identity. Not all operators raise a tensor's version: BatchNorm's do not."""
+        self._made: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        arguments = arguments_of(func)
+        given = {a.name: a.default_value for a in arguments if a.has_default_value()} | (kwargs or {})
+        given |= {a.name: value for a, value in zip(arguments, args, strict=False)}
+        shares = [given[name] for name in ("dropout_p", "dropout") if name in given]
+        if any(shares) or (torch.Tag.nondeterministic_seeded in func.tags and not shares):
+            self.drawing = self.drawing or func.name().removeprefix("aten::")
+        written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        statistics = [given[name] for name in ("running_mean", "running_var") if given.get("training")]
+        self.is_hooked |= has_hooks_of_saved_tensors()
+        self.written |= {id(t) for t in (*written, *statistics)}
+        result = func(*args, **(kwargs or {}))
+        self._made += [StorageWeakRef(t.untyped_storage()) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        return result
+
+    def holds_more(self, known: Sequence[Tensor]) -> bool:
+        """Whether memory of the evaluation exists that is not that of the known tensors."""
+        its = {StorageWeakRef(t.untyped_storage()) for t in known}
+        return any([not made.expired() and made not in its for made in self._made])
+
+
+def refuse_hooks(block: nn.Module) -> None:
+    if has_global_hook():
+        raise ObjectionError("a hook is registered for all modules")
+    if isinstance(block, Stepwise) and not block.unobserved:
+        raise ObjectionError("it has hooks, or overrides `forward` or `inverse`")
+    for m in block.modules():
+        if has_own_hook(m):
+            raise ObjectionError(f"{_kind(m)} has hooks")
+        if is_compiled(m):
+            raise ObjectionError(f"{_kind(m)} is compiled by itself")
+
+
+@contextmanager
+def restored(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Restore the attributes and buffers of all modules at the end of this context.
+
+    Buffers are replaced by copies. A fake-tensor mode changes small tensors of integers, such as BatchNorm's counter, in fact.
+    """
+    modules = {m: dict(vars(m)) for block in blocks for m in block.modules()}
+    buffers = [buffer for module in modules for buffer in buffers_of(module)]
+    copies: dict[int, Tensor] = {}
+    for buffer in buffers:
+        buffer.lend(copies)
+    try:
+        yield
+    finally:
+        for module, attributes in modules.items():
+            vars(module).clear()
+            vars(module).update(attributes)
+        for buffer in buffers:
+            buffer.give_back()
+
+
+def _states_of_generators() -> list[Any]:
+    """The states of the random generators that are not PyTorch's."""
+    numpy = sys.modules.get("numpy")
+    return [random.getstate(), *([] if numpy is None else [str(numpy.random.get_state())])]
+
+
+def _kind(module: nn.Module) -> str:
+    return f"a {type(module).__name__}"

@@ -113,7 +113,7 @@ class _Captured(torch.autograd.Function):
         outputs, anchors = saved[: ctx.outputs], [*saved[ctx.outputs : ctx.outputs + ctx.anchors]]
         _, leaves, own, _ = split(call, (None,) * call.width + saved[ctx.outputs + ctx.anchors :])
         of_log_det = [grads[ctx.outputs]] if call.passage.log_det else []
-        now, its = [_separate(o) for o in outputs], [*grads[: ctx.outputs]]
+        now, its = [_separate(o, grads[0]) for o in outputs], [*grads[: ctx.outputs]]
         if call.join is not None:
             now, its = [*now[0].split(ctx.sizes, call.join)], [*its[0].split(ctx.sizes, call.join)]
         of_own: list[Tensor | None] = [None] * len(own)
@@ -237,15 +237,16 @@ def _autocast(call: Call) -> Any:
 
 
 @torch.library.custom_op("revflow::separate", mutates_args=())
-def _separate(x: Tensor) -> Tensor:
-    """A copy that the graph's compiler cannot see through.
+def _separate(x: Tensor, gradient: Tensor) -> Tensor:
+    """A copy that the graph's compiler cannot see through, and cannot move into the forward pass.
 
     Otherwise it would recognize that the second evaluation of a conditioner computes the same as the first, keep the values of
-    the first, and so store all activations.
+    the first, and so store all activations. Of the backward pass, the inversion does not depend on a gradient. Without this
+    argument, the compiler could begin it in the forward pass, and store recomputed streams next to the output.
     """
     return x.clone()
 
 
 @_separate.register_fake
-def _(x: Tensor) -> Tensor:
+def _(x: Tensor, gradient: Tensor) -> Tensor:
     return torch.empty_like(x)

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import re
 import shutil
 import sys
@@ -78,9 +79,22 @@ def test_overhead(printed):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
-def test_compiled(printed):
-    text = printed("compiled", "--blocks", "1", "--rounds", "2")
-    assert re.findall(r"(\w+): compiled [\d.]+×", text) == ["tokens", "images"]
+def test_compiled(printed, monkeypatch, tmp_path):
+    """The gradients are compared with those of standard autograd, in the script."""
+    script = importlib.import_module("compiled")
+    some = [c for c in script.CONTENDERS if c.setting in ("", "one graph") and c.method.name != "checkpoint"]
+    monkeypatch.setattr(script, "CONTENDERS", some)
+    rows, picture = tmp_path / "rows.json", tmp_path / "picture.png"
+    text = printed(
+        "compiled", "--only", "tiny", "--blocks", "2", "--rounds", "2", "--json", str(rows), "--figure", str(picture)
+    )
+    found = {(row["method"], row["setting"]): row for row in json.loads(rows.read_text())}
+    assert [*found] == [("plain", ""), ("plain", "one graph"), ("revflow", ""), ("revflow", "one graph")]
+    # The output is two streams. Each block's standard graph has three streams more: the input of each layer.
+    assert found["revflow", "one graph"]["saved_streams"] == 2
+    assert found["plain", "one graph"]["saved_streams"] >= 6
+    assert "2 blocks, 256 x 8 per stream" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_rounding(printed, tmp_path):

@@ -94,7 +94,10 @@ def engine_applies() -> bool:
     need graphs.
     """
     if torch.compiler.is_compiling():
-        return torch.is_grad_enabled() and not (is_exporting() or is_evaluating() or is_transformed_in_a_graph())
+        is_standard = (
+            is_exporting() or is_transformed_in_a_graph() or getattr(this_thread, "standard", None) is not None
+        )
+        return torch.is_grad_enabled() and not is_standard and not is_evaluating()
     if is_forward_ad() or is_transformed() or is_recomputing() or is_evaluating() or is_traced():
         return False
     return torch.is_grad_enabled() and not _is_standard()
@@ -104,8 +107,7 @@ def _is_standard() -> bool:
     """Whether the current code runs within `ordinary_autograd()`, or recomputes a checkpoint that did."""
     standard: _Standard | None = getattr(this_thread, "standard", None)
     if standard is None:
-        is_in_backward = backward_pass() != -1
-        return is_in_backward and checkpointed_call() in _standard_when_recomputed
+        return backward_pass() != -1 and checkpointed_call() in _standard_when_recomputed
     call = checkpointed_call()
     if call is not None and call is not standard.call:
         _standard_when_recomputed.add(call)

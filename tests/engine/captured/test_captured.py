@@ -157,6 +157,15 @@ class TestGradients:
         found = gradients(torch.compile(net, backend="aot_eager", fullgraph=True), x, net)
         assert_close(found, gradients(plain, x, net))
 
+    def test_under_ordinary_autograd(self):
+        net, x, graphs = network(STACKS[0]), image().requires_grad_(), Graphs()
+        compiled = torch.compile(net, backend=graphs, fullgraph=True)
+        with revflow.ordinary_autograd():
+            assert_close(gradients(compiled, x, net), gradients(net, x, net))
+        assert graphs.count("revflow.separate") == [0, 0]
+        gradients(compiled, x, net)
+        assert graphs.count("revflow.separate") == [0, 1]
+
     def test_without_gradients_of_the_input(self):
         net, x = network(STACKS[0]), image()
         compiled = torch.compile(net, backend="aot_eager", fullgraph=True)

@@ -94,10 +94,8 @@ def engine_applies() -> bool:
     need graphs.
     """
     if torch.compiler.is_compiling():
-        is_standard = (
-            is_exporting() or is_transformed_in_a_graph() or getattr(this_thread, "standard", None) is not None
-        )
-        return torch.is_grad_enabled() and not is_standard and not is_evaluating()
+        is_standard = getattr(this_thread, "standard", None) is not None or is_exporting()
+        return torch.is_grad_enabled() and not (is_standard or is_evaluating() or is_transformed_in_a_graph())
     if is_forward_ad() or is_transformed() or is_recomputing() or is_evaluating() or is_traced():
         return False
     return torch.is_grad_enabled() and not _is_standard()

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import revflow
 from kit import trials
+from kit.compiled_row import Row
 from kit.host_allocator import keep_freed_memory
 from kit.methods import Method, checkpointed, plain, reversible
 from kit.networks import Network
@@ -46,23 +47,6 @@ BUDGETS = 0.1, 0.3, 0.5
 
 TOLERANCE = 1e-4
 """Of gradients in float32."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A training step by one method. Times are in units of an eager step of standard autograd."""
-
-    network: str
-    size: str
-    method: str
-    setting: str
-    """Empty for an eager step."""
-    time_ratio: float
-    quartiles: tuple[float, float]
-    saved_streams: float
-    peak: int
-    """Bytes."""
-    compile_seconds: float | None
 
 
 @dataclass(frozen=True)

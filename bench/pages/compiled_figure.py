@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kit.compiled_row import Row
 from pages.style import INK, SMALL, STYLES, TITLE, finish
-
-if TYPE_CHECKING:
-    from compiled import Row
 
 EAGER = 0.45
 """Opacity of eager steps."""

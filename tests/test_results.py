@@ -93,6 +93,21 @@ def test_time(network):
         assert times[headings.index(network) - 1] == f"{float(expected[method]['time_ratio']):.2f}"
 
 
+def test_time_of_compiled_steps():
+    lines = stored("compiled-cpu.csv")
+    expected = {
+        (line["network"], f"{line['method']}, {line['setting'] or 'eager'}"): f"{float(line['time_ratio']):.2f}"
+        for line in lines
+    }
+    headings, rows = table("docs/compile.md", "compiled and eager steps")
+    assert len(rows) == 5
+    for name, *times in rows:
+        assert times == [expected[network, name] for network in headings[1:]]
+    for setting in ("one graph", "eager"):
+        times = [expected[network, f"revflow, {setting}"] for network in ("tiny", "mlp", "convolutions")]
+        assert "{}, {} and {} times".format(*times) in prose(RESULTS / "compiled-cpu.md")
+
+
 @pytest.mark.parametrize("network", ["convolutions", "transformer"])
 def test_memory_against_time(network):
     expected = by_method("budget-cpu.csv", network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.func import vjp
+from torch.fx.experimental import symbolic_shapes
 from torch.nn.utils.stateless import _reparametrize_module
 
 reparametrized: Callable[..., AbstractContextManager[None]] = partial(_reparametrize_module, tie_weights=True)
@@ -35,9 +37,13 @@ is_wrapper: Callable[[Any], bool] = torch._C._functorch.is_functorch_wrapped_ten
 """Whether a transform of torch.func made this tensor, which wraps another."""
 
 
-def arguments_of(operator: Any) -> list[Any]:
+hint_of: Callable[[Any], int] = getattr(symbolic_shapes, "guarding_hint_or_throw", operator.index)
+"""A size while torch.compile traces: of a dynamic dimension, that of the example input. The graph stays valid for others."""
+
+
+def arguments_of(function: Any) -> list[Any]:
     """The arguments in an operator's schema."""
-    return list(operator._schema.arguments)
+    return list(function._schema.arguments)
 
 
 _depth_of_transforms = getattr(torch._C._functorch, "get_dynamic_layer_stack_depth", None)

@@ -5,7 +5,7 @@ that is decided while PyTorch traces the call, and only tensor operations remain
 the gradients back through its conditioners by `torch.func.vjp`, which PyTorch can trace. The graph's compiler then removes the
 cost per block, and fuses the inversion with the evaluations.
 
-Only sequences to which `objections.survey` has no objection run here.
+Only sequences to which `survey.survey` has no objection run here.
 """
 
 from __future__ import annotations

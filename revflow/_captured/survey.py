@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Context, Streams, rotate
+from revflow._base.torch_capture import hint_of
 from revflow._base.torch_private import (
     fake_tensor,
 )
@@ -71,7 +72,7 @@ def survey(sequence: BlockList, passage: Passage, streams: Streams, context: Con
 
 
 def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
-    return tuple([int(n) for n in tensor.shape]), tensor.dtype, tensor.device
+    return tuple([hint_of(n) for n in tensor.shape]), tensor.dtype, tensor.device
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -157,6 +157,15 @@ class TestGradients:
         found = gradients(torch.compile(net, backend="aot_eager", fullgraph=True), x, net)
         assert_close(found, gradients(plain, x, net))
 
+    def test_batches_of_several_sizes_share_a_graph(self):
+        """The second size makes the dimension dynamic."""
+        net, graphs = network(STACKS[4]), Graphs()
+        compiled = torch.compile(net, backend=graphs, fullgraph=True)
+        for size in (2, 3, 5, 7):
+            x = image(size, 8, 6, 4).requires_grad_()
+            assert_close(gradients(compiled, x, net), gradients(net.plain, x, net))
+        assert len(graphs.forward) == 2
+
     def test_under_ordinary_autograd(self):
         net, x, graphs = network(STACKS[0]), image().requires_grad_(), Graphs()
         compiled = torch.compile(net, backend=graphs, fullgraph=True)

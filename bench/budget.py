@@ -31,9 +31,8 @@ from typing import NamedTuple
 
 import torch
 
-from kit import networks, operations, trials
+from kit import host_allocator, networks, operations, trials
 from kit.budgets import Budgets
-from kit.host_allocator import keep_freed_memory
 from kit.libraries import PEERS, libraries
 from kit.methods import Method, checkpointed, compiled, offloaded, plain, reversible, selective
 from kit.networks import Network
@@ -59,7 +58,7 @@ MORE = {"compiled": compiled}
 def main() -> None:
     a = options()
     device = report.device_here()
-    keep_freed_memory()
+    host_allocator.keep_freed_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     made = {

@@ -32,9 +32,8 @@ import torch
 from torch import Tensor, nn
 
 import revflow
-from kit import trials
+from kit import host_allocator, trials
 from kit.compiled_row import Row
-from kit.host_allocator import keep_freed_memory
 from kit.methods import Method, checkpointed, plain, reversible
 from kit.networks import Network
 from kit.profiled_memory import peak_and_kept
@@ -73,7 +72,7 @@ CONTENDERS = [
 def main() -> None:
     a = options()
     device = report.device_here()
-    keep_freed_memory()
+    host_allocator.keep_freed_memory()
     torch.set_num_threads(1)
     about = f"{report.machine(device)}, {a.rounds} rounds"
     print(about)

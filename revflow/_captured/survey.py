@@ -96,8 +96,7 @@ def _surveyed(
         objection = "a stream does not consist of floating-point numbers"
     if not objection:
         context = {name: Given(*given) for name, *given in tensors} | dict(others)
-        blocks = [*flattened(sequence)][:: passage.direction.sign]
-        objection, *found = _survey_of_blocks(blocks, passage, [Given(*s) for s in streams], context)
+        objection, *found = _survey_of_blocks(sequence, passage, [Given(*s) for s in streams], context)
     if objection:
         warn(OUTSIDE.format(objection), UserWarning)
     return objection, *found
@@ -114,15 +113,16 @@ def _objection_to_options(sequence: Any) -> str:
 
 
 def _survey_of_blocks(
-    blocks: Sequence[tuple[str, nn.Module]], passage: Passage, streams: Sequence[Given], context: dict[str, Any]
+    sequence: BlockList, passage: Passage, streams: Sequence[Given], context: dict[str, Any]
 ) -> tuple[Any, ...]:
+    blocks = [*flattened(sequence)][:: passage.direction.sign]
     moving: list[Moving] = []
     name, block = "", nn.Module()
     outer = is_evaluating()
     fake_mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     device = streams[0].device
     uncached = autocast(autocast_state(device), device)
-    with restored([block for _, block in blocks]), fake_mode, uncached, torch.enable_grad():
+    with restored(sequence, device), fake_mode, uncached, torch.enable_grad():
         this_thread.evaluating = True
         try:
             now: Streams = tuple(map(_made, streams))

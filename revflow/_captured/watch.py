@@ -25,7 +25,7 @@ from revflow._base.torch_private import (
 )
 from revflow._guard.graph_search import untracked
 from revflow._replay.attributes import Attributes
-from revflow._replay.buffers import buffers_of
+from revflow._replay.undisturbed import undisturbed
 
 
 class ObjectionError(RuntimeError):
@@ -120,24 +120,20 @@ def refuse_hooks(block: nn.Module) -> None:
 
 
 @contextmanager
-def restored(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Restore the attributes and buffers of all modules at the end of this context.
+def restored(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Restore the attributes and buffers of all modules, and the random states, at the end of this context.
 
-    Buffers are replaced by copies. A fake-tensor mode changes small tensors of integers, such as BatchNorm's counter, in fact.
+    Meanwhile, modules have copies of their buffers: a fake-tensor mode changes small tensors of integers, such as BatchNorm's
+    counter, in fact.
     """
-    modules = {m: dict(vars(m)) for block in blocks for m in block.modules()}
-    buffers = [buffer for module in modules for buffer in buffers_of(module)]
-    copies: dict[int, Tensor] = {}
-    for buffer in buffers:
-        buffer.lend(copies)
-    try:
-        yield
-    finally:
-        for module, attributes in modules.items():
-            vars(module).clear()
-            vars(module).update(attributes)
-        for buffer in buffers:
-            buffer.give_back()
+    before = {m: dict(vars(m)) for m in module.modules()}
+    with undisturbed(module, device):
+        try:
+            yield
+        finally:
+            for m, attributes in before.items():
+                vars(m).clear()
+                vars(m).update(attributes)
 
 
 def _states_of_generators() -> list[Any]:

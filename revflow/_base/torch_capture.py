@@ -33,10 +33,6 @@ def has_hooks_of_saved_tensors() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-is_wrapper: Callable[[Any], bool] = torch._C._functorch.is_functorch_wrapped_tensor
-"""Whether a transform of torch.func made this tensor, which wraps another."""
-
-
 hint_of: Callable[[Any], int] = getattr(symbolic_shapes, "guarding_hint_or_throw", operator.index)
 """A size while torch.compile traces: of a dynamic dimension, that of the example input. The graph stays valid for others."""
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revflow._base.torch_capture import is_wrapper
 from revflow._base.torch_private import unchanged_versions
 
 _OWNERS = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
@@ -31,7 +30,7 @@ def unchanged() -> Iterator[None]:
         if not isinstance(owner, Tensor):
             _save(vars(owner), contents)
     leaves = [t for t in objects if type(t) in (Tensor, nn.Parameter) and t.is_leaf and not t.is_inference()]
-    leaves = [t for t in leaves if not is_wrapper(t)]  # those have no data of their own
+    leaves = [*filter(_has_data, leaves)]
     states = [(leaf, leaf.data, leaf.requires_grad, leaf.grad) for leaf in leaves]
     del objects
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -48,6 +47,17 @@ def unchanged() -> Iterator[None]:
                 leaf.requires_grad_(requires_grad)
             if leaf.grad is not gradient:
                 leaf.grad = gradient
+
+
+def _has_data(tensor: Tensor) -> bool:
+    """False of tensors that transforms of torch.func wrap, and of those that torch.compile traces with symbolic sizes.
+
+    What was compiled or transformed earlier may hold such tensors. A step cannot replace their data.
+    """
+    try:
+        return tensor.layout is not torch.strided or tensor.data_ptr() >= 0
+    except RuntimeError:
+        return False
 
 
 def _subclasses(kind: type) -> set[type]:

@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils.checkpoint import checkpoint
 
 import revflow
@@ -525,3 +527,16 @@ def test_tensors_of_transforms_are_left_alone():
     torch.func.vjp(square, torch.ones(3))
     assert revflow.predict_memory(lambda batch: torch.zeros(batch, 256)).peak(1) == 1024
     assert len(held) == 1
+
+
+def test_traced_tensors_of_symbolic_sizes_are_left_alone():
+    """A compiled network with a dynamic dimension may hold them, and errors in a step's end leave networks without data."""
+    sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    fake = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.ones(3, 4), symbolic_context=sizes)
+    held = torch._to_functional_tensor(fake)
+    assert type(held) is torch.Tensor
+    layer = nn.Linear(4, 4)
+    before = layer.weight.data_ptr()
+    assert revflow.predict_memory(lambda batch: layer(torch.zeros(batch, 4))).peak(1) > 0
+    assert layer.weight.data_ptr() == before
+    del held

@@ -52,7 +52,7 @@ def unchanged() -> Iterator[None]:
 def _has_data(tensor: Tensor) -> bool:
     """False of tensors that transforms of torch.func wrap, and of those that torch.compile traces with symbolic sizes.
 
-    What was compiled or transformed earlier may hold such tensors. A step cannot replace their data.
+    Earlier compilations and transforms may hold such tensors. A step cannot replace their data.
     """
     try:
         return tensor.layout is not torch.strided or tensor.data_ptr() >= 0

@@ -12,6 +12,7 @@ from torch import nn
 from revflow._base.memory_size import MemoryBudget
 from revflow._base.streams import Streams
 from revflow._base.torch_private import allow_recompilations
+from revflow._captured.time_step import captured_step
 from revflow._guard.policy import Guard, Mode
 from revflow._replay.mode import engine_applies
 from revflow._replay.refusals import refuse_replica
@@ -123,7 +124,19 @@ class ReversibleRecurrence(Budgeted, nn.ModuleList):
         if not engine_applies() or self._keeper.stores_all:
             return self.plain_step(streams, state, **context)
         refuse_replica(self)
+        if torch.compiler.is_compiling():
+            results = captured_step(self, streams, state, context, self._objection_to_capture())
+            if results is not None:
+                return _outputs(results)
         return _outputs(self._run(StepInput(streams, state.cells, state.memories[-1], context)))
+
+    def _objection_to_capture(self) -> str:
+        """The reason why time steps cannot be part of a compiled graph; empty if there is none."""
+        if self._states != "kept":
+            return f"only the engine stores states in another way (states={self._states!r})"
+        if self.memory_budget != "min":
+            return f"only the engine plans a memory budget ({self.memory_budget!r})"
+        return ""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run(self, given: StepInput) -> Results:

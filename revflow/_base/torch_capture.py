@@ -61,6 +61,15 @@ def compilation(tensors: Sequence[Tensor]) -> object | None:
     return TracingContext.try_get() if is_traced else None
 
 
+def inner_of(tensor: Tensor) -> Tensor:
+    """The tensor that AOTAutograd wraps. It is the same one for two wrappers of one tensor."""
+    if not isinstance(tensor, FunctionalTensor):
+        return tensor
+    torch._sync(tensor)  # type: ignore[attr-defined, no-untyped-call]
+    inner: Tensor = torch._from_functional_tensor(tensor.elem)
+    return inner
+
+
 def traced(function: Callable[..., Sequence[Tensor | None]], operands: Sequence[Any]) -> GraphModule:
     """The function's operations on tensors like these, which AOTAutograd traces, with its calls of `torch.autograd.grad`."""
     with suspend_functionalization(), disable_functional_mode(), disable_proxy_modes_tracing():

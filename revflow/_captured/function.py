@@ -63,7 +63,7 @@ class Captured(torch.autograd.Function):
         outputs, stored = ([*islice(saved, count)] for count in ctx.counts)
         given = [*saved]
         now, its, of_log_det = (
-            [_separate(o, grads[0]) for o in outputs],
+            [separate(o, grads[0]) for o in outputs],
             [*grads[: len(outputs)]],
             [*grads[len(outputs) :][: call.passage.log_det]],
         )
@@ -93,7 +93,7 @@ def run(number: int, *tensors: Tensor) -> Streams:
 
 
 @torch.library.custom_op("revflow::separate", mutates_args=())
-def _separate(x: Tensor, gradient: Tensor) -> Tensor:
+def separate(x: Tensor, gradient: Tensor) -> Tensor:
     """A copy that the graph's compiler cannot see through, and cannot move into the forward pass.
 
     Otherwise, it would recognize the streams in the output, and store them next to it.
@@ -101,6 +101,6 @@ def _separate(x: Tensor, gradient: Tensor) -> Tensor:
     return x.clone()
 
 
-@_separate.register_fake
+@separate.register_fake
 def _(x: Tensor, gradient: Tensor) -> Tensor:
     return torch.empty_like(x)

@@ -94,7 +94,7 @@ class _Rewind:
         """Invert the step, and add its gradients."""
         own = [self._count + k for k in step.places]
         used = [k for k in self._given if k < self._count or k in own]
-        tensors = {k: _leaf(self._given[k]) if self._needs[k] else self._given[k] for k in used}
+        tensors = {k: leaf(self._given[k]) if self._needs[k] else self._given[k] for k in used}
         selected = {k: t for k, t in tensors.items() if self._needs[k]}
         context = self._call.context([tensors[k] for k in range(self._count)])
         # A buffer that an evaluation changes, a statistic of BatchNorm, is None here: it must not move again.
@@ -112,7 +112,7 @@ class _Rewind:
         self, law: Law, k: int, evaluate: Callable[..., Streams], selected: Selected, context: Context
     ) -> None:
         """The same for one conditioner of a coupling, which changes stream k."""
-        y, others = self.now[k], [*map(_leaf, _without(self.now, k))]
+        y, others = self.now[k], [*map(leaf, _without(self.now, k))]
         with torch.enable_grad():
             t = evaluate(y, others, context)
         values = [c.detach() for c in t]
@@ -120,11 +120,11 @@ class _Rewind:
         if law.translates:
             of_t: Found = [self.its[k] if law.direction.sign > 0 else -self.its[k]]
         else:
-            leaves = [*map(_leaf, (x, *values))]
+            leaves = [*map(leaf, (x, *values))]
             with torch.enable_grad():
                 changed = law.apply(*leaves)
                 log_det = [law.log_det(leaves[0], changed, tuple(leaves[1:]))] if self._of_log_det else []
-            of_x, *of_t = _gradients([changed, *log_det], [self.its[k], *self._of_log_det], leaves)
+            of_x, *of_t = gradients([changed, *log_det], [self.its[k], *self._of_log_det], leaves)
             self.its[k] = torch.zeros_like(x) if of_x is None else of_x
         of_others = self._add(t, of_t, others, selected)
         rest = [j for j in range(len(self.its)) if j != k]
@@ -135,7 +135,7 @@ class _Rewind:
         """The same for a block that is not a coupling, by its own inverse."""
         passage = self._call.passage
         undo = block.inverse if passage.direction.sign > 0 else block
-        streams = [*map(_leaf, undo(*self.now, **context))]
+        streams = [*map(leaf, undo(*self.now, **context))]
         with torch.enable_grad():
             outputs = call_whole(block, passage.direction, passage.log_det, tuple(streams), context)
         found = self._add(outputs, [*self.its, *self._of_log_det], streams, selected)
@@ -144,13 +144,13 @@ class _Rewind:
 
     def _add(self, outputs: Streams, of_outputs: Found, streams: list[Tensor], selected: Selected) -> Found:
         """Add the gradients of the selected tensors to the sums, and return those of the streams."""
-        found = _gradients(outputs, of_outputs, [*streams, *selected.values()])
+        found = gradients(outputs, of_outputs, [*streams, *selected.values()])
         for k, gradient in zip(selected, found[len(streams) :], strict=True):
             self.sums[k] = summed(self.sums[k], gradient)
         return found[: len(streams)]
 
 
-def _gradients(outputs: Sequence[Tensor], of_outputs: Found, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+def gradients(outputs: Sequence[Tensor], of_outputs: Found, inputs: Sequence[Tensor]) -> list[Tensor | None]:
     known = [(o, g) for o, g in zip(outputs, of_outputs, strict=True) if g is not None and o.requires_grad]
     if not known:
         return [None] * len(inputs)
@@ -164,7 +164,7 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous(memory_format=by_channels) else tensor.contiguous()
 
 
-def _leaf(tensor: Tensor) -> Tensor:
+def leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
 
 

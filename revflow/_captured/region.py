@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from revflow._base.torch_capture import compilation, invoke, traced
+from revflow._base.torch_capture import compilation, inner_of, invoke, traced
 from revflow._replay.mode import is_evaluating, this_thread
 
 Results = Sequence[Tensor | None]
@@ -26,16 +26,22 @@ _known: WeakKeyDictionary[Any, dict[Hashable, Region]] = WeakKeyDictionary()
 def call(key: Hashable, function: Function, operands: Sequence[Tensor]) -> Results:
     """The function's results. A compilation traces and compiles only one of the functions with the same key.
 
-    The operands must be different tensors. Their layouts are part of the key.
+    The layouts of the operands, and which of them are the same tensor, are part of the key.
     """
     now = compilation(operands)
     if now is None:
         with evaluating():
             return function(*operands)
+    # PyTorch would trace a tensor that is passed twice as one operand, and later calls may pass two tensors.
+    inner = [inner_of(t) for t in operands]
+    firsts = {id(t): place for place, t in reversed([*enumerate(inner)])}
+    distinct = sorted(firsts.values())
+    pattern = [distinct.index(firsts[id(t)]) for t in inner]
     regions = _known.setdefault(now, {})
-    key = key, tuple(map(_layout, operands))
+    operands = [operands[place] for place in distinct]
+    key = key, tuple(pattern), tuple(map(_layout, operands))
     if key not in regions:
-        regions[key] = Region(f"revflow_{len(regions)}", function, operands)
+        regions[key] = Region(f"revflow_{len(regions)}", lambda *t: function(*[t[k] for k in pattern]), operands)
     return regions[key](operands)
 
 

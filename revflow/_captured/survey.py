@@ -49,19 +49,15 @@ class Survey(NamedTuple):
 def survey(sequence: BlockList, passage: Passage, join: int | None, streams: Streams, context: Context) -> Survey:
     """Find out whether a call of the sequence can be captured."""
     tensors, others = constants_of(context)
-    if not are_constants(others):
-        return Survey(NOT_CONSTANT)
-    given = [*streams, *[value for value in context.values() if isinstance(value, Tensor)]]
-    if any([a is b for k, a in enumerate(given) for b in given[:k]]):
-        return Survey("the same tensor is passed twice")
-    kinds = tuple([kind_of(s) for s in streams])
-    return Survey(*_surveyed(sequence, (passage.direction.name, passage.log_det, join), kinds, tensors, others))
+    objection = "" if are_constants(others) else NOT_CONSTANT
+    options = objection, passage.direction.name, passage.log_det, join
+    return Survey(*_surveyed(sequence, options, tuple(map(kind_of, streams)), tensors, () if objection else others))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _surveyed(
     sequence: BlockList,
-    options: tuple[str, bool, int | None],
+    options: tuple[str, str, bool, int | None],
     streams: tuple[tuple[Any, ...], ...],
     tensors: tuple[tuple[Any, ...], ...],
     others: tuple[tuple[str, Any], ...],
@@ -69,19 +65,21 @@ def _surveyed(
     """The fields of a `Survey`.
 
     PyTorch calls this function while it traces the call, and takes the result as a constant. So the arguments are constants too.
-    `options` are the name of the direction, whether the log-determinant is computed, and the dimension along which streams are
-    joined. `streams` has the fields of a `Given` for each stream. `tensors` has the same, after the name, for each tensor among
-    the keyword arguments. `others` has the other keyword arguments.
+    `options` are a reason why the call cannot be captured, if there is one, the name of the direction, whether the
+    log-determinant is computed, and the dimension along which streams are joined. `streams` has the fields of a `Given` for each
+    stream. `tensors` has the same, after the name, for each tensor among the keyword arguments. `others` has the other ones.
     """
-    direction, log_det, join = options
+    objection, direction, log_det, join = options
     passage = Passage(FORWARD if direction == FORWARD.name else INVERSE, log_det=log_det)
     context = {name: Given(*given) for name, *given in tensors} | dict(others)
     try:
+        if objection:
+            raise ObjectionError(objection)
         _refuse_options(sequence)
         moving, widths = _survey_of_blocks(sequence, passage, [Given(*s) for s in streams], context)
-    except ObjectionError as objection:
-        warn(OUTSIDE.format(objection), UserWarning)
-        return (str(objection),)
+    except ObjectionError as found:
+        warn(OUTSIDE.format(found), UserWarning)
+        return (str(found),)
     state, names = tuple(autocast_state(streams[0][2])), tuple([name for name, *_ in tensors])
     call = Call(ref(sequence), passage, join, names, dict(others), state, tuple(widths))
     paths, numbers, places = located(call.blocks)

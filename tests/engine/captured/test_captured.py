@@ -14,6 +14,7 @@ import revflow
 from engine.captured.graphs import Graphs, gradients
 from engine.nets import STACKS, Conditioner, additive, assert_close, image, network, plain_inverse, weighted
 
+
 class Halves(revflow.Bijection):
     """One stream to two."""
 
@@ -37,7 +38,11 @@ def forward(net):
     return net
 
 
-def assert_captured(net, x=None, run=forward, plain=lambda net: net.plain, tolerance=1e-10, **context):
+def plain(net):
+    return net.plain
+
+
+def assert_captured(net, x=None, run=forward, plain=plain, tolerance=1e-10, **context):
     """The compiled step agrees with the plain one, and its one graph recomputes: its backward part inverts blocks."""
     x = image().requires_grad_() if x is None else x
     graphs, twin = Graphs(), copy.deepcopy(net)
@@ -100,6 +105,12 @@ class TestGradients:
             torch.autograd.grad(weighted(torch.cat(run(streams), 1)), streams) for run in (compiled, net.plain)
         ]
         assert_close(found, expected)
+
+    def test_streams_that_are_one_tensor(self):
+        """Also gradients of two streams that are one tensor. Four groups of blocks share a function of different ones."""
+        net = revflow.ReversibleSequence([additive() for _ in range(12)]).double()
+        x = image().chunk(2, 1)[0].clone().requires_grad_()
+        assert_captured(net, x, *[lambda net, call=call: lambda x: sum(call(net)((x, x))) for call in (forward, plain)])
 
     def test_channels_last(self):
         assert_captured(network(STACKS[0]), image().to(memory_format=torch.channels_last).requires_grad_())

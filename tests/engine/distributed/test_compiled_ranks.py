@@ -36,15 +36,20 @@ from engine.spread import (
 
 OUTSIDE = "a ReversibleSequence runs outside of this compiled graph"
 BUCKETS = {
-    "one": ({}, 2**20, [5]),
-    "each parameter": ({"bucket_cap_mb": 1e-6}, 1, [1, 4, 0]),
-    "sequence and head": ({}, 1, [5, 0]),
+    "one": ({}, 2**20, [True]),
+    "each parameter": ({"bucket_cap_mb": 1e-6}, 1, [False, True, False]),
+    "sequence and head": ({}, 1, [True, False]),
 }
-"""DDP's options, the bytes of its first bucket, and the convolutions in each forward graph: one of the head, 4 of the sequence.
+"""DDP's options, the bytes of its first bucket, and which forward graphs contain the sequence.
 
 DDP fills its buckets from the end of the network: the tail comes first. PyTorch starts a new graph at each bucket.
 """
-buckets = pytest.mark.parametrize("buckets", BUCKETS)
+UNSPLIT = pytest.mark.xfail(
+    strict=True, reason="if a bucket contains only the sequence, PyTorch raises an AssertionError: output spec mismatch"
+)
+buckets = pytest.mark.parametrize(
+    "buckets", ["one", pytest.param("each parameter", marks=UNSPLIT), "sequence and head"]
+)
 orders = pytest.mark.parametrize("order", ["DDP in graph", "graph in DDP"])
 
 
@@ -56,19 +61,21 @@ def small_model():
 
 @contextlib.contextmanager
 def graphs_with_the_sequence(forward):
-    """A backend. Its forward graphs have these numbers of convolutions, and a backward graph has some of them once more."""
+    """A backend, of whose forward graphs these contain the sequence. The backward graphs must recompute each group of blocks."""
     torch.compiler.reset()
     graphs = AotEagerAndRecordGraphs()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", OUTSIDE)
         yield graphs
-    assert convolutions(graphs.fw_graphs) == forward
-    assert max(convolutions(graphs.bw_graphs)) > 0
+    found = groups(graphs.fw_graphs)
+    assert [count > 0 for count in found] == forward
+    assert sum(groups(graphs.bw_graphs)) == sum(found)
     torch.compiler.reset()
 
 
-def convolutions(graphs):
-    return [sum(str(node.target) == "aten.convolution.default" for node in g.graph.nodes) for g in graphs]
+def groups(graphs):
+    """The number of calls of groups of blocks, by graph."""
+    return [sum("invoke_subgraph" in str(node.target) for node in g.graph.nodes) for g in graphs]
 
 
 @contextlib.contextmanager
@@ -108,7 +115,7 @@ def ddp_trains_with_options(rank, options, add_unused):
     model = small_model()
     add_unused(model)
     oracle = copy.deepcopy(model)
-    with graphs_with_the_sequence([5]) as backend:
+    with graphs_with_the_sequence([True]) as backend:
         train(rank, compiled_ddp(model, "graph in DDP", backend, **options), oracle)
 
 
@@ -121,16 +128,13 @@ def test_ddp_with_unused_parameters(ranks, options):
     ranks.run(ddp_trains_with_options, {options: True}, add_unused_layer)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a parameter that a conditioner does not use gets a gradient of zeros, and not None"
-)
 def test_ddp_with_unused_parameters_in_conditioners(ranks):
     ranks.run(ddp_trains_with_options, {"find_unused_parameters": True}, add_unused_parameters)
 
 
 def ddp_accumulates(rank):
     """Twice: two batches under no_sync and one outside."""
-    options, first, forward = BUCKETS["each parameter"]
+    options, first, forward = BUCKETS["sequence and head"]
     model = small_model()
     oracle = copy.deepcopy(model)
     with first_bucket(first), graphs_with_the_sequence(forward) as backend:
@@ -152,7 +156,7 @@ def test_ddp_accumulates_under_no_sync(ranks):
 
 
 def ddp_moves_statistics(rank):
-    options, first, forward = BUCKETS["each parameter"]
+    options, first, forward = BUCKETS["sequence and head"]
     model = small_model()
     for block in model.net:
         block.F.first.bias, block.F.norm = None, nn.BatchNorm2d(6).double()
@@ -169,7 +173,7 @@ def fsdp_trains(rank, layout, reshard):
     """If the sequence is a unit of its own, FSDP2's hooks end the graph before it and after it."""
     model = small_model()
     oracle = copy.deepcopy(model)
-    with graphs_with_the_sequence([5] if layout == "root" else [1, 4, 0]) as backend:
+    with graphs_with_the_sequence([True] if layout == "root" else [False, True, False]) as backend:
         shard(model, layout, reshard_after_forward=reshard)
         train(rank, torch.compile(model, backend=backend, fullgraph=layout == "root"), oracle)
 
@@ -183,7 +187,7 @@ def test_fsdp(ranks, layout, reshard):
 def fsdp_trains_a_compiled_sequence(rank):
     model = small_model()
     oracle = copy.deepcopy(model)
-    with graphs_with_the_sequence([4]) as backend:
+    with graphs_with_the_sequence([True]) as backend:
         model.net.compile(backend=backend, fullgraph=True)
         train(rank, shard(model, "sequence", reshard_after_forward=True), oracle)
 
@@ -195,7 +199,7 @@ def test_fsdp_with_a_compiled_sequence(ranks):
 def fsdp_accumulates(rank):
     model = small_model()
     oracle = copy.deepcopy(model)
-    with graphs_with_the_sequence([1, 4, 0]) as backend:
+    with graphs_with_the_sequence([False, True, False]) as backend:
         run = torch.compile(shard(model, "sequence", reshard_after_forward=True), backend=backend)
         for step in range(3):
             batch, own = batch_of(step)
@@ -216,7 +220,7 @@ def sharded_blocks_run_outside(rank):
     oracle = copy.deepcopy(model)
     with pytest.warns(UserWarning, match=reason):
         train(rank, torch.compile(shard(model, "blocks"), backend=graphs), oracle)
-    assert convolutions(graphs.fw_graphs) == [1, 0, 0]
+    assert len(graphs.fw_graphs) == 3 and not any(groups(graphs.fw_graphs))
     torch.compiler.reset()
     with pytest.warns(UserWarning, match=reason), pytest.raises(RuntimeError, match=reason):
         torch.compile(model, backend=graphs, fullgraph=True)(batch_of(0)[1][rank])
@@ -255,7 +259,7 @@ def trains_by_inductor(rank, spread):
     with warnings.catch_warnings(), first_bucket(1):
         warnings.filterwarnings("error", OUTSIDE)
         if spread == "ddp":
-            train(rank, torch.compile(DistributedDataParallel(model, bucket_cap_mb=1e-6)), oracle)
+            train(rank, torch.compile(DistributedDataParallel(model)), oracle)
         else:
             train(rank, torch.compile(shard(model, "sequence", reshard_after_forward=True)), oracle)
     torch.compiler.reset()
@@ -270,7 +274,7 @@ def test_by_inductor(ranks, spread):
 def other_directions(rank, wrapper, spread):
     net = network(STACKS["affine_two"])[:2]
     oracle = wrapper(copy.deepcopy(net))
-    with graphs_with_the_sequence([8]) as backend:
+    with graphs_with_the_sequence([True]) as backend:
         model = torch.compile(wrapper(net), backend=backend, fullgraph=True)
         train(rank, DistributedDataParallel(model) if spread == "ddp" else shard(model, "root"), oracle)
 
@@ -286,8 +290,11 @@ def trains_mixed_blocks(rank, spread):
     model = model_of("mixed", norm=False)
     model.net = model.net[:5]
     oracle = copy.deepcopy(model)
-    with first_bucket(1), graphs_with_the_sequence([1, 8, 0]) as backend:
-        parallel = DistributedDataParallel(model, bucket_cap_mb=1e-6) if spread == "ddp" else shard(model, "sequence")
+    with (
+        first_bucket(1),
+        graphs_with_the_sequence([True, False] if spread == "ddp" else [False, True, False]) as backend,
+    ):
+        parallel = DistributedDataParallel(model) if spread == "ddp" else shard(model, "sequence")
         train(rank, torch.compile(parallel, backend=backend), oracle)
 
 

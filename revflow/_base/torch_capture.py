@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 import torch._dynamo
 import torch._inductor.config
-from torch.func import vjp
+from torch import Tensor
+from torch import _higher_order_ops as higher_order_ops
+from torch._dispatch.python import suspend_functionalization
+from torch._guards import TracingContext
+from torch._subclasses.functional_tensor import FunctionalTensor, disable_functional_mode
+from torch.fx import GraphModule
 from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn.utils.stateless import _reparametrize_module
 
-reparametrized: Callable[..., AbstractContextManager[None]] = partial(_reparametrize_module, tie_weights=True)
-"""A context in which a module has other parameters and buffers. `torch.func.functional_call` is that around a call."""
+reparametrized: Callable[..., AbstractContextManager[None]] = _reparametrize_module
+"""A context in which a module has other buffers, which torch.compile can trace."""
 
-
-def pullback(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
-    """The function's value, and the map from gradients of its value to gradients of the primals: `torch.func.vjp`."""
-    value, pull = vjp(function, *primals)  # type: ignore[misc]
-    return value, pull
+call_uninlined: Callable[..., Callable[..., Any]] = torch.compiler.allow_in_graph
+"""A decorator: torch.compile leaves calls to the function in its first graph, which AOTAutograd then traces without bytecode."""
 
 
 def break_graph(reason: str) -> None:
@@ -47,13 +49,41 @@ def arguments_of(function: Any) -> list[Any]:
 
 _depth_of_transforms = getattr(torch._C._functorch, "get_dynamic_layer_stack_depth", None)
 
-CAN_BE_CAPTURED = _depth_of_transforms is not None
-"""Whether this release of PyTorch can trace a captured sequence."""
+CAN_BE_CAPTURED = _depth_of_transforms is not None and hasattr(higher_order_ops, "invoke_subgraph")
+"""Whether this release of PyTorch can compile a captured sequence."""
 
 
 def is_transformed_in_a_graph() -> bool:
     """As `is_transformed`, while torch.compile traces the current code: it replaces the function called there by a constant."""
     return _depth_of_transforms is not None and bool(_depth_of_transforms())
+
+
+def compilation(tensors: Sequence[Tensor]) -> object | None:
+    """The running compilation, if AOTAutograd currently traces operations of these tensors."""
+    is_traced = any([isinstance(t, FunctionalTensor) for t in tensors])
+    return TracingContext.try_get() if is_traced else None
+
+
+def traced(function: Callable[..., Sequence[Tensor | None]], operands: Sequence[Any]) -> GraphModule:
+    """The function's operations on tensors like these, which AOTAutograd traces, with its calls of `torch.autograd.grad`."""
+    with suspend_functionalization(), disable_functional_mode(), disable_proxy_modes_tracing():
+        tensors = [higher_order_ops.utils._from_fun(t).detach() for t in operands]
+        graph: GraphModule = higher_order_ops.utils._maybe_reenter_make_fx(function)(*tensors)
+        return graph
+
+
+def invoke(graph: GraphModule, name: str, operands: Sequence[Any]) -> Sequence[Tensor]:
+    """Call a graph that the running compilation compiles once, and that is known there by this name.
+
+    An output must not share memory with an operand, or with another output.
+    """
+    # Inductor cannot compile such a graph by itself if it gets a tensor of a size like (s + 1) // 2, but not s.
+    sizes = [size for t in operands for size in t.shape if isinstance(size, torch.SymInt)]
+    is_separate = all([size.node.expr.is_symbol for size in sizes])
+    results: Sequence[Tensor] = (
+        higher_order_ops.invoke_subgraph(graph, name, *operands) if is_separate else graph(*operands)
+    )
+    return results
 
 
 CompilationError: type[RuntimeError] = torch._dynamo.exc.TorchDynamoException

@@ -1,55 +1,28 @@
-"""The constants of a graph that contains a sequence: the blocks, and the places of tensors in the list of arguments."""
+"""One call of a sequence in a compiled graph: what is known of it while PyTorch traces bytecode."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import count
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from revflow._base.stepwise import Stepwise
-from revflow._base.streams import Context, Streams
-from revflow._captured.survey import Survey
-from revflow._rewind.laws import Law
+from revflow._base.streams import Context
+from revflow._captured.tensors import holders_of
+from revflow._rewind.block_list import BlockList, flattened
 from revflow._rewind.passage import Passage
 
-
-class Part(NamedTuple):
-    """A conditioner in one call, or a whole block that is not a coupling."""
-
-    block: Any
-    law: Any
-    """The coupling's law; None for a block that is not a coupling."""
-    target: int
-    """The stream that the conditioner changes."""
-    module: nn.Module
-    names: tuple[str, ...]
-    """Of its parameters."""
-    needs: tuple[bool, ...]
-    """Which of them require a gradient."""
-    moving: tuple[str, ...]
-    """Names of the buffers that an evaluation changes: BatchNorm's statistics."""
-    unmoved: tuple[None, ...]
-    """Their replacements in a second evaluation, which does not read them."""
-    own: tuple[int, ...]
-    """The places of its parameters among those of the call. Blocks may share parameters."""
-    buffers: slice
-    """The places of its moving buffers among those of the call."""
-
-
-class Step(NamedTuple):
-    """A block in one call."""
-
-    rotations: tuple[int, int]
-    """By how many places the streams are rotated before its parts, and after them."""
-    parts: tuple[Part, ...]
+Path = tuple[tuple[str, ...], str]
+"""The names of nested modules, and of a tensor in the last of them."""
 
 
 class Call(NamedTuple):
-    """One call of a sequence."""
+    """One call of a sequence. It has no reference to a module: compiled code may outlive the sequence."""
 
-    steps: tuple[Step, ...]
+    sequence: weakref.ref[BlockList]
     passage: Passage
     join: int | None
     """The dimension along which the output's streams are joined; None if they are not."""
@@ -57,69 +30,78 @@ class Call(NamedTuple):
     """The number of streams."""
     names: tuple[str, ...]
     """Of the tensors among the keyword arguments."""
-    needs: tuple[bool, ...]
-    """Which of these tensors require a gradient."""
     others: Context
     """The keyword arguments that are not tensors."""
-    autocast: tuple[str, bool, torch.dtype]
-    parameters: int
-    buffers: int
-    """The numbers of parameters, and of buffers that move."""
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    """Its state, for `_replay.autocast.autocast`."""
+    places: tuple[tuple[int, ...], ...] = ()
+    """By block, in the order in which they run: the places of its tensors among those of the call. Each is there once."""
+    moving: tuple[tuple[int, ...], ...] = ()
+    """By block: the places of the buffers that it changes."""
+
+    @property
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """Names and blocks, in the order in which they run."""
+        sequence = self.sequence()
+        assert sequence is not None, "compiled code runs only as long as its modules exist"
+        return [*flattened(sequence)][:: self.passage.direction.sign]
+
+    @property
+    def moved(self) -> tuple[int, ...]:
+        return tuple([place for places in self.moving for place in places])
+
+    def split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        """The streams, the tensors among the keyword arguments, and those of the blocks."""
+        a, b = self.width, self.width + len(self.names)
+        return tensors[:a], tensors[a:b], tensors[b:]
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """All that the functions of its groups depend on, apart from their blocks."""
+        return (
+            self.passage.direction.name,
+            self.passage.log_det,
+            self.width,
+            self.names,
+            tuple(self.others.items()),
+            self.autocast,
+        )
+
+    def context(self, leaves: Sequence[Tensor]) -> Context:
+        """The keyword arguments, with these tensors."""
+        return self.others | dict(zip(self.names, leaves, strict=True))
 
 
-class Arguments(NamedTuple):
-    """The tensors of a call."""
-
-    leaves: list[Tensor]
-    """Those among the keyword arguments."""
-    parameters: list[Tensor]
-    buffers: list[Tensor]
-    """Those that an evaluation changes."""
-
-
-def prepared(
-    blocks: Sequence[nn.Module],
-    passage: Passage,
-    join: int | None,
-    streams: Streams,
-    context: Context,
-    survey: Survey,
-) -> tuple[Call, Arguments]:
-    """A call of the blocks, in the order in which they run."""
-    leaves = {name: value for name, value in context.items() if isinstance(value, Tensor)}
-    others = {name: value for name, value in context.items() if not isinstance(value, Tensor)}
-    steps: list[Step] = []
-    parameters: list[Tensor] = []
-    buffers: list[Tensor] = []
-    number = 0
-    for block in blocks:
-        law = Law(block, passage) if isinstance(block, Stepwise) else None
-        modules = [(0, block)] if law is None else law.block.conditioners(streams)[:: passage.direction.sign]
-        parts: list[Part] = []
-        for target, module in modules:
-            own, its_buffers = dict(module.named_parameters()), dict(module.named_buffers())
-            its_moving, of_own, number = survey.moving[number], survey.places[number], number + 1
-            of_buffers = slice(len(buffers), len(buffers) + len(its_moving))
-            needs = tuple([p.requires_grad for p in own.values()])
-            unmoved = (None,) * len(its_moving)
-            part = Part(block, law, target, module, tuple(own), needs, its_moving, unmoved, of_own, of_buffers)
-            parts.append(part)
-            for parameter, place in zip(own.values(), of_own, strict=True):
-                if place == len(parameters):
-                    parameters.append(parameter)
-            buffers += [its_buffers[name] for name in its_moving]
-        steps.append(Step((0, 0) if law is None else law.rotations, tuple(parts)))
-    kind = streams[0].device.type
-    autocast = kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    needs = tuple([t.requires_grad for t in leaves.values()])
-    call = Call(
-        tuple(steps), passage, join, len(streams), tuple(leaves), needs, others, autocast, len(parameters), len(buffers)
-    )
-    return call, Arguments([*leaves.values()], parameters, buffers)
+def located(call: Call, moving: Sequence[tuple[str, ...]]) -> tuple[Call, list[Path]]:
+    """The call, with the places of its tensors, and the paths to these tensors. `moving` names each block's changed buffers."""
+    paths: list[Path] = []
+    numbers: dict[int, int] = {}
+    places, places_of_moving = [], []
+    for (name, block), names in zip(call.blocks, moving, strict=True):
+        holders = holders_of(block)
+        for holder in holders:
+            if id(holder.tensor) not in numbers:
+                numbers[id(holder.tensor)] = len(paths)
+                paths.append((tuple(filter(None, f"{name}.{holder.path}".split("."))), holder.name))
+        places.append(tuple([numbers[id(h.tensor)] for h in holders]))
+        moved = [id(block.get_buffer(name)) for name in names]
+        places_of_moving.append(tuple([numbers[its] for its in moved]))
+    return call._replace(places=tuple(places), moving=tuple(places_of_moving)), paths
 
 
-def split(call: Call, tensors: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
-    """The streams, the tensors among the keyword arguments, the parameters and the buffers."""
-    first, second = call.width, call.width + len(call.needs)
-    third = second + call.parameters
-    return tensors[:first], tensors[first:second], tensors[second:third], tensors[third:]
+_calls: dict[int, Call] = {}
+_numbers = count()
+
+
+def register(call: Call) -> int:
+    """A number for the call, which a graph can contain."""
+    number = next(_numbers)
+    _calls[number] = call
+    sequence = call.sequence()
+    assert sequence is not None
+    weakref.finalize(sequence, _calls.pop, number)
+    return number
+
+
+def registered(number: int) -> Call:
+    return _calls[number]

@@ -17,43 +17,43 @@ from revflow._base.streams import Streams, versions_of
 from revflow._base.torch_capture import arguments_of, has_hooks_of_saved_tensors
 from revflow._base.torch_private import (
     BatchNorm,
+    FakeTensor,
     TorchDispatchMode,
     has_global_hook,
     has_own_hook,
     is_compiled,
     pytree,
 )
+from revflow._captured.tensors import holders_of
 from revflow._guard.graph_search import untracked
 from revflow._replay.attributes import Attributes
 from revflow._replay.undisturbed import undisturbed
+
+DRAWS = "draws random numbers{}, and its second evaluation would draw others"
 
 
 class ObjectionError(RuntimeError):
     """The reason why a block cannot be captured."""
 
 
-def watched(module: nn.Module, evaluate: Callable[[], Streams], inputs: Streams) -> tuple[tuple[str, ...], Streams]:
-    """The buffers that an evaluation changes, and its result. ObjectionError if it does more than that."""
+def watched(
+    block: nn.Module, module: nn.Module, evaluate: Callable[[], Streams], inputs: Streams
+) -> tuple[tuple[str, ...], Streams]:
+    """The names of buffers of the block that an evaluation of the module changes, and its result.
+
+    ObjectionError if it does more than that.
+    """
     attributes = Attributes([*module.modules()])
-    own, buffers = [*module.parameters()], dict(module.named_buffers())
-    known = [*inputs, *own, *buffers.values()]
+    buffers, own = dict(block.named_buffers()), [holder.tensor for holder in holders_of(block)]
+    known = [*inputs, *own]
     before, states = versions_of(known), _states_of_generators()
-    with _Watch() as watch:
+    with _Watch(known) as watch:
         result = evaluate()
-    if watch.drawing or states != _states_of_generators():
-        name = f" ({watch.drawing})" if watch.drawing else ""
-        raise ObjectionError(f"{_kind(module)} draws random numbers{name}, and its second evaluation would draw others")
-    if watch.is_hooked:
-        raise ObjectionError(f"{_kind(module)} uses torch.utils.checkpoint, or other hooks for saved tensors")
+    if watch.objection or states != _states_of_generators():
+        raise ObjectionError(f"{_kind(module)} {watch.objection or DRAWS.format('')}")
     written = [t for t, v, w in zip(known, before, versions_of(known), strict=True) if v != w or id(t) in watch.written]
-    moving = tuple([name for name, buffer in buffers.items() if any(buffer is t for t in written)])
-    for name in moving:
-        holder = module.get_submodule(name.rpartition(".")[0])
-        if not (isinstance(holder, BatchNorm) and holder.training):
-            raise ObjectionError(f"{_kind(module)} changes the buffer {name} in place")
-    if len(written) > len(moving):
-        raise ObjectionError(f"{_kind(module)} changes its input or a parameter in place")
-    replaced = dict(module.named_buffers())
+    moving = _moving(block, module, buffers, written)
+    replaced = dict(block.named_buffers())
     attributes.keep_changes()
     if (
         attributes.have_changed
@@ -61,9 +61,9 @@ def watched(module: nn.Module, evaluate: Callable[[], Streams], inputs: Streams)
         or any(replaced[n] is not b for n, b in buffers.items())
     ):
         raise ObjectionError(f"{_kind(module)} stores a tensor in an attribute or a buffer")
-    if untracked([r for r in result if r.requires_grad], [*inputs, *own]) is not None:  # type: ignore[arg-type]
+    if untracked([r for r in result if r.requires_grad], known) is not None:  # type: ignore[arg-type]
         raise ObjectionError(
-            f"{_kind(module)} uses a tensor that needs a gradient, and is neither its parameter nor an argument"
+            f"{_kind(module)} uses a tensor that needs a gradient, and is not its parameter or an argument"
         )
     result = tuple([r.detach() for r in result])
     if watch.holds_more([*result, *known]):
@@ -73,15 +73,28 @@ def watched(module: nn.Module, evaluate: Callable[[], Streams], inputs: Streams)
     return moving, result
 
 
+def _moving(
+    block: nn.Module, module: nn.Module, buffers: dict[str, Tensor], written: Sequence[Tensor]
+) -> tuple[str, ...]:
+    """The names of the changed buffers. ObjectionError if one is not a statistic of BatchNorm, or if other tensors change."""
+    moving = tuple([name for name, buffer in buffers.items() if any([buffer is t for t in written])])
+    for name in moving:
+        holder = block.get_submodule(name.rpartition(".")[0])
+        if not (isinstance(holder, BatchNorm) and holder.training):
+            raise ObjectionError(f"{_kind(module)} changes the buffer {name} in place")
+    if len({*map(id, written)}) > len(moving):
+        raise ObjectionError(f"{_kind(module)} changes its input, a parameter or an attribute in place")
+    return moving
+
+
 class _Watch(TorchDispatchMode):
     """Sees each operation of an evaluation."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.drawing = ""
-        """The name of an operator that draws."""
-        self.is_hooked = False
-        """Whether hooks replace the tensors that its graph saves, such as those of `torch.utils.checkpoint`."""
+        self._known = {*map(id, known)}
+        self.objection = ""
+        """The first reason why an operation cannot be captured."""
         self.written: set[int] = set()
         """The tensors that it changes, by identity. Not all operators raise a tensor's version: BatchNorm's do not."""
         self._made: list[StorageWeakRef] = []
@@ -90,16 +103,27 @@ class _Watch(TorchDispatchMode):
         arguments = arguments_of(func)
         given = {a.name: a.default_value for a in arguments if a.has_default_value()} | (kwargs or {})
         given |= {a.name: value for a, value in zip(arguments, args, strict=False)}
-        shares = [given[name] for name in ("dropout_p", "dropout") if name in given]
-        if any(shares) or (torch.Tag.nondeterministic_seeded in func.tags and not shares):
-            self.drawing = self.drawing or func.name().removeprefix("aten::")
         written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
         statistics = [given[name] for name in ("running_mean", "running_var") if given.get("training")]
-        self.is_hooked |= has_hooks_of_saved_tensors()
         self.written |= {id(t) for t in (*written, *statistics)}
+        self.objection = self.objection or self._objection(func, given)
         result = func(*args, **(kwargs or {}))
         self._made += [StorageWeakRef(t.untyped_storage()) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
         return result
+
+    def _objection(self, func: Any, given: dict[str, Any]) -> str:
+        shares = [given[name] for name in ("dropout_p", "dropout") if name in given]
+        if any(shares) or (torch.Tag.nondeterministic_seeded in func.tags and not shares):
+            return DRAWS.format(f" ({func.name().removeprefix('aten::')})")
+        if has_hooks_of_saved_tensors():
+            return "uses torch.utils.checkpoint, or other hooks for saved tensors"
+        if func is torch.ops.aten.lift_fresh.default:  # of a `torch.tensor(...)` in the code
+            return ""
+        # A tensor that the evaluation has made has no data.
+        tensors = [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor) and not isinstance(t, FakeTensor)]
+        if all([id(t) in self._known for t in tensors]):
+            return ""
+        return "uses a tensor that is not an argument, a parameter, a buffer or an attribute"
 
     def holds_more(self, known: Sequence[Tensor]) -> bool:
         """Whether memory of the evaluation exists that is not that of the known tensors."""

@@ -48,7 +48,7 @@ class CompiledTrial:
             warnings.simplefilter("always")
             run, found = self._step(warned)
             drifted = None if found is None else self._drift(run)
-            worst = None if found is None else self._compare(found, drifted or reconstruction)
+            worst = None if found is None else self._comparison.compare(found, (drifted or reconstruction).error, "")
             costs = Measured() if found is None else self._costs(run)
         if not run.is_whole:  # PyTorch traces no function again whose graph broke, not even in other networks.
             torch.compiler.reset()
@@ -99,17 +99,6 @@ class CompiledTrial:
         except RuntimeError as failure:
             self._problems.append(f"the compiled training step fails: {failure}")
             return None
-
-    def _compare(self, found: Gradients, recomputed: Worst) -> Worst:
-        plain = self._comparison.plain
-        zeros = [name for name, g in found.items() if g is not None and plain[name] is None and not g.any()]
-        if zeros:
-            others = f" and {len(zeros) - 1} other{'s' * (len(zeros) > 2)}" if zeros[1:] else ""
-            self._notes.append(
-                f"the step does not use {zeros[0]}{others}. Standard autograd gives no gradient then, and the graph gives zeros, "
-                f"with which an optimizer's weight decay or momentum still applies"
-            )
-        return self._comparison.compare(found | dict.fromkeys(zeros), recomputed.error, "")
 
     def _drift(self, run: _Run) -> Worst | None:
         """The error of the recomputed input of a sequence; None if it is not measured."""

@@ -6,12 +6,12 @@ import random
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import revflow
+from engine.captured.graphs import Graphs, gradients
 from engine.nets import STACKS, Conditioner, additive, assert_close, image, network, plain_inverse, weighted
 
 stacks = pytest.mark.parametrize("stack", STACKS, ids=lambda s: s.__name__)
@@ -23,52 +23,18 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-class Graphs:
-    """A backend that runs graphs as they are, and stores them: those of forward and of backward passes."""
-
-    def __init__(self):
-        self.forward, self.backward = [], []
-        self._run = aot_autograd(fw_compiler=self._store(self.forward), bw_compiler=self._store(self.backward))
-
-    def __call__(self, graph, inputs):
-        return self._run(graph, inputs)
-
-    def _store(self, graphs):
-        def store(graph, inputs):
-            graphs.append(graph)
-            return graph.forward
-
-        return store
-
-    def count(self, name):
-        """The number of an operator's calls in the forward and in the backward graph."""
-        return [
-            sum(name in str(node.target) for graph in graphs for node in graph.graph.nodes)
-            for graphs in (self.forward, self.backward)
-        ]
-
-
-def gradients(run, x, module, **context):
-    """The output, and gradients of the input, of tensors among the keyword arguments, and of the parameters."""
-    result = run(x, **context)
-    loss = weighted(result) if torch.is_tensor(result) else weighted(result[0]) + result[1].square().sum()
-    tensors = [t for t in context.values() if torch.is_tensor(t) and t.requires_grad]
-    wanted = [x, *tensors, *[p for p in module.parameters() if p.requires_grad]]
-    return [*(result if isinstance(result, tuple) else [result]), *torch.autograd.grad(loss, wanted, allow_unused=True)]
-
-
 def forward(net):
     return net
 
 
 def assert_captured(net, x=None, run=forward, plain=lambda net: net.plain, tolerance=1e-10, **context):
-    """The compiled step agrees with the plain one, and its one graph recomputes: `separate` is in its backward part."""
+    """The compiled step agrees with the plain one, and its one graph recomputes: its backward part inverts blocks."""
     x = image().requires_grad_() if x is None else x
     graphs, twin = Graphs(), copy.deepcopy(net)
     found = gradients(torch.compile(run(net), backend=graphs, fullgraph=True), x, net, **context)
     assert_close(found, gradients(plain(twin), x, twin, **context), tolerance)
     assert len(graphs.forward) == len(graphs.backward) == 1
-    assert graphs.count("revflow.separate") == [0, 1]
+    assert graphs.recompute
     for buffer, its in zip(net.buffers(), twin.buffers(), strict=True):
         assert torch.allclose(buffer, its)
 
@@ -171,9 +137,9 @@ class TestGradients:
         compiled = torch.compile(net, backend=graphs, fullgraph=True)
         with revflow.ordinary_autograd():
             assert_close(gradients(compiled, x, net), gradients(net, x, net))
-        assert graphs.count("revflow.separate") == [0, 0]
+        assert graphs.regions == [[], []]
         gradients(compiled, x, net)
-        assert graphs.count("revflow.separate") == [0, 1]
+        assert graphs.recompute
 
     def test_without_gradients_of_the_input(self):
         net, x = network(STACKS[0]), image()
@@ -251,7 +217,7 @@ class TestConditioners:
             found = gradients(compiled, x, net)
             torch.manual_seed(7)
             assert_close(found, gradients(net.plain, x, net))
-            assert graphs.count("revflow.separate") == [0, 1]  # in eval mode only
+            assert graphs.recompute  # in eval mode, the first one
 
 
 held, factor = [], image(4, 1, 1).requires_grad_()
@@ -292,7 +258,7 @@ OBJECTIONS = {
     "spectral_norm": (lambda: parametrizations.spectral_norm(nn.Conv2d(4, 4, 1)), "changes the buffer .*_u in place"),
     "a cache": (Caching, "stores a tensor in an attribute"),
     "a value": (lambda: Body(lambda h: h * (1 if h.sum().item() > 0 else 2)), "cannot be traced"),
-    "a closure": (lambda: Body(lambda h: h * factor), "needs a gradient, and is neither its parameter nor an argument"),
+    "a closure": (lambda: Body(lambda h: h * factor), "is not an argument, a parameter, a buffer or an attribute"),
     "a hook": (with_hook, "a Conv2d has hooks"),
     "a checkpoint": (Checkpointed, r"uses torch\.utils\.checkpoint"),
     "a compiled one": (compiled, "is compiled by itself"),
@@ -315,7 +281,7 @@ def test_what_cannot_be_captured_is_named_and_runs_in_the_engine(kind):
         found = gradients(torch.compile(net, backend=graphs), x, net)
     torch.manual_seed(7)
     assert_close(found, gradients(twin.plain, x, twin))
-    assert not graphs.forward or graphs.count("revflow.separate") == [0, 0]
+    assert graphs.regions == [[], []]
 
 
 def test_a_tensor_that_is_held_cannot_be_captured():
@@ -358,17 +324,3 @@ def test_tracing_changes_nothing():
     assert all(map(torch.equal, buffers, net.buffers()))
     assert torch.equal(states, torch.get_rng_state())
     assert "seen" not in vars(net[0].F[1])
-
-
-@pytest.mark.parametrize("depth", [2, 6])
-def test_what_passes_from_the_forward_to_the_backward_pass(depth):
-    """The output, and the parameters: no activations, at any depth."""
-    torch.manual_seed(0)
-    net = revflow.ReversibleSequence(
-        [revflow.AdditiveCoupling(nn.Sequential(nn.Linear(4, 4), nn.Tanh())) for _ in range(depth)]
-    )
-    x = torch.randn(5, 8, requires_grad=True)
-    y = torch.compile(net, backend="aot_eager", fullgraph=True)(x)
-    own = {p.data_ptr() for p in net.parameters()}
-    (saved,) = [t for t in y.grad_fn.saved_tensors if t.data_ptr() not in own]
-    assert saved.data_ptr() == y.data_ptr()

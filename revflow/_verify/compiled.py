@@ -24,9 +24,9 @@ from revflow._verify.verification import Capture, Verification
 from revflow.sequence import ReversibleSequence
 
 _OUTSIDE = "runs outside of this compiled graph: "
-"""In a warning, the words before the reason."""
+"""In a warning or an error, the words before the reason."""
 
-_NO_REASON = "PyTorch did not trace it, and gives no reason. torch.compile(net, fullgraph=True) may name one"
+_NO_REASON = "PyTorch did not trace it, and gives no reason"
 
 
 class CompiledTrial:
@@ -68,14 +68,14 @@ class CompiledTrial:
 
     def _step(self, warned: list[warnings.WarningMessage]) -> tuple[_Run, Gradients | None]:
         """Run a training step in one graph, or else in parts; without gradients if that fails, which is a problem."""
-        run = _Run(self._net, self._options, True, warned)
+        run = _Run(self._net, self._options, warned)
         found, obstacle = None, ""
         try:
             found = self._comparison.gradients(run.net, run.call)
         except Exception as failure:  # of any kind, since PyTorch and the network's own code run
             obstacle = _first_line(failure)
             warned.clear()
-            run = _Run(self._net, self._options, False, warned)
+            run = _Run(self._net, self._options, warned, failure)
             found = self._in_parts(run)
         self._problems += [
             f"{label(name)} runs outside of the compiled graph, with the engine: {reason}"
@@ -135,17 +135,21 @@ class CompiledTrial:
 
 
 class _Run:
-    """A copy of a network, and its call under torch.compile."""
+    """A copy of a network, and its call under torch.compile: in one graph, or in parts after the `failure` of that."""
 
     def __init__(
-        self, net: nn.Module, options: Mapping[str, Any], is_whole: bool, warned: list[warnings.WarningMessage]
+        self,
+        net: nn.Module,
+        options: Mapping[str, Any],
+        warned: list[warnings.WarningMessage],
+        failure: Exception | None = None,
     ) -> None:
-        self.net, self.is_whole, self._warned = copied(net), is_whole, warned
+        self.net, self.is_whole, self._warned, self._failure = copied(net), failure is None, warned, failure
         self.outside: dict[str, str] = {}
         """The reason, for each sequence that the engine runs, by name."""
         for name, sequence in _sequences(self.net).items():
             sequence._on_a_tape = self._noted(name, sequence._on_a_tape)  # type: ignore[method-assign]
-        self.call: Callable[..., Any] = torch.compile(traced_anew(self.net), fullgraph=is_whole, **options)
+        self.call: Callable[..., Any] = torch.compile(traced_anew(self.net), fullgraph=self.is_whole, **options)
         self._count = 0
         """The number of warnings that have been assigned to a sequence."""
 
@@ -158,10 +162,15 @@ class _Run:
         return noted
 
     def _reason(self) -> str:
-        """That of the last warning since the engine ran before: PyTorch has just traced the sequence that runs now."""
-        new = [str(w.message) for w in self._warned[self._count :]]
+        """That of the last warning since the engine ran before: PyTorch has just traced the sequence that runs now.
+
+        Without a warning, the error of one graph may name the reason: that of the first sequence outside.
+        """
+        texts = [str(w.message) for w in self._warned[self._count :]]
         self._count = len(self._warned)
-        reasons = [message.partition(_OUTSIDE)[2] for message in new if _OUTSIDE in message]
+        if not self.outside and not any(_OUTSIDE in text for text in texts):
+            texts.append(str(self._failure))
+        reasons = [text.partition(_OUTSIDE)[2].partition("\n")[0] for text in texts if _OUTSIDE in text]
         return reasons[-1] if reasons else _NO_REASON
 
 

@@ -94,6 +94,18 @@ def test_a_sequence_outside_of_the_graph_is_named_with_the_reason():
     assert report.ok and report.capture == (True, {}), report
 
 
+def test_a_reason_without_a_warning():
+    class Scaled(Conditioner):
+        def forward(self, x, factors):
+            return super().forward(x) * factors[0]
+
+    report = revflow.verify(
+        of(revflow.AdditiveCoupling(Scaled(4))), image(dtype=torch.float32), factors=[2.0], compiled=GRAPHS_ONLY
+    )
+    (problem,) = report.problems
+    assert problem.endswith("with the engine: a keyword argument is neither a tensor nor a number, a string or None")
+
+
 def test_code_that_pytorch_does_not_trace_is_outside():
     report = revflow.verify(of(additive()), image(dtype=torch.float32), compiled={"disable": True})
     assert not report.capture.one_graph

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,14 @@ class Call(NamedTuple):
     passage: Passage
     join: int | None
     """The dimension along which the output's streams are joined; None if they are not."""
-    width: int
-    """The number of streams."""
     names: tuple[str, ...]
     """Of the tensors among the keyword arguments."""
     others: Context
     """The keyword arguments that are not tensors."""
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
     """Its state, for `_replay.autocast.autocast`."""
+    widths: tuple[int, ...] = ()
+    """The numbers of streams before each block, in the order in which they run, and after the last one."""
     places: tuple[tuple[int, ...], ...] = ()
     """By block, in the order in which they run: the places of its tensors among those of the call. Each is there once."""
     moving: tuple[tuple[int, ...], ...] = ()
@@ -52,7 +52,8 @@ class Call(NamedTuple):
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
         """The streams, the tensors among the keyword arguments, and those of the blocks."""
-        a, b = self.width, self.width + len(self.names)
+        a = self.widths[0]
+        b = a + len(self.names)
         return tensors[:a], tensors[a:b], tensors[b:]
 
     @property
@@ -61,7 +62,6 @@ class Call(NamedTuple):
         return (
             self.passage.direction.name,
             self.passage.log_det,
-            self.width,
             self.names,
             tuple(self.others.items()),
             self.autocast,
@@ -72,36 +72,40 @@ class Call(NamedTuple):
         return self.others | dict(zip(self.names, leaves, strict=True))
 
 
-def located(call: Call, moving: Sequence[tuple[str, ...]]) -> tuple[Call, list[Path]]:
-    """The call, with the places of its tensors, and the paths to these tensors. `moving` names each block's changed buffers."""
+def located(modules: Sequence[tuple[str, nn.Module]]) -> tuple[list[Path], dict[int, int], tuple[tuple[int, ...], ...]]:
+    """The paths to the tensors of named modules, each once; by a tensor's identity, its place; and the places by module."""
     paths: list[Path] = []
     numbers: dict[int, int] = {}
-    places, places_of_moving = [], []
-    for (name, block), names in zip(call.blocks, moving, strict=True):
-        holders = holders_of(block)
+    places = []
+    for name, module in modules:
+        holders = holders_of(module)
         for holder in holders:
             if id(holder.tensor) not in numbers:
                 numbers[id(holder.tensor)] = len(paths)
                 paths.append((tuple(filter(None, f"{name}.{holder.path}".split("."))), holder.name))
         places.append(tuple([numbers[id(h.tensor)] for h in holders]))
-        moved = [id(block.get_buffer(name)) for name in names]
-        places_of_moving.append(tuple([numbers[its] for its in moved]))
-    return call._replace(places=tuple(places), moving=tuple(places_of_moving)), paths
+    return paths, numbers, tuple(places)
 
 
-_calls: dict[int, Call] = {}
+def tensor_at(module: nn.Module, path: Path) -> Tensor:
+    """The tensor with this path."""
+    inner: Any = module
+    for name in path[0]:
+        inner = getattr(inner, name)
+    return getattr(inner, path[1])  # type: ignore[no-any-return]
+
+
+_calls: dict[int, Any] = {}
 _numbers = count()
 
 
-def register(call: Call) -> int:
-    """A number for the call, which a graph can contain."""
+def register(call: Any, module: nn.Module) -> int:
+    """A number for the call of a module, which a graph can contain."""
     number = next(_numbers)
     _calls[number] = call
-    sequence = call.sequence()
-    assert sequence is not None
-    weakref.finalize(sequence, _calls.pop, number)
+    weakref.finalize(module, _calls.pop, number)
     return number
 
 
-def registered(number: int) -> Call:
+def registered(number: int) -> Any:
     return _calls[number]

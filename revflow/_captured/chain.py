@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Context, Streams, rotate
 from revflow._base.torch_capture import CAN_BE_CAPTURED, break_graph, reparametrized
+from revflow._captured.call import tensor_at
 from revflow._captured.function import run
 from revflow._captured.survey import OUTSIDE, Survey, survey
 from revflow._rewind.block_list import BlockList, flattened
@@ -37,7 +38,7 @@ def captured(
         break_graph(OUTSIDE.format(found.objection))
         return None
     _observe(sequence, passage, streams, context, found)
-    own = [_at(sequence, path) for path in found.paths]
+    own = [tensor_at(sequence, path) for path in found.paths]
     leaves = [value for value in context.values() if isinstance(value, Tensor)]
     results = run(found.number, *streams, *leaves, *own)
     count = len(results) - len(found.moved)
@@ -62,17 +63,9 @@ def _observe(sequence: BlockList, passage: Passage, streams: Streams, context: C
 def _observed(passage: Passage, block: nn.Module, now: list[Tensor], context: Context) -> list[Tensor]:
     """Streams of the layout of the block's output."""
     if not isinstance(block, Stepwise):
-        return [*call_whole(block, passage.direction, passage.log_det, tuple(now), context)[: len(now)]]
+        return [*call_whole(block, passage.direction, False, tuple(now), context)]
     law = Law(block, passage)
     now = rotate(now, law.rotations[0])
     for k, conditioner in block.conditioners(tuple(now))[:: passage.direction.sign]:
         block.evaluate(conditioner, now[k], now[:k] + now[k + 1 :], context)
     return rotate(now, law.rotations[1])
-
-
-def _at(sequence: BlockList, path: tuple[tuple[str, ...], str]) -> Tensor:
-    """The tensor with this name in nested modules of these names."""
-    module: Any = sequence
-    for name in path[0]:
-        module = getattr(module, name)
-    return getattr(module, path[1])  # type: ignore[no-any-return]

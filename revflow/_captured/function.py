@@ -33,7 +33,7 @@ class Captured(torch.autograd.Function):
     def forward(ctx: Any, number: int, *tensors: Tensor) -> Streams:
         call = registered(number)
         streams, leaves, own = call.split(tensors)
-        groups = groups_of(call, tuple(streams))
+        groups = groups_of(call)
         now = [*map(dense, streams)]
         log_dets: list[Tensor] = []
         stored: list[Tensor] = []
@@ -43,12 +43,12 @@ class Captured(torch.autograd.Function):
             results: Any = iter(
                 region.call(("forward", group.kind, call.kind), partial(passes.forward, call, group), operands)
             )
-            now = [*islice(results, call.width)]
+            now = [*islice(results, group.widths[1])]
             log_dets += islice(results, call.passage.log_det)
             stored += islice(results, group.stores)
             moved += results
         outputs = tuple(now) if call.join is None else (torch.cat(now, call.join),)
-        ctx.call, ctx.groups, ctx.needs = call, groups, ctx.needs_input_grad[1 + call.width :]
+        ctx.call, ctx.groups, ctx.needs = call, groups, ctx.needs_input_grad[1 + len(streams) :]
         ctx.sizes = None if call.join is None else [s.shape[call.join] for s in now]
         ctx.counts = len(outputs), len(stored)
         kept = [None if k in call.moved else t for k, t in enumerate(own)]
@@ -79,7 +79,7 @@ class Captured(torch.autograd.Function):
             key = "backward", group.kind, call.kind, tuple(needs)
             operands = [*now, *its, *of_log_det, *its_stored, *[given[k] for k in places]]
             results: Any = iter(region.call(key, partial(passes.backward, call, group, needs), operands))
-            now, its = [*islice(results, call.width)], [*islice(results, call.width)]
+            now, its = [*islice(results, group.widths[0])], [*islice(results, group.widths[0])]
             for k, gradient in zip(places, results, strict=True):
                 sums[k] = summed(sums[k], gradient)
         return None, *its, *sums

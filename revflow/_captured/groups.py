@@ -6,10 +6,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from revflow._base.stepwise import Stepwise
-from revflow._base.streams import Streams
 from revflow._captured.call import Call
 from revflow._captured.structure import length_of_groups, structure_of
 from revflow._captured.tensors import Holder, holders_of
@@ -42,6 +42,8 @@ class Group:
     """Consecutive blocks."""
 
     steps: list[Step]
+    widths: tuple[int, int]
+    """The numbers of streams before and after it."""
     tensors: list[int]
     """The places of its tensors among those of the call."""
     moving: list[int]
@@ -59,21 +61,22 @@ class Group:
         return sum([step.stores for step in self.steps])
 
 
-def groups_of(call: Call, streams: Streams) -> list[Group]:
-    blocks = [block for _, block in call.blocks]
-    kinds = [structure_of(block) for block in blocks]
-    steps = [_step(call, k, block, streams) for k, block in enumerate(blocks)]
+def groups_of(call: Call) -> list[Group]:
+    kinds = [structure_of(block) for _, block in call.blocks]
+    steps = [_step(call, k, block) for k, (_, block) in enumerate(call.blocks)]
     length = length_of_groups(kinds)
-    return [_group(steps[k : k + length], kinds[k : k + length]) for k in range(0, len(blocks), length)]
+    begins = range(0, len(steps), length)
+    return [_group(call, begin, steps[begin : begin + length], kinds[begin : begin + length]) for begin in begins]
 
 
-def _step(call: Call, k: int, block: nn.Module, streams: Streams) -> Step:
+def _step(call: Call, k: int, block: nn.Module) -> Step:
     law = Law(block, call.passage) if isinstance(block, Stepwise) else None
+    streams = (torch.empty(0),) * call.widths[k]
     conditioners = [] if law is None else law.block.conditioners(streams)[:: call.passage.direction.sign]
     return Step(block, law, conditioners, holders_of(block), call.places[k], call.moving[k])
 
 
-def _group(steps: list[Step], kinds: list[Hashable]) -> Group:
+def _group(call: Call, begin: int, steps: list[Step], kinds: list[Hashable]) -> Group:
     tensors = [*dict.fromkeys([place for step in steps for place in step.places])]
     own = {place: number for number, place in enumerate(tensors)}
     steps = [
@@ -81,4 +84,5 @@ def _group(steps: list[Step], kinds: list[Hashable]) -> Group:
         for step in steps
     ]
     kind = tuple([(kind, step.places, step.moving) for kind, step in zip(kinds, steps, strict=True)])
-    return Group(steps, tensors, [place for step in steps for place in step.moving], kind)
+    widths = call.widths[begin], call.widths[begin + len(steps)]
+    return Group(steps, widths, tensors, [place for step in steps for place in step.moving], kind)

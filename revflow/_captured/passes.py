@@ -33,9 +33,11 @@ def forward(call: Call, group: Group, *tensors: Tensor) -> list[Tensor]:
 
     `tensors` are the streams, those among the keyword arguments, and those of the group.
     """
-    streams, leaves, own = call.split(tensors)
-    own = [t.clone() if k in group.moving else t for k, t in enumerate(own)]
-    now, context = [*streams], call.context(leaves)
+    rest = iter(tensors)
+    now = [*islice(rest, group.widths[0])]
+    leaves = [*islice(rest, len(call.names))]
+    own = [t.clone() if k in group.moving else t for k, t in enumerate(rest)]
+    context = call.context(leaves)
     log_dets: list[Tensor] = []
     stored: list[Tensor] = []
     with autocast([*call.autocast], now[0].device):
@@ -43,7 +45,8 @@ def forward(call: Call, group: Group, *tensors: Tensor) -> list[Tensor]:
             with holding(step.block, step.holders, [own[k] for k in step.places]):
                 if step.law is None:
                     outputs = call_whole(step.block, call.passage.direction, call.passage.log_det, tuple(now), context)
-                    now, log_dets = [*outputs[: call.width]], [*log_dets, *outputs[call.width :]]
+                    count = len(outputs) - call.passage.log_det
+                    now, log_dets = [*outputs[:count]], [*log_dets, *outputs[count:]]
                     continue
                 now = rotate(now, step.law.rotations[0])
                 for k, conditioner in step.conditioners:
@@ -75,8 +78,8 @@ class _Rewind:
 
     def __init__(self, call: Call, group: Group, needs: Sequence[bool], tensors: Sequence[Tensor]) -> None:
         self._call, self._count, rest = call, len(call.names), iter(tensors)
-        self.now = [*islice(rest, call.width)]
-        self.its = [*islice(rest, call.width)]
+        self.now = [*islice(rest, group.widths[1])]
+        self.its = [*islice(rest, group.widths[1])]
         """Their gradients."""
         self._of_log_det = [*islice(rest, call.passage.log_det)]
         self._stored = [*islice(rest, group.stores)]

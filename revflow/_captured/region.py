@@ -5,7 +5,8 @@ Equal groups of blocks are one function with different operands. So the time to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from revflow._base.torch_capture import compilation, invoke, traced
-from revflow._replay.mode import this_thread
+from revflow._replay.mode import is_evaluating, this_thread
 
 Results = Sequence[Tensor | None]
 Function = Callable[..., Results]
@@ -29,7 +30,8 @@ def call(key: Hashable, function: Function, operands: Sequence[Tensor]) -> Resul
     """
     now = compilation(operands)
     if now is None:
-        return _evaluated(function, operands)
+        with evaluating():
+            return function(*operands)
     regions = _known.setdefault(now, {})
     key = key, tuple(map(_layout, operands))
     if key not in regions:
@@ -42,7 +44,8 @@ class Region:
 
     def __init__(self, name: str, function: Function, operands: Sequence[Tensor]) -> None:
         def unshared(*tensors: Tensor) -> Results:
-            return _unshared(_evaluated(function, tensors), tensors)
+            with evaluating():
+                return _unshared(function(*tensors), tensors)
 
         self._name, self._graph = name, traced(unshared, operands)
         inputs = [*self._graph.graph.find_nodes(op="placeholder")]
@@ -60,12 +63,13 @@ class Region:
         return [None if k is None else tensors[k] for k in self._places]
 
 
-def _evaluated(function: Function, operands: Sequence[Tensor]) -> Results:
-    """Sequences inside of conditioners run under standard autograd."""
-    outer = getattr(this_thread, "evaluating", False)
+@contextmanager
+def evaluating() -> Iterator[None]:
+    """A context in which sequences inside of conditioners run under standard autograd."""
+    outer = is_evaluating()
     this_thread.evaluating = True
     try:
-        return function(*operands)
+        yield
     finally:
         this_thread.evaluating = outer
 

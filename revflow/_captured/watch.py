@@ -19,14 +19,17 @@ from revflow._base.torch_private import (
     BatchNorm,
     FakeTensor,
     TorchDispatchMode,
+    fake_tensor,
     has_global_hook,
     has_own_hook,
     is_compiled,
     pytree,
 )
+from revflow._captured.region import evaluating
 from revflow._captured.tensors import holders_of
 from revflow._guard.graph_search import untracked
 from revflow._replay.attributes import Attributes
+from revflow._replay.autocast import autocast, autocast_state
 from revflow._replay.undisturbed import undisturbed
 
 DRAWS = "draws random numbers{}, and its second evaluation would draw others"
@@ -144,14 +147,28 @@ def refuse_hooks(block: nn.Module) -> None:
 
 
 @contextmanager
-def restored(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Restore the attributes and buffers of all modules, and the random states, at the end of this context.
+def objections_to(name: str, module: nn.Module) -> Iterator[None]:
+    """A context in which errors become an `ObjectionError` that names the module."""
+    try:
+        yield
+    except ObjectionError as objection:
+        raise ObjectionError(f"{name} ({type(module).__name__}): {objection}") from objection
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ObjectionError(f"{name} ({type(module).__name__}) cannot be traced: {reason}") from error
+
+
+@contextmanager
+def evaluated_without_data(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A context for first evaluations on fake tensors. At its end, attributes, buffers and random states are as before.
 
     Meanwhile, modules have copies of their buffers: a fake-tensor mode changes small tensors of integers, such as BatchNorm's
     counter, in fact.
     """
     before = {m: dict(vars(m)) for m in module.modules()}
-    with undisturbed(module, device):
+    fake_mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+    uncached = autocast(autocast_state(device), device)
+    with undisturbed(module, device), fake_mode, uncached, torch.enable_grad(), evaluating():
         try:
             yield
         finally:

@@ -14,6 +14,16 @@ import revflow
 from engine.captured.graphs import Graphs, gradients
 from engine.nets import STACKS, Conditioner, additive, assert_close, image, network, plain_inverse, weighted
 
+class Halves(revflow.Bijection):
+    """One stream to two."""
+
+    def forward(self, *streams):
+        return tuple(half.clone() for half in streams[0].chunk(2, 1))
+
+    def inverse(self, *streams):
+        return (torch.cat(streams, 1),)
+
+
 stacks = pytest.mark.parametrize("stack", STACKS, ids=lambda s: s.__name__)
 
 
@@ -110,6 +120,16 @@ class TestGradients:
         inner = revflow.ReversibleSequence([revflow.AdditiveCoupling(Conditioner(2))])
         blocks = [revflow.AdditiveCoupling(inner), revflow.ReversibleSequence([additive()])]
         assert_captured(revflow.ReversibleSequence(blocks).double())
+
+    def test_blocks_that_change_the_number_of_streams(self):
+        net = revflow.ReversibleSequence([Halves(), additive(), additive()]).double()
+        x = image().requires_grad_()
+        run = lambda net: lambda x: torch.cat(net((x,)), 1)  # noqa: E731
+        assert_captured(net, x, run, lambda net: lambda x: torch.cat(net.plain((x,)), 1))
+        y = torch.cat(net((x,)), 1).detach().requires_grad_()
+        back = lambda net: lambda y: net.inverse(y.chunk(2, 1))[0]  # noqa: E731
+        with_graph = lambda net: lambda y: plain_inverse(net, y)  # noqa: E731
+        assert_captured(net, y, back, with_graph)
 
     def test_a_part_of_a_network(self):
         torch.manual_seed(0)

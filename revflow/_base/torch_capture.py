@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch._inductor.config
 from torch import Tensor
 from torch import _higher_order_ops as higher_order_ops
 from torch._dispatch.python import suspend_functionalization
@@ -90,3 +93,44 @@ def invoke(graph: GraphModule, name: str, operands: Sequence[Any]) -> Sequence[T
         higher_order_ops.invoke_subgraph(graph, name, *operands) if is_separate else graph(*operands)
     )
     return results
+
+
+CompilationError: type[RuntimeError] = torch._dynamo.exc.TorchDynamoException
+"""An error of torch.compile, and not of the code that it compiles."""
+
+
+@contextmanager
+def comparable_with_eager() -> Iterator[None]:
+    """Within this context, compiled code draws the same random numbers as code that is not compiled.
+
+    Networks that were compiled before do not count for the limit of recompilations, at which PyTorch runs code uncompiled.
+    """
+    config = torch._dynamo.config
+    limits = {name: 2**16 for name in _LIMITS if hasattr(config, name)}
+    with config.patch(limits), torch._inductor.config.patch(fallback_random=True):
+        yield
+
+
+_LIMITS = "recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit"
+"""Their names since PyTorch 2.7, and in PyTorch 2.6."""
+
+
+def traced_anew(module: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls the module. PyTorch has not seen its code before, and stores no decisions for it.
+
+    PyTorch stores by code object which functions it cannot trace, and by name which sizes are dynamic.
+    """
+
+    def call(*inputs: Any, **context: Any) -> Any:
+        return module(*inputs, **context)
+
+    call.__code__ = call.__code__.replace(co_name=f"call_{next(_NUMBERS)}")
+    return call
+
+
+_NUMBERS = itertools.count()
+
+
+def is_compiled_module(net: object) -> bool:
+    """Whether this is the result of `torch.compile(module)`."""
+    return isinstance(net, torch._dynamo.OptimizedModule)

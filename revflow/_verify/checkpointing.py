@@ -41,7 +41,7 @@ class Checkpointing:
         """Checkpoint the blocks of `net` within this context, which must enclose the forward and the backward pass."""
         self._index = 0
         with ordinary_autograd(), ExitStack() as stack:
-            for module in dict.fromkeys(_outermost(net)):
+            for module in dict.fromkeys(outermost(net)):
                 if isinstance(module, ReversibleSequence):
                     name, function = "_run", self._in_parts(module)
                 else:
@@ -81,13 +81,13 @@ class Checkpointing:
         return checkpoint(function, *arguments, use_reentrant=False, **context)
 
 
-def _outermost(module: nn.Module) -> Iterator[ReversibleSequence | ReversibleRecurrence]:
+def outermost(module: nn.Module) -> Iterator[ReversibleSequence | ReversibleRecurrence]:
     """The sequences and recurrences that are not inside of another one."""
     if isinstance(module, (ReversibleSequence, ReversibleRecurrence)):
         yield module
         return
     for child in module.children():
-        yield from _outermost(child)
+        yield from outermost(child)
 
 
 def _groups(sequence: ReversibleSequence) -> list[list[nn.Module]]:

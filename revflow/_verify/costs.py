@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from torch import nn
 from revflow._replay.mode import ordinary_autograd
 from revflow._verify.checkpointing import Checkpointing
 from revflow._verify.inspection import seeded
-from revflow._verify.step import Arguments, loss_of, with_leaves
+from revflow._verify.step import Arguments, train, with_leaves
 from revflow._verify.verification import Both, Checkpoint
 from revflow.memory import measure_memory
 
@@ -64,29 +64,33 @@ class Costs:
             with way(net):
                 forward = measure_memory(partial(net, *inputs, **context), device=self._device)
             with way(net):
-                step = measure_memory(partial(self._step, net), device=self._device)
+                step = measure_memory(partial(train, net, net, self._arguments), device=self._device)
         return forward.kept, step.peak
 
-    def _step(self, net: nn.Module) -> None:
-        (inputs, context), leaves = with_leaves(self._arguments)
-        parameters = [p for p in net.parameters() if p.requires_grad]
-        torch.autograd.grad(loss_of(net(*inputs, **context)), [*leaves, *parameters], allow_unused=True)
-
     def _times(self, ways: list[_Way]) -> list[float]:
-        """Times of a step relative to standard autograd: medians of three rounds, after a round that warms up."""
+        """Times of a step relative to standard autograd."""
         net = self._copy()
-        with seeded(self._device):
-            rounds = [[self._seconds(net, way) for way in ways] for _ in range(4)]
-        standard = ways.index(_standard)
-        return [statistics.median(times[k] / times[standard] for times in rounds[1:]) for k in range(len(ways))]
+        steps = [partial(self._train, net, way) for way in ways]
+        return relative_times(steps, ways.index(_standard), self._device)
 
-    def _seconds(self, net: nn.Module, way: _Way) -> float:
+    def _train(self, net: nn.Module, way: _Way) -> None:
         with way(net):
-            begin = time.perf_counter()
-            self._step(net)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            return time.perf_counter() - begin
+            train(net, net, self._arguments)
+
+
+def relative_times(steps: Sequence[Callable[[], None]], standard: int, device: torch.device) -> list[float]:
+    """Times of steps relative to the one with the index `standard`: medians of three rounds, after a round that warms up."""
+    with seeded(device):
+        rounds = [[_seconds(step, device) for step in steps] for _ in range(4)]
+    return [statistics.median(times[k] / times[standard] for times in rounds[1:]) for k in range(len(steps))]
+
+
+def _seconds(step: Callable[[], None], device: torch.device) -> float:
+    begin = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
 
 
 def _engine(net: nn.Module) -> AbstractContextManager[None]:

@@ -62,7 +62,7 @@ class Inspection:
         if self._stateful:
             first, others = self._stateful[0], len(self._stateful) - 1
             and_others = f", as do{'es' * (others == 1)} {others} other block{'s' * (others > 1)}" if others else ""
-            self.notes.append(f"{first}{and_others}; the engine applies this change once per step")
+            self.notes.append(f"{first}{and_others}; a training step applies this change once")
         return max(found, default=Worst(0.0, "no block was compared"))
 
     def _note_depth(self, net: nn.Module, given: dict[nn.Module, Streams]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from revflow._base.torch_private import pytree
 from revflow._replay.holders import copied
@@ -53,3 +54,10 @@ def loss_of(output: object) -> Tensor:
             "compare: let it return one"
         )
     return total
+
+
+def train(net: nn.Module, call: Callable[..., Any], arguments: Arguments) -> None:
+    """Run a training step, without its result. `call` runs the network."""
+    (inputs, context), leaves = with_leaves(arguments)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    torch.autograd.grad(loss_of(call(*inputs, **context)), [*leaves, *parameters], allow_unused=True)

@@ -24,12 +24,22 @@ class Checkpoint(NamedTuple):
     time: float
 
 
+class Capture(NamedTuple):
+    """The parts of a compiled network that are in graphs."""
+
+    one_graph: bool
+    """Whether the network is one graph, so that `torch.compile(net, fullgraph=True)` succeeds."""
+    outside: dict[str, str]
+    """For each sequence that runs outside of the graphs, by its name: the reason. The name of the network itself is empty."""
+
+
 @dataclass(frozen=True)
 class Verification:
     """The result of `verify`. To show it as a report, use `print`.
 
     `gradients` and `reconstruction` have the fields `error` and `where`. `kept` and `peak` have the fields `engine` and `plain`,
-    for the engine and for standard autograd. `checkpoint` has the fields `peak` and `time`.
+    for the engine and for standard autograd. `checkpoint` has the fields `peak` and `time`. If `verify` compiled the network,
+    `engine` is the compiled step, `capture` has the fields `one_graph` and `outside`, and `drift` those of `gradients`.
 
     Examples:
         >>> net = revflow.ReversibleSequence([revflow.AdditiveCoupling(torch.nn.Linear(4, 4)) for _ in range(8)])
@@ -49,9 +59,16 @@ class Verification:
     In exact mode, the error must be 0.
     """
     evaluations: dict[str, int]
-    """Number of evaluations per training step, for each conditioner and each block without one (including its inverse)."""
+    """Number of evaluations per training step, for each conditioner and each block without one (including its inverse).
+
+    Empty if the network was compiled.
+    """
     kept: Both | None
-    """Number of bytes in use after the forward pass; None if the device is neither the CPU nor a CUDA device."""
+    """Number of bytes in use after the forward pass; None if the device is neither the CPU nor a CUDA device.
+
+    The value is also None if the network was compiled for a CUDA device with a mode or options, because CUDA graphs allocate
+    their memory elsewhere.
+    """
     peak: Both | None
     """Largest number of bytes in use during the forward and backward passes, in addition to those in use before them."""
     time: float | None
@@ -68,6 +85,14 @@ class Verification:
     """Descriptions of the problems that were found."""
     notes: tuple[str, ...]
     """Remarks that do not indicate problems."""
+    capture: Capture | None = None
+    """The parts of the compiled network that are in graphs; None if the network was not compiled."""
+    drift: Worst | None = None
+    """Largest error of a sequence's input as the compiled step recomputes it, relative to the largest stream of that input.
+
+    The value is None if the network was not compiled, if no sequence in a graph runs exactly once per step, or if the
+    measurement fails; in the last case, a note gives the reason.
+    """
 
     @property
     def ok(self) -> bool:
@@ -76,17 +101,22 @@ class Verification:
 
     def __str__(self) -> str:
         counts = sorted(set(self.evaluations.values()))
-        gradients, reconstruction = self.gradients, self.reconstruction
-        lines = [
+        gradients, reconstruction, drift = self.gradients, self.reconstruction, self.drift
+        lines = [] if self.capture is None else [f"torch.compile    {_about(self.capture)}"]
+        lines += [
             f"gradients        max error {gradients.error:.1e} against standard autograd ({gradients.where})",
             f"reconstruction   max error {reconstruction.error:.1e} of the largest stream ({reconstruction.where})",
-            f"evaluations      {' or '.join(map(str, counts))} per training step",
         ]
+        if drift is not None:
+            lines.append(f"drift            max error {drift.error:.1e} of the largest stream ({drift.where})")
+        if counts:
+            lines.append(f"evaluations      {' or '.join(map(str, counts))} per training step")
+        plain = "standard autograd" if self.capture is None else "standard autograd without compilation"
         for name, both in (("after forward", self.kept), ("peak memory", self.peak)):
             if both is not None:
-                lines.append(f"{name:15s}  {size(both.engine)}; {size(both.plain)} under standard autograd")
+                lines.append(f"{name:15s}  {size(both.engine)}; {size(both.plain)} under {plain}")
         if self.time is not None:
-            lines.append(f"time             {self.time:.2f}× standard autograd")
+            lines.append(f"time             {self.time:.2f}× {plain}")
         lines += self._about_checkpointing()
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"PROBLEM: {problem}" for problem in self.problems] or ["no problem found"]
@@ -101,3 +131,10 @@ class Verification:
         if peak is not None and self.peak is not None and peak < self.peak.engine:
             also = " and less time" if self.time is not None and time < self.time else ""
             yield f"note: for this network, checkpointing each block uses less memory{also}"
+
+
+def _about(capture: Capture) -> str:
+    if capture.outside:
+        count = len(capture.outside)
+        return f"{count} sequence{'s' * (count > 1)} outside of the graph"
+    return "one graph" if capture.one_graph else "several graphs"

@@ -256,7 +256,9 @@ def test_changing_buffers_are_one_note(count, others):
     report = revflow.verify(net, image(dtype=torch.float32))
     assert report.ok, report
     buffers = "F.0.running_mean, F.0.running_var, F.0.num_batches_tracked"
-    expected = f"block 0 (AdditiveCoupling) changes its buffers ({buffers}){others}; the engine applies this change once per step"
+    expected = (
+        f"block 0 (AdditiveCoupling) changes its buffers ({buffers}){others}; a training step applies this change once"
+    )
     assert report.notes == (expected,)
 
 

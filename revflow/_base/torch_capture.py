@@ -14,6 +14,7 @@ import torch._inductor.config
 from torch import Tensor
 from torch import _higher_order_ops as higher_order_ops
 from torch._dispatch.python import suspend_functionalization
+from torch._dynamo import symbolic_convert
 from torch._guards import TracingContext
 from torch._subclasses.functional_tensor import FunctionalTensor, disable_functional_mode
 from torch.fx import GraphModule
@@ -31,6 +32,32 @@ call_uninlined: Callable[..., Callable[..., Any]] = torch.compiler.allow_in_grap
 def break_graph(reason: str) -> None:
     """End the graph that torch.compile captures. With `fullgraph=True`, that is an error with this reason."""
     torch._dynamo.graph_break(msg=reason)
+
+
+def _graph_in_work() -> Any:
+    """The graph that torch.compile captures from bytecode."""
+    return symbolic_convert.InstructionTranslator.current_tx().output.graph
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def last_node() -> int:
+    """The identity of the last operation so far in the graph that torch.compile captures. Names of operations may change."""
+    return id(next(reversed(_graph_in_work().nodes)))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def erase_unused_nodes(after: int, last: int) -> bool:
+    """Remove unused operations, after the first of these nodes and to the last, from the graph that torch.compile captures.
+
+    They would run with a backend that runs graphs as they are. For DistributedDataParallel, they would be buckets without output.
+    """
+    graph = _graph_in_work()
+    nodes = [*graph.nodes]
+    places = {id(node): place for place, node in enumerate(nodes)}
+    for node in reversed(nodes[places[after] + 1 : places[last] + 1]):
+        if not node.users and node.op != "placeholder":
+            graph.erase_node(node)
+    return True
 
 
 def has_hooks_of_saved_tensors() -> bool:

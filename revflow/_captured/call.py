@@ -73,7 +73,7 @@ class Call(NamedTuple):
 
 
 def located(modules: Sequence[tuple[str, nn.Module]]) -> tuple[list[Path], dict[int, int], tuple[tuple[int, ...], ...]]:
-    """The paths to the tensors of named modules, each once; by a tensor's identity, its place; and the places by module."""
+    """The tensors of named modules: the paths to them, each once, their places by identity, and their places by module."""
     paths: list[Path] = []
     numbers: dict[int, int] = {}
     places = []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Context, Streams, rotate
-from revflow._base.torch_capture import CAN_BE_CAPTURED, break_graph, reparametrized
+from revflow._base.torch_capture import CAN_BE_CAPTURED, break_graph, erase_unused_nodes, last_node, reparametrized
 from revflow._captured.call import tensor_at
 from revflow._captured.function import run
 from revflow._captured.survey import OUTSIDE, Survey, survey
@@ -37,10 +37,14 @@ def captured(
     if found.objection:
         break_graph(OUTSIDE.format(found.objection))
         return None
+    before = last_node()
     _observe(sequence, passage, streams, context, found)
+    observed = last_node()
     own = [tensor_at(sequence, path) for path in found.paths]
     leaves = [value for value in context.values() if isinstance(value, Tensor)]
-    results = run(found.number, *streams, *leaves, *own)
+    returned = run(found.number, *streams, *leaves, *own)
+    erase_unused_nodes(before, observed)
+    results = (returned,) if isinstance(returned, Tensor) else returned
     count = len(results) - len(found.moved)
     for place, value in zip(found.moved, results[count:], strict=True):
         own[place].copy_(value)
@@ -49,10 +53,7 @@ def captured(
 
 
 def _observe(sequence: BlockList, passage: Passage, streams: Streams, context: Context, found: Survey) -> None:
-    """Let PyTorch see the bytecode of every conditioner, to compile the graph again if an attribute changes that it reads.
-
-    AOTAutograd removes these evaluations, whose results are not used.
-    """
+    """Let PyTorch see the bytecode of every conditioner, to compile the graph again if an attribute changes that it reads."""
     now = [*streams]
     with torch.no_grad():
         for k, (_, block) in enumerate([*flattened(sequence)][:: passage.direction.sign]):

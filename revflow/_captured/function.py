@@ -86,10 +86,13 @@ class Captured(torch.autograd.Function):
 
 
 @call_uninlined
-def run(number: int, *tensors: Tensor) -> Streams:
-    """The results of the call with this number. See `Captured`."""
+def run(number: int, *tensors: Tensor) -> Streams | Tensor:
+    """The results of the call with this number, in a tuple if there are several. See `Captured`.
+
+    With a tuple of one tensor, DistributedDataParallel's split of a graph into buckets fails.
+    """
     results: Streams = Captured.apply(number, *tensors)  # type: ignore[no-untyped-call]
-    return results
+    return results if len(results) > 1 else results[0]
 
 
 @torch.library.custom_op("revflow::separate", mutates_args=())

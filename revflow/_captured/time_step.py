@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from revflow._base.streams import CellValues, Context, Streams, Tensors
-from revflow._base.torch_capture import CAN_BE_CAPTURED, break_graph
+from revflow._base.torch_capture import CAN_BE_CAPTURED, break_graph, erase_unused_nodes, last_node
 from revflow._base.user_warnings import warn
 from revflow._captured.call import Path, located, register, tensor_at
 from revflow._captured.given import NOT_CONSTANT, Given, are_constants, constants_of, filled_without_data, kind_of, made
@@ -49,10 +49,13 @@ def captured_step(
     if found.objection:
         break_graph(OUTSIDE.format(found.objection))
         return None
+    before = last_node()
     _observe(recurrence, CellValues(streams, (), memory), state.cells, context)
+    observed = last_node()
     leaves = [value for value in context.values() if isinstance(value, Tensor)]
     own = [tensor_at(recurrence, path) for path in found.paths]
     results = run_step(found.number, *streams, *chain(*state.cells), *memory, *leaves, *own)
+    erase_unused_nodes(before, observed)
     outputs, of_cells, place = tuple(results[: len(streams)]), [], len(streams)
     for before in state.cells:
         middle, end = place + len(before), place + len(before) + len(memory)

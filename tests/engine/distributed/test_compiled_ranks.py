@@ -44,12 +44,7 @@ BUCKETS = {
 
 DDP fills its buckets from the end of the network: the tail comes first. PyTorch starts a new graph at each bucket.
 """
-UNSPLIT = pytest.mark.xfail(
-    strict=True, reason="if a bucket contains only the sequence, PyTorch raises an AssertionError: output spec mismatch"
-)
-buckets = pytest.mark.parametrize(
-    "buckets", ["one", pytest.param("each parameter", marks=UNSPLIT), "sequence and head"]
-)
+buckets = pytest.mark.parametrize("buckets", ["one", "each parameter", "sequence and head"])
 orders = pytest.mark.parametrize("order", ["DDP in graph", "graph in DDP"])
 
 

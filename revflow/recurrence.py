@@ -134,7 +134,7 @@ class ReversibleRecurrence(Budgeted, nn.ModuleList):
         """The reason why time steps cannot be part of a compiled graph; empty if there is none."""
         if self._states != "kept":
             return f"only the engine stores states in another way (states={self._states!r})"
-        if self.memory_budget != "min":
+        if self._keeper.is_limited:
             return f"only the engine plans a memory budget ({self.memory_budget!r})"
         return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +36,16 @@ def made(given: Given) -> Tensor:
 def constants_of(context: Context) -> tuple[tuple[tuple[Any, ...], ...], tuple[tuple[str, Any], ...]]:
     """The names and kinds of the tensors among the keyword arguments, and the other arguments with their names."""
     tensors = tuple([(name, *kind_of(value)) for name, value in context.items() if isinstance(value, Tensor)])
-    return tensors, tuple([(name, value) for name, value in context.items() if not isinstance(value, Tensor)])
+    return tensors, tuple(
+        [(name, _constant(value)) for name, value in context.items() if not isinstance(value, Tensor)]
+    )
+
+
+def _constant(value: Any) -> Any:
+    """The value. PyTorch takes a number that has changed between two calls as a variable, until code depends on its digits."""
+    if isinstance(value, float):
+        return float.fromhex(value.hex())
+    return operator.index(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def are_constants(others: Sequence[tuple[str, Any]]) -> bool:

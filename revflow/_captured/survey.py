@@ -98,7 +98,8 @@ def _refuse_options(sequence: Any) -> None:
         )
     if sequence.chunks > 1:
         raise ObjectionError("only the engine evaluates conditioners in chunks")
-    if sequence.memory_budget != "min":
+    budget = sequence.memory_budget
+    if getattr(budget, "memory", budget) != "min":
         raise ObjectionError(f"only the engine plans a memory budget ({sequence.memory_budget!r})")
 
 

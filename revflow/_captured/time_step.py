@@ -107,7 +107,7 @@ def _surveyed(
     except ObjectionError as found:
         warn(OUTSIDE.format(found), UserWarning)
         return (str(found),)
-    paths, _, places = located([*recurrence.named_children()])
+    paths, _, places = located([*recurrence._modules.items()])
     device = kinds[0][2]
     names, state = tuple([name for name, *_ in tensors]), tuple(autocast_state(device))
     call = StepCall(ref(recurrence), width, sizes, memory_size, names, dict(others), state, device, places)
@@ -125,7 +125,7 @@ def _survey_of_cells(
         rest, filled = iter([made(given) for given in kinds]), filled_without_data(context)
         streams, states = tuple(islice(rest, width)), [tuple(islice(rest, size)) for size in sizes]
         memory = tuple(islice(rest, memory_size))
-        for (name, cell), state in zip(recurrence.named_children(), states, strict=True):
+        for (name, cell), state in zip(recurrence._modules.items(), states, strict=True):
             inputs = (*streams, *state, *memory, *[v for v in filled.values() if isinstance(v, Tensor)])
             with objections_to(f"cell {name}", cell):
                 refuse_hooks(cell)

@@ -13,6 +13,7 @@ import lightning
 import torch
 from torch import Tensor
 
+import revflow
 from crevnet.data.sampling import WindowLoader
 from crevnet.networks.crevnet.free_share import amount, budget_of, is_amount, room
 from crevnet.networks.crevnet.network import CrevNet
@@ -73,6 +74,9 @@ class MemoryPlan(lightning.Callback):
             return
         place = [*network.parameters()], trainer.optimizers[0].state, self._processes
         limit = None if saved is None or saved["given"] != given else saved["amount"]
+        if limit in ("min", "max"):  # of compiled training, which has no other budgets
+            network.use_budget(revflow.Budget(limit))
+            return
         if isinstance(limit, int):
             most = _least(trainer, network, room(*place))
             if limit <= most:

@@ -45,8 +45,9 @@ class TrainingSettings:
         seed: seed of the initial weights and of the order of windows.
         channels_last: whether convolutions use the memory format channels_last, which is faster on tensor cores. Values are equal
             up to rounding.
-        compile: whether to compile the network's parts with torch.compile, which takes minutes in the first steps. Values are
-            equal up to rounding. Not with exact_bits.
+        compile: whether to compile the network with torch.compile, which takes minutes in the first steps. Values are equal up
+            to rounding. CrevNet compiles whole time steps. They store all activations if these fit in the memory budget, and none
+            if not. Not with exact_bits.
         checkpoint_minutes: minutes of training between checkpoints in last.ckpt. Each epoch also writes one.
         nodes: number of machines that train together. Each runs the same command.
         strategy: strategy for several devices. "ddp": each holds a copy of everything. "fsdp": each holds a part of the

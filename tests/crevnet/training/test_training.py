@@ -309,8 +309,9 @@ def test_compiled_network_has_the_same_gradients_keys_and_forecasts(settings, wi
     assert list(compiled.state_dict()) == list(network.state_dict())
     expected = gradients_of(network, frames, roads)
     assert_same_gradients(gradients_of(compiled, frames, roads), expected, 1e-10)
-    code = [graph.code for graph in graphs]  # of updates, mixes and conditioners
-    assert {("sigmoid" in c, "group_norm" in c) for c in code} == {(True, False), (True, True), (False, True)}
+    called = [{getattr(n.target, "__name__", "") for n in graph.graph.nodes} & {"run", "run_step"} for graph in graphs]
+    # The encoder, the decoder and the predictor, whose first step has zeros that are one tensor and need no gradient
+    assert sorted(map(sorted, called)) == [["run"], ["run"], ["run_step"], ["run_step"]]
     copied = copy.deepcopy(compiled)
     with torch.no_grad():
         for parameter in compiled.parameters():

@@ -217,6 +217,12 @@ class TestConditioners:
         net = of(*[Body(lambda h, scale, power: torch.tanh(h * scale) ** power) for _ in range(2)])
         assert_captured(net, scale=scale, power=3)
 
+    def test_numbers_among_the_keyword_arguments(self):
+        net, x = of(Body(lambda h, by: h * by)), image().requires_grad_()
+        compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+        for by in (0.5, 0.7, 0.9, 2, 3, 4, True):
+            assert_close(gradients(compiled, x, net, by=by), gradients(net.plain, x, net, by=by))
+
     @pytest.mark.parametrize("training", [True, False])
     def test_statistics_of_batches_move_once(self, training):
         """`assert_captured` compares the buffers."""

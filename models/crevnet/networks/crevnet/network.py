@@ -9,10 +9,11 @@ dimension. Each clip begins one frame after the previous one, so only its last f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import revflow
 from crevnet.networks.config import CrevNetConfig, Feedback, Loss
@@ -51,6 +52,8 @@ class CrevNet(VideoModel[CrevNetConfig]):
         determined = is_amount(config.memory_budget)
         self.use_budget(revflow.Budget(config.memory_budget if determined else "min"))
         self._is_determined = determined
+        self._to_compile: dict[str, Any] | None = None
+        """The options for `torch.compile`, until the budget's plan is known."""
 
     def use_budget(self, budget: revflow.Budget) -> None:
         """Limit the activations of the autoencoder and the predictor together by `budget`, instead of the configuration's."""
@@ -178,18 +181,40 @@ class CrevNet(VideoModel[CrevNetConfig]):
             state = after
 
     def compile_parts(self, **options: Any) -> None:
-        """Compile the expensive parts in place with `torch.compile(..., **options)`.
+        """Compile time steps in place with `torch.compile(..., **options)`.
 
-        These parts are the autoencoder's conditioners and the `update` and `mix` methods of each predictive module. The state
-        dict keys do not change.
+        The encoder, the predictor and the decoder are one graph each. Their backward passes recompute the activations, or all
+        activations are stored. For a memory budget other than "min" and "max", the first training step runs uncompiled, and
+        measures whether all of them fit in the budget. The state dict keys do not change.
         """
-        self.autoencoder.blocks.compile_conditioners(**options)
-        self.predictor.stack.compile_cells(**options)
+        self._to_compile = options
+        self._compile_if_planned()
+
+    def _compile_if_planned(self) -> None:
+        """Compile as `compile_parts` was called to do, if it is known whether activations are stored."""
+        if self._to_compile is None or not self._is_determined:
+            return
+        if self.budget.memory not in ("min", "max"):
+            plan = self.budget.plan
+            if plan is None:
+                return
+            is_stored = all(call.stored == call.units for call in plan.calls)
+            self.use_budget(revflow.Budget("max" if is_stored else "min"))
+        parts: list[tuple[nn.Module, str]] = [
+            (self.autoencoder, "encode"),
+            (self.autoencoder, "decode"),
+            (self.predictor, "forward"),
+        ]
+        for module, name in parts:
+            method = torch.compile(getattr(type(module), name), **self._to_compile)
+            setattr(module, name, MethodType(method, module))  # a copy of the network gets methods of its own
+        self._to_compile = None
 
     def _mean_error(self, frames: Tensor, static: Tensor | None, over: Loss, fed: Sequence[bool] | None) -> Tensor:
         """The mean squared error over the chosen predictions, as a graph."""
         clip = self.config.clip
         self._check(frames, static, at_least=clip + 1)
+        self._compile_if_planned()
         chosen = self._chosen(over, frames.shape[1] - clip)
         true = self._truly_fed(frames.shape[1], fed)[clip - 1 :]  # by the last frame of each clip
         # Accumulated per step: a stack of all predictions, its gradient and a padded window would each take a frame per step.

@@ -32,6 +32,8 @@ class Call(NamedTuple):
     """The keyword arguments that are not tensors."""
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
     """Its state, for `_replay.autocast.autocast`."""
+    recomputed: int
+    """The number of blocks that it runs: the first ones. Standard autograd runs the others, and stores their activations."""
     widths: tuple[int, ...] = ()
     """The numbers of streams before each block, in the order in which they run, and after the last one."""
     places: tuple[tuple[int, ...], ...] = ()
@@ -44,7 +46,7 @@ class Call(NamedTuple):
         """Names and blocks, in the order in which they run."""
         sequence = self.sequence()
         assert sequence is not None, "compiled code runs only as long as its modules exist"
-        return [*flattened(sequence)][:: self.passage.direction.sign]
+        return [*flattened(sequence)][:: self.passage.direction.sign][: self.recomputed]
 
     @property
     def moved(self) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from revflow._rewind.chain import streams_of
 from revflow._rewind.direction import Direction
 from revflow._rewind.laws import Law
 from revflow._rewind.passage import Passage
-from revflow._rewind.plain import call_whole
+from revflow._rewind.plain import call_whole, run_plainly, total
 
 
 def captured(
@@ -37,6 +37,21 @@ def captured(
     if found.objection:
         break_graph(OUTSIDE.format(found.objection))
         return None
+    log_dets: list[Tensor] = []
+    blocks = [block for _, block in flattened(sequence)][:: passage.direction.sign]
+    if found.recomputed:
+        streams, log_dets = _recomputed(sequence, passage, streams, context, found)
+    for block in blocks[found.recomputed :]:
+        streams, log_dets = _stored(passage, block, streams, context, log_dets)
+    if join is not None and len(streams) > 1:  # if not, the recomputed blocks have joined them
+        streams = (torch.cat(streams, join),)
+    return (streams if join is None else streams[0]), total(log_dets, streams[0]) if log_det else None
+
+
+def _recomputed(
+    sequence: BlockList, passage: Passage, streams: Streams, context: Context, found: Survey
+) -> tuple[Streams, list[Tensor]]:
+    """The output and the log-determinant of the blocks whose activations are recomputed."""
     before = last_node()
     _observe(sequence, passage, streams, context, found)
     observed = last_node()
@@ -48,15 +63,29 @@ def captured(
     count = len(results) - len(found.moved)
     for place, value in zip(found.moved, results[count:], strict=True):
         own[place].copy_(value)
-    outputs, total_log_det = (results[: count - 1], results[count - 1]) if log_det else (results[:count], None)
-    return (outputs if join is None else outputs[0]), total_log_det
+    if passage.log_det:
+        return tuple(results[: count - 1]), [results[count - 1]]
+    return tuple(results[:count]), []
+
+
+def _stored(
+    passage: Passage, block: nn.Module, streams: Streams, context: Context, log_dets: list[Tensor]
+) -> tuple[Streams, list[Tensor]]:
+    """The output of a block under standard autograd, and the log-determinants so far."""
+    if isinstance(block, Stepwise):
+        outputs = run_plainly(Law(block, passage), streams, context)
+    else:
+        outputs = call_whole(block, passage.direction, passage.log_det, streams, context)
+    if not passage.log_det or (isinstance(block, Stepwise) and len(outputs) == len(streams)):
+        return outputs, log_dets
+    return outputs[:-1], [*log_dets, outputs[-1]]
 
 
 def _observe(sequence: BlockList, passage: Passage, streams: Streams, context: Context, found: Survey) -> None:
     """Let PyTorch see the bytecode of every conditioner, to compile the graph again if an attribute changes that it reads."""
     now = [*streams]
     with torch.no_grad():
-        for k, (_, block) in enumerate([*flattened(sequence)][:: passage.direction.sign]):
+        for k, (_, block) in enumerate([*flattened(sequence)][:: passage.direction.sign][: found.recomputed]):
             with reparametrized(block, dict.fromkeys(found.moving[k])) if found.moving[k] else nullcontext():
                 now = _observed(passage, block, now, context)
 

@@ -20,6 +20,7 @@ from revflow._base.streams import Context, Streams, rotate
 from revflow._base.user_warnings import warn
 from revflow._captured.call import Call, Path, located, register
 from revflow._captured.given import NOT_CONSTANT, Given, are_constants, constants_of, filled_without_data, kind_of, made
+from revflow._captured.stored_blocks import number_recomputed
 from revflow._captured.watch import ObjectionError, evaluated_without_data, objections_to, refuse_hooks, watched
 from revflow._replay.autocast import autocast_state
 from revflow._rewind.block_list import BlockList, flattened
@@ -27,6 +28,7 @@ from revflow._rewind.direction import FORWARD, INVERSE
 from revflow._rewind.laws import Law
 from revflow._rewind.passage import Passage
 from revflow._rewind.plain import call_whole
+from revflow.budget import Budget
 
 OUTSIDE = "a ReversibleSequence runs outside of this compiled graph: {}"
 
@@ -44,6 +46,8 @@ class Survey(NamedTuple):
     """By block, in the order in which they run: the names of the buffers that an evaluation changes."""
     moved: tuple[int, ...] = ()
     """The places of these buffers among the tensors."""
+    recomputed: int = 0
+    """The number of blocks whose activations are recomputed: the first ones."""
 
 
 def survey(sequence: BlockList, passage: Passage, join: int | None, streams: Streams, context: Context) -> Survey:
@@ -76,19 +80,24 @@ def _surveyed(
         if objection:
             raise ObjectionError(objection)
         _refuse_options(sequence)
-        moving, widths = _survey_of_blocks(sequence, passage, [Given(*s) for s in streams], context)
+        recomputed = number_recomputed(sequence, passage, join, [Given(*s) for s in streams], context)
+        blocks = [*flattened(sequence)][:: passage.direction.sign]
+        moving, widths = _survey_of_blocks(
+            sequence, passage, blocks[:recomputed], [Given(*s) for s in streams], context
+        )
     except ObjectionError as found:
         warn(OUTSIDE.format(found), UserWarning)
         return (str(found),)
     state, names = tuple(autocast_state(streams[0][2])), tuple([name for name, *_ in tensors])
-    call = Call(ref(sequence), passage, join, names, dict(others), state, tuple(widths))
+    join = join if recomputed == len(blocks) else None
+    call = Call(ref(sequence), passage, join, names, dict(others), state, recomputed, tuple(widths))
     paths, numbers, places = located(call.blocks)
     moved = [
         tuple([numbers[id(block.get_buffer(name))] for name in names])
         for (_, block), names in zip(call.blocks, moving, strict=True)
     ]
     call = call._replace(places=places, moving=tuple(moved))
-    return "", register(call, sequence), tuple(paths), tuple(moving), call.moved
+    return "", register(call, sequence), tuple(paths), tuple(moving), call.moved, recomputed
 
 
 def _refuse_options(sequence: Any) -> None:
@@ -99,17 +108,20 @@ def _refuse_options(sequence: Any) -> None:
     if sequence.chunks > 1:
         raise ObjectionError("only the engine evaluates conditioners in chunks")
     budget = sequence.memory_budget
-    if getattr(budget, "memory", budget) != "min":
-        raise ObjectionError(f"only the engine plans a memory budget ({sequence.memory_budget!r})")
+    if isinstance(budget, Budget) and budget.memory != "min":
+        raise ObjectionError(f"only the engine plans a budget that several modules share ({budget!r})")
 
 
 def _survey_of_blocks(
-    sequence: BlockList, passage: Passage, streams: Sequence[Given], context: dict[str, Any]
+    sequence: BlockList,
+    passage: Passage,
+    blocks: Sequence[tuple[str, nn.Module]],
+    streams: Sequence[Given],
+    context: dict[str, Any],
 ) -> tuple[list[tuple[str, ...]], list[int]]:
     """By block: the names of buffers that it changes, and the number of streams before it, with that after the last one."""
     if not all([given.dtype.is_floating_point for given in streams]):
         raise ObjectionError("a stream does not consist of floating-point numbers")
-    blocks = [*flattened(sequence)][:: passage.direction.sign]
     moving: list[tuple[str, ...]] = []
     widths = [len(streams)]
     with evaluated_without_data(sequence, streams[0].device):

@@ -330,7 +330,11 @@ def test_a_tensor_that_is_held_cannot_be_captured():
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"exact": True}, "exact arithmetic"), ({"chunks": 2}, "chunks"), ({"memory_budget": "1MiB"}, "memory budget")],
+    [
+        ({"exact": True}, "exact arithmetic"),
+        ({"chunks": 2}, "chunks"),
+        ({"memory_budget": revflow.Budget("1MiB")}, "several modules share"),
+    ],
 )
 def test_options_of_the_engine(options, reason):
     net = revflow.ReversibleSequence(list(network(STACKS[0])), **options)

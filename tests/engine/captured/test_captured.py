@@ -30,6 +30,7 @@ stacks = pytest.mark.parametrize("stack", STACKS, ids=lambda s: s.__name__)
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
+    torch.compiler.reset()  # otherwise, sizes that differ from those of another test are dynamic
     yield
     torch.compiler.reset()
 

@@ -11,6 +11,7 @@ from engine.nets import assert_close
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
+    torch.compiler.reset()  # otherwise, sizes that differ from those of another test are dynamic
     yield
     torch.compiler.reset()
 

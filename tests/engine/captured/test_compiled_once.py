@@ -14,6 +14,7 @@ from revflow._captured.structure import length_of_groups, structure_of
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
+    torch.compiler.reset()  # otherwise, sizes that differ from those of another test are dynamic
     yield
     torch.compiler.reset()
 

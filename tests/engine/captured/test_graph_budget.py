@@ -14,6 +14,7 @@ from engine.nets import STACKS, assert_close, image, network
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
+    torch.compiler.reset()  # otherwise, sizes that differ from those of another test are dynamic
     yield
     torch.compiler.reset()
 

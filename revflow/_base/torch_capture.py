@@ -22,6 +22,9 @@ from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn.utils.stateless import _reparametrize_module
 
+from revflow._base.torch_private import not_compiled
+from revflow._base.user_warnings import warn
+
 reparametrized: Callable[..., AbstractContextManager[None]] = _reparametrize_module
 """A context in which a module has other buffers, which torch.compile can trace."""
 
@@ -74,15 +77,20 @@ def arguments_of(function: Any) -> list[Any]:
     return list(function._schema.arguments)
 
 
-_depth_of_transforms = getattr(torch._C._functorch, "get_dynamic_layer_stack_depth", None)
+CAN_BE_CAPTURED = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
+"""Whether this release of PyTorch can compile a captured sequence. 2.11 cannot trace the function below."""
 
-CAN_BE_CAPTURED = _depth_of_transforms is not None and hasattr(higher_order_ops, "invoke_subgraph")
-"""Whether this release of PyTorch can compile a captured sequence."""
+
+@not_compiled("revflow is not part of compiled graphs before PyTorch 2.13")
+def warn_of_old_release() -> None:
+    warn(
+        f"revflow runs outside of compiled graphs with PyTorch {torch.__version__}: install 2.13 or later", UserWarning
+    )
 
 
 def is_transformed_in_a_graph() -> bool:
     """As `is_transformed`, while torch.compile traces the current code: it replaces the function called there by a constant."""
-    return _depth_of_transforms is not None and bool(_depth_of_transforms())
+    return CAN_BE_CAPTURED and bool(torch._C._functorch.get_dynamic_layer_stack_depth())
 
 
 def compilation(tensors: Sequence[Tensor]) -> object | None:

@@ -31,8 +31,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 BatchNorm = batchnorm._BatchNorm
 pytree = _pytree
 
-# PyTorch 2.6 lacks the function. There, a network can be exported only under no_grad.
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+# PyTorch 2.6 lacks the flag. There, a network can be exported only under no_grad. In compiled code, 2.11's function is true.
+is_exporting: Callable[[], bool] = lambda: getattr(torch.compiler, "_is_exporting_flag", False)  # noqa: E731
 
 backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 """The number of the backward pass that this thread runs; -1 outside of a backward pass."""

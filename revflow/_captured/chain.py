@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Context, Streams, rotate
-from revflow._base.torch_capture import CAN_BE_CAPTURED, break_graph, erase_unused_nodes, last_node, reparametrized
+from revflow._base.torch_capture import (
+    CAN_BE_CAPTURED,
+    break_graph,
+    erase_unused_nodes,
+    last_node,
+    reparametrized,
+    warn_of_old_release,
+)
 from revflow._captured.call import tensor_at
 from revflow._captured.function import run
 from revflow._captured.survey import OUTSIDE, Survey, survey
@@ -30,6 +37,7 @@ def captured(
     None if that is not possible. The graph then ends before this call, which is an error with `fullgraph=True`.
     """
     if not CAN_BE_CAPTURED:
+        warn_of_old_release()
         return None
     passage = Passage(direction, log_det=log_det)
     streams, join = streams_of(x, split_dim), split_dim if isinstance(x, Tensor) else None

@@ -12,8 +12,6 @@ from torch import Tensor
 from revflow._base.streams import Context
 from revflow._base.torch_capture import hint_of
 
-NOT_CONSTANT = "a keyword argument is neither a tensor nor a number, a string or None"
-
 
 class Given(NamedTuple):
     """A tensor argument of the call, without its values."""
@@ -48,8 +46,11 @@ def _constant(value: Any) -> Any:
     return operator.index(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def are_constants(others: Sequence[tuple[str, Any]]) -> bool:
-    return all([value is None or isinstance(value, (bool, int, float, str)) for _, value in others])
+def objection_to(others: Sequence[tuple[str, Any]]) -> str:
+    """The reason why a call with these keyword arguments, which are not tensors, cannot be captured; empty if there is none."""
+    if all([value is None or isinstance(value, (bool, int, float, str)) for _, value in others]):
+        return ""
+    return "a keyword argument is neither a tensor nor a number, a string or None"
 
 
 def filled_without_data(context: dict[str, Any]) -> Context:

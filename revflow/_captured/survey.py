@@ -19,7 +19,7 @@ from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Context, Streams, rotate
 from revflow._base.user_warnings import warn
 from revflow._captured.call import Call, Path, located, register
-from revflow._captured.given import NOT_CONSTANT, Given, are_constants, constants_of, filled_without_data, kind_of, made
+from revflow._captured.given import Given, constants_of, filled_without_data, kind_of, made, objection_to
 from revflow._captured.stored_blocks import number_recomputed
 from revflow._captured.watch import ObjectionError, evaluated_without_data, objections_to, refuse_hooks, watched
 from revflow._replay.autocast import autocast_state
@@ -53,7 +53,7 @@ class Survey(NamedTuple):
 def survey(sequence: BlockList, passage: Passage, join: int | None, streams: Streams, context: Context) -> Survey:
     """Find out whether a call of the sequence can be captured."""
     tensors, others = constants_of(context)
-    objection = "" if are_constants(others) else NOT_CONSTANT
+    objection = objection_to(others)
     options = objection, passage.direction.name, passage.log_det, join
     return Survey(*_surveyed(sequence, options, tuple(map(kind_of, streams)), tensors, () if objection else others))
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from revflow._base.streams import CellValues, Context, Streams, Tensors
-from revflow._base.torch_capture import CAN_BE_CAPTURED, break_graph, erase_unused_nodes, last_node
+from revflow._base.torch_capture import CAN_BE_CAPTURED, break_graph, erase_unused_nodes, last_node, warn_of_old_release
 from revflow._base.user_warnings import warn
 from revflow._captured.call import Path, located, register, tensor_at
-from revflow._captured.given import NOT_CONSTANT, Given, are_constants, constants_of, filled_without_data, kind_of, made
+from revflow._captured.given import Given, constants_of, filled_without_data, kind_of, made, objection_to
 from revflow._captured.step_function import StepCall, run_step
 from revflow._captured.watch import ObjectionError, evaluated_without_data, objections_to, refuse_hooks, watched
 from revflow._replay.autocast import autocast_state
@@ -43,6 +43,7 @@ def captured_step(
     `fullgraph=True`.
     """
     if not CAN_BE_CAPTURED:
+        warn_of_old_release()
         return None
     memory = state.memories[-1]
     found = _survey(recurrence, streams, state, context, objection)
@@ -77,8 +78,7 @@ def _survey(
     recurrence: nn.ModuleList, streams: Streams, state: RecurrentState, context: Context, objection: str
 ) -> Survey:
     tensors, others = constants_of(context)
-    if not are_constants(others):
-        objection = objection or NOT_CONSTANT
+    objection = objection or objection_to(others)
     kinds = tuple([kind_of(t) for t in (*streams, *chain(*state.cells), *state.memories[-1])])
     sizes = tuple([len(tensors) for tensors in state.cells])
     counts = len(streams), sizes, len(state.memories[-1])

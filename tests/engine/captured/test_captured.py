@@ -366,3 +366,15 @@ def test_tracing_changes_nothing():
     assert all(map(torch.equal, buffers, net.buffers()))
     assert torch.equal(states, torch.get_rng_state())
     assert "seen" not in vars(net[0].F[1])
+
+
+def test_an_older_release_runs_the_engine(monkeypatch):
+    monkeypatch.setattr("revflow._captured.chain.CAN_BE_CAPTURED", False)
+    net, x, graphs = network(STACKS[0]), image().requires_grad_(), Graphs()
+    with pytest.warns(UserWarning, match=r"outside of compiled graphs with PyTorch .*: install 2\.13 or later"):
+        found = gradients(torch.compile(net, backend=graphs), x, net)
+    assert_close(found, gradients(net.plain, x, net))
+    assert graphs.regions == [[], []]
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=r"not part of compiled graphs before PyTorch 2\.13"):
+        torch.compile(net, backend=graphs, fullgraph=True)(x)

@@ -26,6 +26,13 @@ def kind_of(tensor: Tensor) -> tuple[Any, ...]:
     return tuple([hint_of(n) for n in tensor.shape]), tensor.dtype, tensor.device
 
 
+def make_static(tensors: Sequence[Tensor]) -> None:
+    """Make PyTorch compile another graph for tensors of other sizes: a plan of memory is that of one size."""
+    for tensor in tensors:
+        for size in tensor.shape:
+            operator.index(size)
+
+
 def made(given: Given) -> Tensor:
     """A tensor of this kind; in a fake-tensor mode, without data."""
     return torch.empty(given.shape, dtype=given.dtype, device=given.device, requires_grad=given.dtype.is_floating_point)

@@ -17,16 +17,21 @@ from revflow._rewind.passage import Passage
 from revflow.budget import Budget
 
 
+def is_planned(sequence: Any, passage: Passage) -> bool:
+    """Whether the number of stored blocks depends on the sizes of the arguments. An inverse, which has no plan, stores none."""
+    budget = sequence.memory_budget
+    return budget != "min" and not isinstance(budget, Budget) and passage.direction.sign > 0
+
+
 def number_recomputed(
     sequence: Any, passage: Passage, join: int | None, streams: Sequence[Given], context: dict[str, Any]
 ) -> int:
     """The number of blocks at the beginning of a call whose activations are recomputed. Those of the others are stored.
 
-    It is the choice of `sequence.plan` for tensors without data. An inverse, which has no plan, recomputes all.
+    It is the choice of `sequence.plan` for tensors without data.
     """
     blocks = [block for _, block in flattened(sequence)]
-    budget = sequence.memory_budget
-    if budget == "min" or isinstance(budget, Budget) or passage.direction.sign < 0:
+    if not is_planned(sequence, passage):
         return len(blocks)
     with objections_to("its plan", sequence), ExitStack() as stack:
         fake_mode = stack.enter_context(fake_tensor.FakeTensorMode())

@@ -19,8 +19,8 @@ from revflow._base.stepwise import Stepwise
 from revflow._base.streams import Context, Streams, rotate
 from revflow._base.user_warnings import warn
 from revflow._captured.call import Call, Path, located, register
-from revflow._captured.given import Given, constants_of, filled_without_data, kind_of, made, objection_to
-from revflow._captured.stored_blocks import number_recomputed
+from revflow._captured.given import Given, constants_of, filled_without_data, kind_of, made, make_static, objection_to
+from revflow._captured.stored_blocks import is_planned, number_recomputed
 from revflow._captured.watch import ObjectionError, evaluated_without_data, objections_to, refuse_hooks, watched
 from revflow._replay.autocast import autocast_state
 from revflow._rewind.block_list import BlockList, flattened
@@ -52,6 +52,8 @@ class Survey(NamedTuple):
 
 def survey(sequence: BlockList, passage: Passage, join: int | None, streams: Streams, context: Context) -> Survey:
     """Find out whether a call of the sequence can be captured."""
+    if is_planned(sequence, passage):
+        make_static([*streams, *[value for value in context.values() if isinstance(value, Tensor)]])
     tensors, others = constants_of(context)
     objection = objection_to(others)
     options = objection, passage.direction.name, passage.log_det, join

@@ -59,15 +59,27 @@ def test_gradients(stack, share):
     most = whole.plan(x).peak
     net = revflow.ReversibleSequence(blocks, memory_budget=int(share * most))
     twin = copy.deepcopy(net)
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-    assert_close(gradients(compiled, x, net), gradients(twin.plain, x, twin), 1e-10)
+    graphs = Graphs()
+    found = gradients(torch.compile(net, backend=graphs, fullgraph=True), x, net)
+    assert_close(found, gradients(twin.plain, x, twin), 1e-10)
+    assert bool(graphs.regions[0]) == (net.plan(x).first_kept > 0)
 
 
-@pytest.mark.parametrize("budget", [2**10, 6 * 2**10, 2**30])
-def test_log_determinants_and_statistics_of_stored_blocks(budget):
+class ScaleAndShift(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = normalized(), normalized()
+
+    def forward(self, x):
+        return torch.tanh(self.scale(x)), self.shift(x)
+
+
+@pytest.mark.parametrize("stored", [0, 1, 2, 3])
+def test_log_determinants_and_statistics_of_stored_blocks(stored, monkeypatch):
+    monkeypatch.setattr("revflow._captured.survey.number_recomputed", lambda *_: 3 - stored)
     torch.manual_seed(0)
-    blocks = [revflow.AdditiveCoupling(normalized()) for _ in range(3)]
-    net = revflow.ReversibleSequence(blocks, memory_budget=budget).double()
+    blocks = [revflow.AffineCoupling(ScaleAndShift()) for _ in range(3)]
+    net = revflow.ReversibleSequence(blocks, memory_budget=2**10).double()
     twin, x = copy.deepcopy(net), image().requires_grad_()
     compiled = torch.compile(lambda x: net.forward_with_log_det(x), backend="aot_eager", fullgraph=True)
     found = gradients(compiled, x, net)
@@ -90,3 +102,16 @@ def test_later_budgets_count():
         net.memory_budget = budget
         held.append(saved(net, x, "aot_eager"))
     assert held[0] == held[2] < held[1] == held[3]
+
+
+def test_batches_of_other_sizes_keep_the_budget():
+    """The plan is that of a size. A dynamic size would store as many blocks for a large batch as for the first one."""
+    net = linear("12KiB")
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for size in (4, 8, 64, 16):
+        x = torch.randn(size, 32, requires_grad=True)
+        y = compiled(x)
+        own = {t.data_ptr() for t in (*net.parameters(), x)}
+        held = sum({t.data_ptr(): t.nbytes for t in y.grad_fn.saved_tensors if t.data_ptr() not in own}.values())
+        recomputed = linear("12KiB").plan(torch.randn(size, 32)).first_kept if size < 64 else DEPTH
+        assert held <= (12 * 2**10 if recomputed < DEPTH else y.nbytes)
